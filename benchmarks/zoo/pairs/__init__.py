@@ -1,0 +1,1 @@
+"""One file a pair or family of pairs: its data, its untrained models and its schedule."""

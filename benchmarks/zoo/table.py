@@ -1,0 +1,21 @@
+"""The pairs of the zoo, by name. A new pair is one more line here."""
+
+from __future__ import annotations
+
+from benchmarks.zoo.pairs.captions_clip import CaptionsClip
+from benchmarks.zoo.pairs.fashion import FashionResNet, FashionViT
+from benchmarks.zoo.pairs.glosses_mlm import GlossesPreLayerNorm, GlossesRoberta
+from benchmarks.zoo.pairs.wordnet_bert import WordNetBert
+from benchmarks.zoo.recipe import Recipe
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        FashionViT(),
+        FashionResNet(),
+        WordNetBert(),
+        CaptionsClip(),
+        GlossesRoberta(),
+        GlossesPreLayerNorm(),
+    )
+}

@@ -1,0 +1,19 @@
+"""BERT, RoBERTa and DistilBERT: post-LN text encoders (and RoBERTa's pre-LN variant)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import nn
+
+from hf_zipit.adapters.auto import Adapter
+
+
+class BertAdapter(Adapter):
+    model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "roberta-prelayernorm", "distilbert", "electra")
+
+    def read_positions(self, model: nn.Module) -> str:
+        name = type(model).__name__
+        if name.endswith("ForMaskedLM"):
+            return "masked"
+        return "first" if name.endswith("ForSequenceClassification") else "all"

@@ -1,0 +1,35 @@
+"""CLIP: two pre-LN towers, whose projections are the task head, and each tower alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_zipit.adapters.auto import Adapter
+
+PROJECTIONS = ("visual_projection", "text_projection", "logit_scale")
+
+
+class CLIPAdapter(Adapter):
+    model_types: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model", "clip_text_model")
+
+    def head(self, model: nn.Module) -> tuple[str, ...]:
+        """The projections, which each task keeps: where both towers meet, their basis cannot be shared."""
+        own = [name for name in (*PROJECTIONS, "classifier") if hasattr(model, name)]
+        return tuple(own) or super().head(model)
+
+    def outputs(self, model: nn.Module) -> tuple[str, ...] | None:
+        """Not the towers' hidden states, which CLIP's outputs also carry: they would fix both residual streams."""
+        projected = {"visual_projection": "image_embeds", "text_projection": "text_embeds"}
+        embeds = tuple(field for name, field in projected.items() if hasattr(model, name))
+        return (*embeds, "logits_per_image") if len(embeds) == 2 else embeds or None
+
+    def text_inputs(self, config: object, generator: torch.Generator) -> dict[str, Tensor]:
+        inputs = super().text_inputs(config, generator)
+        inputs["input_ids"][:, -1] = config.eos_token_id  # type: ignore[attr-defined]  # the position that is pooled
+        return inputs
+
+    def read_positions(self, model: nn.Module) -> str:
+        return "first"

@@ -1,0 +1,4 @@
+"""Alignment: which units of the experts, and of one expert, are alike.
+
+A method is one file, a pure function registered under its name (`registry.py`); `align` runs it on every space.
+"""

@@ -1,0 +1,64 @@
+"""Activation matching: one-to-one assignments of every expert's units to a reference expert's, by correlation.
+
+The best pairs of two experts are a linear assignment problem on their *signed* correlations (Li et al., Convergent
+Learning, arXiv 1511.07543; Ainsworth et al., arXiv 2209.04836, section 3.1). With more than two experts all are matched
+to one of them. Taking the expert that resembles the others most, rather than the first, makes the result independent of
+the order in which the experts are given.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.align.registry import register
+
+SAME_INDEX_BONUS = 1e-9
+"""Far below any measured difference of correlations: it decides ties, such as those of dead units, for the same index."""
+
+
+@register("permute", needs={"moments"})
+def permute(correlation: Tensor, experts: int) -> SpaceMap:
+    """Match the units one-to-one.
+
+    Args:
+        correlation: float64 `[T * d, T * d]`.
+        experts: T.
+
+    Returns:
+        k = d merged units in the order of the reference expert's units, labels `[T, d]`.
+    """
+    units = correlation.shape[-1] // experts
+    return match_to_reference(correlation.reshape(experts, units, experts, units))
+
+
+def match_to_reference(similarity: Tensor) -> SpaceMap:
+    """Match the units of T experts one-to-one from their similarities `[T, n, T, n]`."""
+    values = similarity.detach().cpu().numpy()
+    experts, units = values.shape[:2]
+    pairs = {(a, b): assign(values[a, :, b]) for a, b in combinations(range(experts), 2)}
+
+    total = np.zeros(experts)
+    for (a, b), partner in pairs.items():
+        total[[a, b]] += values[a, np.arange(units), b, partner].sum()
+    reference = int(total.argmax())
+
+    labels = np.tile(np.arange(units), (experts, 1))
+    for expert in range(experts):
+        if expert < reference:
+            labels[expert] = pairs[expert, reference]
+        elif expert > reference:
+            # partner[i] is the expert's unit for the reference's unit i; labels go the other way.
+            labels[expert] = pairs[reference, expert].argsort()
+    return SpaceMap(units, torch.from_numpy(labels))
+
+
+def assign(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The column matched to each row of a square similarity, so that the sum over the pairs is largest."""
+    return linear_sum_assignment(similarity + SAME_INDEX_BONUS * np.eye(len(similarity)), maximize=True)[1]

@@ -1,0 +1,120 @@
+"""Products of spaces: which merged unit every unit of `heads x head_dim` goes to, and what a product says about one factor.
+
+Features are observed on whole axes, and an axis is often a product of spaces: `(heads, query)`, or `(kv, group, query)`
+under grouped-query attention. A space that lives within another has one map per merged unit of that other, so a product's
+map is composed factor by factor, and a factor's correlations are found by *tracing out* the factors that are aligned
+already: only units that the other factors' maps bring together are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey
+
+
+def factor_indices(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int) -> dict[str, Tensor]:
+    """For every unit of a product, the merged unit of each factor that it goes to.
+
+    Args:
+        key: the factors, major to minor; a space's `within` must be among them.
+        maps: maps of the movable spaces; a space without one keeps its units.
+        spec: their sizes and what they live within.
+        expert: whose units.
+
+    Returns:
+        By factor, int64 `[size of the product]`.
+    """
+    sizes = [spec.spaces[name].size for name in key]
+    own = {name: grid.flatten() for name, grid in zip(key, _grid(sizes), strict=True)}
+    merged: dict[str, Tensor] = {}
+    for name in sorted(key, key=lambda name: len(spec.spaces[name].within)):  # a space after those it lives within
+        if name not in maps:
+            merged[name] = own[name]
+        else:
+            outer = tuple(merged[other] for other in rows_of(name, spec, maps[name]))
+            merged[name] = maps[name].labels[expert][(*outer, own[name])]
+    return merged
+
+
+def rows_of(name: str, spec: MergeSpec, space_map: SpaceMap) -> tuple[str, ...]:
+    """The spaces whose merged units a map has separate rows for."""
+    within = spec.spaces[name].within
+    assert space_map.labels.dim() == 2 + len(within), f"the map of {name} needs one axis for each of {within}"
+    return within
+
+
+def merged_sizes(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec) -> list[int]:
+    """The number of merged units of every factor."""
+    return [maps[name].size if name in maps else spec.spaces[name].size for name in key]
+
+
+def merged_index(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int) -> Tensor:
+    """For every unit of a product, the merged unit of the merged product: int64 `[size of the product]`."""
+    indices = factor_indices(key, maps, spec, expert)
+    index = torch.zeros(spec.size(key), dtype=torch.int64)
+    for name, size in zip(key, merged_sizes(key, maps, spec), strict=True):
+        index = index * size + indices[name]
+    return index
+
+
+def trace_out(
+    correlation: Tensor, key: ProductKey, keep: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec, experts: int
+) -> Tensor:
+    """The correlations of some factors of a product, averaged over the others where their maps bring units together.
+
+    Args:
+        correlation: `[T * size, T * size]` of the product `key`.
+        key: the product's factors, major to minor.
+        keep: the factors whose units are wanted. The first one's `within` says which merged units to keep apart.
+        maps: maps of all movable factors that are not kept.
+        spec, experts: the spaces, and T.
+
+    Returns:
+        `[*merged units of the spaces that keep[0] lives within, T, K, T, K]`, K the size of the product `keep`.
+    """
+    within = spec.spaces[keep[0]].within
+    rest = tuple(name for name in key if name not in keep)
+    sizes, kept = [spec.spaces[name].size for name in key], spec.size(keep)
+    order = [key.index(name) for name in (*rest, *keep)]
+    blocks = correlation.reshape(experts, *sizes, experts, *sizes).permute(
+        0, *(1 + i for i in order), 1 + len(key), *(2 + len(key) + i for i in order)
+    )
+    blocks = blocks.reshape(experts, spec.size(rest), kept, experts, spec.size(rest), kept)
+
+    lead = merged_sizes(within, maps, spec)
+    merged = [merged_index(rest, maps, spec, expert) for expert in range(experts)]
+    to_row = _row_of_merged(rest, within, maps, spec)
+    traced = correlation.new_zeros(prod(lead), experts, kept, experts, kept)
+    for a in range(experts):
+        for b in range(experts):
+            i, j = torch.nonzero(merged[a][:, None] == merged[b][None, :], as_tuple=True)
+            unit, row = merged[a][i], to_row[merged[a][i]]
+            # Every merged unit counts the same, however many units it has; those that only one expert has, not at all.
+            weight = 1.0 / torch.bincount(unit, minlength=len(to_row))[unit].to(correlation)
+            units = torch.zeros(prod(lead)).to(correlation).index_add_(0, row, weight)
+            pairs = blocks[a, i, :, b, j, :] * (weight / units[row])[:, None, None]
+            traced[:, a, :, b] = torch.zeros_like(traced[:, a, :, b]).index_add_(0, row, pairs)
+    return traced.reshape(*lead, experts, kept, experts, kept)
+
+
+def _row_of_merged(rest: ProductKey, within: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec) -> Tensor:
+    """For every merged unit of `rest`, the merged unit of `within`, some of its factors."""
+    sizes = merged_sizes(rest, maps, spec)
+    grids = dict(zip(rest, _grid(sizes), strict=True))
+    row = torch.zeros(prod(sizes), dtype=torch.int64)
+    for name, size in zip(within, merged_sizes(within, maps, spec), strict=True):
+        row = row * size + grids[name].flatten()
+    return row
+
+
+def _grid(sizes: list[int]) -> list[Tensor]:
+    """Every factor's index at every unit of a product."""
+    if not sizes:
+        return []
+    return list(torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij"))

@@ -1,0 +1,77 @@
+"""The methods that align experts, by name.
+
+A method is either a *matcher* of one space, a pure function of the correlations of the experts' units,
+
+    matcher(correlation, experts, *, option=default, ...) -> SpaceMap
+
+with `correlation` a float64 `[experts * d, experts * d]`, or an *aligner* of the whole network, for methods in which the
+spaces depend on each other's maps (weight matching),
+
+    aligner(network, *, option=default, ...) -> dict[str, SpaceMap]
+
+What a method `needs` tells the earlier stages what to gather: `"moments"`, `"weights"`, or neither.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.registry import Registry
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey
+
+Scope = Literal["space", "network"]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method.
+
+    Attributes:
+        name: what recipes call it.
+        function: the matcher or aligner; its keyword-only parameters are the method's options.
+        needs: what it looks at: a subset of `{"moments", "weights"}`.
+        scope: `"space"` for a matcher of one space, `"network"` for an aligner of all spaces at once.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    needs: frozenset[str]
+    scope: Scope = "space"
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a whole-network method is given.
+
+    Attributes:
+        spec: the architecture's spaces and axis labels.
+        experts: their number, T.
+        correlations: per observed product of spaces, float64 `[T * size, T * size]`; empty unless the method needs moments.
+        weights: one state dict per expert; empty unless the method needs weights.
+        settled: maps that are decided already (a residual stream left at identity, overrides); not to be changed.
+    """
+
+    spec: MergeSpec
+    experts: int
+    correlations: Mapping[ProductKey, Tensor] = field(default_factory=dict)
+    weights: Sequence[Mapping[str, Tensor]] = ()
+    settled: Mapping[str, SpaceMap] = field(default_factory=dict)
+
+
+METHODS: Registry[Method] = Registry("method", room="hf_zipit.align")
+
+
+def register(name: str, *, needs: set[str], scope: Scope = "space") -> Callable[[Function], Function]:
+    """Decorator that makes a function a method of this room."""
+
+    def decorate(function: Function) -> Function:
+        METHODS.add(name, Method(name, function, frozenset(needs), scope))
+        return function
+
+    return decorate

@@ -1,0 +1,189 @@
+"""ZipIt!: greedily join the most correlated units, across experts and within one (arXiv 2305.03053).
+
+Start with every unit of every expert alone; join the most correlated two groups until k are left. A joined group keeps
+the smaller of its members' correlations, times alpha, so that large groups are built last. Joins inside one expert come
+out of that expert's budget, set by beta.
+
+What is inside an expert? The published code counts a joined group as its first unit's expert, so that the result depends
+on the order of the experts. Here only groups that hold nothing but one expert's units are inside it, and the order of
+the experts changes nothing (but ties, and alpha = 0 makes many). `compat` brings the published arithmetic back.
+
+The published code copies the whole matrix at every join and searches it anew. Here each row's maximum is cached and only
+those rows are searched again whose maximum was touched. The trap in this: a negative correlation *rises* when multiplied
+by alpha < 1, so a cached maximum can also be overtaken by a joined group's column.
+
+Ties. What is the same in both experts must be joined first, or the merge of a model with itself would not be that model:
+*twins*, units of different experts that are as correlated with each other as each is with itself, are joined one-to-one
+before the greedy search starts, those of the same index first. This covers dead units, whose correlations are all zero:
+left to the greedy search they would come last, after joins of live groups at any positive correlation. Duplicated units
+inside an expert are also joined with their twins, not with each other, so that they spend no budget. Everything else
+keeps the published order: the first maximum, row by row.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.align.registry import register
+from hf_zipit.errors import RecipeError
+
+TWIN_TOLERANCE = 1e-6
+"""Correlations nearer than this to a unit's correlation with itself count as equal to it: float32 features are no better."""
+
+MIXED = -1
+"""In place of an expert, for a group of several experts' units."""
+
+
+@register("zip", needs={"moments"})
+def zip_units(
+    correlation: Tensor,
+    experts: int,
+    *,
+    alpha: float = 0.3,
+    beta: float = 0.125,
+    size: int | None = None,
+    compat: bool = False,
+) -> SpaceMap:
+    """Join units greedily.
+
+    Args:
+        correlation: float64 `[T * d, T * d]`, zero in the rows of dead units, the diagonal included.
+        experts: T.
+        alpha: what a group's correlations are multiplied by when it is joined, 0 to 1.
+        beta: the share of the joins per expert that may be inside it, 0 to 1; 0 means none.
+        size: k, the number of merged units; d if not given.
+        compat: do as the published code does: a joined group counts as its first unit's expert, a join inside an expert
+            whose budget is 0 passes once, and twins are not looked for.
+
+    Returns:
+        k merged units in the order of their first members, labels `[T, d]`.
+
+    Raises:
+        RecipeError: an option is out of range, or (with `compat`) the budget does not allow so small a size.
+    """
+    units = correlation.shape[-1] // experts
+    size = units if size is None else size
+    budget = _budget(experts, units, size, alpha, beta, compat)
+    values = correlation.detach().cpu().numpy()
+    groups = _Groups(values, experts, alpha, budget, compat)
+    if not compat:
+        for kept, gone in _twins(values, experts)[: experts * units - size]:
+            groups.join(kept, gone)
+    while groups.count > size:
+        groups.join(*groups.best_pair())
+    return SpaceMap(size, torch.from_numpy(groups.labels()).reshape(experts, units))
+
+
+def _budget(experts: int, units: int, size: int, alpha: float, beta: float, compat: bool) -> int:
+    """How many joins inside itself every expert is allowed; checks the options on the way."""
+    for name, value in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= value <= 1:
+            raise RecipeError(f"zip's option {name} is {value}; it must be between 0 and 1.")
+    if not 1 <= size <= experts * units:
+        raise RecipeError(f"zip's option size is {size}; it must be between 1 and {experts * units}, the units of all experts.")
+    budget = int(((experts * units - size) / experts) * beta + 1e-4)
+    smallest = units - max(budget, 1)
+    if compat and size < smallest:
+        raise RecipeError(
+            f"zip's option size is {size}, but with compat and beta {beta} no fewer than {smallest} groups of {experts} times "
+            f"{units} units can be reached; raise size or beta, or leave out compat."
+        )
+    return budget
+
+
+def _twins(correlation: NDArray[np.float64], experts: int) -> list[tuple[int, int]]:
+    """Pairs (kept, gone) of units of different experts that are the same, one-to-one between every two experts."""
+    units = len(correlation) // experts
+    self_correlation = correlation.diagonal()
+    pairs = []
+    first = np.ones(len(correlation), dtype=bool)  # units that no earlier expert has a twin of
+    for start in range(units, experts * units, units):
+        own = slice(start, start + units)
+        alike = correlation[:start, own] >= np.maximum.outer(self_correlation[:start], self_correlation[own]) - TWIN_TOLERANCE
+        alike &= first[:start, None]
+        for same_index in (True, False):
+            for unit in np.flatnonzero(alike.any(axis=0)):
+                candidates = np.flatnonzero(alike[:, unit])
+                if same_index:
+                    candidates = candidates[candidates % units == unit]
+                if len(candidates):
+                    kept = int(candidates[0])
+                    pairs.append((kept, start + int(unit)))
+                    first[start + unit] = False
+                    alike[kept, :] = alike[:, unit] = False
+    return pairs
+
+
+class _Groups:
+    """The groups of a greedy search, each known by its first unit, with their similarities and every row's maximum."""
+
+    def __init__(self, correlation: NDArray[np.float64], experts: int, alpha: float, budget: int, compat: bool):
+        units = len(correlation)
+        self.similarity = correlation.copy()
+        np.fill_diagonal(self.similarity, -np.inf)
+        self.alpha, self.compat = alpha, compat
+        self.count = units
+        self.parent = np.arange(units)
+        self.expert = self.parent // (units // experts)
+        self.budget = np.full(experts, budget)
+        self.best = np.empty(units)
+        self.partner = np.empty(units, dtype=np.int64)
+        self._search(self.parent)
+        if budget == 0 and not compat:
+            for expert in range(experts):
+                self._forbid(expert)
+
+    def best_pair(self) -> tuple[int, int]:
+        """The most correlated two groups, the first of them first; among equals the first, row by row."""
+        row = int(self.best.argmax())
+        return row, int(self.partner[row])
+
+    def join(self, kept: int, gone: int) -> None:
+        """Join group `gone` to group `kept`, which comes before it."""
+        joined = np.minimum(self.similarity[kept], self.similarity[gone])
+        # `where`: a forbidden pair stays forbidden when alpha is 0, instead of becoming 0 * -inf = nan.
+        np.multiply(joined, self.alpha, out=joined, where=joined > -np.inf)
+        joined[gone] = -np.inf
+        self.similarity[kept] = self.similarity[:, kept] = joined
+        self.similarity[gone] = self.similarity[:, gone] = -np.inf
+        self.parent[gone] = kept
+        self.count -= 1
+
+        # A maximum is overtaken where a negative correlation rose; of equal columns the first is the maximum.
+        risen = (joined > self.best) | ((joined == self.best) & (kept < self.partner) & (joined > -np.inf))
+        lost = ((self.partner == kept) | (self.partner == gone)) & ~risen & (self.best > -np.inf)
+        lost[kept], lost[gone] = True, False
+        self.best[risen], self.partner[risen] = joined[risen], kept
+        self.best[gone] = -np.inf
+        self._search(np.flatnonzero(lost))
+
+        expert = self.expert[kept]
+        if expert == self.expert[gone] != MIXED:
+            self.budget[expert] -= 1
+            if self.budget[expert] <= 0:
+                self._forbid(expert)
+        elif not self.compat:
+            self.expert[kept] = MIXED
+
+    def labels(self) -> NDArray[np.int64]:
+        """The number of every unit's group, in the order of the groups' first units."""
+        root = self.parent.copy()
+        for unit, parent in enumerate(self.parent):
+            root[unit] = root[parent]  # a parent comes before its unit, so it has found its root
+        return np.unique(root, return_inverse=True)[1]
+
+    def _forbid(self, expert: int) -> None:
+        """Allow no more joins inside an expert."""
+        own = np.flatnonzero((self.expert == expert) & (self.parent == np.arange(len(self.parent))))
+        self.similarity[np.ix_(own, own)] = -np.inf
+        self._search(own)
+
+    def _search(self, rows: NDArray[np.int64]) -> None:
+        for row in rows:
+            partner = self.similarity[row].argmax()
+            self.partner[row] = partner
+            self.best[row] = self.similarity[row, partner]

@@ -1,0 +1,1 @@
+"""Combining: the merged weights, from the experts' weights and their alignment. A rule is one file."""

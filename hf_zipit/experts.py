@@ -1,0 +1,133 @@
+"""The experts: loaded where they are given by name, and checked against each other before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_zipit.errors import ExpertError
+from hf_zipit.symmetry.proof import model_tensors
+
+Expert = PreTrainedModel | str | Path
+Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]]
+
+BEHAVIOUR_ONLY = ("drop", "initializer", "token_id", "problem_type", "output_", "use_cache", "return_dict", "layerdrop",
+                  "label", "classifier", "mask", "apply_spec", "gradient_checkpointing", "summary", "loss", "tie_")  # fmt: skip
+"""Parts of the names of configuration fields that experts may differ in: they change training, not the shared network."""
+
+BOOKKEEPING = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type", "auto_map",
+               "finetuning_task", "task_specific_params", "pruned_heads", "_attn_implementation", "logit_scale_init_value",
+               "return_dict", "chunk_size_feed_forward", "encoder_stride", "is_decoder"}  # fmt: skip
+
+
+def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
+    """The experts by task name, as float32 models in eval mode; repo ids and folders are loaded, models are taken as is.
+
+    Raises:
+        ExpertError: for fewer than two experts, an empty or repeated task name, or a model that cannot be loaded.
+    """
+    pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
+    names = [name for name, _ in pairs]
+    if len(pairs) < 2:
+        raise ExpertError(f"merging needs at least two experts, but {'only ' + repr(names[0]) if names else 'none'} was given")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")
+        if names.count(name) > 1:
+            raise ExpertError(f"the task name {name!r} is given to {names.count(name)} experts; task names must differ")
+    return {name: load_expert(name, expert, (revisions or {}).get(name)) for name, expert in pairs}
+
+
+def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTrainedModel:
+    """One expert; a repo id or a folder is loaded in float32 with the class that its configuration names."""
+    if isinstance(expert, nn.Module):
+        return expert  # type: ignore[return-value]
+    source = str(expert)
+    looks_local = isinstance(expert, Path) or source.startswith((".", "/", "~"))
+    folder = Path(source).expanduser()
+    if looks_local and not folder.is_dir():
+        raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
+    source = str(folder) if folder.is_dir() else source
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        architecture = (config.architectures or [""])[0]
+        model_class = getattr(transformers, architecture, None)
+        if model_class is None:
+            raise ExpertError(
+                f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, which "
+                "transformers does not have; load the model yourself and pass it"
+            )
+        model = model_class.from_pretrained(source, config=config, revision=revision, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ExpertError):
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ExpertError(f"the expert {task!r} could not be loaded from {source}: {first}") from error
+    return model.eval()
+
+
+def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) -> None:
+    """Experts must be copies of one architecture in everything but the head, with finite weights.
+
+    Args:
+        experts: the models by task.
+        head: path prefixes of the task head, whose sizes may differ.
+
+    Raises:
+        ExpertError: naming the expert, the configuration field or the tensor, and both values.
+    """
+    (first_task, first), *others = experts.items()
+    for task, other in others:
+        if type(other) is not type(first):
+            raise ExpertError(
+                f"the expert {task!r} is a {type(other).__name__}, but {first_task!r} is a {type(first).__name__}; "
+                "experts must have the same architecture"
+            )
+        difference = first_difference(_config(first), _config(other))
+        if difference:
+            field, left, right = difference
+            hint = "; their position tables have different lengths" if "position" in field else ""
+            raise ExpertError(
+                f"the experts differ in the configuration field {field}: {left!r} for {first_task!r}, {right!r} for {task!r}"
+                f"{hint}; experts must have the same architecture and sizes"
+            )
+        mine, theirs = model_tensors(first), model_tensors(other)
+        for name in (*mine, *(n for n in theirs if n not in mine)):
+            if any(name == prefix or name.startswith(f"{prefix}.") for prefix in head):
+                continue
+            left, right = (tuple(t[name].shape) if name in t else "missing" for t in (mine, theirs))
+            if left != right:
+                raise ExpertError(
+                    f"the tensor {name} has shape {left} in the expert {first_task!r} but {right} in {task!r}; "
+                    "experts must have the same sizes in everything but the task head"
+                )
+    for task, model in experts.items():
+        for name, tensor in model_tensors(model).items():
+            if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+                raise ExpertError(f"the tensor {name} of the expert {task!r} holds NaN or infinite values; check its training")
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config.to_dict() if config is not None else {}
+
+
+def first_difference(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
+    """The first structural field in which two configurations differ, with both values; dotted where nested."""
+    for field in sorted({*left, *right}):
+        if field in BOOKKEEPING or any(part in field for part in BEHAVIOUR_ONLY):
+            continue
+        a, b = left.get(field), right.get(field)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = first_difference(a, b, f"{path}{field}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{path}{field}", a, b
+    return None

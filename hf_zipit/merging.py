@@ -1,0 +1,190 @@
+"""`merge()`: the stages in order, and nothing else.
+
+    plan -> observe -> align -> combine -> assemble
+
+Each stage can be called alone: it takes the frozen result of the one before and returns its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_zipit import __version__
+from hf_zipit.align.align import align
+from hf_zipit.align.maps import Alignment
+from hf_zipit.align.registry import METHODS
+from hf_zipit.assembly import assemble, trunk_tensors
+from hf_zipit.combine.registry import COMBINERS
+from hf_zipit.errors import DataError
+from hf_zipit.experts import Experts, load_experts
+from hf_zipit.observe import Moments, fingerprint_experts, observe
+from hf_zipit.planning import Plan, make_plan
+from hf_zipit.registry import check_options
+from hf_zipit.symmetry.proof import model_tensors
+
+
+def plan(
+    experts: Experts, *, method: str = "zip", options: Mapping[str, Any] | None = None, depth: float | str = 1.0
+) -> Plan:
+    """What `merge` with these arguments would do; touches no data.
+
+    Raises:
+        ExpertError, SpecError, RecipeError: as `merge` does before it starts.
+    """
+    return _plan(load_experts(experts), method, options, depth)
+
+
+def merge(
+    experts: Experts,
+    calibration: Any = None,
+    *,
+    method: str = "zip",
+    options: Mapping[str, Any] | None = None,
+    depth: float | str = 1.0,
+    residual: str = "match",
+    overrides: Mapping[str, Any] | None = None,
+    combine: str = "average",
+    processor: Any = None,
+    batch_size: int = 32,
+    moments: Moments | str | Path | None = None,
+    save_moments: str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    share: float | str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> PreTrainedModel:
+    """Merge models of one architecture into one multi-task model, without training.
+
+    Args:
+        experts: the models by task name: loaded ones, repo ids or folders. They may come from different initialisations
+            and may have different numbers of labels.
+        calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset` (with an image processor or a
+            tokenizer as `processor`), a `DataLoader`, a tensor, or an iterable of batches. Not needed by methods that
+            look at the weights only.
+        method: how units are matched; see `hf_zipit.align`. `"identity"` is plain averaging.
+        options: the method's own options, such as `{"alpha": 0.3}`.
+        depth: the share of blocks that is merged, or the path of the block before which the trunk ends.
+        residual: `"match"` or `"identity"`: whether the residual stream is matched too.
+        overrides: another method for spaces whose name fits a pattern, `{"*.mlp.*": "permute"}`.
+        combine: how aligned weights become one.
+        processor: image processor or tokenizer for raw calibration data.
+        batch_size: samples per forward pass.
+        moments: moments of an earlier merge of the same experts, or their file; no data is read then.
+        save_moments: where to save the moments.
+        accelerator: where to run; one with default settings is made if none is given.
+        share: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward passes.
+        seed: of everything that is drawn.
+        progress: show progress bars on stderr.
+
+    Returns:
+        A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32. Called
+        as it is, it answers for all tasks; with `task="name"` for one.
+
+    Raises:
+        ExpertError: if the experts do not fit each other, or one holds NaN.
+        DataError: if the calibration data cannot be used.
+        RecipeError: if a setting is wrong.
+        SpecError: if the architecture cannot be traced or cut.
+    """
+    loaded = load_experts(experts)
+    planned = _plan(loaded, method, options, depth)
+    found = _moments(
+        loaded,
+        planned,
+        calibration,
+        moments,
+        processor=processor,
+        batch_size=batch_size,
+        accelerator=accelerator,
+        share=share,
+        seed=seed,
+        progress=progress,
+    )
+    if found is not None and save_moments is not None:
+        found.save(save_moments)
+    alignment = align_trunk(loaded, planned, found, method, options=options, residual=residual, overrides=overrides)
+    trunk = combine_trunk(loaded, planned, alignment, combine)
+    recipe = {
+        "hf_zipit": __version__,
+        "method": method,
+        "options": dict(options or {}),
+        "residual": residual,
+        "combine": combine,
+        "depth": depth,
+        "seed": seed,
+        "experts": {task: getattr(model, "name_or_path", "") for task, model in loaded.items()},
+    }
+    return assemble(loaded, planned.spec, planned.cut, trunk, alignment, method=recipe)
+
+
+def _plan(
+    experts: Mapping[str, nn.Module], method: str, options: Mapping[str, Any] | None, depth: float | str
+) -> Plan:
+    entry = METHODS.get(method)
+    check_options(method, entry.function, options or {})
+    return make_plan(experts, depth, passes=int("moments" in entry.needs))
+
+
+def _moments(
+    experts: Mapping[str, nn.Module], planned: Plan, calibration: Any, moments: Moments | str | Path | None, **settings: Any
+) -> Moments | None:
+    """Moments where the method needs them: loaded ones if given, else gathered from the calibration data."""
+    probes = planned.cut.probes(planned.spec)
+    if not planned.passes or not probes:
+        return None
+    if moments is not None:
+        if isinstance(moments, Moments):
+            return moments
+        return Moments.load(moments, experts=fingerprint_experts(experts))
+    if calibration is None:
+        raise DataError("this method looks at what the experts compute: pass a little unlabelled data as calibration=")
+    return observe(planned.spec, experts, calibration, probes=probes, **settings)
+
+
+def align_trunk(
+    experts: Mapping[str, nn.Module],
+    planned: Plan,
+    moments: Moments | None,
+    method: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    residual: str = "match",
+    overrides: Mapping[str, Any] | None = None,
+) -> Alignment:
+    """Maps of the movable spaces in the trunk."""
+    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.products()}
+    return align(
+        planned.spec,
+        correlations,
+        len(experts),
+        method,
+        options=options,
+        residual=residual,
+        overrides=overrides,
+        spaces=planned.cut.spaces(planned.spec),
+        weights=[model_tensors(model) for model in experts.values()],
+    )
+
+
+def combine_trunk(
+    experts: Mapping[str, nn.Module], planned: Plan, alignment: Alignment, combine: str = "average"
+) -> dict[str, Tensor]:
+    """The merged tensors of the trunk, by their names in the source model."""
+    combiner = COMBINERS.get(combine)
+    names = sorted(planned.cut.trunk)
+    side_by_side = trunk_tensors([model_tensors(model) for model in experts.values()], names, planned.tasks)
+    merged = {}
+    for name, tensors in side_by_side.items():
+        if not tensors[0].is_floating_point():
+            merged[name] = tensors[0].clone()
+        else:
+            merged[name] = combiner(tensors, planned.spec.axes.get(name), alignment, planned.spec)
+    return merged
+
+

@@ -1,0 +1,194 @@
+"""The merged multi-head model: one trunk, and for every task a branch with its head.
+
+    merged(pixel_values=x).logits                  # joint: the classes of all tasks, the trunk runs once
+    merged(pixel_values=x, task="shoes").logits    # one task, exactly what that branch computes
+
+Nothing here knows a model family: trunk and branches are modules of the source class (`trunk.py`, `skeleton.py`),
+entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
+
+What must hold: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`),
+and a saved and loaded model gives bit-identical outputs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..errors import ZipItError
+from .configuration import ZipItConfig
+from .entries import Entry, attach, leave, make_entries
+from .hub import auto_map, write_remote_module
+from .joint import joint_ids, joint_loss, side_by_side
+from .skeleton import skeleton
+from .trunk import check_shared, make_branch, resize, run_together, take_trunk
+
+Task = str | Sequence[str] | Tensor | None
+
+
+class ZipItPreTrainedModel(PreTrainedModel):
+    """What all merged models have in common: building, choosing a task, running trunk and branches, saving.
+
+    `output_hidden_states` and `output_attentions` give what the branches compute themselves, not the trunk's blocks.
+    """
+
+    config_class = ZipItConfig
+    config: ZipItConfig
+    auto_class: ClassVar[str] = "AutoModel"
+    # What the source class cannot do, it refuses itself when the branches are built.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    supports_gradient_checkpointing = True
+    # Trainer would leave the division by the number of items to us.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: ZipItConfig) -> None:
+        super().__init__(config)
+        if not config.tasks:
+            raise ZipItError("The configuration names no tasks; a merged model needs at least one.")
+        self.branch_names = module_names(config.tasks)
+        first = skeleton(config, config.tasks[0])
+        check_shared(first, config.shared)
+        self.adopt(first)
+        # The trunk is what the first skeleton gives up. So its modules read the configuration of the first branch,
+        # and settings made later (`set_attn_implementation`) reach the trunk, too.
+        self.trunk = take_trunk(first, config.shared)
+        resize(self.trunk, config.trunk_shapes)
+        self.branches = nn.ModuleDict(
+            {self.branch_names[config.tasks[0]]: make_branch(first, self.trunk, config.shared)}
+        )
+        for task in config.tasks[1:]:  # one skeleton at a time is held whole
+            self.branches[self.branch_names[task]] = make_branch(skeleton(config, task), self.trunk, config.shared)
+        self.entries = nn.ModuleDict({key: make_entries(config.entries, "module") for key in self.branches})
+        self.exits = nn.ModuleDict({key: make_entries(config.exits, "field") for key in self.branches})
+        for key, branch in self.branches.items():
+            attach(branch, config.entries, self.entries[key])
+        self.post_init()
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """What placing, casting and feeding the model depend on is the source class's."""
+        self.main_input_name = model.main_input_name
+        self.input_modalities = model.input_modalities
+        for name in ("_no_split_modules", "_skip_keys_device_placement", "_keep_in_fp32_modules"):
+            setattr(self, name, set(getattr(model, name, None) or []))
+        self._keep_in_fp32_modules_strict = set(getattr(model, "_keep_in_fp32_modules_strict", None) or [])
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
+        if isinstance(module, Entry):
+            module.reset()
+        else:
+            next(iter(self.branches.values()))._init_weights(module)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return next(iter(self.branches.values())).get_input_embeddings()
+
+    # ------------------------------------------------------------------------------------------- tasks
+
+    def choose(self, task: Task) -> str | list[str] | None:
+        """None (joint), one task, or, for a batch of several tasks, the task of every sample.
+
+        Raises:
+            ZipItError: a task is unknown.
+        """
+        if task is None or isinstance(task, str):
+            return task if task is None else self.known(task)
+        names = task.flatten().tolist() if isinstance(task, Tensor) else task
+        found = [self.known(name) for name in names]
+        return found[0] if found and len(set(found)) == 1 else found
+
+    def known(self, task: str | int) -> str:
+        """The task's name, also from its position, which is what a collated column of class labels holds."""
+        if isinstance(task, int) and 0 <= task < len(self.config.tasks):
+            return self.config.tasks[task]
+        if task in self.branch_names:
+            return task
+        close = difflib.get_close_matches(str(task), self.config.tasks, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise ZipItError(f"The task '{task}' is unknown: {hint}The tasks of this model are {self.config.tasks}.")
+
+    def branch(self, task: str) -> nn.Module:
+        """The task's own modules; called directly, it runs the trunk, too."""
+        return self.branches[self.branch_names[self.known(task)]]
+
+    # --------------------------------------------------------------------------------------- computing
+
+    def run_branch(self, task: str, inputs: dict[str, Any]) -> ModelOutput:
+        """One task's output, of the source class's own type."""
+        key = self.branch_names[task]
+        return leave(self.branches[key](**inputs), self.config.exits, self.exits[key])
+
+    def run_branches(self, inputs: dict[str, Any]) -> dict[str, ModelOutput]:
+        """Every task's output on the same batch; the trunk runs once."""
+        outputs = {}
+        with run_together() as memo:
+            for task in self.config.tasks:
+                memo.next_branch()
+                outputs[task] = self.run_branch(task, inputs)
+        return outputs
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        """The tasks' outputs as one of the same type."""
+        axes = {setting["field"]: setting["axis"] for setting in self.config.exits}
+        return side_by_side(list(outputs.values()), axes)
+
+    def compute(self, task: Task, labels: Tensor | None, inputs: dict[str, Any]) -> ModelOutput:
+        """Joint or one-task output, with the loss where labels are given.
+
+        Labels are ids of the joint classes without a task, and the tasks' own ids wherever tasks are given.
+        """
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        chosen = self.choose(task)
+        if isinstance(chosen, str):
+            return self.run_branch(chosen, inputs if labels is None else {**inputs, "labels": labels})
+        outputs = self.run_branches(inputs)
+        joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
+        if labels is not None:
+            ids = labels if chosen is None else joint_ids(labels, chosen, self.config.offsets())
+            # First in the output, as everywhere in transformers: Trainer takes the loss from position 0.
+            joint = type(joint)(**{**joint, "loss": joint_loss(joint["logits"], ids, self.config.problem_type)})
+        return joint
+
+    def join_samples(self, outputs: dict[str, ModelOutput], sample_tasks: list[str]) -> ModelOutput:
+        """The joint output for a batch in which every sample has its own task."""
+        raise ZipItError(
+            f"A batch of the tasks {sorted(set(sample_tasks))} has no common features; run one task at a time, or "
+            "give no task for joint features."
+        )
+
+    # ------------------------------------------------------------------------------------------ saving
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As in transformers, plus the file that lets `trust_remote_code=True` load the folder.
+
+        The tensors keep their names in memory: half a source model has no file format of its own to convert to.
+        """
+        self.config.auto_map = auto_map(self.auto_class, type(self).__name__)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        if kwargs.get("is_main_process", True):
+            write_remote_module(save_directory, type(self).__name__)
+        super().save_pretrained(save_directory, **kwargs | {"save_original_format": False})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Nothing to do: transformers would copy this file alone, and it needs its package (see `hub.py`)."""
+
+
+def module_names(tasks: Iterable[str]) -> dict[str, str]:
+    """For every task a name that a module may have: the task's own where possible, else a cleaned, unused one."""
+    taken: dict[str, str] = {}
+    for task in tasks:
+        name = re.sub(r"\W", "_", task)
+        while name in taken.values() or hasattr(nn.ModuleDict, name) or hasattr(nn.Module(), name):
+            name += "_"
+        taken[task] = name
+    return taken

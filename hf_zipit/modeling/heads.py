@@ -1,0 +1,195 @@
+"""The merged models by what they put out: features, or logits for images, sequences, tokens and masked tokens.
+
+Signatures are explicit, because Trainer drops the columns of a dataset that are not in them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.initialization import no_init_weights
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..errors import ZipItError
+from .base import Task, ZipItPreTrainedModel
+from .configuration import ZipItConfig
+from .joint import joint_embedding, mask_foreign, pick, side_by_side, vote
+from .skeleton import source_class
+from .trunk import run_together
+
+
+class ZipItModel(ZipItPreTrainedModel):
+    """Merged models without labels, such as `CLIPModel`, `BertModel` or `ResNetModel`.
+
+    Joint features are the tasks' side by side; embeddings are unit vectors whose cosine similarity is the mean of the
+    tasks' similarities, and `logits_per_image` and `logits_per_text` the means of the tasks'.
+    """
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        task: Task = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        inputs = {
+            "pixel_values": pixel_values,
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self.compute(task, None, inputs | kwargs)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:
+        """Image embeddings as the source class returns them, or joint ones (unit vectors) in `pooler_output`."""
+        return self.contrastive_features("get_image_features", task, {"pixel_values": pixel_values} | kwargs)
+
+    @can_return_tuple
+    def get_text_features(self, input_ids: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:
+        """Text embeddings as the source class returns them, or joint ones (unit vectors) in `pooler_output`."""
+        return self.contrastive_features("get_text_features", task, {"input_ids": input_ids} | kwargs)
+
+    def contrastive_features(self, method: str, task: Task, inputs: dict[str, Any]) -> ModelOutput:
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        chosen = self.choose(task)
+        if isinstance(chosen, list):
+            return self.join_samples({}, chosen)
+        if not hasattr(source_class(self.config.source_architecture), method):
+            raise ZipItError(f"A merge of {self.config.source_architecture} models has no {method}.")
+        if chosen is not None:
+            return getattr(self.branch(chosen), method)(**inputs)
+        outputs = []
+        with run_together() as memo:
+            for name in self.config.tasks:
+                memo.next_branch()
+                outputs.append(getattr(self.branch(name), method)(**inputs))
+        joint = side_by_side(outputs)
+        joint["pooler_output"] = joint_embedding([output.pooler_output for output in outputs])
+        return joint
+
+
+class ZipItLabelled(ZipItPreTrainedModel):
+    """Merged models with logits: joined class by class, or by vote where all tasks have the same classes."""
+
+    source_suffix: ClassVar[str]
+
+    def __init__(self, config: ZipItConfig) -> None:
+        fitting = merged_class(config.source_architecture)
+        if fitting is not type(self):
+            raise ZipItError(
+                f"A merge of {config.source_architecture} models is no {type(self).__name__} but a "
+                f"{fitting.__name__}; load it with {fitting.auto_class}."
+            )
+        super().__init__(config)
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        logits = [output["logits"] for output in outputs.values()]
+        joint = super().join(outputs)
+        voting = self.config.joint == "vote"
+        joint["logits"] = vote(logits, self.config.problem_type) if voting else torch.cat(logits, dim=-1)
+        return joint
+
+    def join_samples(self, outputs: dict[str, ModelOutput], sample_tasks: list[str]) -> ModelOutput:
+        """Joint classes with those of other tasks masked out; where all tasks have the same, the own task's logits."""
+        joint = self.join(outputs)
+        logits = {task: output["logits"] for task, output in outputs.items()}
+        if len(sample_tasks) != joint["logits"].shape[0]:
+            raise ZipItError(
+                f"{len(sample_tasks)} task names came with a batch of {joint['logits'].shape[0]} samples."
+            )
+        if self.config.joint == "vote":
+            joint["logits"] = pick(logits, sample_tasks)
+        else:
+            widths = {task: values.shape[-1] for task, values in logits.items()}
+            joint["logits"] = mask_foreign(joint["logits"], sample_tasks, self.config.offsets(), widths)
+        return joint
+
+
+class ZipItForImageClassification(ZipItLabelled):
+    """Merged image classifiers; logits `[batch, classes]`."""
+
+    source_suffix = "ForImageClassification"
+    auto_class = "AutoModelForImageClassification"
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, task: Task = None, **kwargs: Any
+    ) -> ModelOutput:
+        return self.compute(task, labels, {"pixel_values": pixel_values} | kwargs)
+
+
+class ZipItForText(ZipItLabelled):
+    """The signature that all text models share."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: Task = None,
+        **kwargs: Any,
+    ) -> ModelOutput:
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+        }
+        return self.compute(task, labels, inputs | kwargs)
+
+
+class ZipItForSequenceClassification(ZipItForText):
+    """Merged sequence classifiers; logits `[batch, classes]`."""
+
+    source_suffix = "ForSequenceClassification"
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class ZipItForTokenClassification(ZipItForText):
+    """Merged token classifiers; logits `[batch, tokens, classes]`."""
+
+    source_suffix = "ForTokenClassification"
+    auto_class = "AutoModelForTokenClassification"
+
+
+class ZipItForMaskedLM(ZipItForText):
+    """Merged masked language models of one vocabulary; joint logits are a vote, `[batch, tokens, vocabulary]`."""
+
+    source_suffix = "ForMaskedLM"
+    auto_class = "AutoModelForMaskedLM"
+
+
+MERGED_CLASSES: tuple[type[ZipItPreTrainedModel], ...] = (
+    ZipItForImageClassification,
+    ZipItForSequenceClassification,
+    ZipItForTokenClassification,
+    ZipItForMaskedLM,
+)
+
+
+def merged_class(source_architecture: str | None) -> type[ZipItPreTrainedModel]:
+    """The merged model's class for experts of this class, by the end of its name; `ZipItModel` for all others."""
+    name = source_architecture or ""
+    return next((found for found in MERGED_CLASSES if name.endswith(found.source_suffix)), ZipItModel)
+
+
+def build(config: ZipItConfig) -> ZipItPreTrainedModel:
+    """A merged model whose parameters mean nothing yet, to be filled by `load_state_dict` (strict)."""
+    with no_init_weights():  # drawing a whole model per task takes longer than filling it
+        return merged_class(config.source_architecture)._from_config(config)

@@ -1,0 +1,59 @@
+"""Skeletons: empty models of the experts' class, one for every task, with that task's labels and nothing tied."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import ZipItError
+from .configuration import ZipItConfig
+
+
+def source_class(architecture: str | None) -> type[PreTrainedModel]:
+    """The class of that name in `transformers`.
+
+    Raises:
+        ZipItError: there is none, or it is no model.
+    """
+    if not architecture:
+        raise ZipItError("The configuration has no source_architecture; name the experts' class in transformers.")
+    found = getattr(transformers, architecture, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        names = {name.lower(): name for name in dir(transformers)}
+        close = difflib.get_close_matches(architecture.lower(), names, n=1)
+        hint = f"; did you mean '{names[close[0]]}'?" if close else "."
+        raise ZipItError(
+            f"The source architecture '{architecture}' is no model of transformers {transformers.__version__}{hint}"
+        )
+    return found
+
+
+def skeleton(config: ZipItConfig, task: str) -> PreTrainedModel:
+    """A model of the source class with the task's labels; its weights mean nothing."""
+    return source_class(config.source_architecture)(skeleton_config(config, task))
+
+
+def skeleton_config(config: ZipItConfig, task: str) -> PreTrainedConfig:
+    """The source configuration (a copy) with the task's labels, plain outputs and no tied weights."""
+    if config.source_config is None:
+        raise ZipItError("The configuration has no source_config; give the experts' configuration.")
+    own = copy.deepcopy(config.source_config)
+    untie(own)
+    own.return_dict = True  # the merged model reads the fields of the branches' outputs
+    if labels := config.labels_of(task):
+        own.id2label, own.label2id = dict(labels), {name: key for key, name in labels.items()}
+    if config.problem_type is not None:
+        own.problem_type = config.problem_type
+    return own
+
+
+def untie(config: PreTrainedConfig) -> None:
+    """Heads stay apart from embeddings: one is the branch's, the other the trunk's, and their values differ."""
+    if getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            untie(inner)

@@ -1,0 +1,188 @@
+"""One trunk, many branches: several models of one class share modules, and every tensor is in the state dict once.
+
+A branch is a whole source model in which every shared module is replaced by a `Shared` stand-in. The stand-in calls
+the trunk's module but does not own it, so the module's tensors appear under `trunk.` only. In a joint forward
+(`run_together`) the first branch computes the shared modules, the others get the remembered outputs.
+
+What must hold: a joint forward runs every shared module once; its result equals running the branches one by one; and a
+deep copy of the model reads the copy's trunk.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..errors import ZipItError
+
+
+class Shared(nn.Module):
+    """Stand-in for a module of the trunk: calls it, or returns what it already returned in this joint forward.
+
+    Args:
+        trunk: the module that holds the shared modules under their paths.
+        path: which of them this is; `""` is the trunk itself.
+    """
+
+    def __init__(self, trunk: nn.Module, path: str) -> None:
+        super().__init__()
+        # Past nn.Module.__setattr__, which would register the trunk as a child and list its tensors once more here.
+        # Holding trunk and path, not the module, survives its replacement (quantisation, adapters).
+        self.__dict__["_trunk"] = trunk
+        self.path = path
+
+    @property
+    def target(self) -> nn.Module:
+        return self.__dict__["_trunk"].get_submodule(self.path)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        target = self.target
+        memo = _memo.get()
+        return target(*args, **kwargs) if memo is None else memo.recall(target, lambda: target(*args, **kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        # Parents read attributes of their children, such as `self.embeddings.patch_embeddings`.
+        if name == "_trunk" or name.startswith("__"):
+            raise AttributeError(name)  # half-built, as during unpickling: asking the trunk would never end
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.target, name)
+
+    def extra_repr(self) -> str:
+        return f"trunk.{self.path}"
+
+
+class Memo:
+    """What the shared modules returned in the joint forward that is running, by module and number of the call."""
+
+    def __init__(self) -> None:
+        self.outputs: dict[tuple[int, int], tuple[Any, list[int]]] = {}
+        self.calls: Counter[int] = Counter()
+
+    def next_branch(self) -> None:
+        """Every branch counts its calls from the start: a module may be called several times within one."""
+        self.calls.clear()
+
+    def recall(self, module: nn.Module, compute: Callable[[], Any]) -> Any:
+        key = (id(module), self.calls[id(module)])
+        self.calls[id(module)] += 1
+        known = self.outputs.get(key)
+        # A branch may have written into the tensor it got (`x += residual`): then compute it again.
+        if known is None or known[1] != versions(known[0]):
+            output = compute()
+            self.outputs[key] = (hand_out(output), versions(output))
+            return output
+        return hand_out(known[0])
+
+
+def hand_out(output: Any) -> Any:
+    """The same tensors in new containers, because models assign to fields of the outputs they get (CLIP's pooler).
+
+    Inference tensors do not count writes, so there everyone gets a copy.
+    """
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) and x.is_inference() else x, output)
+
+
+def versions(output: Any) -> list[int]:
+    """How often each tensor of an output was written to."""
+    return [x._version for x in tree_leaves(output) if isinstance(x, Tensor) and not x.is_inference()]
+
+
+# A ContextVar, so that threads that run the same model do not see each other's outputs.
+_memo: ContextVar[Memo | None] = ContextVar("hf_zipit_joint_forward", default=None)
+
+
+@contextmanager
+def run_together() -> Iterator[Memo]:
+    """Inside, shared modules are computed once. Call `next_branch()` of the memo before every branch."""
+    memo = Memo()
+    token = _memo.set(memo)
+    try:
+        yield memo
+    finally:
+        _memo.reset(token)
+
+
+def check_shared(model: nn.Module, shared: Sequence[str]) -> None:
+    """Every shared path must be a module of the source model, and none may lie inside another."""
+    known = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    for path in shared:
+        if path not in known:
+            raise ZipItError(f"The shared module '{path}' does not exist in {type(model).__name__}.")
+        for other in shared:
+            if path != other and (other == "" or path.startswith(f"{other}.")):
+                raise ZipItError(
+                    f"The shared module '{path}' lies inside '{other or 'the whole model'}'; name only the outer one."
+                )
+
+
+def take_trunk(model: nn.Module, shared: Sequence[str]) -> nn.Module:
+    """The shared modules of a source model under their paths in an otherwise empty module. `model` keeps them, too."""
+    if "" in shared:
+        return model
+    trunk = nn.Module()
+    for path in shared:
+        *parents, name = path.split(".")
+        node = trunk
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, nn.Module())
+            node = node._modules[parent]
+        node.add_module(name, model.get_submodule(path))
+    return trunk
+
+
+def make_branch(model: nn.Module, trunk: nn.Module, shared: Sequence[str]) -> nn.Module:
+    """The source model with its shared modules replaced by stand-ins for the trunk's (in place, dropping its own)."""
+    if "" in shared:
+        return Shared(trunk, "")
+    for path in shared:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Shared(trunk, path))
+    return model
+
+
+def resize(trunk: nn.Module, shapes: dict[str, Sequence[int]]) -> None:
+    """Give trunk tensors other shapes (wider or narrower merged layers), with the sizes their modules write down.
+
+    New tensors are uninitialised; modules that were initialised are marked to be initialised again.
+    """
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            module = trunk.get_submodule(path)
+            old = getattr(module, leaf)
+        except AttributeError:
+            raise ZipItError(f"trunk_shapes names '{name}', which is no tensor of the trunk.") from None
+        new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
+        if isinstance(old, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            module._buffers[leaf] = new
+        write_down_sizes(module)
+        module._is_hf_initialized = False
+
+
+def write_down_sizes(module: nn.Module) -> None:
+    """Make the sizes that torch's layers keep as attributes those of their weights."""
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, nn.LayerNorm) and weight is not None:
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.modules.batchnorm._NormBase) and weight is not None:
+        module.num_features = weight.shape[0]
+    elif isinstance(module, nn.GroupNorm) and weight is not None:
+        module.num_channels = weight.shape[0]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups

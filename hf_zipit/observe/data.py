@@ -1,0 +1,254 @@
+"""Calibration data of any usual kind -> batches of a model's inputs.
+
+What is taken, per task (`{"clothes": data, "shoes": data}`) or as one collection for all tasks:
+
+- a `datasets.Dataset` or `IterableDataset`, with prepared columns (`pixel_values`, `input_ids`, ...) or with an
+  `image` or `text` column and the `processor` (image processor, tokenizer or both in one) that prepares it;
+- a `torch.utils.data.DataLoader`, or any other iterable of batches (dicts of tensors, tensors, or tuples of which the
+  first is the input);
+- a tensor or numpy array of the model's main input, or a dict of tensors;
+- a list, or a `torch` dataset, of samples (dicts, tensors, or tuples of which the first is the input).
+
+What must hold: the order is the same in every pass and every process. The tasks take turns, so that any first part of
+the batches covers all of them. A batch is prepared when its inputs are read: a process that skips it pays nothing for
+it. Labels are dropped: nothing here may learn from them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data import IterableDataset as TorchIterableDataset
+
+from hf_zipit.errors import DataError
+from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, Columns, ModelInputs, prepare
+
+# How many axes a batch of these inputs has: tells a list of batches from a list of samples.
+_BATCH_AXES = {"pixel_values": 4, "input_ids": 2, "input_values": 2, "input_features": 3, "inputs_embeds": 3}
+
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """Inputs of the model for some samples of one task.
+
+    Attributes:
+        task: the task that the samples belong to; None for one collection for all tasks.
+    """
+
+    task: str | None
+    _prepare: Callable[[], dict[str, Tensor]] = field(repr=False)
+
+    @cached_property
+    def inputs(self) -> dict[str, Tensor]:
+        """The model's keyword arguments: tensors `[samples, ...]`, prepared when first read."""
+        return self._prepare()
+
+    @property
+    def samples(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+
+def calibration_batches(
+    calibration: Any,
+    model: nn.Module,
+    tasks: Sequence[str],
+    *,
+    processor: Any = None,
+    batch_size: int = 32,
+) -> Iterator[CalibrationBatch]:
+    """Batches of at most `batch_size` samples, the tasks taking turns.
+
+    Args:
+        calibration: see the module's docstring.
+        model: an expert; says which inputs there are.
+        tasks: the experts' tasks.
+        processor: image processor, tokenizer or processor, for raw images and texts.
+        batch_size: larger batches of a `DataLoader` or iterable are split, smaller ones are left.
+
+    Raises:
+        DataError: if there is no data (of a task), a task is unknown or missing, or the columns are not the model's.
+    """
+    if batch_size < 1:
+        raise DataError(f"The batch size must be at least 1, not {batch_size}.")
+    inputs = ModelInputs.of(model)
+    sources = _by_task(calibration, inputs, tasks)
+    streams = {task: _raw_batches(data, inputs.main, batch_size, _name(task)) for task, data in sources.items()}
+    started = set()
+    while streams:
+        for task, stream in list(streams.items()):
+            load = next(stream, None)
+            if load is not None:
+                started.add(task)
+                yield CalibrationBatch(task, partial(prepare, load, inputs, processor, _name(task)))
+            elif task in started:
+                del streams[task]
+            else:
+                raise DataError(f"There is no calibration data{_name(task)}: it is empty.")
+
+
+def count_batches(calibration: Any, model: nn.Module, tasks: Sequence[str], batch_size: int) -> int | None:
+    """How many batches there will be, where that can be told without reading them."""
+    inputs = ModelInputs.of(model)
+    counts = [_count(data, inputs.main, batch_size) for data in _by_task(calibration, inputs, tasks).values()]
+    return None if None in counts else sum(counts)
+
+
+def _name(task: str | None) -> str:
+    return "" if task is None else f" for the task {task!r}"
+
+
+def _by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
+    if calibration is None:
+        raise DataError("There is no calibration data: give some unlabelled inputs of every task.")
+    if not isinstance(calibration, Mapping):
+        return {None: calibration}
+    raw = (*IMAGE_COLUMNS, *TEXT_COLUMNS)
+    if not any(task in calibration for task in tasks) and any(_is_input(n, inputs, raw) for n in calibration):
+        return {None: calibration}
+    if unknown := [name for name in calibration if name not in tasks]:
+        raise DataError(
+            f"The calibration data has entries {unknown}, but the experts' tasks are {list(tasks)} "
+            f"and the model's input is {inputs.expected()}."
+        )
+    if missing := [task for task in tasks if task not in calibration]:
+        raise DataError(
+            f"There is no calibration data for the tasks {missing}: give data for every task, or one "
+            "collection for all of them."
+        )
+    return {task: calibration[task] for task in tasks}
+
+
+def _is_input(name: str, inputs: ModelInputs, raw: Sequence[str]) -> bool:
+    return name in raw or (name in inputs.accepted if inputs.accepted is not None else name == inputs.main)
+
+
+# --- collections -> raw batches: callables that give the columns of one batch ---
+
+
+def _raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable[[], Columns]]:
+    if isinstance(data, (Tensor, np.ndarray)):
+        data = {main: data}
+    if isinstance(data, Mapping):
+        return _slices(partial(_rows_of_columns, dict(data)), _column_length(data, name), size)
+    if _is_from_datasets(data, "Dataset"):
+        return _slices(lambda start, stop: data[start:stop], len(data), size)
+    if _is_from_datasets(data, "IterableDataset"):
+        return (partial(dict, batch) for batch in data.iter(size))
+    if isinstance(data, DataLoader):
+        return _split(_seeded(_plain_loader(data, name)), main, size, name)
+    if isinstance(data, TorchIterableDataset):
+        return (partial(_collate, samples, main) for samples in _chunks(data, size))
+    if isinstance(data, (str, bytes)) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+        raise DataError(
+            f"The calibration data{name} is of type {type(data).__name__}; give a Dataset, a DataLoader, tensors, "
+            "samples or batches."
+        )
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not (len(data) and _is_batch(data[0], main)):
+        return _slices(lambda start, stop: _collate([data[i] for i in range(start, stop)], main), len(data), size)
+    return _split(data, main, size, name)
+
+
+def _count(data: Any, main: str, size: int) -> int | None:
+    if isinstance(data, Mapping):
+        data = next(iter(data.values()), ())
+    if isinstance(data, (list, tuple)) and data and _is_batch(data[0], main):
+        return None
+    if isinstance(data, DataLoader):
+        return len(data) if hasattr(data.dataset, "__len__") and (data.batch_size or size + 1) <= size else None
+    return -(-len(data) // size) if hasattr(data, "__len__") else None
+
+
+def _is_from_datasets(data: Any, name: str) -> bool:
+    # Whoever has one of its objects has imported it; importing it for the others would take a second.
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(data, getattr(datasets, name))
+
+
+def _slices(load: Callable[[int, int], Columns], length: int, size: int) -> Iterator[Callable[[], Columns]]:
+    return (partial(load, start, min(start + size, length)) for start in range(0, length, size))
+
+
+def _rows_of_columns(columns: Columns, start: int, stop: int) -> Columns:
+    return {name: values[start:stop] for name, values in columns.items()}
+
+
+def _column_length(columns: Mapping[str, Any], name: str) -> int:
+    try:
+        lengths = {column: len(values) for column, values in columns.items()}
+    except TypeError as error:
+        raise DataError(f"A column of the calibration data{name} is no sequence of samples: {error}.") from error
+    if len(set(lengths.values())) > 1:
+        raise DataError(f"The columns of the calibration data{name} have different numbers of samples: {lengths}.")
+    return next(iter(lengths.values()), 0)
+
+
+def _split(batches: Iterable[Any], main: str, size: int, name: str) -> Iterator[Callable[[], Columns]]:
+    for batch in batches:
+        if isinstance(batch, Mapping):
+            columns = dict(batch)
+        elif isinstance(batch, (tuple, list)) and batch:
+            columns = {main: batch[0]}
+        elif isinstance(batch, (Tensor, np.ndarray)):
+            columns = {main: batch}
+        else:
+            raise DataError(
+                f"A batch of the calibration data{name} is of type {type(batch).__name__}; it must be a dict."
+            )
+        yield from _slices(partial(_rows_of_columns, columns), _column_length(columns, name), size)
+
+
+def _plain_loader(loader: DataLoader, name: str) -> DataLoader:
+    """The loader, unless accelerate has prepared it: that shares batches out itself, and repeats samples."""
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+    from accelerate.state import PartialState
+
+    if isinstance(loader, (DataLoaderShard, DataLoaderDispatcher)) and PartialState().num_processes > 1:
+        raise DataError(f"The DataLoader{name} was prepared by accelerate: give the plain one, it is shared out here.")
+    return loader
+
+
+def _seeded(loader: DataLoader) -> Iterator[Any]:
+    """A loader's batches; one that shuffles does so in the same order every time, in every process.
+
+    Its order is drawn from torch's global generator when the first batch is asked for.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        batches = iter(loader)
+        first = list(islice(batches, 1))
+    yield from first
+    yield from batches
+
+
+def _chunks(samples: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(samples)
+    while chunk := list(islice(iterator, size)):
+        yield chunk
+
+
+def _collate(samples: Sequence[Any], main: str) -> Columns:
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return {name: [sample[name] for sample in samples if name in sample] for name in first}
+    if isinstance(first, (tuple, list)) and first and isinstance(first[0], (Tensor, np.ndarray)):
+        return {main: [sample[0] for sample in samples]}
+    if isinstance(first, str):
+        return {"text": list(samples)}
+    if hasattr(first, "convert"):  # a PIL image
+        return {"image": list(samples)}
+    return {main: list(samples)}
+
+
+def _is_batch(first: Any, main: str) -> bool:
+    """Whether the first element of a list is a batch already. An input of unknown shape counts as a sample."""
+    columns = first if isinstance(first, Mapping) else {main: first}
+    return any(np.ndim(columns[n]) >= axes for n, axes in _BATCH_AXES.items() if hasattr(columns.get(n), "ndim"))

@@ -1,0 +1,58 @@
+"""Fingerprints: sha256 over weights and calibration batches, so that saved moments are only used where they belong.
+
+Weights and data are hashed tensor by tensor as they are read; nothing is copied as a whole. Names, dtypes and shapes
+are hashed with the bytes; an expert's task is not: the same expert under another name keeps its fingerprint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+
+
+def fingerprint_experts(experts: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The sha256 of every expert's parameters and persistent buffers, by task.
+
+    One module is read at a time, so that a model with offloaded weights (`device_map`) is never loaded as a whole.
+    """
+    return {task: _fingerprint_module(expert) for task, expert in experts.items()}
+
+
+def digest_tensors(tensors: Iterable[tuple[str, Tensor]], label: str = "") -> str:
+    """The sha256 of named tensors in the order given, and of `label`."""
+    digest = hashlib.sha256(label.encode())
+    for name, tensor in tensors:
+        _update(digest, name, tensor)
+    return digest.hexdigest()
+
+
+def digest_strings(parts: Iterable[str]) -> str:
+    """The sha256 of strings in the order given."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _fingerprint_module(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for path, module in model.named_modules():
+        # Offloaded weights are on the meta device outside this context.
+        with align_module_device(module):
+            persistent = ((n, b) for n, b in module.named_buffers(recurse=False) if n not in _transient(module))
+            for name, tensor in chain(module.named_parameters(recurse=False), persistent):
+                _update(digest, f"{path}.{name}", tensor)
+    return digest.hexdigest()
+
+
+def _transient(module: nn.Module) -> set[str]:
+    """Names of the buffers that `state_dict` leaves out: they follow from the configuration."""
+    return module._non_persistent_buffers_set
+
+
+def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    # Seen as bytes: numpy knows neither bfloat16 nor float8.
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,141 @@
+"""Columns of calibration data -> the tensors that a model's forward takes.
+
+What a model takes is read from its signature, its `main_input_name` and its configuration. Columns that it does not
+take are dropped, labels among them: nothing here may learn from labels. Raw images and texts go through the processor;
+sequences of different length are padded per batch, with an attention mask.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_zipit.errors import DataError
+
+Columns = dict[str, Any]
+
+IMAGE_COLUMNS = ("image", "img", "images")
+TEXT_COLUMNS = ("text", "sentence")
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """What a model's forward takes. `accepted` is None where it takes any keyword."""
+
+    architecture: str
+    main: str
+    accepted: frozenset[str] | None
+    required: tuple[str, ...]
+    pad: int
+    channels: int | None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ModelInputs:
+        # The class's forward: accelerate wraps the instance's.
+        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and not is_label(p.name)]
+        config = getattr(model, "config", None)
+        return cls(
+            architecture=type(model).__name__,
+            main=getattr(model, "main_input_name", None) or (named[0].name if named else "inputs"),
+            accepted=frozenset(p.name for p in named) or None,
+            required=tuple(p.name for p in named if p.default is p.empty),
+            pad=getattr(config, "pad_token_id", None) or 0,
+            channels=getattr(config, "num_channels", None),
+        )
+
+    def takes(self, name: str) -> bool:
+        return not is_label(name) and (self.accepted is None or name in self.accepted)
+
+    def expected(self) -> str:
+        return ", ".join(dict.fromkeys((self.main, *self.required)))
+
+
+def is_label(name: str) -> bool:
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
+def prepare(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, name: str) -> dict[str, Tensor]:
+    """Load the columns of one batch and make the model's inputs of them: tensors `[samples, ...]`.
+
+    Raises:
+        DataError: if the model's input is not among the columns and cannot be made of them.
+    """
+    columns = load()
+    ready = {column: values for column, values in columns.items() if inputs.takes(column)}
+    if inputs.main not in ready and processor is not None:
+        processed = _process(columns, processor, inputs, name)
+        ready |= {column: values for column, values in processed.items() if inputs.takes(column)}
+    if not ready or any(required not in ready for required in inputs.required):
+        raise DataError(
+            f"The calibration data{name} has the columns {sorted(columns)}, but {inputs.architecture} reads "
+            f"{inputs.expected()}: rename a column, or give an 'image' or 'text' column and its processor."
+        )
+    return _tensors(ready, inputs, name)
+
+
+def _process(columns: Columns, processor: Any, inputs: ModelInputs, name: str) -> Mapping[str, Any]:
+    """Run an image processor, a tokenizer or both in one on the raw columns that it understands."""
+    parameters = inspect.signature(processor).parameters
+    arguments: Columns = {}
+    if "images" in parameters and (column := _first(columns, IMAGE_COLUMNS)):
+        arguments["images"] = [_in_channels(image, inputs.channels) for image in columns[column]]
+    if "text" in parameters and (column := _first(columns, TEXT_COLUMNS)):
+        arguments |= {"text": list(columns[column]), "padding": True, "truncation": True}
+    if not arguments:
+        return {}
+    try:
+        return processor(**arguments, return_tensors="pt")
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{type(processor).__name__} cannot prepare the calibration data{name}: {error}") from error
+
+
+def _first(columns: Columns, names: Sequence[str]) -> str | None:
+    return next((name for name in names if name in columns), None)
+
+
+def _in_channels(image: Any, channels: int | None) -> Any:
+    """Grey or palette images as RGB, unless the model reads one channel: image processors take them as they are."""
+    return image.convert("RGB") if channels != 1 and getattr(image, "mode", "RGB") != "RGB" else image
+
+
+def _tensors(columns: Columns, inputs: ModelInputs, name: str) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for column, values in columns.items():
+        pad = inputs.pad if column == "input_ids" else 0
+        try:
+            tensor, lengths = _tensor(values, pad)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"The column {column!r} of the calibration data{name} is no tensor: {error}") from error
+        tensors[column] = tensor
+        if column == "input_ids" and lengths is not None and inputs.takes("attention_mask"):
+            mask = torch.arange(tensor.shape[1]) < torch.tensor(lengths)[:, None]
+            tensors.setdefault("attention_mask", mask.long())
+    return tensors
+
+
+def _tensor(values: Any, pad: int) -> tuple[Tensor, list[int] | None]:
+    """Values as one tensor; sequences of different length are padded, and their lengths are told."""
+    lengths = None
+    if isinstance(values, Tensor):
+        tensor = values
+    elif isinstance(values, np.ndarray) and values.dtype != object:
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+    else:
+        rows = [v if isinstance(v, Tensor) else torch.as_tensor(np.asarray(v)) for v in values]
+        if len({row.shape for row in rows}) > 1 and all(row.ndim == 1 for row in rows):
+            lengths = [len(row) for row in rows]
+            tensor = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad)
+        else:
+            tensor = torch.stack(rows)
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
+    elif tensor.dtype in (torch.int8, torch.int16, torch.int32):
+        tensor = tensor.long()  # what embeddings take
+    return tensor, lengths

@@ -1,0 +1,349 @@
+"""Moments: count, mean and second moment of the experts' concatenated features, per product of spaces.
+
+The features of T experts on the *same* inputs are put side by side, `[rows, T*d]`, expert by expert. Their population
+covariance and correlation are all that activation matching needs (ZipIt, arXiv 2305.03053, section 4), and they are
+functions of three sums that add across batches, processes and files. So one streaming pass is enough.
+
+Accuracy: blocks of a bounded number of rows are centred by the mean of the first block, multiplied in float32 and
+summed in float64. Uncentred, a unit of mean 1000 and variance 1 would lose its variance to float32's 24 bits.
+
+A product that can be observed in several places (the residual stream after every block) has sums of its own for every
+probe. Its correlation is the *equal-weight average of the probes' correlations*: pooled, the layer with the largest
+activations would drown the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
+from hf_zipit.observe.fingerprint import digest_strings
+from hf_zipit.symmetry.spec import ProductKey
+
+BLOCK_ROWS = 4096
+"""Rows that are multiplied in float32 before they are added in float64."""
+
+NARROW = 256
+"""Up to this width T*d the blocks are multiplied in float64 on the CPU: it costs nothing there and is exact."""
+
+FLOOR = 1e-7
+"""Smallest divisor of a correlation, as in the published code."""
+
+DEAD = 1e-6
+"""A unit is dead when its standard deviation is at most this share of its mean: constant, for float32."""
+
+_FORMAT = "hf_zipit.moments/1"
+
+
+@dataclass(eq=False)
+class Sums:
+    """Count, sum and second moment of rows `[rows, D]`, all about one `shift`.
+
+    Attributes:
+        count: n, the number of rows.
+        shift: `[D]` float64, subtracted from every row before it is summed.
+        total: `[D]` float64, sum of `x - shift`.
+        second: `[D, D]` float64, sum of `(x - shift)(x - shift)^T`.
+    """
+
+    count: int
+    shift: Tensor
+    total: Tensor
+    second: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device | str = "cpu") -> Sums:
+        zeros = torch.zeros(width, dtype=torch.float64, device=device)
+        return cls(0, zeros, zeros.clone(), torch.zeros(width, width, dtype=torch.float64, device=device))
+
+    def add(self, rows: Tensor) -> None:
+        """Add float32 rows `[rows, D]`; they may lie on another device than the sums."""
+        for block in rows.split(BLOCK_ROWS):
+            if self.count == 0:
+                # Rounded to float32, so that subtracting it from float32 rows makes the same shift exactly.
+                self.shift = block.mean(0, dtype=torch.float64).float().double().to(self.total.device)
+            if block.device.type == "cpu" and block.shape[1] <= NARROW:
+                block = block.double()
+            centred = block - self.shift.to(block)
+            self.count += len(block)
+            self.total += centred.sum(0).to(self.total.device)
+            self.second += (centred.T @ centred).to(self.second.device)
+
+    def about(self, shift: Tensor) -> Sums:
+        """The same sums about another shift."""
+        step = self.shift - shift
+        total = self.total + self.count * step
+        # sum (x - s + e)(x - s + e)^T = second + total e^T + e total'^T, with total' the total about the new shift.
+        second = self.second + torch.outer(self.total, step) + torch.outer(step, total)
+        return Sums(self.count, shift, total, second)
+
+    def __add__(self, other: Sums) -> Sums:
+        if other.count == 0 or self.count == 0:
+            return self.copy() if other.count == 0 else other.copy()
+        other = other.about(self.shift)
+        return Sums(self.count + other.count, self.shift.clone(), self.total + other.total, self.second + other.second)
+
+    def copy(self) -> Sums:
+        return Sums(self.count, self.shift.clone(), self.total.clone(), self.second.clone())
+
+    def to(self, device: torch.device | str) -> Sums:
+        return Sums(self.count, self.shift.to(device), self.total.to(device), self.second.to(device))
+
+    def take(self, units: Tensor) -> Sums:
+        """The sums of some units, in the order given."""
+        return Sums(self.count, self.shift[units], self.total[units], self.second[units][:, units])
+
+    def mean(self) -> Tensor:
+        return self.shift + self.total / self.count
+
+    def covariance(self) -> Tensor:
+        centre = self.total / self.count
+        covariance = self.second / self.count - torch.outer(centre, centre)
+        return (covariance + covariance.T) / 2
+
+    def dead(self) -> Tensor:
+        """`[D]` bool: units that are constant as far as float32 can tell."""
+        return self.variance() <= (DEAD * self.mean()).square()
+
+    def correlation(self) -> Tensor:
+        alive = ~self.dead()
+        std = self.variance().sqrt()
+        correlation = self.covariance() / torch.outer(std, std).clamp_min(FLOOR)
+        return correlation * torch.outer(alive, alive)
+
+    def variance(self) -> Tensor:
+        return (self.second.diagonal() / self.count - (self.total / self.count).square()).clamp_min(0)
+
+
+@dataclass(eq=False)
+class Moments:
+    """What the units of T experts do on the same inputs: sums per product of spaces and per probe.
+
+    Matrices are `[T*d, T*d]` and vectors `[T*d]`, both float64; the units stand expert by expert, in the order of
+    `tasks`. Methods that take a `probe` look at that place alone; without one they combine all probes of the product.
+    They raise `SpecError` for a product that was not observed.
+
+    Attributes:
+        tasks: the experts, in order.
+        sums: the sums by product and probe.
+        fingerprint: what was observed: `experts` (sha256 by task), `data` (sha256), `samples`, `seed`, `share` and the
+            library's `version`.
+        device: where sums are added up.
+    """
+
+    tasks: tuple[str, ...]
+    sums: dict[ProductKey, dict[str, Sums]] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    device: torch.device | str = "cpu"
+
+    def add(self, key: ProductKey, features: Sequence[Tensor], probe: str = "") -> None:
+        """Add rows: one tensor `[rows, d]` per expert, of the same inputs in the same order.
+
+        Raises:
+            ExpertError: if the experts' features have different shapes.
+        """
+        shapes = {task: tuple(f.shape) for task, f in zip(self.tasks, features, strict=True)}
+        if len(set(shapes.values())) > 1:
+            raise ExpertError(f"The experts' features at {probe or key} have different shapes: {shapes}.")
+        if len({f.device for f in features}) > 1:  # experts that a device_map has placed differently
+            features = [f.cpu() for f in features]
+        rows = torch.cat([f.float() for f in features], dim=1)
+        found = self.sums.setdefault(key, {})
+        if probe not in found:
+            found[probe] = Sums.empty(rows.shape[1], self.device)
+        found[probe].add(rows)
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both passes' data together: a new object, as if one pass had seen all of it.
+
+        Raises:
+            DataError: if the moments are of other tasks or other experts.
+        """
+        if self.tasks != other.tasks:
+            raise DataError(f"Moments of the tasks {list(self.tasks)} and of {list(other.tasks)} cannot be added.")
+        _check_experts(self.fingerprint.get("experts"), other.fingerprint.get("experts"), "The moments to be added")
+        sums = {key: dict(found) for key, found in self.sums.items()}
+        for key, found in other.sums.items():
+            for probe, values in found.items():
+                mine = sums.setdefault(key, {}).get(probe)
+                sums[key][probe] = values.copy() if mine is None else mine + values
+        return Moments(self.tasks, sums, _merge_fingerprints(self.fingerprint, other.fingerprint), self.device)
+
+    def select(self, tasks: Sequence[str]) -> Moments:
+        """The moments of some of the experts, in another order if need be, on the same data.
+
+        Raises:
+            DataError: if one of the tasks was not observed.
+        """
+        if missing := [task for task in tasks if task not in self.tasks]:
+            raise DataError(f"The moments are of the tasks {list(self.tasks)}; {missing} were not observed.")
+        places = torch.tensor([self.tasks.index(task) for task in tasks])
+        sums: dict[ProductKey, dict[str, Sums]] = {}
+        for key, found in self.sums.items():
+            units = torch.arange(self.size(key) * len(self.tasks)).reshape(len(self.tasks), -1)[places].reshape(-1)
+            sums[key] = {probe: values.take(units) for probe, values in found.items()}
+        experts = self.fingerprint.get("experts", {})
+        fingerprint = {**self.fingerprint, "experts": {task: experts[task] for task in tasks if task in experts}}
+        return Moments(tuple(tasks), sums, fingerprint)
+
+    def keys(self) -> tuple[ProductKey, ...]:
+        """The products that were observed."""
+        return tuple(self.sums)
+
+    def probes(self, key: ProductKey) -> tuple[str, ...]:
+        """Where a product was observed, as `module:where:axis`."""
+        if key not in self.sums:
+            raise SpecError(f"There are no moments of {' x '.join(key)}; observed were {self._observed()}.")
+        return tuple(self.sums[key])
+
+    def size(self, key: ProductKey) -> int:
+        """d, the units of one expert."""
+        return self._of(key)[0].total.numel() // len(self.tasks)
+
+    def count(self, key: ProductKey, probe: str | None = None) -> int:
+        """The number of rows, summed over the probes."""
+        return sum(values.count for values in self._of(key, probe))
+
+    def mean(self, key: ProductKey, probe: str | None = None) -> Tensor:
+        """`[T*d]`; over several probes, the mean of their means."""
+        return _average([values.mean() for values in self._of(key, probe)])
+
+    def std(self, key: ProductKey, probe: str | None = None) -> Tensor:
+        """`[T*d]`: the root of the covariance's diagonal."""
+        return _average([values.variance() for values in self._of(key, probe)]).sqrt()
+
+    def covariance(self, key: ProductKey, probe: str | None = None) -> Tensor:
+        """Population covariance `[T*d, T*d]`, exactly symmetric; over several probes, see `pooled_covariance`."""
+        return _average([values.covariance() for values in self._of(key, probe)])
+
+    def pooled_covariance(self, key: ProductKey) -> Tensor:
+        """The equal-weight mean of the probes' covariances, for methods that need scales and not only correlations.
+
+        It is taken *within* probes: a unit whose mean drifts from layer to layer does not vary by that.
+        """
+        return self.covariance(key)
+
+    def correlation(self, key: ProductKey, probe: str | None = None) -> Tensor:
+        """R = C / max(s s^T, 1e-7), `[T*d, T*d]`; over several probes, the equal-weight mean of their correlations.
+
+        A dead unit has correlation 0 with everything, itself included.
+        """
+        return _average([values.correlation() for values in self._of(key, probe)])
+
+    def dead(self, key: ProductKey, probe: str | None = None) -> Tensor:
+        """`[T*d]` bool: the units that are constant at every probe."""
+        return torch.stack([values.dead() for values in self._of(key, probe)]).all(0)
+
+    def to(self, device: torch.device | str) -> Moments:
+        sums = {key: {probe: values.to(device) for probe, values in found.items()} for key, found in self.sums.items()}
+        return Moments(self.tasks, sums, self.fingerprint, device)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file; it replaces an older one only when it is complete.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        path = Path(path)
+        entries, tensors = [], {}
+        for key, found in self.sums.items():
+            for probe, values in found.items():
+                for name in ("shift", "total", "second"):
+                    tensors[f"{len(entries)}.{name}"] = getattr(values, name).cpu().contiguous()
+                entries.append({"key": list(key), "probe": probe, "count": values.count})
+        header = {"format": _FORMAT, "tasks": self.tasks, "fingerprint": self.fingerprint, "sums": entries}
+        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
+            os.replace(beside, path)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"The moments cannot be written to {path}: {error}.") from error
+        finally:
+            beside.unlink(missing_ok=True)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path, experts: Mapping[str, str] | None = None) -> Moments:
+        """Read a file of `save`.
+
+        Args:
+            path: the file.
+            experts: what `fingerprint_experts` says of the experts to be merged. Given, the moments are checked to be
+                theirs and come back in their order.
+
+        Raises:
+            DataError: if there is no such file, it is no moments file, or it was taken from other experts.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise DataError(f"There is no moments file at {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["hf_zipit"])
+                if header["format"] != _FORMAT:
+                    raise DataError(f"{path} has the format {header['format']}; this version reads {_FORMAT}.")
+                moments = cls(tuple(header["tasks"]), {}, header["fingerprint"])
+                for i, entry in enumerate(header["sums"]):
+                    tensors = (file.get_tensor(f"{i}.{name}") for name in ("shift", "total", "second"))
+                    found = moments.sums.setdefault(tuple(entry["key"]), {})
+                    found[entry["probe"]] = Sums(entry["count"], *tensors)
+        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise DataError(f"{path} is not a complete moments file: {error}.") from error
+        if experts is None:
+            return moments
+        _check_experts(moments.fingerprint.get("experts"), experts, f"The moments in {path}")
+        return moments if moments.tasks == tuple(experts) else moments.select(tuple(experts))
+
+    def _of(self, key: ProductKey, probe: str | None = None) -> list[Sums]:
+        probes = self.probes(key)
+        if probe is not None and probe not in probes:
+            raise SpecError(f"{' x '.join(key)} was not observed at {probe}; its probes are {list(probes)}.")
+        found = {name: self.sums[key][name] for name in (probes if probe is None else (probe,))}
+        if empty := [name for name, values in found.items() if values.count == 0]:
+            raise SpecError(f"{' x '.join(key)} has no rows at {empty[0]}: nothing was observed there.")
+        return list(found.values())
+
+    def _observed(self) -> list[str]:
+        return [" x ".join(key) for key in self.sums]
+
+
+def _average(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:  # not stacked: a space of 6,144 units has 300 MB per probe
+        total = total + tensor
+    return total / len(tensors)
+
+
+def _check_experts(found: Mapping[str, str] | None, expected: Mapping[str, str] | None, what: str) -> None:
+    if found is None or expected is None:
+        return
+    if set(found) != set(expected):
+        raise DataError(f"{what} are of the tasks {sorted(found)}, not of {sorted(expected)}: observe again.")
+    if changed := [task for task in expected if found[task] != expected[task]]:
+        raise DataError(f"{what} are of other experts: the weights of {changed} differ, so observe again.")
+
+
+def _merge_fingerprints(one: dict[str, Any], two: dict[str, Any]) -> dict[str, Any]:
+    """What both passes agree on stays; counts of samples add, other differences are listed."""
+    merged: dict[str, Any] = {}
+    for name in sorted({*one, *two}):
+        a, b = one.get(name), two.get(name)
+        if name == "samples":
+            merged[name] = (a or 0) + (b or 0)
+        elif name == "experts":
+            merged[name] = a or b
+        elif name == "data":
+            merged[name] = digest_strings(sorted(str(x) for x in (a, b)))
+        else:
+            merged[name] = a if a == b else [a, b]
+    return merged

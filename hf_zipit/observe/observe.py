@@ -1,0 +1,304 @@
+"""The streaming pass: every batch through all experts, and what their units do into `Moments`.
+
+All experts see the same inputs, whichever task these belong to: only so can their units be compared (ZipIt, arXiv
+2305.03053). Moments add, so that the batches can be shared out among the processes that `accelerate` starts, and be
+summed once at the end: process r takes the batches i with i mod processes = r. Every sample counts exactly once.
+
+A rehearsal on two samples comes first. It finds wrong data and silent probes before the long pass, in every process
+alike, and counts what a forward pass costs, from which the share of rows follows: the moments of a space of d units
+take (T d)^2 multiply-accumulates a row, and the pass must not cost more than the forward passes it rides on.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+
+from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError, ZipItError
+from hf_zipit.observe.data import CalibrationBatch, calibration_batches, count_batches
+from hf_zipit.observe.fingerprint import digest_strings, digest_tensors, fingerprint_experts
+from hf_zipit.observe.moments import Moments, Sums
+from hf_zipit.observe.record import Choose, Recorder, choose_share, keep_all, probe_name
+from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
+
+REHEARSAL_SAMPLES = 2
+MINIMUM_ROWS = 64
+"""With `share="auto"`, rows of a probe and batch that are kept whatever they cost."""
+
+FORWARD_SHARE = 0.5
+"""With `share="auto"`, what the moments may cost, as a share of the forward passes."""
+
+
+def observe(
+    spec: MergeSpec,
+    experts: Mapping[str, nn.Module],
+    calibration: Any,
+    *,
+    keys: Iterable[ProductKey] | None = None,
+    processor: Any = None,
+    batch_size: int = 32,
+    accelerator: Accelerator | None = None,
+    share: float | Literal["auto"] = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> Moments:
+    """Run the experts over calibration data and gather the moments of every observable product of spaces.
+
+    The experts come back as they were: on their device, in their training mode, without hooks.
+
+    Args:
+        spec: the experts' architecture; its probes say where to look.
+        experts: the models by task. Those placed by a `device_map` stay where they are.
+        calibration: unlabelled inputs, see `hf_zipit.observe.data`; every process must be given the same.
+        keys: the products to observe; all that have a probe by default.
+        processor: image processor, tokenizer or processor, for raw images and texts.
+        batch_size: samples per forward pass.
+        accelerator: where to run; made if none is given.
+        share: share of the rows (tokens, positions) of every batch that is used, in (0, 1]; `"auto"` takes as many as
+            cost half as much as the forward passes, and at least 64 rows of every probe and batch.
+        seed: of the choice of rows. The same seed and data give the same moments for any number of processes, up to
+            rounding.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        DataError: if the data is empty, of unknown tasks, or not what the model takes.
+        ExpertError: if an expert's features are NaN or infinite, or differ in shape from the others'.
+        SpecError: if a probe does not exist or never fires.
+        RecipeError: if `share` is not in (0, 1].
+    """
+    _check_share(share)
+    if not experts:
+        raise ExpertError("There are no experts to observe.")
+    accelerator = accelerator or Accelerator()
+    products = _products(spec, keys)
+    tasks, reader = tuple(experts), next(iter(experts.values()))
+    fingerprint = {"experts": fingerprint_experts(experts)}
+
+    batches = calibration_batches(calibration, reader, tasks, processor=processor, batch_size=batch_size)
+    total = count_batches(calibration, reader, tasks, batch_size)
+    recorder = Recorder({probe: spec.size(key) for key, found in products.items() for probe in found})
+    # Not inference_mode: buffers that a model makes on its first pass would be of no use to a later training.
+    with _placed(experts, accelerator.device), recorder.attached(experts), torch.no_grad():
+        first = next(batches)  # an empty collection raises here
+        affordable = _rehearse(recorder, experts, first, accelerator.device)
+        used, minimum = (affordable, MINIMUM_ROWS) if share == "auto" else (float(share), 1)
+        moments = Moments(tasks, device=_moments_device(recorder, len(tasks), accelerator.device))
+        digests: list[tuple[int, str, int]] = []
+        with _together(accelerator):
+            shown = progress and accelerator.is_main_process
+            for index, batch in enumerate(_bar(chain([first], batches), total, shown)):
+                if index % accelerator.num_processes != accelerator.process_index:
+                    continue
+                choose = choose_share(used, minimum, seed, index)
+                features = {
+                    task: _run(recorder, task, expert, batch.inputs, accelerator.device, choose)
+                    for task, expert in experts.items()
+                }
+                _add(moments, features, products)
+                digest = digest_tensors(sorted(batch.inputs.items()), str(batch.task))
+                digests.append((index, digest, batch.samples))
+    if accelerator.num_processes > 1:
+        moments = _reduce(moments, accelerator, spec, products)
+        digests = sorted(gather_object(digests))
+    fingerprint |= {
+        "data": digest_strings(digest for _, digest, _ in digests),
+        "samples": sum(samples for _, _, samples in digests),
+        "seed": seed,
+        "share": used,
+        "version": _version(),
+    }
+    moments = moments.to("cpu")
+    moments.fingerprint = fingerprint
+    return moments
+
+
+def _check_share(share: float | str) -> None:
+    if share != "auto" and not (isinstance(share, (int, float)) and 0 < share <= 1):
+        raise RecipeError(f"The share of rows must be 'auto' or a number above 0 and at most 1, not {share!r}.")
+
+
+def _products(spec: MergeSpec, keys: Iterable[ProductKey] | None) -> dict[ProductKey, tuple[Probe, ...]]:
+    products = spec.products()
+    if not products:
+        raise SpecError(f"The spec of {spec.architecture} has no probes: none of its spaces can be observed.")
+    if keys is None:
+        return products
+    keys = [tuple(key) for key in keys]
+    if unknown := [key for key in keys if key not in products]:
+        raise SpecError(f"The spec of {spec.architecture} has no probe for {unknown}, only for {list(products)}.")
+    return {key: products[key] for key in keys}
+
+
+def _rehearse(
+    recorder: Recorder, experts: Mapping[str, nn.Module], first: CalibrationBatch, device: torch.device
+) -> float:
+    """Run one expert on two samples; return the share of rows whose moments cost half as much as the forward passes.
+
+    The forward pass is counted as it runs and not taken from the spec: calibration texts may be longer than its own.
+    """
+    task, expert = next(iter(experts.items()))
+    inputs = {name: tensor[:REHEARSAL_SAMPLES] for name, tensor in first.inputs.items()}
+    with FlopCounterMode(display=False) as counter:
+        features = _run(recorder, task, expert, inputs, device)
+    _check_fired(recorder, features, task)
+    macs = counter.get_total_flops() / 2
+    cost = sum(
+        len(features[probe_name(probe)]) * (len(experts) * units) ** 2 for probe, units in recorder.units.items()
+    )
+    return min(1.0, FORWARD_SHARE * len(experts) * macs / max(cost, 1))
+
+
+def _run(
+    recorder: Recorder,
+    task: str,
+    expert: nn.Module,
+    inputs: Mapping[str, Tensor],
+    device: torch.device,
+    choose: Choose = keep_all,
+) -> dict[str, Tensor]:
+    """Rows of every probe; what the model itself raises is told as a fault of the data."""
+    mask = inputs.get("attention_mask")
+    try:
+        arguments = _arguments(expert, inputs, device)
+        return recorder.run(task, expert, arguments, choose, mask if mask is not None and mask.ndim == 2 else None)
+    except (ZipItError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
+        raise DataError(f"The expert {task!r} cannot run on calibration inputs of shapes {shapes}: {error}") from error
+
+
+def _arguments(expert: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+    device = _entry_device(expert, device)
+    dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), torch.float32)
+    arguments: dict[str, Any] = {
+        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in inputs.items()
+    }
+    if "use_cache" in inspect.signature(type(expert).forward).parameters:
+        arguments["use_cache"] = False  # keys and values of past tokens are of no use here
+    return arguments
+
+
+def _entry_device(expert: nn.Module, device: torch.device) -> torch.device | int | str:
+    """Where inputs go: the first device that a `device_map` computes on, or the one all experts were moved to."""
+    places = getattr(expert, "hf_device_map", None)
+    if not places:
+        return device
+    return next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
+
+
+def _check_fired(recorder: Recorder, features: Mapping[str, Tensor], task: str) -> None:
+    for probe in recorder.units:
+        if probe_name(probe) not in features:
+            raise SpecError(
+                f"The {probe.where} of {probe.module!r} was never seen: the expert {task!r} does not call that module "
+                "with these calibration inputs."
+            )
+
+
+def _add(
+    moments: Moments,
+    features: Mapping[str, dict[str, Tensor]],
+    products: Mapping[ProductKey, tuple[Probe, ...]],
+) -> None:
+    for key, probes in products.items():
+        for name in map(probe_name, probes):
+            if silent := [task for task, rows in features.items() if name not in rows]:
+                raise SpecError(f"The expert {silent[0]!r} did not call the module of the probe {name} on a batch.")
+            moments.add(key, [rows.pop(name) for rows in features.values()], name)
+
+
+@contextmanager
+def _placed(experts: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
+    """Experts in eval mode and on the device, unless a `device_map` has placed them; as they were on leaving."""
+    models = {id(expert): expert for expert in experts.values()}.values()
+    training = {module: module.training for model in models for module in model.modules()}
+    homes: dict[nn.Module, torch.device] = {}
+    try:
+        for model in models:
+            model.eval()
+            home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), device)
+            if not getattr(model, "hf_device_map", None) and home != device:
+                homes[model] = home
+                model.to(device)
+        yield
+    finally:
+        for model, home in homes.items():
+            model.to(home)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _moments_device(recorder: Recorder, experts: int, device: torch.device) -> torch.device | str:
+    """The sums live on a CUDA device where they take less than half of its free memory, else on the CPU.
+
+    Other accelerators may know no float64.
+    """
+    if device.type != "cuda":
+        return "cpu"
+    needed = sum(8 * (experts * units) ** 2 for units in recorder.units.values())
+    return device if 2 * needed < torch.cuda.mem_get_info(device)[0] else "cpu"
+
+
+@contextmanager
+def _together(accelerator: Accelerator) -> Iterator[None]:
+    """An error in one process is raised in all of them: the others would wait for its moments forever."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if accelerator.num_processes > 1:
+        messages = gather_object([None if error is None else str(error)])
+        if error is None and (message := next(filter(None, messages), None)):
+            error = ZipItError(message)
+    if error is not None:
+        raise error
+
+
+def _reduce(
+    moments: Moments, accelerator: Accelerator, spec: MergeSpec, products: Mapping[ProductKey, tuple[Probe, ...]]
+) -> Moments:
+    """Sum over the processes; one that had no batch adds zeros."""
+    reduced = Moments(moments.tasks)
+    for key, probes in products.items():
+        for name in map(probe_name, probes):
+            empty = Sums.empty(len(moments.tasks) * spec.size(key), moments.device)
+            sums = moments.sums.get(key, {}).get(name, empty)
+            reduced.sums.setdefault(key, {})[name] = _reduce_sums(sums, accelerator)
+    return reduced
+
+
+def _reduce_sums(sums: Sums, accelerator: Accelerator) -> Sums:
+    """First the mean of all processes' rows, then the sums about it, so that no digits are lost to a large mean."""
+
+    def add(tensor: Tensor) -> Tensor:
+        return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)
+
+    count = int(add(torch.tensor([sums.count])))
+    mean = add(sums.total + sums.count * sums.shift) / count
+    about = sums.about(mean)
+    return Sums(count, mean, add(about.total), add(about.second))
+
+
+def _bar(batches: Iterable[CalibrationBatch], total: int | None, shown: bool) -> Iterable[CalibrationBatch]:
+    return tqdm(batches, total=total, desc="observe", unit="batch", disable=not shown)
+
+
+def _version() -> str:
+    try:
+        return version("hf_zipit")
+    except PackageNotFoundError:  # run from a checkout
+        return "unknown"

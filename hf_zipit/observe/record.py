@@ -1,0 +1,164 @@
+"""Hooks: what passes the probes of a model while it runs, as rows of units.
+
+A probe is one axis of a module's first input or of its output. The axis is moved last, the others are flattened: a row
+is one sample, token or position. Rows of padded tokens are left out, for they would count as data. A module that is
+called several times in a forward pass adds the rows of all its calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_zipit.errors import ExpertError, SpecError
+from hf_zipit.symmetry.spec import Probe
+
+Choose = Callable[[str, int, int], Tensor | None]
+"""`choose(probe, call, rows)`: the rows to keep, or None for all of them."""
+
+
+def probe_name(probe: Probe) -> str:
+    """A probe's identity: `module:where:axis`."""
+    return f"{probe.module}:{probe.where}:{probe.axis}"
+
+
+def keep_all(probe: str, call: int, rows: int) -> None:
+    """Choose every row."""
+
+
+def choose_share(share: float, minimum: int, seed: int, batch: int) -> Choose:
+    """Choose a seeded share of the rows, at least `minimum` of them where there are so many.
+
+    The choice depends on the batch, the probe and the call, and on nothing else: every expert is asked for the same
+    rows, and it does not matter which process asks.
+    """
+
+    def choose(probe: str, call: int, rows: int) -> Tensor | None:
+        kept = max(minimum, round(share * rows), 1)
+        if kept >= rows:
+            return None
+        digest = hashlib.sha256(f"{seed}/{batch}/{probe}/{call}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return torch.randperm(rows, generator=generator)[:kept].sort().values
+
+    return choose
+
+
+class Recorder:
+    """Records one forward pass at a time at the probes of one or more models of the same architecture.
+
+    Args:
+        probes: the probes, and under each one the number of units that its axis must have.
+    """
+
+    def __init__(self, probes: Mapping[Probe, int]) -> None:
+        self.units = dict(probes)
+        self._expert = ""
+        self._mask: Tensor | None = None
+        self._choose: Choose = keep_all
+        self._rows: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def attached(self, models: Mapping[str, nn.Module]) -> Iterator[Recorder]:
+        """Put the hooks on; they are taken off on leaving, also after an error."""
+        handles: list[torch.utils.hooks.RemovableHandle] = []
+        hooked: set[tuple[int, Probe]] = set()  # experts may share modules, or be one object
+        try:
+            for task, model in models.items():
+                for probe in self.units:
+                    module = _module(model, probe, task)
+                    if (id(module), probe) not in hooked:
+                        hooked.add((id(module), probe))
+                        handles.append(self._hook(module, probe))
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(
+        self,
+        task: str,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        choose: Choose = keep_all,
+        mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Run an expert and return float32 rows `[rows, units]` for every probe that fired.
+
+        Args:
+            task: the expert's name, for errors.
+            model: the expert; the hooks must be on.
+            inputs: keyword arguments of its forward.
+            choose: which rows to keep.
+            mask: `[samples, tokens]`, zero where a token is padding.
+
+        Raises:
+            ExpertError: if a feature is NaN or infinite.
+            SpecError: if a probe's axis is not there or has another size.
+        """
+        self._expert, self._choose, self._rows = task, choose, {}
+        self._mask = None if mask is None else mask.bool()
+        try:
+            model(**inputs)
+            return {name: torch.cat(calls) for name, calls in self._rows.items()}
+        finally:
+            self._rows, self._mask, self._choose = {}, None, keep_all
+
+    def _hook(self, module: nn.Module, probe: Probe) -> torch.utils.hooks.RemovableHandle:
+        if probe.where == "input":
+            return module.register_forward_pre_hook(partial(self._see_input, probe), with_kwargs=True)
+        return module.register_forward_hook(partial(self._see_output, probe))
+
+    def _see_input(self, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._record(probe, _first_tensor((*args, *kwargs.values())))
+
+    def _see_output(self, probe: Probe, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._record(probe, _first_tensor((output,)))
+
+    def _record(self, probe: Probe, tensor: Tensor | None) -> None:
+        units, name = self.units[probe], probe_name(probe)
+        if tensor is None or not -tensor.ndim <= probe.axis < tensor.ndim or tensor.shape[probe.axis] != units:
+            found = "no tensor" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
+            raise SpecError(
+                f"The {probe.where} of {probe.module or 'the model'} should have {units} units on axis {probe.axis}, "
+                f"but the expert {self._expert!r} has {found} there: the spec is of another model."
+            )
+        rows = tensor.detach().movedim(probe.axis, -1)
+        if self._mask is not None and rows.ndim > 2 and rows.shape[:2] == self._mask.shape:
+            rows = rows[self._mask.to(rows.device)]
+        rows = rows.reshape(-1, units)
+        if not torch.isfinite(rows).all():
+            raise ExpertError(
+                f"The expert {self._expert!r} computes NaN or infinite values at the {probe.where} of "
+                f"{probe.module or 'the model'}: check its weights, its dtype and the calibration inputs."
+            )
+        calls = self._rows.setdefault(name, [])
+        kept = self._choose(name, len(calls), len(rows))
+        if kept is not None:
+            rows = rows[kept.to(rows.device)]
+        # A copy in any case: modules that come later may change the tensor in place.
+        calls.append(rows.to(torch.float32, copy=True))
+
+
+def _module(model: nn.Module, probe: Probe, task: str) -> nn.Module:
+    try:
+        return model.get_submodule(probe.module)
+    except AttributeError:
+        raise SpecError(f"The expert {task!r} has no module {probe.module!r}, where the spec has a probe.") from None
+
+
+def _first_tensor(values: Sequence[Any]) -> Tensor | None:
+    """The first tensor, looking into tuples and model outputs."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        inside = tuple(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(inside, (tuple, list)) and (found := _first_tensor(inside)) is not None:
+            return found
+    return None

@@ -1,0 +1,230 @@
+"""Turns the atoms of an interpreted graph into named spaces, axis labels, probes and crossings: a `Trace`."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from hf_zipit.symmetry.atoms import Axis, Ref
+from hf_zipit.symmetry.ops import Value
+from hf_zipit.symmetry.spaces import (
+    AxisLabel,
+    Block,
+    Crossing,
+    Factor,
+    Place,
+    Probe,
+    Space,
+    Symmetry,
+    Trace,
+    product_key,
+)
+
+if TYPE_CHECKING:
+    from hf_zipit.symmetry.trace import Interpreter
+
+WRITTEN_BY_MANY = 3
+"""A space that at least so many modules write into is a residual stream."""
+
+
+class Naming:
+    """The names and labels of one interpreted graph."""
+
+    def __init__(self, run: Interpreter, model: nn.Module) -> None:
+        self.run = run
+        self.atoms = run.atoms
+        self.model = model
+        used = {name: run.tensors[name] for name in run.tensors if run.uses.get(name)}
+        self.labels = {name: [self.atoms.resolve(axis) for axis in value.axes] for name, value in used.items()}
+        self.first_use = {name: run.uses[name][0].module for name in used}
+        order = {module: i for i, module in enumerate(run.order)}
+        self.sorted = sorted(self.labels, key=lambda name: order[self.first_use[name]])
+        self.flip = self._orientation()
+        self.within = self._within()
+        self.names = self._names()
+
+    def _orientation(self) -> dict[int, bool]:
+        """Which side of every atom is the vector: the one that most linear maps put out.
+
+        The union-find only knows which references are on the same side.
+        """
+        votes: Counter[int] = Counter()
+        first: dict[int, bool] = {}
+        vectors = [axes[0] for axes in (self.labels[name] for name in self.sorted) if len(axes) == 1]
+        for axis in [*self.run.held, *vectors]:
+            for ref in self.atoms.resolve(axis):
+                votes[ref.atom] += -1 if ref.dual else 1
+                first.setdefault(ref.atom, ref.dual)
+        return {atom: votes[atom] < 0 or (votes[atom] == 0 and dual) for atom, dual in first.items()}
+
+    def _company(self) -> dict[int, set[int]]:
+        """For every atom, the atoms that are present wherever it is, as one and the same axis.
+
+        Where an atom shows up twice in one tensor (a Gram matrix of heads), nobody can tell which of the two an inner
+        atom belongs to, so it is no company there.
+        """
+        company: dict[int, set[int]] = {}
+        for axes in self._everywhere():
+            times = Counter(ref.atom for axis in axes for ref in self.atoms.resolve(axis))
+            once = {atom for atom, count in times.items() if count == 1}
+            for atom in times:
+                company[atom] = company.get(atom, once) & once
+        return company
+
+    def _everywhere(self) -> Iterator[Sequence[Axis]]:
+        yield from self.run.seen
+        yield from (value.axes for value in self.run.tensors.values())
+
+    def _within(self) -> dict[int, tuple[int, ...]]:
+        """For every atom those it lives within: major to it in a label, and its company everywhere."""
+        company = self._company()
+        within: dict[int, tuple[int, ...]] = {}
+        for name in self.sorted:
+            for axis in self.labels[name]:
+                for i, ref in enumerate(axis):
+                    known = within.setdefault(ref.atom, ())
+                    # Of two that are always together, only one can live within the other.
+                    majors = [r.atom for r in axis[:i] if r.atom in company[ref.atom] - {ref.atom}]
+                    majors = [atom for atom in majors if ref.atom not in within.get(atom, ())]
+                    if len(majors) > len(known):
+                        within[ref.atom] = tuple(majors)
+        return within
+
+    def _names(self) -> dict[int, str]:
+        """A path-like name for every atom of a tensor, after the module that writes it first."""
+        owners: dict[int, dict[str, None]] = defaultdict(dict)
+        writers: dict[int, dict[str, None]] = defaultdict(dict)
+        place: dict[int, str] = {}
+        outer: set[int] = set()
+        for name in self.sorted:
+            module = name.rpartition(".")[0]
+            for i, axis in enumerate(self.labels[name]):
+                for j, ref in enumerate(axis):
+                    owners[ref.atom][module] = None
+                    place.setdefault(ref.atom, f"{name}.{i}" if len(axis) == 1 else f"{name}.{i}.{j}")
+                    if j + 1 < len(axis):
+                        outer.add(ref.atom)
+        for module, _, axis in self.run.writers:
+            for ref in self.atoms.resolve(axis):
+                writers[ref.atom][module] = None
+        names: dict[int, str] = {}
+        taken: Counter[str] = Counter()
+        for atom, owned_by in owners.items():
+            if self.atoms.symmetry(Ref(atom)) is Symmetry.FIXED:
+                name = place[atom]
+            elif atom in outer:
+                parent = common_parent(list(writers[atom]) or list(owned_by))
+                name = f"{parent}.heads" if len(writers[atom]) != 1 else f"{next(iter(writers[atom]))}.groups"
+            elif len(writers[atom]) >= WRITTEN_BY_MANY:
+                name = f"{common_parent(list(writers[atom]))}.residual"
+            else:
+                name = next(iter(writers[atom] or owned_by))
+            name = name.removeprefix(".")
+            taken[name] += 1
+            names[atom] = name if taken[name] == 1 else f"{name}#{taken[name]}"
+        return names
+
+    def label(self, axis: Axis) -> AxisLabel:
+        return tuple(Factor(self.names[ref.atom], ref.dual ^ self.flip.get(ref.atom, False)) for ref in axis)
+
+    def value_label(self, value: Value) -> tuple[AxisLabel, ...]:
+        """One label per axis of a value; empty for axes (tokens, positions) that no tensor of the model has."""
+        resolved = [self.atoms.resolve(axis) for axis in value.axes]
+        return tuple(self.label(refs) if all(r.atom in self.names for r in refs) else () for refs in resolved)
+
+    def crossings(self) -> tuple[Crossing, ...]:
+        found: dict[Crossing, None] = {}
+        for value, made, read, stack in self.run.crossings:
+            axes = self.value_label(value)
+            if any(self.atoms.symmetry(ref) for axis in value.axes for ref in axis) and any(axes):
+                found[Crossing(axes, made, read, stack)] = None
+        return tuple(found)
+
+    def spaces(self) -> dict[str, Space]:
+        return {
+            name: Space(
+                name,
+                self.atoms.size((Ref(atom),)),
+                self.atoms.symmetry(Ref(atom)),
+                tuple(self.names[major] for major in self.within.get(atom, ())),
+                self.atoms.reason(Ref(atom)) if self.atoms.symmetry(Ref(atom)) is Symmetry.FIXED else None,
+            )
+            for atom, name in self.names.items()
+        }
+
+    def probes(self, spaces: Mapping[str, Space]) -> tuple[Probe, ...]:
+        """Where to look at every product: at the inputs of what reads it, else at the outputs of what writes it.
+
+        A tensor that several modules read (the normed stream that query, key and value share) is looked at once.
+        """
+        found: dict[Probe, None] = {}
+        looked_at: set[fx.Node] = set()
+        for module, position, axis, source in self.run.readers:
+            label = self._observable(axis, spaces)
+            if label and source not in looked_at:
+                looked_at.add(source)
+                found[Probe(module, "input", position, product_key(label))] = None
+        read = {probe.key for probe in found}
+        for module, position, axis in self.run.writers:
+            label = self._observable(axis, spaces)
+            if label and product_key(label) not in read:
+                found[Probe(module, "output", position, product_key(label))] = None
+        return tuple(found)
+
+    def _observable(self, axis: Axis, spaces: Mapping[str, Space]) -> AxisLabel | None:
+        refs = self.atoms.resolve(axis)
+        if any(ref.atom not in self.names for ref in refs):
+            return None
+        label = self.label(refs)
+        movable = any(spaces[f.space].symmetry is not Symmetry.FIXED for f in label)
+        return label if movable else None
+
+    def spec(
+        self,
+        towers: Sequence[Sequence[str]],
+        head: Sequence[str],
+        outputs: Mapping[str, Value],
+        samples: int,
+    ) -> Trace:
+        spaces = self.spaces()
+        axes = {name: tuple(self.label(axis) for axis in self.labels[name]) for name in self.sorted}
+        everything = dict(self.model.named_parameters(remove_duplicate=False))
+        everything.update(self.model.named_buffers(remove_duplicate=False))
+        unused = frozenset(name for name in everything if not self.run.uses.get(name))
+        places = {name: last_place([use.place for use in uses]) for name, uses in self.run.uses.items() if uses}
+        return Trace(
+            architecture=type(self.model).__name__,
+            spaces=spaces,
+            axes=axes,
+            unused=unused,
+            probes=self.probes(spaces),
+            modules=tuple(self.run.order),
+            blocks=tuple(Block(path, tower) for tower, blocks in enumerate(towers) for path in blocks),
+            head=tuple(head),
+            places=places,
+            crossings=self.crossings(),
+            outputs={name: self.value_label(value) for name, value in outputs.items()},
+            output_places=dict(zip(outputs, self.run.output_places, strict=True)),
+            unknown_ops={name: tuple(modules) for name, modules in self.run.unknown_ops.items()},
+            macs=dict(self.run.macs),
+            samples=samples,
+        )
+
+
+def last_place(places: Sequence[Place]) -> Place:
+    blocks = tuple(max(column) for column in zip(*(p.blocks for p in places), strict=True))
+    return Place(blocks, any(p.head for p in places))
+
+
+def common_parent(paths: Sequence[str]) -> str:
+    """The longest path that all modules share."""
+    parts = [path.split(".")[:-1] for path in paths]
+    shared = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        shared.append(column[0])
+    return ".".join(shared)

@@ -1,0 +1,118 @@
+"""The proof of a merge spec: a randomly transformed model must compute what the model computes.
+
+The model's parameters and buffers are perturbed first, so that nothing holds by accident (zero biases, unit norms).
+Then a random element of the inferred symmetry group is applied, both models run, and the outputs are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hf_zipit.adapters import adapter_for
+from hf_zipit.errors import SpecError
+from hf_zipit.symmetry.group import apply_element, random_element, transform
+from hf_zipit.symmetry.spaces import Trace
+from hf_zipit.symmetry.trace import select_outputs
+
+TOLERANCE = 1e-5
+"""Largest relative difference of the outputs, in float32, at which a spec counts as proven."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by name; tied tensors under each of their names."""
+    return {
+        **{name: tensor.detach() for name, tensor in model.named_parameters(remove_duplicate=False)},
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def perturb(tensors: Mapping[str, Tensor], generator: torch.Generator, amount: float = 0.1) -> dict[str, Tensor]:
+    """Nearby tensors in general position, in float32 on the CPU.
+
+    Tied tensors stay tied, all-positive vectors (variances) stay positive, integers stay what they are.
+    """
+    done: dict[tuple[int, ...], Tensor] = {}
+    out = {}
+    for name, tensor in tensors.items():
+        memory = (tensor.data_ptr(), *tensor.shape, *tensor.stride())
+        if memory not in done:
+            done[memory] = _perturbed(tensor.cpu(), generator, amount)
+        out[name] = done[memory]
+    return out
+
+
+def _perturbed(tensor: Tensor, generator: torch.Generator, amount: float) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    tensor = tensor.to(torch.float32)
+    if bool(tensor.isinf().any()):  # a mask
+        return tensor
+    noise = torch.randn(tensor.shape, generator=generator)
+    if tensor.ndim == 1 and tensor.numel() and bool((tensor > 0).all()):
+        return tensor * torch.exp(amount * noise)
+    scale = tensor.square().mean().sqrt().clamp_min(0.1) if tensor.ndim == 1 else tensor.square().mean().sqrt()
+    return tensor + amount * scale * noise
+
+
+def prove(
+    model: nn.Module,
+    spec: Trace,
+    *,
+    seed: int = 0,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> float:
+    """Relative error of the outputs after a random element of the inferred symmetry group.
+
+    Args:
+        model: the model whose spec it is, in any dtype, on any device; it is not changed. The proof runs in float32 on
+            the CPU.
+        spec: its merge spec.
+        seed: of the perturbation and of the group element.
+        inputs: example inputs; the adapter's by default.
+
+    Returns:
+        The largest `max |y' - y| / max |y|` over the output tensors; at most `TOLERANCE` (1e-5) for a sound spec.
+
+    Raises:
+        SpecError: if an output is not finite, so that nothing can be said.
+    """
+    adapter = adapter_for(model)
+    inputs = {name: _in_float32(x) for name, x in (inputs or adapter.inputs(model)).items()}
+    generator = torch.Generator().manual_seed(seed)
+    tensors = perturb(model_tensors(model), generator)
+    element = random_element(spec, generator)
+    fields = adapter.outputs(model)
+    before = run_with(model, tensors, inputs, fields)
+    after = run_with(model, apply_element(tensors, spec, element), inputs, fields)
+    worst = 0.0
+    for name, label in spec.outputs.items():
+        expected = transform(before[name], label, spec, element) if any(label) else before[name]
+        if not bool(torch.isfinite(expected).all()):
+            raise SpecError(f"the output {name} of {type(model).__name__} is not finite; check the weights for NaN")
+        error = (after[name] - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+        worst = max(worst, float(error))
+    return worst
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):  # a switch, such as `use_cache`
+        return x
+    return x.cpu().float() if x.is_floating_point() else x.cpu()
+
+
+def run_with(
+    model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None
+) -> dict[str, Tensor]:
+    """The outputs of a model in eval mode with other tensors; the model itself is left as it was."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = torch.func.functional_call(model, dict(tensors), (), dict(inputs), tie_weights=False)
+        return select_outputs(out, fields)
+    finally:
+        for module, mode in training:
+            module.training = mode

@@ -1,0 +1,167 @@
+"""Elementwise ops: what they do to every unit alone, and how they pair the units of their operands."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from hf_zipit.symmetry.ops import (
+    FIXED,
+    LINEAR,
+    ONES,
+    PERMUTATION,
+    Value,
+    broadcast,
+    dims,
+    fresh_like,
+    input_shape,
+    is_in_place,
+    op_name,
+    overload,
+    restrict_all,
+    rule,
+)
+
+if TYPE_CHECKING:
+    from hf_zipit.symmetry.trace import Interpreter
+
+
+@rule("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "neg")
+def keep(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    return Value(x.axes)
+
+
+@rule("to", "_to_copy", "type_as")
+def cast(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    if not node.meta["val"].is_floating_point():  # rounding to integers is a nonlinearity
+        restrict_all(run, x, PERMUTATION)
+    return Value(x.axes)
+
+
+@rule("fill", "zero")
+def overwrite(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
+    restrict_all(run, x, ONES)  # now the same number everywhere
+    return Value(x.axes)
+
+
+@rule("relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "hardswish", "hardtanh",
+      "leaky_relu", "elu", "selu", "mish", "softplus", "erf", "sin", "cos", "reciprocal", "relu6", "hardsigmoid",
+      "logical_not", "bitwise_not", "isnan", "isinf", "celu", "floor", "ceil", "round", "sign", "log1p", "expm1",
+      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink")  # fmt: skip
+def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    restrict_all(run, x, PERMUTATION)
+    return Value(x.axes)
+
+
+@rule("where", "eq", "ne", "ge", "gt", "le", "lt", "logical_and", "logical_or", "logical_xor", "__and__", "__or__",
+      "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "masked_fill", "clamp", "clamp_min", "clamp_max",
+      "maximum", "minimum", "floor_divide", "remainder", "fmod", "atan2", "addcmul", "addcdiv", "lerp", "copysign",
+      "xlogy")  # fmt: skip
+def pointwise(run: Interpreter, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
+    values = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
+    for value in values:
+        restrict_all(run, value, PERMUTATION)
+    return broadcast(run, node, values, PERMUTATION)
+
+
+@rule("add", "sub", "rsub")
+def plus(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) -> Value:
+    if isinstance(x, Value) and isinstance(y, Value):
+        return broadcast(run, node, [x, y], ONES)
+    value = x if isinstance(x, Value) else y
+    restrict_all(run, value, ONES)  # a number is added to every unit
+    return Value(value.axes)
+
+
+@rule("mul", "div", "true_divide", "divide")
+def times(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **kwargs: Any) -> Value:
+    if kwargs.get("rounding_mode"):
+        return pointwise(run, node, x, y)
+    dividing = op_name(node) != "mul"
+    if not isinstance(y, Value):
+        return Value(x.axes)
+    if dividing:
+        restrict_all(run, y, PERMUTATION)
+    if not isinstance(x, Value):
+        return Value(y.axes)
+    if not dividing and node.args[0] is node.args[1] and feeds_only_a_sum(node):
+        return squared(run, node, x)
+    for left, right in zip(reversed(x.axes), reversed(y.axes), strict=False):
+        if left and right:
+            run.atoms.restrict(left, PERMUTATION)
+            run.atoms.restrict(right, PERMUTATION)
+    return broadcast(run, node, [x, y], LINEAR)
+
+
+@rule("pow")
+def power(run: Interpreter, node: fx.Node, x: Any, exponent: Any) -> Value:
+    if isinstance(x, Value) and not isinstance(exponent, Value) and exponent == 2:
+        return square(run, node, x)
+    return pointwise(run, node, x, exponent)
+
+
+@rule("square")
+def square(run: Interpreter, node: fx.Node, x: Value) -> Value:
+    return squared(run, node, x) if feeds_only_a_sum(node) else nonlinear(run, node, x)
+
+
+def squared(run: Interpreter, node: fx.Node, x: Value) -> Value:
+    """x * x that is only added up along its last axis: a squared length, which any rotation of that axis keeps."""
+    for axis in x.axes[:-1]:
+        run.atoms.restrict(axis, PERMUTATION)
+    run.squares.add(node)
+    return Value(x.axes)
+
+
+def feeds_only_a_sum(node: fx.Node) -> bool:
+    sums = bool(node.users) and all(
+        op_name(user) in {"sum", "mean"} and summed_axes(user) == {len(input_shape(user)) - 1} for user in node.users
+    )
+    return sums and not is_in_place(node)  # squared in place, other views of the tensor would see the squares
+
+
+def summed_axes(node: fx.Node) -> set[int]:
+    return set(dims(node.args[1] if len(node.args) > 1 else None, len(input_shape(node))))  # type: ignore[arg-type]
+
+
+@rule("prelu")
+def prelu(run: Interpreter, node: fx.Node, x: Value, weight: Value) -> Value:
+    restrict_all(run, x, PERMUTATION)
+    if weight.axes[0]:
+        run.atoms.tie(x.axes[1], weight.axes[0], "the slopes of a PReLU do not fit its axis")
+    return Value(x.axes)
+
+
+@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
+      "scalar_tensor", "empty", "new_empty", "empty_like")  # fmt: skip
+def constant(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
+    return fresh_like(run, node, PERMUTATION)
+
+
+@rule("arange", "linspace", "eye")
+def ramp(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
+    return fresh_like(run, node, FIXED, "a constant")
+
+
+@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_size")
+def nothing(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> None:
+    return None
+
+
+@rule("max", "min")
+def extremum(run: Interpreter, node: fx.Node, x: Value, other: Any = None, *_: Any) -> Any:
+    """Three ops of one name: of two tensors, of a whole tensor, and along an axis with the place where it stands."""
+    if isinstance(other, Value):
+        return pointwise(run, node, x, other)
+    restrict_all(run, x, PERMUTATION)
+    if overload(node) == "default":
+        return Value([])
+    values, _ = node.meta["val"]
+    dim = other % len(x.axes)
+    if any(user.args[1] == 1 for user in node.users):
+        run.atoms.restrict(x.axes[dim], FIXED, "the place of its largest unit is used")
+    axes = [() if i == dim else axis for i, axis in enumerate(x.axes)]
+    if values.ndim < len(axes):
+        axes.pop(dim)
+    return Value(axes), Value(axes)

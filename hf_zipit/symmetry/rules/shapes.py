@@ -1,0 +1,179 @@
+"""Ops that only move, repeat, cut or join what is there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from hf_zipit.symmetry.ops import (
+    FIXED,
+    PERMUTATION,
+    Value,
+    input_shape,
+    op_name,
+    overload,
+    rule,
+    shape_of,
+    unknown,
+    without,
+)
+
+if TYPE_CHECKING:
+    from hf_zipit.symmetry.trace import Interpreter
+
+
+@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as", "reshape_as")
+def reshape(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) -> Any:
+    if overload(node) == "dtype":  # the same bits read as another type
+        return unknown(run, node, x)
+    return Value(run.atoms.regroup(x.axes, shape_of(node), f"the op {op_name(node)} cuts it in uneven parts"))
+
+
+@rule("transpose", "swapaxes")
+def transpose(run: Interpreter, node: fx.Node, x: Value, a: int, b: int) -> Value:
+    axes = list(x.axes)
+    axes[a], axes[b] = axes[b], axes[a]
+    return Value(axes)
+
+
+@rule("t", "mT")
+def swap_last(run: Interpreter, node: fx.Node, x: Value) -> Value:
+    return Value([*x.axes[:-2], *x.axes[:-3:-1]])
+
+
+@rule("permute")
+def permute(run: Interpreter, node: fx.Node, x: Value, order: Sequence[int]) -> Value:
+    return Value(x.axes[i] for i in order)
+
+
+@rule("numpy_T")
+def reverse(run: Interpreter, node: fx.Node, x: Value) -> Value:
+    return Value(x.axes[::-1])
+
+
+@rule("movedim")
+def movedim(run: Interpreter, node: fx.Node, x: Value, source: Any, target: Any) -> Any:
+    if not (isinstance(source, int) and isinstance(target, int)):
+        return unknown(run, node, x)
+    axes = list(x.axes)
+    axes.insert(target % len(axes), axes.pop(source))
+    return Value(axes)
+
+
+@rule("expand", "expand_as", "broadcast_to")
+def expand(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    """A repeated axis holds equal copies: any order of them is the same. Grouped-query attention shows up as this."""
+    shape = shape_of(node)
+    padded = [()] * (len(shape) - len(x.axes)) + x.axes
+    return Value(axis or run.atoms.fresh(n, PERMUTATION) for axis, n in zip(padded, shape, strict=True))
+
+
+@rule("repeat")
+def repeat(run: Interpreter, node: fx.Node, x: Value, repeats: Sequence[int]) -> Value:
+    padded = [()] * (len(repeats) - len(x.axes)) + x.axes
+    return Value(run.atoms.fresh(n, PERMUTATION) + axis for axis, n in zip(padded, repeats, strict=True))
+
+
+@rule("repeat_interleave")
+def repeat_interleave(run: Interpreter, node: fx.Node, x: Value, repeats: Any, dim: Any = None, **__: Any) -> Any:
+    if not isinstance(repeats, int) or dim is None:
+        return unknown(run, node, x, repeats)
+    axes = list(x.axes)
+    axes[dim] = axes[dim] + run.atoms.fresh(repeats, PERMUTATION)
+    return Value(axes)
+
+
+@rule("select")
+def select(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any) -> Value:
+    run.atoms.restrict(x.axes[dim], FIXED, "single units are selected")
+    return Value(without(x, [dim % len(x.axes)]))
+
+
+def replaced(run: Interpreter, node: fx.Node, x: Value, dim: int, why: str) -> Value:
+    """A value whose axis `dim` holds other units than before."""
+    run.atoms.restrict(x.axes[dim], FIXED, why)
+    run.parted(without(x, [dim % len(x.axes)]))
+    axes = list(x.axes)
+    axes[dim] = run.atoms.fresh(shape_of(node)[dim], FIXED, why)
+    return Value(axes)
+
+
+@rule("slice", "narrow")
+def cut_out(run: Interpreter, node: fx.Node, x: Value, dim: int = 0, *_: Any, **__: Any) -> Value:
+    if shape_of(node)[dim] == input_shape(node)[dim]:
+        return Value(x.axes)
+    return replaced(run, node, x, dim, "a part of it is sliced off")
+
+
+@rule("index_select")
+def index_select(run: Interpreter, node: fx.Node, x: Value, dim: int, indices: Value) -> Value:
+    for axis in indices.axes:
+        run.atoms.restrict(axis, FIXED, "it is an index")
+    return replaced(run, node, x, dim, "rows are looked up by index")
+
+
+@rule("split", "chunk", "split_with_sizes", "unbind", "tensor_split")
+def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
+    unbinding = op_name(node) == "unbind"
+    position = 0 if unbinding else 1
+    dim = args[position] if len(args) > position else 0
+    results = node.meta["val"]
+    if len(results) == 1 and not unbinding:
+        return (Value(x.axes),)
+    run.atoms.restrict(x.axes[dim], FIXED, "it is split in pieces")
+    rest = without(x, [dim % len(x.axes)])
+    run.parted(rest)
+    if unbinding:
+        return tuple(Value(rest) for _ in results)
+    out = []
+    for result in results:
+        axes = list(x.axes)
+        axes[dim] = run.atoms.fresh(result.shape[dim], FIXED, "it is a piece of an axis")
+        out.append(Value(axes))
+    return tuple(out)
+
+
+@rule("cat", "stack")
+def join(run: Interpreter, node: fx.Node, values: Sequence[Value], dim: int = 0) -> Value:
+    dim %= len(shape_of(node))
+    kept = []
+    for value in values:
+        axes = list(value.axes)
+        if op_name(node) == "cat":
+            run.atoms.restrict(axes.pop(dim), FIXED, "it is concatenated with something")
+        kept.append(axes)
+    for axes in kept[1:]:
+        for left, right in zip(kept[0], axes, strict=True):
+            run.atoms.tie(left, right, "concatenated tensors do not fit")
+    run.parted(kept[0])
+    joined = run.atoms.fresh(shape_of(node)[dim], FIXED, "a concatenation")
+    return Value([*kept[0][:dim], joined, *kept[0][dim:]])
+
+
+@rule("constant_pad_nd", "pad")
+def pad(run: Interpreter, node: fx.Node, x: Value, amounts: Sequence[int], *_: Any) -> Value:
+    padded = {len(x.axes) - 1 - i // 2 for i, amount in enumerate(amounts) if amount}
+    run.parted(without(x, padded))
+    out = []
+    for i, (axis, size) in enumerate(zip(x.axes, shape_of(node), strict=True)):
+        run.atoms.restrict(axis, FIXED if i in padded else PERMUTATION, "it is padded")
+        out.append(run.atoms.fresh(size, FIXED, "it is padded") if i in padded else axis)
+    return Value(out)
+
+
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+      "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
+      "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa")  # fmt: skip
+def resample(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+    spatial = int(re.search(r"([123])d", op_name(node))[1])  # type: ignore[index]
+    lead = x.axes[:-spatial]
+    for axis in x.axes[-spatial:]:
+        run.atoms.restrict(axis, FIXED, "it is resampled")
+    if "max" in op_name(node):
+        for axis in lead:
+            run.atoms.restrict(axis, PERMUTATION)
+    run.parted(lead)
+    return Value([*lead, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[-spatial:])])

@@ -1,0 +1,183 @@
+"""The words of a merge spec: the spaces of a model, and the space that every axis of every tensor belongs to.
+
+A *space* is a set of units that has to be treated the same way wherever it shows up. An *axis label* is a product of
+spaces, major to minor: the output axis of a query projection is `(heads, query)`. Each factor of a label also says
+whether the axis holds the space's units as they are (a vector: `x -> g x`) or reads them (a dual: `w -> w g^-1`).
+
+The spec holds no tensor: it depends on the model's class and configuration, not on its weights.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+
+class Symmetry(enum.IntEnum):
+    """Which changes of basis of a space leave the function as it is; a larger value allows more of them."""
+
+    FIXED = 0
+    PERMUTATION = 1
+    ORTHOGONAL_ONES = 2  # orthogonal maps that keep the vector of ones (what LayerNorm without affine part allows)
+    ORTHOGONAL = 3
+    LINEAR = 4
+
+    def __str__(self) -> str:
+        return {"ORTHOGONAL_ONES": "orthogonal, keeps ones"}.get(self.name, self.name.lower())
+
+
+@dataclass(frozen=True)
+class Space:
+    """A set of units that move together.
+
+    Attributes:
+        name: a path-like name, such as `vit.layers.0.mlp.fc1`.
+        size: the number of units, *per unit of the spaces in `within`*.
+        symmetry: the changes of basis that leave the network's function as it is.
+        within: the spaces of which every unit has its own, independent basis of this space: the head a `head_dim`
+            sits in. Empty for a space that stands alone.
+        frozen_by: for a fixed space, what fixed it (an op, an input, an output).
+    """
+
+    name: str
+    size: int
+    symmetry: Symmetry
+    within: tuple[str, ...] = ()
+    frozen_by: str | None = None
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One space in an axis label; `dual` where the axis reads the space instead of holding its units."""
+
+    space: str
+    dual: bool = False
+
+
+AxisLabel = tuple[Factor, ...]
+"""The spaces whose product an axis is, major to minor; empty for an axis of size one."""
+
+ProductKey = tuple[str, ...]
+"""The names of the spaces of an axis label, major to minor."""
+
+
+def product_key(label: AxisLabel) -> ProductKey:
+    return tuple(factor.space for factor in label)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A place where a product of spaces can be observed: one axis of a module's first input, or of its output.
+
+    Attributes:
+        module: the module's path in the model.
+        where: `"input"` (first positional or keyword argument) or `"output"`.
+        axis: the axis of that tensor.
+        key: the names of the spaces whose product that axis is.
+    """
+
+    module: str
+    where: str
+    axis: int
+    key: ProductKey
+
+
+@dataclass(frozen=True)
+class Block:
+    """A cut can be made before a block: `path` is its module, `tower` the chain of blocks it stands in."""
+
+    path: str
+    tower: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far into the model a value is made: the last block of every tower it depends on, and whether on the head.
+
+    `blocks[tower]` is -1 before the first block.
+    """
+
+    blocks: tuple[int, ...]
+    head: bool = False
+
+
+@dataclass(frozen=True)
+class Crossing:
+    """A value that is made in one place and read in a later one: where a cut may have to translate it.
+
+    Attributes:
+        axes: one label per axis of the value.
+        made: where it is made.
+        read: where it is read.
+        stack: the module that reads it, after all that contain it, outermost first.
+    """
+
+    axes: tuple[AxisLabel, ...]
+    made: Place
+    read: Place
+    stack: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything that merging needs to know about an architecture.
+
+    Attributes:
+        architecture: the model's class name.
+        spaces: every space, by name, in order of first use.
+        axes: for every parameter and buffer name (tied names included), one label per axis.
+        unused: names of parameters and buffers that the forward pass does not read.
+        probes: where each product of movable spaces can be observed.
+        modules: paths of the modules that own a tensor or call an op with one, in execution order.
+        blocks: where the model can be cut, in execution order.
+        head: path prefixes that belong to a task's own head.
+        places: for every tensor that is used, where it is used last.
+        crossings: values that pass from one place to another.
+        outputs: for every output tensor by its field name, one label per axis.
+        output_places: where every output is made.
+        unknown_ops: ops that the interpreter has no rule for, with the modules they ran in; they freeze what they
+            touch.
+        macs: multiply-accumulates of one forward pass, per module, and `samples`, the batch size they were counted at.
+    """
+
+    architecture: str
+    spaces: Mapping[str, Space]
+    axes: Mapping[str, tuple[AxisLabel, ...]]
+    unused: frozenset[str] = frozenset()
+    probes: tuple[Probe, ...] = ()
+    modules: tuple[str, ...] = ()
+    blocks: tuple[Block, ...] = ()
+    head: tuple[str, ...] = ()
+    places: Mapping[str, Place] = field(default_factory=dict)
+    crossings: tuple[Crossing, ...] = ()
+    outputs: Mapping[str, tuple[AxisLabel, ...]] = field(default_factory=dict)
+    output_places: Mapping[str, Place] = field(default_factory=dict)
+    unknown_ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    macs: Mapping[str, int] = field(default_factory=dict)
+    samples: int = 1
+
+    def size(self, key: ProductKey) -> int:
+        """Number of units of a product of spaces."""
+        return prod(self.spaces[name].size for name in key)
+
+    def movable(self, name: str) -> bool:
+        return self.spaces[name].symmetry is not Symmetry.FIXED
+
+    def products(self) -> dict[ProductKey, tuple[Probe, ...]]:
+        """The probes of every observable product of spaces, in execution order."""
+        found: dict[ProductKey, list[Probe]] = {}
+        for probe in self.probes:
+            found.setdefault(probe.key, []).append(probe)
+        return {key: tuple(probes) for key, probes in found.items()}
+
+    def families(self) -> Iterator[tuple[Space, tuple[Space, ...]]]:
+        """Spaces that stand alone, each with the movable spaces that live within it (heads with their dims).
+
+        The outer space may be fixed while the inner ones move; a family in which nothing moves is left out.
+        """
+        for root in self.spaces.values():
+            inner = tuple(s for s in self.spaces.values() if root.name in s.within and self.movable(s.name))
+            if not root.within and (inner or self.movable(root.name)):
+                yield root, inner

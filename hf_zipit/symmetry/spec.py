@@ -1,0 +1,64 @@
+"""`MergeSpec`: all spaces and axis labels of a model, inferred from one traced forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from torch import Tensor, nn
+
+from hf_zipit.adapters import adapter_for
+from hf_zipit.symmetry.spaces import (
+    AxisLabel,
+    Block,
+    Crossing,
+    Factor,
+    Place,
+    Probe,
+    ProductKey,
+    Space,
+    Symmetry,
+    Trace,
+    product_key,
+)
+from hf_zipit.symmetry.trace import trace
+
+__all__ = [
+    "AxisLabel",
+    "Block",
+    "Crossing",
+    "Factor",
+    "MergeSpec",
+    "Place",
+    "Probe",
+    "ProductKey",
+    "Space",
+    "Symmetry",
+    "product_key",
+]
+
+
+class MergeSpec(Trace):
+    """A `Trace` with the ways to make one. It depends on a model's class and configuration, not on its weights."""
+
+    @classmethod
+    def from_model(cls, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> MergeSpec:
+        """Infer the spec of a model, with the adapter of its family (`auto` where none is registered).
+
+        Args:
+            model: a `PreTrainedModel`, or any module if `inputs` are given. Its weights are neither read nor copied.
+            inputs: example keyword inputs, batch first and larger than one; the adapter's by default.
+
+        Raises:
+            SpecError: if the forward pass cannot be traced.
+        """
+        adapter = adapter_for(model)
+        found = trace(
+            model,
+            adapter.inputs(model) if inputs is None else inputs,
+            towers=adapter.towers(model),
+            head=adapter.head(model),
+            fields=adapter.outputs(model),
+            features=adapter.features(model),
+        )
+        return cls(**{field.name: getattr(found, field.name) for field in fields(found)})

@@ -1,0 +1,300 @@
+"""The zoo's data and training code: what every pair promises, on every registered pair. No full training here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase, ResNetConfig
+
+from benchmarks.zoo import RECIPES, Metric, Pair, load, store
+from benchmarks.zoo.pair import IGNORED, Splits, trim
+from benchmarks.zoo.pairs import captions_clip, fashion, glosses_mlm
+from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
+from benchmarks.zoo.sources import fashion_mnist, wordnet
+from benchmarks.zoo.training import fit
+
+SHARED = Path(__file__).parents[3] / "shared" / "experts"
+TEXTS = [name for name in RECIPES if name.startswith(("wordnet", "glosses"))]
+
+
+def _no_fashion() -> bool:
+    return not fashion_mnist.FOLDER.is_dir()
+
+
+def _no_wordnet() -> bool:
+    try:
+        return not wordnet.folder().is_dir()
+    except FileNotFoundError:
+        return True
+
+
+needs_fashion = pytest.mark.skipif(_no_fashion(), reason="dataset-fashion-mnist is not installed")
+needs_wordnet = pytest.mark.skipif(_no_wordnet(), reason="wordnet-base is not installed")
+
+
+def _pairs(names: Iterable[str]) -> pytest.MarkDecorator:
+    marks = {name: needs_wordnet if name in TEXTS else needs_fashion for name in RECIPES}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
+
+
+every_pair = _pairs(RECIPES)
+every_data = _pairs({type(recipe).splits: name for name, recipe in RECIPES.items()}.values())  # one pair a data code
+
+
+@cache
+def _data(name: str) -> tuple[Recipe, PreTrainedTokenizerBase | None, Splits]:
+    recipe = RECIPES[name]
+    tokenizer = recipe.train_tokenizer()
+    return recipe, tokenizer, recipe.splits(tokenizer)
+
+
+def _first(data: dict, count: int) -> dict:
+    return {name: tensor[:count] for name, tensor in data.items()}
+
+
+def _texts(data: dict) -> set[tuple[int, ...]]:
+    """The texts of a split, with the words that a mask hides."""
+    labels = data["labels"]
+    ids = torch.where(labels == IGNORED, data["input_ids"], labels) if labels.ndim == 2 else data["input_ids"]
+    return {tuple(row) for row in ids.tolist()}
+
+
+@every_pair
+def test_splits_have_rows_labels_and_both_tasks(name: str) -> None:
+    recipe, tokenizer, splits = _data(name)
+    metric = recipe.metric(tokenizer)
+    assert set(splits) == set(recipe.seeds) and len(set(recipe.seeds.values())) == 2
+    for task, parts in splits.items():
+        assert list(parts) == ["train", "validation", "test"]
+        for data in parts.values():
+            assert len({len(tensor) for tensor in data.values()}) == 1
+            labels = data["labels"][data["labels"] != IGNORED]
+            candidates = len(tokenizer) if metric.classes is None else len(metric.classes[task])
+            assert labels.min() >= 0 and labels.max() < candidates
+            if metric.classes is not None:
+                assert len(labels.unique()) == candidates
+            assert metric.chance(data) < 0.25
+
+
+@every_data
+def test_data_are_the_same_at_every_call(name: str) -> None:
+    recipe, tokenizer, splits = _data(name)
+    for task, parts in recipe.splits(tokenizer).items():
+        for split, data in parts.items():
+            for key, tensor in data.items():
+                assert torch.equal(tensor, splits[task][split][key]), (task, split, key)
+
+
+@every_data
+def test_no_text_is_in_two_splits(name: str) -> None:
+    """Long texts are compared by what the model sees of them, so a few may begin alike; more would be a leak."""
+    if name not in TEXTS:
+        pytest.skip("images and captions")
+    for parts in _data(name)[2].values():
+        train, validation, test = (_texts(data) for data in parts.values())
+        assert len(train & test) <= 0.005 * len(test)
+        assert len(train & validation) <= 0.005 * len(validation)
+        assert len(validation & test) <= 0.005 * len(test)
+
+
+def test_split_indices_are_a_seeded_partition() -> None:
+    parts = split_indices(100, 20, 30, seed=3)
+    assert [len(parts[split]) for split in ("train", "validation", "test")] == [50, 20, 30]
+    assert torch.equal(torch.cat(list(parts.values())).sort().values, torch.arange(100))
+    assert torch.equal(parts["test"], split_indices(100, 20, 30, seed=3)["test"])
+    assert not torch.equal(parts["test"], split_indices(100, 20, 30, seed=4)["test"])
+
+
+@needs_wordnet
+def test_tokenizers_repeat_and_round_trip(tmp_path: Path) -> None:
+    recipe, tokenizer, _ = _data("wordnet-bert")
+    assert recipe.train_tokenizer().get_vocab() == tokenizer.get_vocab()
+    text = "a large animal of the sea"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert again(text)["input_ids"] == ids and again.model_max_length == tokenizer.model_max_length
+
+
+@needs_wordnet
+def test_a_gloss_is_split_into_definition_and_examples() -> None:
+    gloss = wordnet._gloss('00001740 03 n 01 entity 0 000 | that which is; "a being"; "an \\"entity\\""  \n')
+    assert (gloss.definition, gloss.noun_file) == ("that which is", "tops")
+    dog = next(gloss for gloss in wordnet.glosses("noun") if "domesticated by man since prehistoric" in gloss.text)
+    assert dog.noun_file == "animal" and '"' not in dog.definition and '"' in dog.text
+
+
+def test_hidden_words_are_words_and_at_least_one_a_text() -> None:
+    text = torch.randint(0, 50, (64, 12), generator=torch.Generator().manual_seed(0))
+    text[:, 5] = 30
+    masked = glosses_mlm.hide(text, 4, torch.Generator().manual_seed(1))
+    hidden = masked["labels"] != IGNORED
+    assert hidden.any(1).all() and 0.05 < hidden.float().mean() < 0.3
+    assert not hidden[text < 5].any()
+    assert torch.equal(torch.where(hidden, masked["labels"], masked["input_ids"]), text)
+    assert (masked["input_ids"][hidden] == 4).all()
+
+
+@needs_wordnet
+def test_training_redraws_the_mask_of_the_same_text() -> None:
+    recipe, _, splits = _data("glosses-roberta-mlm")
+    batch = _first(splits["a"]["train"], 32)
+    again = recipe.augment(batch, torch.Generator().manual_seed(5))
+    assert not torch.equal(batch["labels"], again["labels"])
+    assert _texts(batch) == _texts(again)
+
+
+def test_a_flip_and_shift_moves_the_image_whole() -> None:
+    pixels = torch.zeros(200, 1, 28, 28)
+    pixels[:, 0, 10:14, 8] = torch.tensor([1.0, 2, 3, 4])
+    moved = fashion.flip_and_shift(pixels, torch.Generator().manual_seed(0))
+    assert moved.shape == pixels.shape
+    assert torch.equal(moved.flatten(1).sort(1).values, pixels.flatten(1).sort(1).values)
+    columns = {int(row.sum(0).argmax()) for row in moved[:, 0]}
+    assert columns == {*range(6, 11), *range(17, 22)}  # column 8 or, mirrored, 19; two pixels either way
+
+
+@needs_fashion
+def test_the_prompt_is_new_and_made_of_known_words() -> None:
+    _, tokenizer, splits = _data("captions-clip")
+    assert captions_clip.PROMPT not in captions_clip.TEMPLATES
+    for task, prompts in RECIPES["captions-clip"].metric(tokenizer).prompts.items():
+        assert tokenizer.unk_token_id not in prompts["input_ids"]
+        seen = splits[task]["train"]["input_ids"]
+        assert set(prompts["input_ids"].unique().tolist()) <= set(seen.unique().tolist())
+        assert not {tuple(row) for row in prompts["input_ids"].tolist()} & {tuple(row) for row in seen.tolist()}
+
+
+def test_captions_tell_the_brightness_and_size_of_their_image() -> None:
+    large_dark, small_bright = torch.full((28, 28), 100), torch.zeros(28, 28, dtype=torch.long)
+    small_bright[:5] = 250
+    pixels = torch.stack([large_dark, small_bright] * 50).to(torch.uint8)
+    texts = captions_clip.captions(pixels, torch.zeros(100, dtype=torch.long), ("Coat",), torch.Generator())
+    dark, bright = texts[::2], texts[1::2]
+    assert all("bright" not in text and "small" not in text for text in dark)
+    assert all("dark" not in text and "large" not in text for text in bright)
+    assert any("large dark coat" in text for text in dark) and any("small bright coat" in text for text in bright)
+
+
+@every_pair
+def test_a_little_training_lowers_the_loss(name: str) -> None:
+    recipe, tokenizer, splits = _data(name)
+    torch.manual_seed(0)
+    model = recipe.untrained("a", tokenizer)
+    batch = trim(_first(splits["a"]["train"], 8))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    losses = []
+    for _ in range(20):
+        loss = recipe.loss(model, dict(batch))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+class _Tiny(fashion.FashionResNet):
+    """A ResNet of two blocks on a handful of images: everything that building does, in a second."""
+
+    name = "tiny"
+    schedule = Schedule(epochs=1, batch_size=8, learning_rate=0.05, weight_decay=0.0, optimizer="sgd")
+
+    def config(self, **labels: dict) -> ResNetConfig:
+        sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
+        return ResNetConfig(num_channels=1, layer_type="basic", **sizes, **labels)
+
+    def splits(self, tokenizer: None) -> Splits:
+        def draw(seed: int) -> dict:
+            generator = torch.Generator().manual_seed(seed)
+            labels = torch.randint(0, 5, (40,), generator=generator)
+            return {"pixel_values": torch.randn(40, 1, 28, 28, generator=generator), "labels": labels}
+
+        parts = ("train", "validation", "test")
+        return {task: {split: draw(10 * i + j) for j, split in enumerate(parts)} for i, task in enumerate("ab")}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setitem(store.RECIPES, "tiny", _Tiny())
+    return "tiny"
+
+
+def test_training_is_repeatable(tiny: str) -> None:
+    recipe = store.RECIPES[tiny]
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model = recipe.untrained("a", None)
+        fit(recipe, model, recipe.splits(None)["a"]["train"], seed=1)
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+def test_missing_experts_are_trained_saved_and_loaded(tiny: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="python -m benchmarks.zoo"):
+        load(tiny, tmp_path, train=False)
+    pair = load(tiny, tmp_path)
+    assert sorted(p.name for p in (tmp_path / tiny).iterdir()) == ["a", "b"]
+    weights = [expert.state_dict() for expert in pair.experts.values()]
+    assert any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    again = load(tiny, tmp_path, train=False)
+    assert pair.score(pair.experts["a"], "a") == again.score(again.experts["a"], "a")
+    assert all(not expert.training for expert in again.experts.values())
+
+
+def test_experts_found_elsewhere_are_copied(tiny: str, tmp_path: Path) -> None:
+    store.build([tiny], tmp_path / "there")
+    (tmp_path / "there" / tiny / "b").rename(tmp_path / "there" / f"{tiny}-b")  # the other layout
+    said: list[str] = []
+    store.build([tiny], tmp_path / "here", reuse=tmp_path / "there", say=said.append)
+    assert [("copied" in line) for line in said] == [True, True]
+    for task, folder in (("a", f"{tiny}/a"), ("b", f"{tiny}-b")):
+        copied = tmp_path / "here" / tiny / task / "model.safetensors"
+        assert copied.read_bytes() == (tmp_path / "there" / folder / "model.safetensors").read_bytes()
+
+
+def test_an_unknown_pair_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="choose one of fashion-vit"):
+        load("fashion-vgg", tmp_path)
+
+
+def test_scores_count_hits_within_and_across_tasks() -> None:
+    def data(labels: list[int]) -> dict:
+        return {"x": torch.tensor(labels), "labels": torch.tensor(labels)}
+
+    metric = Metric("accuracy", classes={"a": ("p", "q"), "b": ("r", "s", "t")})
+    splits = {"a": {"test": data([0, 1, 1, 0])}, "b": {"test": data([2, 2, 0, 1])}}
+    pair = Pair("toy", {}, splits, metric)
+
+    def right(x: torch.Tensor, shift: int, classes: int) -> dict:
+        return {"logits": torch.nn.functional.one_hot((x + shift) % classes, classes).float()}
+
+    assert pair.score(partial(right, shift=0, classes=2), "a") == 1.0
+    assert pair.score(partial(right, shift=1, classes=2), "a") == 0.0
+    # Always pointing at task a's candidates is right for all of a and wrong for all of b, except that x = 2 means "r".
+    assert pair.joint_score(partial(right, shift=0, classes=5)) == 0.5
+    assert metric.chance(splits["b"]["test"]) == 0.5
+    assert Pair("toy", {}, splits, Metric("words")).joint_score(partial(right, shift=0, classes=5)) is None
+
+
+def test_calibration_has_no_labels_and_no_sample_twice() -> None:
+    train = {"x": torch.arange(50), "labels": torch.zeros(50, dtype=torch.long)}
+    pair = Pair("toy", {}, {"a": {"train": train}}, Metric("accuracy"))
+    drawn = pair.calibration("a", 20)
+    assert set(drawn) == {"x"} and len(drawn["x"].unique()) == 20
+    assert torch.equal(drawn["x"], pair.calibration("a", 20)["x"])
+
+
+@pytest.mark.skipif(not (SHARED / "fashion-resnet-a").is_dir(), reason="the shared experts are not here")
+@needs_fashion
+@pytest.mark.parametrize("name, task, expected", [("fashion-vit", "b", 0.934), ("fashion-resnet", "a", 0.922)])
+def test_shared_experts_score_as_documented(name: str, task: str, expected: float) -> None:
+    pair = load(name, SHARED, train=False)
+    data = _first(pair.splits[task]["test"], 1000)
+    assert pair.metric.hits(pair.experts[task], data, {}) == pytest.approx(expected, abs=0.03)

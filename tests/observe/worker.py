@@ -1,0 +1,45 @@
+"""One of several processes of `test_observe.py`: observes the same data and saves the moments it ends up with."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from hf_zipit.errors import ZipItError
+from hf_zipit.observe import observe
+from tests.observe.models import vit, vit_spec
+
+
+def calibration() -> dict[str, torch.Tensor]:
+    """23 and 8 images: batches of 4 that no number of processes divides, the last one smaller."""
+    return {
+        "clothes": torch.randn(23, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        "shoes": torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(2)) + 1,
+    }
+
+
+def observe_and_save(accelerator: Accelerator, data: dict[str, torch.Tensor], path: str) -> None:
+    """Write the moments, or what went wrong."""
+    experts = {"clothes": vit(1), "shoes": vit(2)}
+    spec = vit_spec(experts["clothes"])
+    try:
+        observe(spec, experts, data, batch_size=4, share=0.7, seed=3, accelerator=accelerator).save(
+            f"{path}.safetensors"
+        )
+    except ZipItError as error:
+        Path(f"{path}.txt").write_text(str(error))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    damaged = calibration()
+    damaged["shoes"][0] = torch.nan  # batch 1: only the second process sees it
+    observe_and_save(accelerator, calibration(), f"{sys.argv[1]}/good{accelerator.process_index}")
+    observe_and_save(accelerator, damaged, f"{sys.argv[1]}/bad{accelerator.process_index}")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # without it gloo's threads may abort the process at exit
