@@ -9,3 +9,14 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
+
+from hf_zipit.merging import merge, plan
+from hf_zipit.modeling import (
+    ZipItConfig,
+    ZipItForImageClassification,
+    ZipItForMaskedLM,
+    ZipItForSequenceClassification,
+    ZipItForTokenClassification,
+    ZipItModel,
+)
+from hf_zipit.symmetry import MergeSpec, prove

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from hf_zipit.align.maps import Alignment
 from hf_zipit.combine.transform import unmerge_index
 from hf_zipit.cut import Cut, Entry
 from hf_zipit.errors import ExpertError
-from hf_zipit.modeling import ZipItConfig, merged_class
+from hf_zipit.modeling import ZipItConfig, build
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 
@@ -54,13 +54,13 @@ def assemble(
         cut=first_own_block(spec, cut),
         method=dict(method or {}),
     )
-    merged = merged_class(config.source_architecture)(config)
+    merged = build(config)
     fill(merged, sources, trunk)
     for number, task in enumerate(experts):
-        key = merged.keys[task]
+        key = merged.branch_names[task]
         doors = [*zip(cut.entries, merged.entries[key], strict=True), *zip(cut.exits, merged.exits[key], strict=True)]
         for entry, module in doors:
-            module.index.copy_(unmerge_index(alignment, spec, entry.key, number))
+            module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
     return merged.eval()
 
 
@@ -102,23 +102,3 @@ def fill(merged: nn.Module, sources: Mapping[str, Mapping[str, Tensor]], trunk: 
                 raise ExpertError(f"the tensor {name} of the merged model is missing in the expert {task!r}")
             tensor.copy_(source)
 
-
-def trunk_tensors(
-    experts: Sequence[Mapping[str, Tensor]], names: Sequence[str], tasks: Sequence[str]
-) -> dict[str, list[Tensor]]:
-    """The experts' tensors of the trunk side by side.
-
-    Raises:
-        ExpertError: if integer tensors, which cannot be averaged, differ between experts.
-    """
-    found = {}
-    for name in names:
-        tensors = [expert[name] for expert in experts]
-        if not tensors[0].is_floating_point() and tensors[0].ndim > 0:
-            for task, tensor in zip(tasks[1:], tensors[1:], strict=True):
-                if not torch.equal(tensor, tensors[0]):
-                    raise ExpertError(
-                        f"the integer tensor {name} differs between the experts {tasks[0]!r} and {task!r} and cannot be merged"
-                    )
-        found[name] = tensors
-    return found

@@ -8,12 +8,13 @@ shared.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from hf_zipit.errors import RecipeError, SpecError
-from hf_zipit.symmetry.spaces import AxisLabel, Crossing, Place, Probe, ProductKey, Trace, product_key
+from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, Symmetry, product_key
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,24 @@ class Cut:
     entries: tuple[Entry, ...]
     exits: tuple[Entry, ...]
 
-    def spaces(self, spec: Trace) -> frozenset[str]:
+    def spaces(self, spec: MergeSpec) -> frozenset[str]:
         """Movable spaces that some tensor of the trunk has."""
         labels = (label for name in self.trunk for label in spec.axes.get(name, ()))
         return frozenset(f.space for label in labels for f in label if spec.movable(f.space))
 
-    def probes(self, spec: Trace) -> tuple[Probe, ...]:
-        """The probes at which the trunk's spaces show in the trunk."""
+    def trunk_spec(self, spec: MergeSpec) -> MergeSpec:
+        """The spec as the later stages see it: spaces that only branches have are fixed, and nobody looks there."""
         merged = self.spaces(spec)
+        own = "it is not in the trunk"
+        spaces = {
+            name: space
+            if name in merged or not spec.movable(name)
+            else replace(space, symmetry=Symmetry.FIXED, frozen_by=own)
+            for name, space in spec.spaces.items()
+        }
+        return replace(spec, spaces=spaces, probes=self._probes(spec, merged))
+
+    def _probes(self, spec: MergeSpec, merged: frozenset[str]) -> tuple[Probe, ...]:
         owners = {name.rpartition(".")[0] for name in self.trunk}
         whole = not any(made < total for made, total in zip(self.blocks, tower_lengths(spec), strict=True))
         return tuple(
@@ -69,18 +80,18 @@ class Cut:
         )
 
 
-def tower_lengths(spec: Trace) -> list[int]:
+def tower_lengths(spec: MergeSpec) -> list[int]:
     count = max((block.tower for block in spec.blocks), default=-1) + 1
     return [sum(block.tower == tower for block in spec.blocks) for tower in range(count)]
 
 
-def blocks_in_trunk(spec: Trace, depth: float | str) -> tuple[int, ...]:
+def blocks_in_trunk(spec: MergeSpec, depth: float | str) -> tuple[int, ...]:
     """How many blocks of every tower a depth puts into the trunk.
 
     Args:
         spec: the model's spec.
-        depth: a share of the blocks from 0 to 1, or the path of the block before which the trunk ends. A model with
-            two towers is cut at the same share of both.
+        depth: a share of the blocks from 0 to 1 (halves are rounded up), or the path of the block before which the
+            trunk ends. A model with two towers is cut at the same share of both.
 
     Raises:
         RecipeError: for a share outside 0..1 or a path that is no block.
@@ -97,18 +108,18 @@ def blocks_in_trunk(spec: Trace, depth: float | str) -> tuple[int, ...]:
         depth = before / lengths[block.tower]
     if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 <= depth <= 1:
         raise RecipeError(f"the depth must be a share from 0 to 1 or the path of a block, not {depth!r}")
-    counts = [round(depth * length) for length in lengths]
+    counts = [int(depth * length + 0.5) for length in lengths]
     if any(counts) and not all(counts):  # a short tower beside a long one
         counts = [max(1, count) for count in counts]
     return tuple(counts)
 
 
-def cut_model(model: nn.Module, spec: Trace, depth: float | str) -> Cut:
+def cut_model(model: nn.Module, spec: MergeSpec, depth: float | str) -> Cut:
     """Divide a model at a depth.
 
     Raises:
         RecipeError: if the depth is no share and no block.
-        SpecError: if a branch would read the trunk elsewhere than at the cut, or blocks share their weights.
+        SpecError: if a branch would read the trunk elsewhere than at the cut, or both would use the same tensor.
     """
     counts = blocks_in_trunk(spec, depth)
     lengths = tower_lengths(spec)
@@ -116,41 +127,65 @@ def cut_model(model: nn.Module, spec: Trace, depth: float | str) -> Cut:
     whole = not nothing and all(count == length for count, length in zip(counts, lengths, strict=True))
 
     def in_trunk(place: Place) -> bool:
-        return not nothing and not place.head and all(
-            reached < count or count == length
-            for reached, count, length in zip(place.blocks, counts, lengths, strict=True)
-        )
+        reached = zip(place.blocks, counts, lengths, strict=True)
+        return not (nothing or place.head) and all(last < n or n == length for last, n, length in reached)
 
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     names += [n for n, _ in model.named_buffers(remove_duplicate=False)]
-    # A tensor that nothing reads goes where the rest of its module goes, in the end with the branches.
-    trunk = {name for name in names if name in spec.places and in_trunk(spec.places[name])}
-    used_in_branch = {name for name in names if name in spec.places and name not in trunk}
-    for name in names:
-        if name in spec.unused and not nothing and not _in_head(name, spec):
-            module = name.rpartition(".")[0]
-            siblings_trunk = any(_under(other, module) for other in trunk)
-            siblings_branch = any(_under(other, module) for other in used_in_branch)
-            if (siblings_trunk and not siblings_branch) or whole:
-                trunk.add(name)
-    entries, exits = _entries(spec, in_trunk, counts, lengths)
+    if not (nothing or whole):
+        _check_blocks_run(spec, names)
+    _check_used_on_one_side(spec, in_trunk)
+    trunk = _trunk_names(spec, names, in_trunk, whole)
     total = sum(lengths)
     return Cut(
         blocks=counts,
         depth=sum(counts) / total if total else float(not nothing),
-        trunk=frozenset(trunk),
-        shared=_shared_modules(model, frozenset(trunk)),
-        entries=entries,
-        exits=exits,
+        trunk=trunk,
+        shared=_shared_modules(model, trunk),
+        entries=_entries(spec, in_trunk, _doors(spec, counts)),
+        exits=_exits(spec, in_trunk),
     )
 
 
+InTrunk = Callable[[Place], bool]
+
+
+def _check_blocks_run(spec: MergeSpec, names: Sequence[str]) -> None:
+    """A block that no op ran in is another one under a second name."""
+    for block in spec.blocks:
+        own = [name for name in names if _under(name, block.path)]
+        if own and not any(_under(module, block.path) for module in spec.modules):
+            raise SpecError(
+                f"{spec.architecture} cannot be cut between its blocks: {block.path} shares its weights with another "
+                "block; use depth 0 or 1"
+            )
+
+
+def _check_used_on_one_side(spec: MergeSpec, in_trunk: InTrunk) -> None:
+    for name, first in spec.first_places.items():
+        if in_trunk(first) and not in_trunk(spec.places[name]):
+            raise SpecError(
+                f"{spec.architecture} cannot be cut here: {name} is used both before and after the cut; choose "
+                "another depth"
+            )
+
+
+def _trunk_names(spec: MergeSpec, names: Sequence[str], in_trunk: InTrunk, whole: bool) -> frozenset[str]:
+    """The tensors that the trunk uses, and those that nothing reads but whose module is in the trunk."""
+    trunk = {name for name in names if name in spec.places and in_trunk(spec.places[name])}
+    branch = {name for name in names if name in spec.places} - trunk
+    idle = [name for name in names if name in spec.unused and not any(_under(name, head) for head in spec.head)]
+    if trunk:
+        for name in idle:
+            module = name.rpartition(".")[0]
+            beside_trunk = any(_under(other, module) for other in trunk)
+            if whole or (beside_trunk and not any(_under(other, module) for other in branch)):
+                trunk.add(name)
+    return frozenset(trunk)
+
+
 def _under(name: str, module: str) -> bool:
-    return not module or name.startswith(f"{module}.")
-
-
-def _in_head(name: str, spec: Trace) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in spec.head)
+    return not module or name == module or name.startswith(f"{module}.")
 
 
 def _shared_modules(model: nn.Module, trunk: frozenset[str]) -> tuple[str, ...]:
@@ -170,44 +205,56 @@ def _shared_modules(model: nn.Module, trunk: frozenset[str]) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def _entries(spec: Trace, in_trunk, counts, lengths) -> tuple[tuple[Entry, ...], tuple[Entry, ...]]:  # noqa: ANN001
-    first = {
-        path
-        for tower, count in enumerate(counts)
-        for path in [[b.path for b in spec.blocks if b.tower == tower][count : count + 1]]
-        for path in path
-    }
+def _doors(spec: MergeSpec, counts: Sequence[int]) -> frozenset[str]:
+    """Modules through which a branch may read the trunk: the first block of every tower's branch, and the head."""
+    doors = set(spec.head)
+    for tower, count in enumerate(counts):
+        paths = [block.path for block in spec.blocks if block.tower == tower]
+        doors.update(paths[count : count + 1])
+    return frozenset(doors)
+
+
+def _entries(spec: MergeSpec, in_trunk: InTrunk, doors: frozenset[str]) -> tuple[Entry, ...]:
+    """Where a branch takes over a value that moves.
+
+    Raises:
+        SpecError: if it does so elsewhere than at a door, or takes two values through one door.
+    """
     entries: dict[Entry, None] = {}
+    taken: dict[str, str] = {}
     for crossing in spec.crossings:
-        if in_trunk(crossing.made) and not in_trunk(crossing.read):
-            doors = [path for path in crossing.stack if path in first or path in spec.head]
-            for axis, label in enumerate(crossing.axes):
-                if _moves(label, spec):
-                    if not doors:
-                        raise SpecError(_cannot_cut(spec, crossing))
-                    entries[Entry(doors[0], axis, product_key(label))] = None
-    for entry in entries:
-        if sum(other.target == entry.target for other in entries) > 1:
+        moving = [axis for axis, label in enumerate(crossing.axes) if _moves(label, spec)]
+        if not moving or not in_trunk(crossing.made) or in_trunk(crossing.read):
+            continue
+        door = next((path for path in crossing.stack if path in doors), None)
+        if door is None:
+            raise SpecError(_cannot_cut(spec, crossing))
+        if taken.setdefault(door, crossing.value) != crossing.value or len(moving) > 1:
             raise SpecError(
-                f"{spec.architecture} cannot be cut before {entry.target}: it reads more than one value of the trunk; "
-                "choose another depth"
+                f"{spec.architecture} cannot be cut before {door}: it reads more than one value of the trunk; choose "
+                "another depth"
             )
-    exits = [
+        entries[Entry(door, moving[0], product_key(crossing.axes[moving[0]]))] = None
+    return tuple(entries)
+
+
+def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[Entry, ...]:
+    return tuple(
         Entry(field, axis, product_key(label))
         for field, axes in spec.outputs.items()
         if in_trunk(spec.output_places[field])
         for axis, label in enumerate(axes)
         if _moves(label, spec)
-    ]
-    return tuple(entries), tuple(exits)
+    )
 
 
-def _moves(label: AxisLabel, spec: Trace) -> bool:
+def _moves(label: AxisLabel, spec: MergeSpec) -> bool:
     return any(spec.movable(factor.space) for factor in label)
 
 
-def _cannot_cut(spec: Trace, crossing: Crossing) -> str:
+def _cannot_cut(spec: MergeSpec, crossing: Crossing) -> str:
+    reader = crossing.stack[-1] if crossing.stack else ""
     return (
-        f"{spec.architecture} cannot be cut here: {crossing.stack[-1] or 'the model itself'} reads a value of the trunk "
-        "beside the cut; choose another depth, or declare it as part of the head in an adapter"
+        f"{spec.architecture} cannot be cut here: {reader or 'the model itself'} reads a value of the trunk beside "
+        "the cut; choose another depth, or declare it as part of the head in an adapter"
     )

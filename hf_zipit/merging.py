@@ -7,7 +7,7 @@ Each stage can be called alone: it takes the frozen result of the one before and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from hf_zipit import __version__
 from hf_zipit.align.align import align
 from hf_zipit.align.maps import Alignment
 from hf_zipit.align.registry import METHODS
-from hf_zipit.assembly import assemble, trunk_tensors
+from hf_zipit.assembly import assemble
 from hf_zipit.combine.registry import COMBINERS
-from hf_zipit.errors import DataError
+from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts import Experts, load_experts
 from hf_zipit.observe import Moments, fingerprint_experts, observe
 from hf_zipit.planning import Plan, make_plan
@@ -135,8 +135,7 @@ def _moments(
     experts: Mapping[str, nn.Module], planned: Plan, calibration: Any, moments: Moments | str | Path | None, **settings: Any
 ) -> Moments | None:
     """Moments where the method needs them: loaded ones if given, else gathered from the calibration data."""
-    probes = planned.cut.probes(planned.spec)
-    if not planned.passes or not probes:
+    if not planned.passes or not planned.spec.probes:
         return None
     if moments is not None:
         if isinstance(moments, Moments):
@@ -144,7 +143,7 @@ def _moments(
         return Moments.load(moments, experts=fingerprint_experts(experts))
     if calibration is None:
         raise DataError("this method looks at what the experts compute: pass a little unlabelled data as calibration=")
-    return observe(planned.spec, experts, calibration, probes=probes, **settings)
+    return observe(planned.spec, experts, calibration, **settings)
 
 
 def align_trunk(
@@ -158,7 +157,7 @@ def align_trunk(
     overrides: Mapping[str, Any] | None = None,
 ) -> Alignment:
     """Maps of the movable spaces in the trunk."""
-    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.products()}
+    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}
     return align(
         planned.spec,
         correlations,
@@ -167,7 +166,6 @@ def align_trunk(
         options=options,
         residual=residual,
         overrides=overrides,
-        spaces=planned.cut.spaces(planned.spec),
         weights=[model_tensors(model) for model in experts.values()],
     )
 
@@ -176,15 +174,22 @@ def combine_trunk(
     experts: Mapping[str, nn.Module], planned: Plan, alignment: Alignment, combine: str = "average"
 ) -> dict[str, Tensor]:
     """The merged tensors of the trunk, by their names in the source model."""
-    combiner = COMBINERS.get(combine)
-    names = sorted(planned.cut.trunk)
-    side_by_side = trunk_tensors([model_tensors(model) for model in experts.values()], names, planned.tasks)
+    rule = COMBINERS.get(combine).function
+    spec = planned.spec
+    experts_tensors = [model_tensors(model) for model in experts.values()]
     merged = {}
-    for name, tensors in side_by_side.items():
-        if not tensors[0].is_floating_point():
-            merged[name] = tensors[0].clone()
-        else:
-            merged[name] = combiner(tensors, planned.spec.axes.get(name), alignment, planned.spec)
+    for name in sorted(planned.cut.trunk):
+        tensors = [own[name] for own in experts_tensors]
+        labels = spec.axes.get(name)  # what the forward pass does not read has none
+        try:
+            merged[name] = rule(tensors, labels, alignment, spec) if labels is not None else plain_average(tensors)
+        except SpecError as error:
+            raise SpecError(f"the tensor {name} cannot be merged: {error}") from error
     return merged
 
 
+def plain_average(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of float tensors; of integer ones the first."""
+    if not tensors[0].is_floating_point():
+        return tensors[0].clone()
+    return (sum(tensor.double() for tensor in tensors) / len(tensors)).to(tensors[0].dtype)

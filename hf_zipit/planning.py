@@ -25,7 +25,7 @@ class Plan:
     Attributes:
         architecture: the experts' class.
         tasks: the experts, in order.
-        spec: the architecture's spaces and labels.
+        spec: the architecture's spaces and labels; spaces that only branches have are fixed.
         cut: what is merged and what stays apart.
         parameters: elements of one expert, of the `trunk`, of all `branches`, of the `merged` model and of all `experts`.
         coverage: elements of the trunk under `movable` spaces, under `fixed` ones only, and `unused` by the forward pass.
@@ -63,7 +63,7 @@ class Plan:
         }
 
 
-def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, spec: MergeSpec | None, passes: int) -> Plan:
+def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: int) -> Plan:
     """Check the experts, infer the spec, divide the model.
 
     Raises:
@@ -72,10 +72,11 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, spec: Mer
         RecipeError: if the depth is no share and no block.
     """
     first = next(iter(experts.values()))
-    spec = spec or MergeSpec.from_model(first)
+    spec = MergeSpec.from_model(first)
     check_experts(experts, spec.head)
     cut = cut_model(first, spec, depth)
     tensors = model_tensors(first)
+    spec = cut.trunk_spec(spec)
     check_coverage(spec, cut)
     sizes = {task: sum(p.numel() for p in model.parameters()) for task, model in experts.items()}
     trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
@@ -83,7 +84,7 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, spec: Mer
     branches = sum(
         sum(p.numel() for name, p in model.named_parameters() if name not in cut.trunk) for model in experts.values()
     )
-    movable = cut.spaces(spec)
+    movable = {name for name in spec.spaces if spec.movable(name)}
     coverage = dict.fromkeys(("movable", "fixed", "unused"), 0)
     for name in trunk:
         spaces = {factor.space for label in spec.axes.get(name, ()) for factor in label}
@@ -103,7 +104,7 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, spec: Mer
             "merged": in_trunk + branches,
         },
         coverage=coverage,
-        moment_bytes=sum(BYTES_PER_MOMENT * (width * spec.size(probe.key)) ** 2 for probe in cut.probes(spec)),
+        moment_bytes=sum(BYTES_PER_MOMENT * (width * spec.size(probe.key)) ** 2 for probe in spec.probes),
         passes=passes,
     )
 

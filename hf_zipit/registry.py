@@ -34,7 +34,7 @@ class Registry(Generic[T]):
         self._found = False
 
     def add(self, name: str, entry: T) -> T:
-        """Register `entry`; raises ValueError when the name is taken, for this is a mistake in the code, not in a recipe."""
+        """Register `entry`; raises ValueError when the name is taken: a mistake in the code, not in a recipe."""
         if name in self._entries:
             raise ValueError(f"There are two {self.kind}s named {name!r} in {self.room}; rename one of them.")
         self._entries[name] = entry

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers as T
+import transformers as T  # noqa: N812
 from transformers import PreTrainedModel
 
 IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -29,6 +29,7 @@ POOLFORMER = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2
               "strides": [4, 2], "padding": [2, 1], "image_size": 32}  # fmt: skip
 SEGFORMER = {"hidden_sizes": [8, 16, 32, 64], "image_size": 32, "num_attention_heads": [1, 2, 4, 8]}
 CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 32}
+BIT = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 8}
 DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 Builder = Callable[..., PreTrainedModel]
@@ -85,7 +86,7 @@ EXTRA: dict[str, Builder] = {
     "deberta-v2": of(T.DebertaV2ForSequenceClassification, T.DebertaV2Config, **TEXT, **DISENTANGLED),
     "regnet": of(T.RegNetForImageClassification, T.RegNetConfig, **REGNET),
     "mobilenet-v2": of(T.MobileNetV2ForImageClassification, T.MobileNetV2Config, depth_multiplier=0.25, image_size=32),
-    "bit": of(T.BitForImageClassification, T.BitConfig, embedding_size=32, hidden_sizes=[32, 64], depths=[1, 1], num_groups=8),
+    "bit": of(T.BitForImageClassification, T.BitConfig, **BIT),
     "poolformer": of(T.PoolFormerForImageClassification, T.PoolFormerConfig, **POOLFORMER),
     "segformer": of(T.SegformerForImageClassification, T.SegformerConfig, **SEGFORMER),
     "llama": of(T.LlamaForCausalLM, T.LlamaConfig, **DECODER),
@@ -106,9 +107,7 @@ def build(name: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
 
 def is_classifier(name: str) -> bool:
     """Whether a model of the table has classes, so that experts may differ in how many."""
-    classifiers = ("vit", "vit-eager", "clip-image", "bert-token", "deit", "dinov2", "beit", "convnext", "electra", "albert",
-                   "mpnet", "deberta-v2", "regnet", "mobilenet-v2", "bit", "poolformer", "segformer")  # fmt: skip
-    return name in classifiers or name.startswith("resnet") or name.endswith("-sequence")
+    return type(build(name)).__name__.endswith("Classification")
 
 
 def pair(name: str, seeds: Sequence[int] = (0, 1), labels: Sequence[int] = (3, 4)) -> tuple[PreTrainedModel, ...]:

@@ -1,9 +1,9 @@
 """Activation matching: one-to-one assignments of every expert's units to a reference expert's, by correlation.
 
 The best pairs of two experts are a linear assignment problem on their *signed* correlations (Li et al., Convergent
-Learning, arXiv 1511.07543; Ainsworth et al., arXiv 2209.04836, section 3.1). With more than two experts all are matched
-to one of them. Taking the expert that resembles the others most, rather than the first, makes the result independent of
-the order in which the experts are given.
+Learning, arXiv 1511.07543; Ainsworth et al., arXiv 2209.04836, section 3.1). With more than two experts all are
+matched to one of them. Taking the expert that resembles the others most, rather than the first, makes the result
+independent of the order in which the experts are given.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hf_zipit.align.maps import SpaceMap
 from hf_zipit.align.registry import register
 
 SAME_INDEX_BONUS = 1e-9
-"""Far below any measured difference of correlations: it decides ties, such as those of dead units, for the same index."""
+"""Far below any measured difference of correlations: it decides ties, as between dead units, for the same index."""
 
 
 @register("permute", needs={"moments"})

@@ -1,9 +1,10 @@
-"""Products of spaces: which merged unit every unit of `heads x head_dim` goes to, and what a product says about one factor.
+"""Products of spaces: which merged unit every unit of `heads x head_dim` goes to, and what a product says about one
+factor.
 
-Features are observed on whole axes, and an axis is often a product of spaces: `(heads, query)`, or `(kv, group, query)`
-under grouped-query attention. A space that lives within another has one map per merged unit of that other, so a product's
-map is composed factor by factor, and a factor's correlations are found by *tracing out* the factors that are aligned
-already: only units that the other factors' maps bring together are compared.
+Features are observed on whole axes, and an axis is often a product of spaces: `(heads, query)`, or `(kv, group,
+query)` under grouped-query attention. A space that lives within another has one map per merged unit of that other,
+so a product's map is composed factor by factor, and a factor's correlations are found by *tracing out* the factors
+that are aligned already: only units that the other factors' maps bring together are compared.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A method is either a *matcher* of one space, a pure function of the correlations
 
     matcher(correlation, experts, *, option=default, ...) -> SpaceMap
 
-with `correlation` a float64 `[experts * d, experts * d]`, or an *aligner* of the whole network, for methods in which the
-spaces depend on each other's maps (weight matching),
+with `correlation` a float64 `[experts * d, experts * d]`, or an *aligner* of the whole network, for methods in which
+the spaces depend on each other's maps (weight matching),
 
     aligner(network, *, option=default, ...) -> dict[str, SpaceMap]
 
@@ -52,7 +52,7 @@ class Network:
     Attributes:
         spec: the architecture's spaces and axis labels.
         experts: their number, T.
-        correlations: per observed product of spaces, float64 `[T * size, T * size]`; empty unless the method needs moments.
+        correlations: per observed product of spaces, float64 `[T * size, T * size]`; empty if the method needs none.
         weights: one state dict per expert; empty unless the method needs weights.
         settled: maps that are decided already (a residual stream left at identity, overrides); not to be changed.
     """
@@ -68,7 +68,9 @@ METHODS: Registry[Method] = Registry("method", room="hf_zipit.align")
 
 
 def register(name: str, *, needs: set[str], scope: Scope = "space") -> Callable[[Function], Function]:
-    """Decorator that makes a function a method of this room."""
+    """Decorator that makes a function a method; a matcher sees correlations only, so it cannot need weights."""
+    if scope == "space" and "weights" in needs:
+        raise ValueError(f"{name!r} needs weights, which depend on other spaces' maps; make its scope 'network'.")
 
     def decorate(function: Function) -> Function:
         METHODS.add(name, Method(name, function, frozenset(needs), scope))

@@ -1,23 +1,25 @@
 """ZipIt!: greedily join the most correlated units, across experts and within one (arXiv 2305.03053).
 
-Start with every unit of every expert alone; join the most correlated two groups until k are left. A joined group keeps
-the smaller of its members' correlations, times alpha, so that large groups are built last. Joins inside one expert come
-out of that expert's budget, set by beta.
+Start with every unit of every expert alone; join the most correlated two groups until k are left. A joined group
+keeps the smaller of its members' correlations, times alpha, so that large groups are built last. Joins inside one
+expert come out of that expert's budget, set by beta.
 
-What is inside an expert? The published code counts a joined group as its first unit's expert, so that the result depends
-on the order of the experts. Here only groups that hold nothing but one expert's units are inside it, and the order of
-the experts changes nothing (but ties, and alpha = 0 makes many). `compat` brings the published arithmetic back.
+What is inside an expert? A join that brings two of its units together, alone or with others'. The published code
+counts a joined group as its first unit's expert instead, so that the result depends on the order of the experts;
+here the order changes nothing (but ties, of which alpha = 0 makes many). `compat` brings the published arithmetic
+back. A spent budget forbids all further joins of that expert's units; where k groups cannot be reached otherwise (k
+< d, or three experts whose groups block each other), the budgets are lifted for the last joins.
 
-The published code copies the whole matrix at every join and searches it anew. Here each row's maximum is cached and only
-those rows are searched again whose maximum was touched. The trap in this: a negative correlation *rises* when multiplied
-by alpha < 1, so a cached maximum can also be overtaken by a joined group's column.
+The published code copies the whole matrix at every join and searches it anew. Here each row's maximum is cached and
+only those rows are searched again whose maximum was touched. The trap in this: a negative correlation *rises* when
+multiplied by alpha < 1, so a cached maximum can also be overtaken by a joined group's column.
 
-Ties. What is the same in both experts must be joined first, or the merge of a model with itself would not be that model:
-*twins*, units of different experts that are as correlated with each other as each is with itself, are joined one-to-one
-before the greedy search starts, those of the same index first. This covers dead units, whose correlations are all zero:
-left to the greedy search they would come last, after joins of live groups at any positive correlation. Duplicated units
-inside an expert are also joined with their twins, not with each other, so that they spend no budget. Everything else
-keeps the published order: the first maximum, row by row.
+Ties. What is the same in both experts must be joined first, or the merge of a model with itself would not be that
+model: *twins*, units of different experts that are as correlated with each other as each is with itself, are joined
+one-to-one before the greedy search starts, those of the same index first. This covers dead units, whose correlations
+are all zero: left to the greedy search they would come last, after joins of live groups at any positive correlation.
+Duplicated units inside an expert are also joined with their twins, not with each other, so that they spend no
+budget. Everything else keeps the published order: the first maximum, row by row.
 """
 
 from __future__ import annotations
@@ -32,10 +34,7 @@ from hf_zipit.align.registry import register
 from hf_zipit.errors import RecipeError
 
 TWIN_TOLERANCE = 1e-6
-"""Correlations nearer than this to a unit's correlation with itself count as equal to it: float32 features are no better."""
-
-MIXED = -1
-"""In place of an expert, for a group of several experts' units."""
+"""Correlations nearer than this to a unit's correlation with itself count as equal to it: float32 is no better."""
 
 
 @register("zip", needs={"moments"})
@@ -54,20 +53,20 @@ def zip_units(
         correlation: float64 `[T * d, T * d]`, zero in the rows of dead units, the diagonal included.
         experts: T.
         alpha: what a group's correlations are multiplied by when it is joined, 0 to 1.
-        beta: the share of the joins per expert that may be inside it, 0 to 1; 0 means none.
+        beta: the share of an expert's joins that may be inside it, 0 to 1; 0 means none.
         size: k, the number of merged units; d if not given.
-        compat: do as the published code does: a joined group counts as its first unit's expert, a join inside an expert
-            whose budget is 0 passes once, and twins are not looked for.
+        compat: do as the published code does: a joined group counts as its first unit's expert, a join inside an
+            expert whose budget is 0 passes once, and twins are not looked for.
 
     Returns:
         k merged units in the order of their first members, labels `[T, d]`.
 
     Raises:
-        RecipeError: an option is out of range, or (with `compat`) the budget does not allow so small a size.
+        RecipeError: an option is out of range.
     """
     units = correlation.shape[-1] // experts
     size = units if size is None else size
-    budget = _budget(experts, units, size, alpha, beta, compat)
+    budget = _budget(experts, units, size, alpha, beta)
     values = correlation.detach().cpu().numpy()
     groups = _Groups(values, experts, alpha, budget, compat)
     if not compat:
@@ -78,32 +77,25 @@ def zip_units(
     return SpaceMap(size, torch.from_numpy(groups.labels()).reshape(experts, units))
 
 
-def _budget(experts: int, units: int, size: int, alpha: float, beta: float, compat: bool) -> int:
+def _budget(experts: int, units: int, size: int, alpha: float, beta: float) -> int:
     """How many joins inside itself every expert is allowed; checks the options on the way."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
             raise RecipeError(f"zip's option {name} is {value}; it must be between 0 and 1.")
     if not 1 <= size <= experts * units:
-        raise RecipeError(f"zip's option size is {size}; it must be between 1 and {experts * units}, the units of all experts.")
-    budget = int(((experts * units - size) / experts) * beta + 1e-4)
-    smallest = units - max(budget, 1)
-    if compat and size < smallest:
-        raise RecipeError(
-            f"zip's option size is {size}, but with compat and beta {beta} no fewer than {smallest} groups of {experts} times "
-            f"{units} units can be reached; raise size or beta, or leave out compat."
-        )
-    return budget
+        raise RecipeError(f"zip's option size is {size}; it must be between 1 and all {experts * units} units.")
+    return int(((experts * units - size) / experts) * beta + 1e-4)
 
 
 def _twins(correlation: NDArray[np.float64], experts: int) -> list[tuple[int, int]]:
     """Pairs (kept, gone) of units of different experts that are the same, one-to-one between every two experts."""
     units = len(correlation) // experts
-    self_correlation = correlation.diagonal()
+    to_itself = correlation.diagonal() - TWIN_TOLERANCE
     pairs = []
     first = np.ones(len(correlation), dtype=bool)  # units that no earlier expert has a twin of
     for start in range(units, experts * units, units):
         own = slice(start, start + units)
-        alike = correlation[:start, own] >= np.maximum.outer(self_correlation[:start], self_correlation[own]) - TWIN_TOLERANCE
+        alike = correlation[:start, own] >= np.maximum.outer(to_itself[:start], to_itself[own])
         alike &= first[:start, None]
         for same_index in (True, False):
             for unit in np.flatnonzero(alike.any(axis=0)):
@@ -123,12 +115,13 @@ class _Groups:
 
     def __init__(self, correlation: NDArray[np.float64], experts: int, alpha: float, budget: int, compat: bool):
         units = len(correlation)
+        self.correlation = correlation
         self.similarity = correlation.copy()
         np.fill_diagonal(self.similarity, -np.inf)
         self.alpha, self.compat = alpha, compat
         self.count = units
         self.parent = np.arange(units)
-        self.expert = self.parent // (units // experts)
+        self.holds = np.arange(experts) == self.parent[:, None] // (units // experts)  # whose units are in a group
         self.budget = np.full(experts, budget)
         self.best = np.empty(units)
         self.partner = np.empty(units, dtype=np.int64)
@@ -140,7 +133,12 @@ class _Groups:
     def best_pair(self) -> tuple[int, int]:
         """The most correlated two groups, the first of them first; among equals the first, row by row."""
         row = int(self.best.argmax())
-        return row, int(self.partner[row])
+        if self.best[row] == -np.inf:
+            self._lift_budget()
+            row = int(self.best.argmax())
+        partner = int(self.partner[row])
+        # A matrix product's two halves may differ in the last bit, so that the second group's row holds the maximum.
+        return min(row, partner), max(row, partner)
 
     def join(self, kept: int, gone: int) -> None:
         """Join group `gone` to group `kept`, which comes before it."""
@@ -161,13 +159,12 @@ class _Groups:
         self.best[gone] = -np.inf
         self._search(np.flatnonzero(lost))
 
-        expert = self.expert[kept]
-        if expert == self.expert[gone] != MIXED:
+        for expert in np.flatnonzero(self.holds[kept] & self.holds[gone]):
             self.budget[expert] -= 1
             if self.budget[expert] <= 0:
                 self._forbid(expert)
-        elif not self.compat:
-            self.expert[kept] = MIXED
+        if not self.compat:
+            self.holds[kept] |= self.holds[gone]
 
     def labels(self) -> NDArray[np.int64]:
         """The number of every unit's group, in the order of the groups' first units."""
@@ -178,9 +175,25 @@ class _Groups:
 
     def _forbid(self, expert: int) -> None:
         """Allow no more joins inside an expert."""
-        own = np.flatnonzero((self.expert == expert) & (self.parent == np.arange(len(self.parent))))
+        own = np.flatnonzero(self.holds[:, expert] & self._left())
         self.similarity[np.ix_(own, own)] = -np.inf
         self._search(own)
+
+    def _lift_budget(self) -> None:
+        """Allow every join: two groups are as similar as the least correlated of their members."""
+        self.budget[:] = len(self.parent)
+        left, labels = np.flatnonzero(self._left()), self.labels()
+        by_group = labels.argsort(kind="stable")
+        first = np.searchsorted(labels[by_group], np.arange(len(left)))
+        rows = np.minimum.reduceat(self.correlation[np.ix_(by_group, by_group)], first, axis=0)
+        least = np.minimum.reduceat(rows, first, axis=1)
+        np.fill_diagonal(least, -np.inf)
+        self.similarity[np.ix_(left, left)] = least
+        self._search(left)
+
+    def _left(self) -> NDArray[np.bool_]:
+        """Which units stand for a group."""
+        return self.parent == np.arange(len(self.parent))
 
     def _search(self, rows: NDArray[np.int64]) -> None:
         for row in rows:

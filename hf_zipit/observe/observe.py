@@ -36,6 +36,9 @@ REHEARSAL_SAMPLES = 2
 MINIMUM_ROWS = 64
 """With `share="auto"`, rows of a probe and batch that are kept whatever they cost."""
 
+ENOUGH_ROWS = 1024
+"""Rows that are multiplied at once, where batches have fewer."""
+
 FORWARD_SHARE = 0.5
 """With `share="auto"`, what the moments may cost, as a share of the forward passes."""
 
@@ -94,6 +97,7 @@ def observe(
         affordable = _rehearse(recorder, experts, first, accelerator.device)
         used, minimum = (affordable, MINIMUM_ROWS) if share == "auto" else (float(share), 1)
         moments = Moments(tasks, device=_moments_device(recorder, len(tasks), accelerator.device))
+        waiting = _Waiting(moments, products)
         digests: list[tuple[int, str, int]] = []
         with _together(accelerator):
             shown = progress and accelerator.is_main_process
@@ -105,9 +109,10 @@ def observe(
                     task: _run(recorder, task, expert, batch.inputs, accelerator.device, choose)
                     for task, expert in experts.items()
                 }
-                _add(moments, features, products)
+                waiting.add(features)
                 digest = digest_tensors(sorted(batch.inputs.items()), str(batch.task))
                 digests.append((index, digest, batch.samples))
+            waiting.settle()
     if accelerator.num_processes > 1:
         moments = _reduce(moments, accelerator, spec, products)
         digests = sorted(gather_object(digests))
@@ -208,16 +213,37 @@ def _check_fired(recorder: Recorder, features: Mapping[str, Tensor], task: str) 
             )
 
 
-def _add(
-    moments: Moments,
-    features: Mapping[str, dict[str, Tensor]],
-    products: Mapping[ProductKey, tuple[Probe, ...]],
-) -> None:
-    for key, probes in products.items():
-        for name in map(probe_name, probes):
+class _Waiting:
+    """Rows that wait until they are many: to add a product in float64 costs as much as some hundred rows of it."""
+
+    def __init__(self, moments: Moments, products: Mapping[ProductKey, tuple[Probe, ...]]) -> None:
+        self.moments = moments
+        self.names = [(key, probe_name(probe)) for key, probes in products.items() for probe in probes]
+        self.features: dict[str, list[list[Tensor]]] = {name: [] for _, name in self.names}
+
+    def add(self, features: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Add the rows of one batch: by task, then by probe."""
+        for key, name in self.names:
             if silent := [task for task, rows in features.items() if name not in rows]:
                 raise SpecError(f"The expert {silent[0]!r} did not call the module of the probe {name} on a batch.")
-            moments.add(key, [rows.pop(name) for rows in features.values()], name)
+            counts = {task: len(rows[name]) for task, rows in features.items()}
+            if len(set(counts.values())) > 1:
+                raise ExpertError(
+                    f"The experts have different numbers of rows at {name} on the same inputs: {counts}."
+                )
+            self.features[name].append([rows[name] for rows in features.values()])
+            if sum(len(rows[0]) for rows in self.features[name]) >= ENOUGH_ROWS:
+                self._settle(key, name)
+
+    def settle(self) -> None:
+        """Add what still waits."""
+        for key, name in self.names:
+            self._settle(key, name)
+
+    def _settle(self, key: ProductKey, name: str) -> None:
+        if batches := self.features[name]:
+            self.moments.add(key, [torch.cat(parts) for parts in zip(*batches, strict=True)], name)
+            self.features[name] = []
 
 
 @contextmanager

@@ -142,7 +142,7 @@ class Atoms:
                     break
                 if have > need:
                     parts = self.split(ref, need)
-                    refs = list(self.resolve(tuple([*parts, *refs[1:]])))
+                    refs = list(self.resolve((*parts, *refs[1:])))
                     axis = list(self.resolve(tuple(axis)))
                     out = [self.resolve(done) for done in out]
                 axis.append(refs.pop(0))

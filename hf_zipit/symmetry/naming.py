@@ -24,7 +24,7 @@ from hf_zipit.symmetry.spaces import (
 )
 
 if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
+    from hf_zipit.symmetry.trace import Interpreter, Use
 
 WRITTEN_BY_MANY = 3
 """A space that at least so many modules write into is a residual stream."""
@@ -37,14 +37,19 @@ class Naming:
         self.run = run
         self.atoms = run.atoms
         self.model = model
-        used = {name: run.tensors[name] for name in run.tensors if run.uses.get(name)}
+        self.uses = {name: uses for name in run.tensors if (uses := self._uses(name))}
+        used = {name: run.tensors[name] for name in self.uses}
         self.labels = {name: [self.atoms.resolve(axis) for axis in value.axes] for name, value in used.items()}
-        self.first_use = {name: run.uses[name][0].module for name in used}
         order = {module: i for i, module in enumerate(run.order)}
-        self.sorted = sorted(self.labels, key=lambda name: order[self.first_use[name]])
+        self.sorted = sorted(self.labels, key=lambda name: order[self.uses[name][0].module])
         self.flip = self._orientation()
         self.within = self._within()
         self.names = self._names()
+
+    def _uses(self, name: str) -> list[Use]:
+        """Where a tensor is used; wherever its twins are, if it is tied and never used under its own name."""
+        twins = self.run.ties.get(name, ())
+        return self.run.uses.get(name) or [use for twin in twins for use in self.run.uses.get(twin, ())]
 
     def _orientation(self) -> dict[int, bool]:
         """Which side of every atom is the vector: the one that most linear maps put out.
@@ -117,15 +122,19 @@ class Naming:
                 name = place[atom]
             elif atom in outer:
                 parent = common_parent(list(writers[atom]) or list(owned_by))
-                name = f"{parent}.heads" if len(writers[atom]) != 1 else f"{next(iter(writers[atom]))}.groups"
+                heads = len(writers[atom]) != 1 and not any(map(self._is_convolution, writers[atom]))
+                name = f"{parent}.heads" if heads else f"{next(iter(writers[atom]))}.groups"
             elif len(writers[atom]) >= WRITTEN_BY_MANY:
                 name = f"{common_parent(list(writers[atom]))}.residual"
             else:
-                name = next(iter(writers[atom] or owned_by))
+                name = next(iter(writers[atom] or owned_by)) or place[atom]
             name = name.removeprefix(".")
             taken[name] += 1
             names[atom] = name if taken[name] == 1 else f"{name}#{taken[name]}"
         return names
+
+    def _is_convolution(self, module: str) -> bool:
+        return isinstance(self.run.modules.get(module), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def label(self, axis: Axis) -> AxisLabel:
         return tuple(Factor(self.names[ref.atom], ref.dual ^ self.flip.get(ref.atom, False)) for ref in axis)
@@ -137,10 +146,10 @@ class Naming:
 
     def crossings(self) -> tuple[Crossing, ...]:
         found: dict[Crossing, None] = {}
-        for value, made, read, stack in self.run.crossings:
+        for name, value, made, read, stack in self.run.crossings:
             axes = self.value_label(value)
             if any(self.atoms.symmetry(ref) for axis in value.axes for ref in axis) and any(axes):
-                found[Crossing(axes, made, read, stack)] = None
+                found[Crossing(name, axes, made, read, stack)] = None
         return tuple(found)
 
     def spaces(self) -> dict[str, Space]:
@@ -193,18 +202,18 @@ class Naming:
         axes = {name: tuple(self.label(axis) for axis in self.labels[name]) for name in self.sorted}
         everything = dict(self.model.named_parameters(remove_duplicate=False))
         everything.update(self.model.named_buffers(remove_duplicate=False))
-        unused = frozenset(name for name in everything if not self.run.uses.get(name))
-        places = {name: last_place([use.place for use in uses]) for name, uses in self.run.uses.items() if uses}
+        places = {name: last_place([use.place for use in uses]) for name, uses in self.uses.items()}
         return Trace(
             architecture=type(self.model).__name__,
             spaces=spaces,
             axes=axes,
-            unused=unused,
+            unused=frozenset(name for name in everything if name not in self.uses),
             probes=self.probes(spaces),
             modules=tuple(self.run.order),
             blocks=tuple(Block(path, tower) for tower, blocks in enumerate(towers) for path in blocks),
             head=tuple(head),
             places=places,
+            first_places={name: uses[0].place for name, uses in self.uses.items()},
             crossings=self.crossings(),
             outputs={name: self.value_label(value) for name, value in outputs.items()},
             output_places=dict(zip(outputs, self.run.output_places, strict=True)),

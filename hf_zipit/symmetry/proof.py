@@ -1,6 +1,7 @@
 """The proof of a merge spec: a randomly transformed model must compute what the model computes.
 
-The model's parameters and buffers are perturbed first, so that nothing holds by accident (zero biases, unit norms).
+The model's parameters and buffers are perturbed first, so that nothing holds by accident: zero biases, unit norms,
+or weights so small (as a fresh initialisation leaves them) that a softmax or a nonlinearity is almost a linear map.
 Then a random element of the inferred symmetry group is applied, both models run, and the outputs are compared.
 """
 
@@ -20,6 +21,9 @@ from hf_zipit.symmetry.trace import select_outputs
 TOLERANCE = 1e-5
 """Largest relative difference of the outputs, in float32, at which a spec counts as proven."""
 
+VECTOR_NOISE = 0.1
+"""Noise on biases and norms, relative to their size (absolute for small biases)."""
+
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by name; tied tensors under each of their names."""
@@ -29,8 +33,8 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def perturb(tensors: Mapping[str, Tensor], generator: torch.Generator, amount: float = 0.1) -> dict[str, Tensor]:
-    """Nearby tensors in general position, in float32 on the CPU.
+def perturb(tensors: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Tensors in general position, in float32 on the CPU: matrices with noise that keeps the scale of what they read.
 
     Tied tensors stay tied, all-positive vectors (variances) stay positive, integers stay what they are.
     """
@@ -39,22 +43,24 @@ def perturb(tensors: Mapping[str, Tensor], generator: torch.Generator, amount: f
     for name, tensor in tensors.items():
         memory = (tensor.data_ptr(), *tensor.shape, *tensor.stride())
         if memory not in done:
-            done[memory] = _perturbed(tensor.cpu(), generator, amount)
+            done[memory] = _perturbed(tensor.cpu(), generator)
         out[name] = done[memory]
     return out
 
 
-def _perturbed(tensor: Tensor, generator: torch.Generator, amount: float) -> Tensor:
+def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
     tensor = tensor.to(torch.float32)
     if bool(tensor.isinf().any()):  # a mask
         return tensor
     noise = torch.randn(tensor.shape, generator=generator)
-    if tensor.ndim == 1 and tensor.numel() and bool((tensor > 0).all()):
-        return tensor * torch.exp(amount * noise)
-    scale = tensor.square().mean().sqrt().clamp_min(0.1) if tensor.ndim == 1 else tensor.square().mean().sqrt()
-    return tensor + amount * scale * noise
+    if tensor.ndim > 1:
+        fan_in = max(1, tensor[0].numel())
+        return tensor + noise / fan_in**0.5
+    if tensor.numel() and bool((tensor > 0).all()):
+        return tensor * torch.exp(VECTOR_NOISE * noise)
+    return tensor + VECTOR_NOISE * tensor.square().mean().sqrt().clamp_min(1.0) * noise
 
 
 def prove(

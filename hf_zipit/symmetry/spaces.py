@@ -108,12 +108,14 @@ class Crossing:
     """A value that is made in one place and read in a later one: where a cut may have to translate it.
 
     Attributes:
+        value: a name of the value, unique in the trace.
         axes: one label per axis of the value.
         made: where it is made.
         read: where it is read.
         stack: the module that reads it, after all that contain it, outermost first.
     """
 
+    value: str
     axes: tuple[AxisLabel, ...]
     made: Place
     read: Place
@@ -134,6 +136,7 @@ class Trace:
         blocks: where the model can be cut, in execution order.
         head: path prefixes that belong to a task's own head.
         places: for every tensor that is used, where it is used last.
+        first_places: for every tensor that is used, where it is used first.
         crossings: values that pass from one place to another.
         outputs: for every output tensor by its field name, one label per axis.
         output_places: where every output is made.
@@ -151,6 +154,7 @@ class Trace:
     blocks: tuple[Block, ...] = ()
     head: tuple[str, ...] = ()
     places: Mapping[str, Place] = field(default_factory=dict)
+    first_places: Mapping[str, Place] = field(default_factory=dict)
     crossings: tuple[Crossing, ...] = ()
     outputs: Mapping[str, tuple[AxisLabel, ...]] = field(default_factory=dict)
     output_places: Mapping[str, Place] = field(default_factory=dict)

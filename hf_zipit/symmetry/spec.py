@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from hf_zipit.adapters import adapter_for
+from hf_zipit.adapters import Adapter, adapter_for
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
     Block,
@@ -42,23 +42,40 @@ class MergeSpec(Trace):
     """A `Trace` with the ways to make one. It depends on a model's class and configuration, not on its weights."""
 
     @classmethod
-    def from_model(cls, model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> MergeSpec:
+    def from_model(
+        cls, model: nn.Module, inputs: Mapping[str, Tensor] | None = None, adapter: Adapter | None = None
+    ) -> MergeSpec:
         """Infer the spec of a model, with the adapter of its family (`auto` where none is registered).
 
         Args:
-            model: a `PreTrainedModel`, or any module if `inputs` are given. Its weights are neither read nor copied.
+            model: a `PreTrainedModel`, or any module if `inputs` are given, in any dtype, on any device. Its weights
+                are neither read nor copied.
             inputs: example keyword inputs, batch first and larger than one; the adapter's by default.
 
         Raises:
             SpecError: if the forward pass cannot be traced.
         """
-        adapter = adapter_for(model)
+        adapter = adapter or adapter_for(model)
         found = trace(
             model,
-            adapter.inputs(model) if inputs is None else inputs,
+            fitted(adapter.inputs(model) if inputs is None else inputs, model),
             towers=adapter.towers(model),
             head=adapter.head(model),
             fields=adapter.outputs(model),
             features=adapter.features(model),
         )
         return cls(**{field.name: getattr(found, field.name) for field in fields(found)})
+
+
+def fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The inputs on the device and, where they are floats, in the dtype of a model's parameters."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if like is None:
+        return dict(inputs)
+
+    def fit(x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):  # a switch, such as `use_cache`
+            return x
+        return x.to(like.device, like.dtype) if x.is_floating_point() else x.to(like.device)
+
+    return {name: fit(x) for name, x in inputs.items()}

@@ -53,7 +53,7 @@ def select_outputs(out: Any, fields: Sequence[str] | None) -> dict[str, Tensor]:
 
 
 @dataclass
-class _Use:
+class Use:
     """One op that consumes a tensor: in which module, and where."""
 
     module: str
@@ -71,8 +71,9 @@ class Interpreter:
         self.towers = towers
         self.head = head
         self.start = Place((-1,) * len(towers))
+        self.reached = list(self.start.blocks)
         self.tensors: dict[str, Value] = {}
-        self.uses: dict[str, list[_Use]] = defaultdict(list)
+        self.uses: dict[str, list[Use]] = defaultdict(list)
         self.seen: list[tuple[Axis, ...]] = []
         self.readers: list[tuple[str, int, Axis, fx.Node]] = []
         self.writers: list[tuple[str, int, Axis]] = []
@@ -80,7 +81,7 @@ class Interpreter:
         self.order: dict[str, None] = {}
         self.macs: Counter[str] = Counter()
         self.unknown_ops: dict[str, dict[str, None]] = defaultdict(dict)
-        self.crossings: list[tuple[Value, Place, Place, tuple[str, ...]]] = []
+        self.crossings: list[tuple[str, Value, Place, Place, tuple[str, ...]]] = []
         self._place: dict[fx.Node, Place] = {}
         self._tensor_of: dict[fx.Node, str] = {}
 
@@ -131,7 +132,7 @@ class Interpreter:
             # Integers and masks can be reordered at most.
             allowed = Symmetry.LINEAR if fake.is_floating_point() else Symmetry.PERMUTATION
             value = Value(self.atoms.fresh(n, allowed) for n in shape)
-            self.tensors |= {name: value for name in self.ties.get(tensor, [tensor])}
+            self.tensors |= dict.fromkeys(self.ties.get(tensor, [tensor]), value)
         self._tensor_of[node] = tensor
         return self.tensors[tensor]
 
@@ -198,11 +199,14 @@ class Interpreter:
         module = self.module_of(node)
         sources = [n for n in node.all_input_nodes if n in self._place]
         parents = [self._place[n] for n in sources]
-        blocks = [max(column) for column in zip(*(p.blocks for p in parents), strict=True)] or list(self.start.blocks)
+        # Where there is one tower, what runs after a block belongs after it, even if it does not depend on it.
+        earliest = self.reached if len(self.towers) == 1 else self.start.blocks
+        blocks = [max(column) for column in zip(earliest, *(p.blocks for p in parents), strict=True)]
         for tower, paths in enumerate(self.towers):
             for i, path in enumerate(paths):
                 if is_within(module, path):
                     blocks[tower] = max(blocks[tower], i)
+        self.reached = blocks
         in_head = any(is_within(module, prefix) for prefix in self.head)
         used = [self._alias(self._tensor_of[n], module) for n in node.all_input_nodes if n in self._tensor_of]
         direct = any(tensor in self.head for tensor in used)  # a bare parameter of the head, such as logit_scale
@@ -211,10 +215,10 @@ class Interpreter:
         if used:
             self.order[module] = None
         for tensor in used:
-            self.uses[tensor].append(_Use(module, place))
+            self.uses[tensor].append(Use(module, place))
         for source, made in zip(sources, parents, strict=True):
             if made != place and source not in self._tensor_of and isinstance(values[source], Value):
-                self.crossings.append((values[source], made, place, stack))
+                self.crossings.append((source.name, values[source], made, place, stack))
 
     def _alias(self, tensor: str, module: str) -> str:
         """Under which of its names a tied tensor is used here; export keeps only one name for all its uses."""

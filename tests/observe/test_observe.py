@@ -265,6 +265,29 @@ def test_silent_and_missing_probes_are_named():
         observe(replace(MLP_SPEC, probes=()), mlps(), data())
 
 
+def test_experts_that_run_differently_are_told():
+    class Twice(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + super().forward(x)
+
+    class Never(MLP):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    with pytest.raises(ExpertError, match=r"last:input:-1.*\{'a': 50, 'b': 100\}"):
+        observe(MLP_SPEC, {"a": MLP(), "b": Twice()}, data(), batch_size=50, share=1.0)
+    with pytest.raises(SpecError, match="'b' did not call.*last:input:-1"):
+        observe(MLP_SPEC, {"a": MLP(), "b": Never()}, data())
+
+
+def test_few_rows_wait_and_none_is_lost(monkeypatch: pytest.MonkeyPatch):
+    experts, x = mlps(), data(50)
+    expected = observe(MLP_SPEC, experts, x, share=1.0)
+    for enough in (1, 7, 1000):
+        monkeypatch.setattr(observe_module, "ENOUGH_ROWS", enough)
+        assert_same(observe(MLP_SPEC, experts, x, share=1.0, batch_size=3), expected)
+
+
 def test_inputs_that_do_not_fit_are_told():
     with pytest.raises(DataError, match=r"'clothes' cannot run.*'x': \[2, 4\]"):
         observe(MLP_SPEC, mlps(), torch.randn(9, 4))

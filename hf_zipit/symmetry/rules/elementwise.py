@@ -159,7 +159,7 @@ def extremum(run: Interpreter, node: fx.Node, x: Value, other: Any = None, *_: A
         return Value([])
     values, _ = node.meta["val"]
     dim = other % len(x.axes)
-    if any(user.args[1] == 1 for user in node.users):
+    if any(user.args[1] == 1 and user.users for user in node.users):
         run.atoms.restrict(x.axes[dim], FIXED, "the place of its largest unit is used")
     axes = [() if i == dim else axis for i, axis in enumerate(x.axes)]
     if values.ndim < len(axes):

@@ -10,6 +10,7 @@ from torch import fx
 
 from hf_zipit.symmetry.ops import (
     FIXED,
+    ONES,
     PERMUTATION,
     Value,
     input_shape,
@@ -159,7 +160,7 @@ def pad(run: Interpreter, node: fx.Node, x: Value, amounts: Sequence[int], *_: A
     run.parted(without(x, padded))
     out = []
     for i, (axis, size) in enumerate(zip(x.axes, shape_of(node), strict=True)):
-        run.atoms.restrict(axis, FIXED if i in padded else PERMUTATION, "it is padded")
+        run.atoms.restrict(axis, FIXED if i in padded else ONES, "it is padded")  # with one number everywhere
         out.append(run.atoms.fresh(size, FIXED, "it is padded") if i in padded else axis)
     return Value(out)
 

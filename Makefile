@@ -1,0 +1,54 @@
+# A fresh machine needs Python (3.10 to 3.13) and make; everything else is installed into .venv on first use.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+INSTALLED := $(VENV)/.installed
+DOCUMENTED := $(VENV)/.documented
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# One thread per test process: LAPACK with several threads on few cores is slower by orders of magnitude.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test lint format benchmarks docs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
+
+venv: $(INSTALLED) ## create .venv and install the package in it
+
+# torch comes first and by its exact version: left to the resolver it may bring gigabytes of CUDA packages.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(TORCH)
+	$(PIP) install -c constraints.txt -e '.[test,lint,peft,optuna]'
+	touch $@
+
+quickstart: $(INSTALLED) ## train two small experts, merge them, print the table (no download)
+	$(BIN)/hf-zipit run recipes/quickstart.yaml
+
+test: $(INSTALLED) ## run the tests
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
+
+lint: $(INSTALLED) ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(INSTALLED) ## mend what `lint` can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(INSTALLED) ## train the expert pairs and print the results table
+	$(BIN)/python -m benchmarks
+
+docs: $(DOCUMENTED) ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+$(DOCUMENTED): $(INSTALLED)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	touch $@
+
+clean: ## remove everything that was built
+	rm -rf $(VENV) build dist site out *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""The average of the aligned experts: W = sum_t M_t W_t U_t (ZipIt, arXiv 2305.03053).
+
+Under identity maps this is plain averaging.
+
+BatchNorm's running variance is averaged like everything else, as in the published code; reset the statistics
+afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.combine.registry import register
+from hf_zipit.combine.transform import merge_tensor
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
+
+
+@register("average")
+def average(
+    tensors: Sequence[Tensor], label_axes: Sequence[AxisLabel], alignment: Alignment, spec: MergeSpec
+) -> Tensor:
+    """The mean of the experts' tensors in the merged units: see `merge_tensor`."""
+    return merge_tensor(tensors, label_axes, alignment, spec)

@@ -1,0 +1,113 @@
+"""Writing results so that a good one is never lost: write beside, then rename.
+
+What must hold: at every moment the target is either what it was or complete. A full disk, a missing permission or a path
+that leads through a file is told in one sentence, as an `OutputError`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hf_zipit.errors import OutputError
+
+
+@contextmanager
+def replacing(target: str | Path) -> Iterator[Path]:
+    """A new path beside `target`, to be written; it takes the target's place when the block ends without an error.
+
+    Raises:
+        OutputError: if the folder cannot be written, or the disk is full.
+    """
+    target = Path(target)
+    with _told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with _told(target):
+            beside = Path(folder) / target.name
+            yield beside
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def replacing_folder(target: str | Path) -> Iterator[Path]:
+    """The same for a folder: an empty one to be filled, which then takes the place of an earlier result.
+
+    Raises:
+        OutputError: see `check_result_folder`, or if the folder cannot be written, or the disk is full.
+    """
+    target = Path(target)
+    check_result_folder(target)
+    with _told(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with _told(target):
+            beside = room / "new"
+            beside.mkdir()
+            yield beside
+            if target.exists():
+                os.replace(target, room / "old")
+            os.replace(beside, target)
+    finally:
+        if not target.exists() and (room / "old").exists():  # the second rename failed
+            os.replace(room / "old", target)
+        shutil.rmtree(room, ignore_errors=True)
+
+
+def write_text(target: str | Path, text: str) -> Path:
+    """Write a text file, whole or not at all."""
+    with replacing(target) as beside:
+        beside.write_text(text, encoding="utf-8")
+    return Path(target)
+
+
+def write_json(target: str | Path, content: Any) -> Path:
+    """Write a JSON file, whole or not at all; floats keep all their digits."""
+    return write_text(target, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Whether `folder` can be made and written, found out without leaving anything behind.
+
+    Raises:
+        OutputError: if not.
+    """
+    folder = Path(folder)
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    with _told(folder), tempfile.TemporaryFile(dir=existing):  # asking for the mode bits is wrong for root and mounts
+        pass
+    return folder
+
+
+def check_result_folder(folder: str | Path) -> Path:
+    """Whether a model may take the place of `folder`: it must be absent, empty or hold an earlier model.
+
+    Raises:
+        OutputError: if it holds something else, which replacing it would delete, or cannot be written.
+    """
+    folder = check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise OutputError(f"The folder {folder} holds files that are no saved model; name a new or empty folder.")
+    return folder
+
+
+@contextmanager
+def _told(target: Path) -> Iterator[None]:
+    """An error of the file system as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.filename and not str(error.filename).startswith(str(target.parent)):
+            raise  # some other file that the block was reading
+        reason = error.strerror or str(error)
+        raise OutputError(f"{target} cannot be written ({reason}); name another place or make room there.") from error

@@ -1,0 +1,259 @@
+"""A recipe: a YAML file that says what to merge, how, and how to measure it. Checked as a whole before any work starts.
+
+    name: clothes-and-shoes
+    experts:
+      clothes: {model: me/vit-clothes}
+      shoes: {model: me/vit-shoes}
+    calibration: {dataset: me/pictures, samples: 512}      # unlabelled: labels only tell which task a sample is of
+    method: [average, permute, zip]
+    depth: [1, 0.5, 0]
+    evaluation: {dataset: me/pictures, split: test}
+    save: {method: zip, depth: 0.5}
+
+Every method is run at every depth; the one under `save` is kept. Paths are taken from the folder that the command runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.files import check_result_folder, check_writable
+from hf_zipit.registry import check_options, suggestion
+from hf_zipit.schema import build, read_yaml
+from hf_zipit.sources import BUILT_IN, check_source
+from hf_zipit.training import Training
+
+ALIASES = {"average": "identity"}
+"""Names that recipes may use for methods: averaging is what merging with identity maps is."""
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """One expert of a recipe.
+
+    Attributes:
+        model: a repo id or folder; left out for an expert that the recipe's `train` section trains.
+        revision: of a repo.
+        classes: the data's classes of its task, by id or name, in the order of the expert's labels. Not needed where the
+            expert's label names are those of the data.
+        seed: of an expert that is trained here; the recipe's seed plus the expert's position by default.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    classes: tuple[int | str, ...] = ()
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled data set: see `hf_zipit.sources.load_source`; at most `samples` of each task."""
+
+    dataset: str
+    split: str = "test"
+    folder: Path | None = None
+    config: str | None = None
+    samples: int | None = None
+    batch_size: int = 64
+
+
+@dataclass(frozen=True)
+class Calibration(Data):
+    """The data that the experts are observed on. Its labels only say which task a sample belongs to."""
+
+    split: str = "train"
+    samples: int | None = 512
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Train(Training):
+    """How the experts that have no `model` are trained, and on what: for demonstrations."""
+
+    dataset: str = "sklearn-digits"
+    split: str = "train"
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Save:
+    """Which of the merges is kept."""
+
+    method: str
+    depth: float | str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; the fields are the keys of the file. See the module's docstring.
+
+    Attributes:
+        name: of the merged model.
+        experts: by task, in the order of their classes in the joint logits.
+        calibration, evaluation: the data; without evaluation nothing is measured.
+        method: one or several of `hf_zipit.align`'s methods, or `average`.
+        depth: one or several shares of the blocks that are merged, or paths of blocks.
+        options: by method, that method's own options.
+        residual: `match` or `identity`: whether the residual stream is matched.
+        overrides: methods for spaces whose name fits a pattern.
+        save: which merge is kept; the first method at the first depth by default.
+        train: how experts without a model are trained.
+        output: where results go; `out/NAME` by default.
+        seed: of everything that is drawn.
+    """
+
+    name: str
+    experts: Mapping[str, ExpertEntry]
+    calibration: Calibration | None = None
+    evaluation: Data | None = None
+    method: tuple[str, ...] = ("zip",)
+    depth: tuple[float | str, ...] = (1.0,)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    residual: str = "match"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    save: Save | None = None
+    train: Train | None = None
+    output: Path | None = None
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return self.output or Path("out") / self.name
+
+    @property
+    def kept(self) -> Save:
+        """Which merge is kept."""
+        return self.save or Save(self.method[0], self.depth[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values that `load_recipe` reads again; what is not set is left out."""
+        return _plain(asdict(self))
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: if it is no YAML, or anything in it is unknown, missing or of a wrong type.
+        DataError: if a data set or folder does not exist.
+        OutputError: if the output folder cannot be written.
+    """
+    recipe = build(Recipe, read_yaml(path))
+    check_recipe(recipe)
+    return recipe
+
+
+def real_method(method: str) -> str:
+    """The registered name of a method."""
+    return ALIASES.get(method, method)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Everything that can be known before work starts; raises as `load_recipe` does."""
+    if not recipe.name.strip() or Path(recipe.name).name != recipe.name:
+        raise RecipeError(f"name should be a word that can name a folder, but is {recipe.name!r}.")
+    _check_experts(recipe)
+    _check_merging(recipe)
+    _check_data(recipe)
+    check_writable(recipe.folder)
+    check_result_folder(recipe.folder / "model")
+
+
+def _check_experts(recipe: Recipe) -> None:
+    tasks = list(recipe.experts)
+    if len(tasks) < 2:
+        raise RecipeError(f"experts names {'only ' + repr(tasks[0]) if tasks else 'none'}; merging needs at least two experts.")
+    for task, expert in recipe.experts.items():
+        if not task.strip():
+            raise RecipeError(f"The task name {task!r} in experts is empty; give every expert the name of its task.")
+        if expert.model is None and recipe.train is None:
+            raise RecipeError(f"experts.{task} has no model and the recipe no train section; give one of them.")
+        if expert.model is None and not expert.classes:
+            raise RecipeError(f"experts.{task} is to be trained here; give the classes it learns.")
+        if expert.model is not None:
+            check_model_source(expert.model, task)
+
+
+def check_model_source(source: str, task: str) -> None:
+    """A model given as a folder must be there; a repo id is taken on trust.
+
+    Raises:
+        RecipeError: if a folder does not exist or holds no model.
+    """
+    folder = Path(source).expanduser()
+    if source.startswith((".", "/", "~")) and not folder.is_dir():
+        raise RecipeError(f"The expert {task!r} is to come from the folder {source}, which does not exist.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise RecipeError(f"The folder {source} of the expert {task!r} has no config.json; name the folder of a saved model.")
+
+
+def _check_merging(recipe: Recipe) -> None:
+    from hf_zipit.align.registry import METHODS  # imports torch
+
+    for key in ("method", "depth"):
+        values = getattr(recipe, key)
+        if not values:
+            raise RecipeError(f"{key} is an empty list; give at least one.")
+        if len(set(values)) < len(values):
+            raise RecipeError(f"{key} holds a value twice in {list(values)}.")
+    for method in recipe.method:
+        if method not in ALIASES and method not in METHODS:
+            raise RecipeError(f"There is no method {method!r}; {suggestion(method, (*METHODS.names(), *ALIASES))}")
+    for depth in recipe.depth:
+        if isinstance(depth, float) and not 0 <= depth <= 1:
+            raise RecipeError(f"depth should be a share from 0 to 1 or the path of a block, but is {depth!r}.")
+    for method, options in recipe.options.items():
+        if method not in recipe.method:
+            raise RecipeError(f"options.{method} is for no method of this recipe; {suggestion(method, recipe.method)}")
+        check_options(method, METHODS.get(real_method(method)).function, options)
+    if recipe.residual not in ("match", "identity"):
+        raise RecipeError(f"residual should be 'match' or 'identity', but is {recipe.residual!r}.")
+    kept = recipe.kept
+    if kept.method not in recipe.method or kept.depth not in recipe.depth:
+        raise RecipeError(
+            f"save asks for {kept.method} at depth {kept.depth}, which this recipe does not make; choose one of the methods "
+            f"{list(recipe.method)} and depths {list(recipe.depth)}."
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    needs_none = all(real_method(method) == "identity" for method in recipe.method)
+    if recipe.calibration is None and not needs_none:
+        raise RecipeError("calibration is missing; name a data set on which the experts can be observed.")
+    sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation, "train": recipe.train}
+    for name, section in sections.items():
+        if section is None:
+            continue
+        if name == "train" and section.dataset not in BUILT_IN:
+            raise RecipeError(f"train.dataset should be one of {', '.join(BUILT_IN)}, but is {section.dataset!r}.")
+        for number in ("samples", "batch_size", "epochs"):
+            value = getattr(section, number, None)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}.{number} should be at least 1, but is {value}.")
+        try:
+            check_source(section.dataset, section.folder)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """Nested values as YAML knows them; a tuple of one becomes the one, and what is not set is left out."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None and item != () and item != {}}
+    if isinstance(value, tuple):
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+__all__ = ["Calibration", "Data", "ExpertEntry", "Recipe", "Save", "Train", "check_recipe", "load_recipe"]

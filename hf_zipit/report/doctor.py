@@ -1,0 +1,87 @@
+"""What works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+from rich.table import Table
+
+from hf_zipit.report.tables import new_table
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding: `remedy` says what to do where it is not good."""
+
+    what: str
+    found: str
+    good: bool = True
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which a person would want to read them."""
+    return [*_versions(), *_devices(), *_network()]
+
+
+def _versions() -> Iterator[Check]:
+    try:
+        wanted = [line for line in requires("hf-zipit") or [] if "extra ==" not in line]
+    except PackageNotFoundError:
+        yield Check("hf-zipit", "not installed", False, "pip install -e . in the source tree, or pip install hf-zipit")
+        return
+    yield Check("hf-zipit", version("hf-zipit"))
+    for line in wanted:
+        name, floor = re.match(r"([\w.-]+)\s*(?:>=\s*([\w.]+))?", line).groups()
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Check(name, "missing", False, f"pip install '{name}>={floor}'")
+            continue
+        good = floor is None or release(found) >= release(floor)
+        yield Check(name, found, good, "" if good else f"pip install -U '{name}>={floor}'")
+
+
+def release(text: str) -> tuple[int, ...]:
+    """The release numbers of a version: `2.13.0+cpu` is `(2, 13, 0)`."""
+    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Check("devices", ", ".join(names))
+    elif torch.backends.mps.is_available():
+        yield Check("devices", "Apple GPU (mps)")
+    else:
+        yield Check("devices", "CPU only; everything works, large models are slow")
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    good = threads <= cores
+    yield Check("threads", f"{threads} of {cores} cores", good, "" if good else f"set OMP_NUM_THREADS={cores} or less")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    yield Check("processes", f"{world}" + ("" if world > 1 else "; for more: torchrun --nproc_per_node N"))
+
+
+def _network() -> Iterator[Check]:
+    from huggingface_hub import constants, get_token
+
+    yield Check("Hub", "offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT)
+    yield Check("Hub login", "yes" if get_token() else "no; needed only to push or to read private models: hf auth login")
+
+
+def checks_table(checks: list[Check]) -> Table:
+    """The findings as a table for the terminal."""
+    table = new_table("", ["", "what", "found", "what to do"], [])
+    for check in checks:
+        table.add_row("ok" if check.good else "!", check.what, check.found, check.remedy, style=None if check.good else "red")
+    return table

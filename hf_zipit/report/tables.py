@@ -1,0 +1,141 @@
+"""Results, plans and specs as tables for the terminal, on `rich`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+
+from hf_zipit.evaluation import Accuracy
+
+if TYPE_CHECKING:
+    from hf_zipit.planning import Plan
+    from hf_zipit.running import Row
+    from hf_zipit.symmetry import MergeSpec
+
+EXPERTS = "experts side by side"
+
+
+def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
+    """An empty table: columns of words on the left, of numbers on the right."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def share(value: float | None) -> str:
+    """An accuracy with three digits: `.957`."""
+    return "-" if value is None else f"{value:.3f}".removeprefix("0")
+
+
+def accuracies(found: Accuracy) -> list[str]:
+    """The accuracies of one model: each task, their mean, joint."""
+    return [*(share(value) for value in found.per_task.values()), share(found.mean), share(found.joint)]
+
+
+def results_table(rows: Iterable[Row], experts: Accuracy | None, expert_parameters: int, title: str = "") -> Table:
+    """A line for every merge, below a line for the experts."""
+    tasks = list(experts.per_task) if experts else []
+    measures = [*tasks, "mean", "joint"] if experts else []
+    table = new_table(title, ["method"], ["depth", *measures, "parameters", "seconds"])
+    if experts:
+        table.add_row(EXPERTS, "-", *accuracies(experts), f"{expert_parameters:,}", "-", style="dim", end_section=True)
+    last = None
+    for row in rows:
+        if last not in (None, row.method):
+            table.add_section()
+        last = row.method
+        measured = accuracies(row.accuracy) if row.accuracy else []
+        table.add_row(row.method, f"{row.depth:.2f}", *measured, f"{row.parameters:,}", f"{row.seconds:.1f}")
+    return table
+
+
+def accuracy_table(models: Mapping[str, Accuracy], title: str = "") -> Table:
+    """A line for every model."""
+    tasks = list(next(iter(models.values())).per_task)
+    table = new_table(title, ["model"], [*tasks, "mean", "joint"])
+    for name, found in models.items():
+        table.add_row(name, *accuracies(found))
+    return table
+
+
+def space_rows(spec: MergeSpec, shapes: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """One entry for every space, in order of first use.
+
+    Args:
+        spec: the model's spec.
+        shapes: of every parameter and buffer, by name.
+
+    Returns:
+        `name`, `symmetry`, `size` (units, per unit of the spaces it lives within), `within`, `parameters` (elements of all
+        tensors that have the space on an axis) and `frozen_by` (for a fixed space).
+    """
+    elements: dict[str, int] = defaultdict(int)
+    for name, labels in spec.axes.items():
+        for space in {factor.space for label in labels for factor in label}:
+            elements[space] += prod(shapes[name])
+    return [
+        {
+            "name": space.name,
+            "symmetry": str(space.symmetry),
+            "size": space.size,
+            "within": list(space.within),
+            "parameters": elements[space.name],
+            "frozen_by": space.frozen_by,
+        }
+        for space in spec.spaces.values()
+    ]
+
+
+def spaces_table(rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
+    """The spaces of a model; see `space_rows`."""
+    table = new_table(title, ["space", "symmetry", "within", "fixed by"], ["size", "parameters"])
+    for row in rows:
+        fixed = row["symmetry"] == "fixed"
+        table.add_row(
+            row["name"],
+            row["symmetry"],
+            ", ".join(row["within"]),
+            row["frozen_by"] or "",
+            f"{row['size']:,}",
+            f"{row['parameters']:,}",
+            style="dim" if fixed else None,
+        )
+    return table
+
+
+def plans_table(plans: Mapping[tuple[str, float | str], Plan], title: str = "") -> Table:
+    """What every merge of a recipe would do."""
+    table = new_table(
+        title,
+        ["method", "cut"],
+        ["trunk", "branches", "merged", "of experts", "matched", "fixed", "moments", "passes"],
+    )
+    for (method, depth), plan in plans.items():
+        sizes, covered = plan.parameters, plan.coverage
+        trunk = max(sizes["trunk"], 1)
+        table.add_row(
+            method,
+            f"{depth:.2f}" if isinstance(depth, float) else depth,
+            f"{sizes['trunk']:,}",
+            f"{sizes['branches']:,}",
+            f"{sizes['merged']:,}",
+            f"{sizes['merged'] / sizes['experts']:.0%}",
+            f"{covered['movable'] / trunk:.0%}",
+            f"{covered['fixed'] / trunk:.0%}",
+            megabytes(plan.moment_bytes) if plan.passes else "-",
+            str(plan.passes),
+        )
+    return table
+
+
+def megabytes(size: int) -> str:
+    """A size in bytes as megabytes: `12.3 MB`."""
+    return f"{size / 1e6:,.1f} MB"

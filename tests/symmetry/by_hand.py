@@ -1,0 +1,491 @@
+"""Small modules written by hand, each with what must be inferred about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from hf_zipit.symmetry.spec import Symmetry
+
+FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
+ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+
+WIDTH = 8
+HEADS, HEAD_DIM, GROUPS = 4, 3, 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of the hidden units of a two-layer network.
+
+    Attributes:
+        function: takes the hidden tensor `[2, 5, WIDTH]`.
+        symmetry: what must be inferred for the hidden units.
+        tight: whether more than that would be wrong, so that the proof must fail with it.
+        extra: parameters or buffers that the function takes by name.
+    """
+
+    function: Callable[..., Tensor]
+    symmetry: Symmetry
+    tight: bool = True
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Between(nn.Module):
+    """Linear, a function of the hidden units, and a linear map back to the outside where the units are still there."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.case = case
+        self.first = nn.Linear(6, WIDTH)
+        self.last = nn.Linear(WIDTH, 3)
+        for name, tensor in case.extra.items():
+            if tensor.is_floating_point():
+                self.register_parameter(name, nn.Parameter(tensor.clone()))
+            else:
+                self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.case.function(self.first(x), **{name: getattr(self, name) for name in self.case.extra})
+        return self.last(y) if y.shape[-1] == WIDTH else y
+
+
+def spread(x: Tensor) -> Tensor:
+    """An RMS norm as models write it by hand."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def assigned(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[..., :4] = x[..., 4:]
+    return y
+
+
+def slid(x: Tensor) -> Tensor:
+    """A convolution over the hidden units."""
+    kernel = torch.tensor([[[0.5, 1.0, -0.5]]])
+    return F.conv1d(x.flatten(0, 1).unsqueeze(1), kernel, padding=1).squeeze(1).view(x.shape)
+
+
+def squared_in_place(x: Tensor) -> Tensor:
+    y = x.clone()
+    length = y.view(2, 5, WIDTH).pow_(2).sum(-1, keepdim=True)
+    return y / (1 + length)
+
+
+def doubled_part(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., :4].mul_(2)
+    return y
+
+
+def raised_token(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[:, 0].add_(1.0)
+    return y
+
+
+def over_channels(x: Tensor, norm: Callable[..., Tensor]) -> Tensor:
+    """A norm that takes the tokens for channels and the hidden units for positions."""
+    return norm(x.transpose(0, 1).reshape(5, 2, WIDTH).transpose(0, 1)).contiguous()
+
+
+def vector() -> Tensor:
+    return torch.linspace(-1, 1, WIDTH).sin() + 0.1
+
+
+ORDER = torch.tensor([3, 1, 2, 0, 7, 6, 5, 4])
+
+CASES: dict[str, Case] = {
+    # Linear in every unit.
+    "identity": Case(lambda x: x, LINEAR),
+    "twice": Case(lambda x: -2 * x / 3, LINEAR),
+    "cast": Case(lambda x: x.to(torch.float64).to(torch.float32), LINEAR),
+    "sum of two": Case(lambda x: x + x.roll(1, 1), LINEAR),
+    "weighted tokens": Case(lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True) * 0 + 1), ONES, tight=False),
+    "bias": Case(lambda x, b: x + b, LINEAR, extra={"b": vector()}),
+    "mean of tokens": Case(lambda x: x.mean(1, keepdim=True), LINEAR),
+    "square map": Case(lambda x, w: x + F.linear(x, w), LINEAR, extra={"w": torch.outer(vector(), vector().flip(0))}),
+    "einsum with a weight": Case(
+        lambda x, w: torch.einsum("btd,ed->bte", x, w), LINEAR, extra={"w": torch.outer(vector(), vector().cos())}
+    ),
+    "cast through float16's name": Case(lambda x: x.type_as(x), LINEAR),
+    # Maps that keep the vector of ones.
+    "plus one": Case(lambda x: x + 1, ONES),
+    "one minus": Case(lambda x: 1 - x, ONES),
+    "centred": Case(lambda x: x - x.mean(-1, keepdim=True), ONES),
+    "layer norm without affine": Case(lambda x: F.layer_norm(x, (WIDTH,)), ONES),
+    "variance": Case(lambda x: x.var(-1, keepdim=True) * x, ONES),
+    "biased deviation": Case(lambda x: x * x.std(-1, correction=0, keepdim=True), ONES),
+    "mean over everything": Case(lambda x: x.mean() * x, ONES),
+    "sum of two axes": Case(lambda x: x.sum((1, 2), keepdim=True) * x, ONES),
+    "mean without keeping": Case(lambda x: x.mean(-1).unsqueeze(-1), ONES),
+    "filled": Case(lambda x: x.mean(1, keepdim=True) + x.clone().fill_(2.0), ONES),
+    "one token in place": Case(raised_token, ONES),
+    "number for every token": Case(lambda x: x + torch.sin(x.mean(-1, keepdim=True)), ONES),
+    "linear over tokens with bias": Case(
+        lambda x: F.linear(x.transpose(1, 2), torch.eye(5) + 0.3, torch.arange(5.0)).transpose(1, 2), ONES
+    ),
+    "linear over tokens": Case(lambda x: F.linear(x.transpose(1, 2), torch.eye(5) + 0.3).transpose(1, 2), LINEAR),
+    # Rotations.
+    "rms norm without affine": Case(lambda x: F.rms_norm(x, (WIDTH,)), ORTHOGONAL),
+    "rms norm by hand": Case(spread, ORTHOGONAL),
+    "rms norm by square": Case(lambda x: x * x.square().mean(-1, keepdim=True).rsqrt(), ORTHOGONAL),
+    "length": Case(lambda x: x / x.norm(dim=-1, keepdim=True), ORTHOGONAL),
+    "length of everything": Case(lambda x: x / torch.linalg.vector_norm(x), ORTHOGONAL),
+    "product with itself": Case(lambda x: (x * x).sum(-1, keepdim=True) * x, ORTHOGONAL),
+    "gram matrix": Case(lambda x: x @ x.transpose(1, 2), ORTHOGONAL),
+    "read and written by one matrix": Case(
+        lambda x, w: F.linear(F.linear(x, w), w.t()), LINEAR, extra={"w": vector().outer(vector().cos())}
+    ),
+    "tied weights": Case(
+        lambda x, w: x + F.linear(F.linear(x, w), w.t()), ORTHOGONAL, extra={"w": vector().outer(vector().cos())}
+    ),
+    # Only the order.
+    "product with a vector": Case(lambda x, v: x * v, PERMUTATION, extra={"v": vector()}),
+    "sum of cubes": Case(lambda x: x.pow(3).sum(-1, keepdim=True) * x, PERMUTATION),
+    "one-norm": Case(lambda x: x / x.norm(p=1, dim=-1, keepdim=True), PERMUTATION),
+    "softmax": Case(lambda x: x.softmax(-1), PERMUTATION),
+    "softmax of tokens": Case(lambda x: x.softmax(1), PERMUTATION),
+    "layer norm": Case(lambda x, v: F.layer_norm(x, (WIDTH,), v), PERMUTATION, extra={"v": vector()}),
+    "layer norm of tokens": Case(lambda x: F.layer_norm(x.transpose(1, 2), (5,)).transpose(1, 2), PERMUTATION),
+    "batch norm over tokens": Case(
+        lambda x: over_channels(x, lambda y: F.batch_norm(y, None, None, training=True)), PERMUTATION, tight=False
+    ),
+    "instance norm over tokens": Case(lambda x: over_channels(x, F.instance_norm), PERMUTATION, tight=False),
+    "group norm over tokens": Case(lambda x: F.group_norm(x, 5), PERMUTATION, tight=False),
+    "group norm": Case(lambda x: F.group_norm(x.transpose(1, 2), WIDTH).transpose(1, 2), PERMUTATION),
+    "batch norm": Case(
+        lambda x, v, m: F.batch_norm(x.transpose(1, 2), m, v.exp(), v, m).transpose(1, 2),
+        PERMUTATION,
+        extra={"v": vector(), "m": vector().cos()},
+    ),
+    "prelu": Case(
+        lambda x, v: F.prelu(x.transpose(1, 2), v).transpose(1, 2), PERMUTATION, extra={"v": vector()}
+    ),
+    "one over": Case(lambda x: 1 / (2 + x.cos()), PERMUTATION),
+    "rounded quotient": Case(lambda x: torch.div(x, 0.1, rounding_mode="floor"), PERMUTATION),
+    "cast to integers": Case(lambda x: (x * 10).long().float(), PERMUTATION),
+    "clamped by a vector": Case(lambda x, v: torch.clamp(x, max=v), PERMUTATION, extra={"v": vector()}),
+    "minimum of two": Case(lambda x, v: torch.min(x, v), PERMUTATION, extra={"v": vector()}),
+    "maximum of two": Case(lambda x, v: torch.maximum(x, v), PERMUTATION, extra={"v": vector()}),
+    "where": Case(lambda x, v: torch.where(x > v, x, v), PERMUTATION, extra={"v": vector()}),
+    "masked": Case(lambda x: x.masked_fill(x > 0.2, -1.0), PERMUTATION),
+    "masked by a constant": Case(lambda x, m: x.masked_fill(m, 0.0), PERMUTATION, extra={"m": ORDER > 3}),
+    "lerp": Case(lambda x, v: torch.lerp(x, x.sin(), v), PERMUTATION, extra={"v": vector()}),
+    "addcmul": Case(lambda x, v: torch.addcmul(v, x, x, value=2), PERMUTATION, extra={"v": vector()}),
+    "largest": Case(lambda x: x * x.amax(-1, keepdim=True), PERMUTATION),
+    "largest value only": Case(lambda x: x * x.max(-1, keepdim=True).values, PERMUTATION),
+    "largest of everything": Case(lambda x: x * x.max(), PERMUTATION),
+    "product of all": Case(lambda x: (x + 2).prod(-1).unsqueeze(-1) * 1e-2, PERMUTATION),
+    "log of a sum": Case(lambda x: x.logsumexp(-1, keepdim=True), PERMUTATION),
+    "largest over tokens": Case(lambda x: x.max(1).values.unsqueeze(1), PERMUTATION),
+    "relu in place": Case(lambda x: x.clone().relu_(), PERMUTATION),
+    "in place on a view": Case(lambda x: x.clone().view(10, WIDTH).sin_().view(2, 5, WIDTH), PERMUTATION),
+    "squared in place": Case(squared_in_place, PERMUTATION),
+    "max pooling over tokens": Case(lambda x: F.max_pool1d(x.transpose(1, 2), 2).transpose(1, 2), PERMUTATION),
+    "average pooling over tokens": Case(lambda x: F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2), LINEAR),
+    "table of an integer buffer": Case(
+        lambda x, ids: x * torch.arange(1.0, WIDTH + 1)[ids], FIXED, tight=False, extra={"ids": ORDER}
+    ),
+    # Nothing.
+    "cumulative sum": Case(lambda x: x.cumsum(-1), FIXED),
+    "flip": Case(lambda x: x.flip(-1), FIXED),
+    "roll": Case(lambda x: x.roll(1, -1), FIXED),
+    "roll of everything": Case(lambda x: x.roll(1), FIXED),
+    "lower triangle": Case(lambda x: x.tril(), FIXED),
+    "slice": Case(lambda x: x[..., 2:], FIXED),
+    "single unit": Case(lambda x: x[..., 2], FIXED),
+    "index": Case(lambda x: x[..., ORDER], FIXED),
+    "index select": Case(lambda x, i: x.index_select(-1, i), FIXED, extra={"i": ORDER}),
+    "gather": Case(lambda x: x.gather(-1, ORDER.expand(2, 5, WIDTH)), FIXED),
+    "chunks": Case(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), FIXED),
+    "unbound": Case(lambda x: torch.stack(x.unbind(-1)[::-1], -1), FIXED),
+    "concatenated": Case(lambda x: torch.cat([x, x], -1), FIXED),
+    "shifted by padding": Case(lambda x: F.pad(x, (1, -1)), FIXED),
+    "padded": Case(lambda x: F.pad(x, (1, 1)), FIXED),
+    "padded tokens": Case(lambda x: F.pad(x, (0, 0, 1, 1), value=1.0), ONES),
+    "convolved over": Case(slid, FIXED),
+    "pooled over": Case(lambda x: F.avg_pool1d(x, 2), FIXED),
+    "place of the largest": Case(lambda x: x.max(-1).indices.float().unsqueeze(-1), FIXED),
+    "argmax": Case(lambda x: x.argmax(-1).float().unsqueeze(-1), FIXED),
+    "with positions": Case(lambda x: x + torch.arange(WIDTH), FIXED),
+    "assigned": Case(assigned, FIXED),
+    "a part in place": Case(doubled_part, FIXED),
+}
+"""Every kind of rule, between two linear layers."""
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "aten.cummax": lambda x: x.cummax(-1).values,
+    "aten.sort": lambda x: x.sort(-1).values,
+    "aten.fft_rfft": lambda x: torch.fft.rfft(x).abs(),
+    "aten.topk": lambda x: x.topk(3).values,
+    "aten.cdist": lambda x: torch.cdist(x, x),
+    "aten.view.dtype": lambda x: x.view(torch.int32).float() * 1e-10,
+}
+"""Ops that have no rule, by the beginning of their names."""
+
+
+class Attention(nn.Module):
+    """Attention with every way to write it: `manual`, `sdpa`, `einsum`, `merged` (batch and heads in one axis)."""
+
+    def __init__(self, kind: str = "manual", groups: int = HEADS) -> None:
+        super().__init__()
+        width = HEADS * HEAD_DIM
+        self.kind, self.groups = kind, groups
+        self.query = nn.Linear(6, width)
+        self.key = nn.Linear(6, groups * HEAD_DIM)
+        self.value = nn.Linear(6, groups * HEAD_DIM)
+        self.out = nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).view(*x.shape[:2], -1, HEAD_DIM).transpose(1, 2) for linear in (self.query, self.key, self.value)
+        )
+        if self.kind == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.groups < HEADS)
+        else:
+            k, v = (self.spread(t, HEADS // self.groups) for t in (k, v))
+            y = getattr(self, self.kind)(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+    @staticmethod
+    def spread(x: Tensor, copies: int) -> Tensor:
+        b, h, t, d = x.shape
+        return x if copies == 1 else x[:, :, None].expand(b, h, copies, t, d).reshape(b, h * copies, t, d)
+
+    @staticmethod
+    def manual(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v
+
+    @staticmethod
+    def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        weights = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1)
+        return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+
+    @staticmethod
+    def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        lead = q.shape[:2]
+        q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        scores = torch.baddbmm(torch.zeros(1, 1, 1), q, k.transpose(1, 2), beta=0)
+        return torch.bmm(scores.softmax(-1), v).unflatten(0, lead)
+
+
+class Fused(nn.Module):
+    """One linear layer for query, key and value, taken apart by `chunk` or by a view."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        width = HEADS * HEAD_DIM
+        self.by = by
+        self.qkv = nn.Linear(6, 3 * width)
+        self.out = nn.Linear(width, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.qkv(x)
+        if self.by == "chunk":
+            q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)) for t in y.chunk(3, -1))
+        else:
+            q, k, v = y.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
+        y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class HeadMixing(nn.Module):
+    """A hidden width cut into heads, with an op in which the heads may meet."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], out: int) -> None:
+        super().__init__()
+        self.function = function
+        self.first = nn.Linear(6, HEADS * HEAD_DIM)
+        self.last = nn.Linear(out, 3)
+        self.pick = nn.Parameter(torch.randn(HEADS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.first(x).unflatten(-1, (HEADS, HEAD_DIM))
+        heads = heads * self.pick[:, None]  # so that heads can be reordered at most
+        return self.last(self.function(heads))
+
+
+def gram_of_heads(x: Tensor) -> Tensor:
+    return (x @ x.transpose(-1, -2)).flatten(2)
+
+
+def heads_attend(x: Tensor) -> Tensor:
+    return (torch.softmax(x @ x.transpose(-1, -2), -1) @ x).flatten(2)
+
+
+def linear_heads_attend(x: Tensor) -> Tensor:
+    scores = torch.sigmoid(torch.einsum("bthd,btgd->bthg", x, x))
+    return torch.einsum("bthg,btgd->bthd", scores, x).flatten(2)
+
+
+def outer_of_heads(x: Tensor) -> Tensor:
+    return (x.unsqueeze(-2) * x.unsqueeze(-3)).sum(-2).flatten(2)
+
+
+MIXING: dict[str, tuple[Callable[[Tensor], Tensor], int, bool]] = {
+    "nothing": (lambda x: x.flatten(2), HEADS * HEAD_DIM, True),
+    "relu": (lambda x: x.relu().flatten(2), HEADS * HEAD_DIM, True),
+    "norm in every head": (lambda x: F.rms_norm(x, (HEAD_DIM,)).flatten(2), HEADS * HEAD_DIM, True),
+    "gram matrix": (gram_of_heads, HEADS * HEADS, False),
+    "attention among heads": (heads_attend, HEADS * HEAD_DIM, False),
+    "einsum among heads": (linear_heads_attend, HEADS * HEAD_DIM, False),
+    "products among heads": (outer_of_heads, HEADS * HEAD_DIM, False),
+    "sum of heads": (lambda x: x.sum(-2), HEAD_DIM, False),
+    "minus the mean head": (lambda x: (x - x.mean(-2, keepdim=True)).flatten(2), HEADS * HEAD_DIM, False),
+    "softmax over heads": (lambda x: x.softmax(-2).flatten(2), HEADS * HEAD_DIM, False),
+    "norm over heads": (lambda x: F.layer_norm(x.transpose(2, 3), (HEADS,)).flatten(2), HEADS * HEAD_DIM, False),
+    "next head": (lambda x: (x + x.roll(1, 2)).flatten(2), HEADS * HEAD_DIM, False),
+    "looked up heads": (lambda x: (x + x[:, :, [2, 0, 3, 1]]).flatten(2), HEADS * HEAD_DIM, False),
+    "heads of heads": (lambda x: (x + x[:, :, 1:2]).flatten(2), HEADS * HEAD_DIM, False),
+    "cumulative heads": (lambda x: x.cumsum(2).flatten(2), HEADS * HEAD_DIM, False),
+    "shared bias": (lambda x: (x + torch.arange(3.0)).flatten(2), HEADS * HEAD_DIM, False),
+    "heads last": (lambda x: x.transpose(2, 3).flatten(2), HEADS * HEAD_DIM, True),
+}
+"""What heads may do to each other; the width of the result; whether every head keeps a basis of its own."""
+
+
+class TwoCuts(nn.Module):
+    """A width of 96 that is cut into 8 x 12 in one place and 12 x 8 in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 96)
+        self.last = nn.Linear(96, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        rows = y.unflatten(-1, (8, 12)).softmax(-1).flatten(2)
+        columns = y.unflatten(-1, (12, 8)).softmax(-1).flatten(2)
+        return self.last(rows + columns)
+
+
+class ResidualStream(nn.Module):
+    """A pre-norm stream whose norms have no affine part: only linear maps and the norm touch it."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+        self.embed = nn.Linear(6, WIDTH)
+        self.up = nn.ModuleList(nn.Linear(WIDTH, 11) for _ in range(2))
+        self.down = nn.ModuleList(nn.Linear(11, WIDTH) for _ in range(2))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for up, down in zip(self.up, self.down, strict=True):
+            x = x + down(up(self.norm(x)).relu())
+        return self.head(self.norm(x))
+
+
+class Convolutional(nn.Module):
+    """Ordinary, grouped, depthwise and pointwise convolutions with batch and group norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.grouped = nn.Conv2d(8, 12, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.widening = nn.Conv2d(12, 24, 3, padding=1, groups=12)
+        self.gn = nn.GroupNorm(4, 24)
+        self.point = nn.Conv2d(24, 6, 1, stride=2)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn(self.stem(x)), inplace=True)
+        x = F.relu6(self.depthwise(F.gelu(self.grouped(x))))
+        x = self.point(F.silu(self.gn(self.widening(x))))
+        return self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+class Unbatched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, WIDTH)
+        self.conv = nn.Conv1d(5, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.first(x)[0]) + self.conv(self.first(x)[1])
+
+
+class LearnedQueries(nn.Module):
+    """Queries that come from a table through an integer buffer, and are averaged in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 6)
+        self.register_buffer("rows", torch.tensor([4, 1, 6, 2]))
+        self.key = nn.Linear(6, 6)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries = self.table(self.rows)
+        weights = torch.softmax(self.key(x) @ queries.t(), 1)
+        return self.out((weights.transpose(1, 2) @ x).relu().mean(1))
+
+
+class TiedBuffers(nn.Module):
+    """Two modules with one scale buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.first.register_buffer("scale", vector())
+        self.second.register_buffer("scale", self.first.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) * self.first.scale
+        return self.last(x + self.second(x) * self.second.scale)
+
+
+class Mixer(nn.Module):
+    """An MLP over tokens with biases, beside a stream whose norm would allow any rotation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(6, WIDTH)
+        self.tokens = nn.Linear(5, 5)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.rms_norm(self.embed(x), (WIDTH,))
+        return self.head(F.rms_norm(x + self.tokens(x.mT).mT, (WIDTH,)))
+
+
+class NoGrad(nn.Module):
+    """A part of the forward pass runs in a subgraph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False), torch.no_grad():
+            y = self.first(x).relu()
+        return self.last(y)
+
+
+WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    **{f"attention, {k}": (lambda k=k: Attention(k), (2, 5, 6)) for k in ("manual", "sdpa", "einsum", "merged")},
+    "grouped queries, sdpa": (lambda: Attention("sdpa", groups=GROUPS), (2, 5, 6)),
+    "grouped queries, manual": (lambda: Attention("manual", groups=GROUPS), (2, 5, 6)),
+    "fused, chunk": (lambda: Fused("chunk"), (2, 5, 6)),
+    "fused, view": (lambda: Fused("view"), (2, 5, 6)),
+    "two cuts": (TwoCuts, (2, 5, 6)),
+    "convolutions": (Convolutional, (2, 3, 8, 8)),
+    "unbatched convolution": (Unbatched, (2, 5, 6)),
+    "learned queries": (LearnedQueries, (2, 5, 6)),
+    "tied buffers": (TiedBuffers, (2, 5, 6)),
+    "mixer": (Mixer, (2, 5, 6)),
+    "no grad": (NoGrad, (2, 5, 6)),
+    "rms stream": (lambda: ResidualStream(nn.RMSNorm(WIDTH, elementwise_affine=False)), (2, 5, 6)),
+    "layer norm stream": (lambda: ResidualStream(nn.LayerNorm(WIDTH, elementwise_affine=False)), (2, 5, 6)),
+    **{f"heads: {name}": (lambda f=f, out=out: HeadMixing(f, out), (2, 5, 6)) for name, (f, out, _) in MIXING.items()},
+}
+"""Whole modules, with the shape of their input."""

@@ -1,0 +1,34 @@
+"""What the tests of this room share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from hf_zipit.symmetry import MergeSpec, prove
+from hf_zipit.symmetry.spec import Space, Symmetry
+
+SEEDS = range(3)
+BROKEN = 1e-3
+"""A wrong spec must be off by more than this."""
+
+
+def worst_error(
+    model: nn.Module, spec: MergeSpec, inputs: Mapping[str, Tensor] | None = None, seeds: range = SEEDS
+) -> float:
+    return max(prove(model, spec, seed=seed, inputs=inputs) for seed in seeds)
+
+
+def spaces_of(spec: MergeSpec, tensor: str, axis: int) -> list[Space]:
+    return [spec.spaces[factor.space] for factor in spec.axes[tensor][axis]]
+
+
+def with_symmetry(spec: MergeSpec, name: str, symmetry: Symmetry) -> MergeSpec:
+    """The spec with another symmetry claimed for one space."""
+    return replace(spec, spaces={**spec.spaces, name: replace(spec.spaces[name], symmetry=symmetry)})
+
+
+def next_symmetry(space: Space) -> Symmetry:
+    return Symmetry(space.symmetry + 1)

@@ -1,0 +1,168 @@
+"""Every kind of op, in modules written by hand: what is inferred is right, proves, and is all that is right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hf_zipit.errors import SpecError
+from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry.proof import TOLERANCE
+from hf_zipit.symmetry.spec import Symmetry
+from tests.symmetry.by_hand import (
+    CASES,
+    FIXED,
+    GROUPS,
+    HEAD_DIM,
+    HEADS,
+    LINEAR,
+    MIXING,
+    ONES,
+    ORTHOGONAL,
+    PERMUTATION,
+    UNKNOWN,
+    WHOLE,
+    Attention,
+    Between,
+    Case,
+    Convolutional,
+    Fused,
+    HeadMixing,
+    ResidualStream,
+    TwoCuts,
+)
+from tests.symmetry.checks import BROKEN, next_symmetry, spaces_of, with_symmetry, worst_error
+
+
+def seeded(builder, shape):
+    """A module, its spec and its inputs."""
+    torch.manual_seed(0)
+    model = builder()
+    inputs = {"x": torch.randn(shape)}
+    return model, MergeSpec.from_model(model, inputs), inputs
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hidden_units_get_the_symmetry_that_the_op_leaves(name):
+    case = CASES[name]
+    model, spec, inputs = seeded(lambda: Between(case), (2, 5, 6))
+    (hidden,) = spaces_of(spec, "first.weight", 0)
+    assert hidden.symmetry is case.symmetry
+    assert worst_error(model, spec, inputs) <= TOLERANCE
+    if case.tight and case.symmetry is not LINEAR:
+        more = with_symmetry(spec, hidden.name, next_symmetry(hidden))
+        assert worst_error(model, more, inputs) > BROKEN
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_unknown_ops_fix_what_they_touch_and_are_named(name):
+    model, spec, inputs = seeded(lambda: Between(Case(UNKNOWN[name], FIXED)), (2, 5, 6))
+    (hidden,) = spaces_of(spec, "first.weight", 0)
+    (op,) = spec.unknown_ops
+    assert op.startswith(name)
+    assert hidden.symmetry is FIXED
+    assert op in hidden.frozen_by
+    assert worst_error(model, spec, inputs) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_modules_prove(name):
+    model, spec, inputs = seeded(*WHOLE[name])
+    assert set(spec.axes) | spec.unused == {name for name, _ in [*model.named_parameters(), *named_buffers(model)]}
+    assert worst_error(model, spec, inputs, range(5)) <= TOLERANCE
+
+
+def named_buffers(model: nn.Module):
+    return model.named_buffers(remove_duplicate=False)
+
+
+@pytest.mark.parametrize("kind", ["manual", "sdpa", "einsum", "merged"])
+def test_attention_shares_one_head_order_and_every_head_has_its_own_bases(kind):
+    _, spec, _ = seeded(lambda: Attention(kind), (2, 5, 6))
+    query, key, value = ([space.name for space in spaces_of(spec, f"{n}.weight", 0)] for n in ("query", "key", "value"))
+    assert query == key
+    assert query[0] == value[0]
+    assert query[1] != value[1]
+    assert [s.name for s in spaces_of(spec, "out.weight", 1)] == value
+    heads, inner = spaces_of(spec, "query.weight", 0)
+    assert (heads.size, heads.symmetry) == (HEADS, PERMUTATION)
+    assert (inner.size, inner.symmetry, inner.within) == (HEAD_DIM, LINEAR, (heads.name,))
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "manual"])
+def test_grouped_queries_move_with_their_keys(kind):
+    _, spec, _ = seeded(lambda: Attention(kind, groups=GROUPS), (2, 5, 6))
+    groups, copies, inner = spaces_of(spec, "query.weight", 0)
+    assert [s.name for s in spaces_of(spec, "key.weight", 0)] == [groups.name, inner.name]
+    assert (groups.size, copies.size, inner.size) == (GROUPS, HEADS // GROUPS, HEAD_DIM)
+    assert copies.within == inner.within == (groups.name,)  # the dims are the key's, which all copies share
+
+
+def test_fused_projections_that_are_cut_in_chunks_stay_fixed():
+    _, spec, _ = seeded(lambda: Fused("chunk"), (2, 5, 6))
+    assert all(space.symmetry is FIXED for space in spec.spaces.values())
+
+
+def test_fused_projections_that_are_viewed_as_heads_move_together():
+    _, spec, _ = seeded(lambda: Fused("view"), (2, 5, 6))
+    three, heads, inner = spaces_of(spec, "qkv.weight", 0)
+    assert (three.symmetry, heads.symmetry, inner.symmetry) == (FIXED, PERMUTATION, ORTHOGONAL)
+    assert inner.within == (heads.name,)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_heads_that_meet_share_one_basis(name):
+    function, out, own = MIXING[name]
+    model, spec, inputs = seeded(lambda: HeadMixing(function, out), (2, 5, 6))
+    heads, inner = spaces_of(spec, "first.weight", 0)
+    assert inner.within == ((heads.name,) if own else ())
+    if not own and inner.symmetry is not FIXED:
+        from dataclasses import replace
+
+        wrong = replace(spec, spaces={**spec.spaces, inner.name: replace(inner, within=(heads.name,))})
+        assert worst_error(model, wrong, inputs) > BROKEN
+
+
+def test_cuts_that_do_not_nest_fix_the_axis():
+    _, spec, _ = seeded(TwoCuts, (2, 5, 6))
+    assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}
+
+
+@pytest.mark.parametrize(("norm", "symmetry"), [(nn.RMSNorm, ORTHOGONAL), (nn.LayerNorm, ONES)])
+def test_a_stream_under_norms_without_affine_part_can_be_rotated(norm, symmetry):
+    model, spec, inputs = seeded(lambda: ResidualStream(norm(8, elementwise_affine=False)), (2, 5, 6))
+    (stream,) = spaces_of(spec, "embed.weight", 0)
+    assert stream.name == "residual"
+    assert stream.symmetry is symmetry
+    assert [s.symmetry for s in spaces_of(spec, "up.0.weight", 0)] == [PERMUTATION]
+    assert worst_error(model, with_symmetry(spec, "residual", next_symmetry(stream)), inputs) > BROKEN
+
+
+def test_grouped_convolutions_and_group_norms_split_their_channels():
+    _, spec, _ = seeded(Convolutional, (2, 3, 8, 8))
+    groups, inner = spaces_of(spec, "stem.weight", 0)
+    assert (groups.size, inner.size, inner.within) == (4, 2, (groups.name,))
+    assert [s.name for s in spaces_of(spec, "bn.running_var", 0)] == [groups.name, inner.name]
+    assert [s.size for s in spaces_of(spec, "gn.weight", 0)] == [4, 3, 2]
+    assert spaces_of(spec, "gn.weight", 0)[0] == groups
+
+
+def test_one_tensor_under_two_names_has_one_label():
+    torch.manual_seed(0)
+    _, spec, _ = seeded(*WHOLE["tied buffers"])
+    assert spec.axes["first.scale"] == spec.axes["second.scale"]
+
+
+def test_integers_are_reordered_at_most():
+    _, spec, _ = seeded(*WHOLE["learned queries"])
+    assert [s.symmetry for s in spaces_of(spec, "rows", 0)] == [Symmetry.PERMUTATION]
+
+
+def test_a_model_that_cannot_be_traced_is_told_in_one_sentence():
+    class Jumpy(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(SpecError, match="Jumpy could not be traced with inputs \\['x'\\]"):
+        MergeSpec.from_model(Jumpy(), {"x": torch.ones(2, 3)})
