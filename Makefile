@@ -40,7 +40,7 @@ format: $(INSTALLED) ## mend what `lint` can mend
 	$(BIN)/ruff format .
 
 benchmarks: $(INSTALLED) ## train the expert pairs and print the results table
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks.zoo
 
 docs: $(DOCUMENTED) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

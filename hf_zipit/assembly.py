@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ def assemble(
     trunk: Mapping[str, Tensor],
     alignment: Alignment,
     *,
+    doors: Mapping[Entry, Sequence[tuple[Tensor, Tensor]]] | None = None,
     method: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The merged model.
@@ -35,6 +36,7 @@ def assemble(
         cut: what is in the trunk.
         trunk: the merged tensors by their name in the source model.
         alignment: the maps of the movable spaces in the trunk.
+        doors: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
         method: what to remember about how the model was made; JSON-serialisable.
 
     Returns:
@@ -48,8 +50,9 @@ def assemble(
         tasks=list(experts),
         task_labels=labels_of(experts),
         shared=list(cut.shared),
-        entries=[_setting("module", entry, spec, alignment) for entry in cut.entries],
-        exits=[_setting("field", entry, spec, alignment) for entry in cut.exits],
+        entries=[_setting("module", entry, spec, alignment, doors) for entry in cut.entries],
+        exits=[_setting("field", entry, spec, alignment, doors) for entry in cut.exits],
+        trunk_shapes=other_shapes(trunk, next(iter(sources.values()))),
         depth=cut.depth,
         cut=first_own_block(spec, cut),
         method=dict(method or {}),
@@ -58,9 +61,12 @@ def assemble(
     fill(merged, sources, trunk)
     for number, task in enumerate(experts):
         key = merged.branch_names[task]
-        doors = [*zip(cut.entries, merged.entries[key], strict=True), *zip(cut.exits, merged.exits[key], strict=True)]
-        for entry, module in doors:
-            module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
+        modules = [*zip(cut.entries, merged.entries[key], strict=True), *zip(cut.exits, merged.exits[key], strict=True)]
+        for entry, module in modules:
+            if doors is None:
+                module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
+            else:
+                module.load_state_dict(dict(zip(("weight", "bias"), doors[entry][number], strict=True)))
     return merged.eval()
 
 
@@ -81,12 +87,17 @@ def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str
     return {task: dict(model.config.id2label) for task, model in experts.items()}
 
 
-def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment) -> dict[str, Any]:
+def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Shapes of the merged tensors that are wider or narrower than an expert's."""
+    return {name: list(t.shape) for name, t in trunk.items() if t.shape != source[name].shape}
+
+
+def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment, doors: Any) -> dict[str, Any]:
     units = spec.size(entry.key)
     size = 1
     for name in entry.key:
         size *= alignment[name].size if name in alignment else spec.spaces[name].size
-    return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": "index"}
+    return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": "index" if doors is None else "dense"}
 
 
 @torch.no_grad()

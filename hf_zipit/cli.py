@@ -1,8 +1,8 @@
 """The command line: `hf-zipit run | merge | inspect | sweep | evaluate | doctor`.
 
-Results go to stdout, progress to stderr. Bad input is told in one sentence and ends with exit code 1, a wrong use of the
-command with 2; nobody should see a traceback for either. What is slow to import (torch, transformers) is imported inside
-the commands, so that `--help` answers at once.
+Results go to stdout, progress to stderr. Bad input is told in one sentence and ends with exit code 1, a wrong use of
+the command with 2; nobody should see a traceback for either. What is slow to import (torch, transformers) is imported
+inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="hf-zipit",
-    help="Merge Hugging Face models of different tasks and initialisations into one multi-task model, without training.",
+    help="Merge Hugging Face models of different tasks and initialisations into one model, without training.",
     no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,7 +55,9 @@ def main() -> None:
 @app.command()
 def run(
     recipe: RecipePath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; read no data.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no data.")
+    ] = False,
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -68,14 +70,16 @@ def run(
             return
         from hf_zipit.running import run_recipe
 
-        result = run_recipe(loaded, progress=not quiet, say=say)
+        result = run_recipe(loaded, progress=_watched(quiet), say=say)
     _print_result(result, as_json)
 
 
 @app.command()
 def sweep(
     recipe: RecipePath,
-    method: Annotated[list[str] | None, typer.Option("--method", "-m", help="Instead of the recipe's methods.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Instead of the recipe's methods.")
+    ] = None,
     depth: Annotated[list[str] | None, typer.Option("--depth", "-d", help="Instead of the recipe's depths.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy over depth into this PNG file.")] = None,
     as_json: Json = False,
@@ -96,13 +100,15 @@ def sweep(
         options = {name: given for name, given in loaded.options.items() if name in methods}
         loaded = replace(loaded, method=methods, depth=depths, options=options, save=None)
         check_recipe(loaded)
-        result = run_recipe(loaded, save=False, progress=not quiet, say=say)
+        result = run_recipe(loaded, save=False, progress=_watched(quiet), say=say)
         if plot is not None:
             from hf_zipit.files import replacing
             from hf_zipit.report.plots import accuracy_over_depth
 
             with replacing(plot) as beside:
-                accuracy_over_depth(result.rows, result.experts, title=loaded.name).savefig(beside, format="png", dpi=160)
+                accuracy_over_depth(result.rows, result.experts, title=loaded.name).savefig(
+                    beside, format="png", dpi=160
+                )
     _print_result(result, as_json)
 
 
@@ -113,13 +119,17 @@ def merge(
         typer.Argument(metavar="EXPERT...", help="Repo ids or folders, each as TASK=MODEL or as MODEL alone."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
-    calibration: Annotated[str | None, typer.Option("--calibration", "-c", help="A data set: Hub name or folder.")] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", "-c", help="A data set: Hub name or folder.")
+    ] = None,
     split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
     method: Annotated[str, typer.Option("--method", "-m", help="How units are matched.")] = "zip",
     depth: Annotated[str, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block's path.")] = "1.0",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; read no data.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no data.")
+    ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -139,7 +149,7 @@ def merge(
         if dry_run:
             _print_plans(recipe, as_json, say)
             return
-        result = run_recipe(recipe, progress=not quiet, say=say)
+        result = run_recipe(recipe, progress=_watched(quiet), say=say)
     _print_result(result, as_json)
 
 
@@ -154,8 +164,8 @@ def inspect(
     with _working(quiet) as say:
         from hf_zipit.experts import load_expert
         from hf_zipit.report.tables import space_rows
-        from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
         from hf_zipit.symmetry import MergeSpec, prove
+        from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
 
         say(f"loading {model}")
         loaded = load_expert(model, model)
@@ -176,7 +186,7 @@ def inspect(
         return
     from hf_zipit.report.tables import spaces_table
 
-    console = Console()
+    console = _stdout()
     console.print(spaces_table(rows, title=f"{spec.architecture}: {len(rows)} spaces"))
     for op, modules in spec.unknown_ops.items():
         console.print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
@@ -208,7 +218,7 @@ def evaluate(
         return
     from hf_zipit.report.tables import accuracy_table
 
-    Console().print(accuracy_table({model: found}, title=f"accuracy on {dataset}, split {split}"))
+    _stdout().print(accuracy_table({model: found}, title=f"accuracy on {dataset}, split {split}"))
 
 
 @app.command()
@@ -222,7 +232,7 @@ def doctor(as_json: Json = False) -> None:
     else:
         from hf_zipit.report.doctor import checks_table
 
-        Console().print(checks_table(checks))
+        _stdout().print(checks_table(checks))
     if any(not check.good for check in checks):
         raise typer.Exit(1)
 
@@ -275,11 +285,13 @@ def _print_plans(recipe: Recipe, as_json: bool, say: Any) -> None:
         _print_json([{"method": method, **plan.to_dict()} for (method, _), plan in plans.items()])
         return
     first = next(iter(plans.values()))
-    console = Console()
+    console = _stdout()
     console.print(plans_table(plans, title=f"{recipe.name}: {first.architecture}, tasks {', '.join(first.tasks)}"))
     if recipe.calibration and any(plan.passes for plan in plans.values()):
         number = recipe.calibration.samples
-        console.print(f"Observes {f'at most {number:,}' if number else 'all'} samples of each task, once for all merges.")
+        console.print(
+            f"Observes {f'at most {number:,}' if number else 'all'} samples of each task, once for all merges."
+        )
     for op, modules in first.spec.unknown_ops.items():
         console.print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
 
@@ -290,7 +302,7 @@ def _print_result(result: RunResult, as_json: bool) -> None:
         return
     from hf_zipit.report.tables import results_table
 
-    console = Console()
+    console = _stdout()
     console.print(results_table(result.rows, result.experts, result.expert_parameters, title=result.recipe.name))
     if result.kept and result.model:
         console.print(f"model    {result.model}  ({result.kept.method}, depth {result.kept.depth:g})", soft_wrap=True)
@@ -298,8 +310,18 @@ def _print_result(result: RunResult, as_json: bool) -> None:
         console.print(f"picture  {result.plot}", soft_wrap=True)
 
 
+def _watched(quiet: bool) -> bool:
+    """Whether to draw progress bars: in a log they are only noise."""
+    return not quiet and sys.stderr.isatty()
+
+
 def _print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def _stdout() -> Console:
+    """Tables as wide as the terminal; where there is none, wide enough to be read whole."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 
 def _stderr() -> Console:

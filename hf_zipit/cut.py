@@ -70,14 +70,17 @@ class Cut:
         return replace(spec, spaces=spaces, probes=self._probes(spec, merged))
 
     def _probes(self, spec: MergeSpec, merged: frozenset[str]) -> tuple[Probe, ...]:
+        """The probes in the trunk; of a product that only branches read, the first one, the nearest to the cut."""
         owners = {name.rpartition(".")[0] for name in self.trunk}
         whole = not any(made < total for made, total in zip(self.blocks, tower_lengths(spec), strict=True))
-        return tuple(
-            probe
-            for probe in spec.probes
-            if any(name in merged for name in probe.key)
-            and (probe.module in owners or (whole and probe.where == "input"))
-        )
+        probes = [probe for probe in spec.probes if any(name in merged for name in probe.key)]
+        kept = {p for p in probes if p.module in owners or (whole and p.where == "input")}
+        seen = {probe.key for probe in kept}
+        for probe in probes:
+            if probe.key not in seen:
+                seen.add(probe.key)
+                kept.add(probe)
+        return tuple(probe for probe in probes if probe in kept)
 
 
 def tower_lengths(spec: MergeSpec) -> list[int]:
@@ -132,8 +135,6 @@ def cut_model(model: nn.Module, spec: MergeSpec, depth: float | str) -> Cut:
 
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     names += [n for n, _ in model.named_buffers(remove_duplicate=False)]
-    if not (nothing or whole):
-        _check_blocks_run(spec, names)
     _check_used_on_one_side(spec, in_trunk)
     trunk = _trunk_names(spec, names, in_trunk, whole)
     total = sum(lengths)
@@ -148,17 +149,6 @@ def cut_model(model: nn.Module, spec: MergeSpec, depth: float | str) -> Cut:
 
 
 InTrunk = Callable[[Place], bool]
-
-
-def _check_blocks_run(spec: MergeSpec, names: Sequence[str]) -> None:
-    """A block that no op ran in is another one under a second name."""
-    for block in spec.blocks:
-        own = [name for name in names if _under(name, block.path)]
-        if own and not any(_under(module, block.path) for module in spec.modules):
-            raise SpecError(
-                f"{spec.architecture} cannot be cut between its blocks: {block.path} shares its weights with another "
-                "block; use depth 0 or 1"
-            )
 
 
 def _check_used_on_one_side(spec: MergeSpec, in_trunk: InTrunk) -> None:

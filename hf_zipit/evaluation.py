@@ -1,8 +1,8 @@
 """How good a merged model is: per task, joint, and beside its experts. Runs on `transformers.Trainer`.
 
-*Per task*: argmax within the task's own classes, the task being known. *Joint*: argmax over the concatenated logits of all
-tasks, the task being unknown. The experts are measured in the same way: each on its own task, and side by side (their
-logits concatenated), which is the reference for the joint accuracy of any merge.
+*Per task*: argmax within the task's own classes, the task being known. *Joint*: argmax over the concatenated logits of
+all tasks, the task being unknown. The experts are measured in the same way: each on its own task, and side by side
+(their logits concatenated), which is the reference for the joint accuracy of any merge.
 """
 
 from __future__ import annotations
@@ -111,8 +111,8 @@ def evaluate(
 
     Args:
         model: a merged model, or experts by task, which are then evaluated side by side.
-        datasets: for every task the samples, each a dict of the model's inputs and `labels`, ids of the task's own classes
-            (-100 is not counted). Tasks of the model that are missing here are not measured.
+        datasets: for every task the samples, each a dict of the model's inputs and `labels`, ids of the task's own
+            classes (-100 is not counted). Tasks of the model that are missing here are not measured.
         experts: the experts by task.
         batch_size: samples per forward pass and device.
 
@@ -124,7 +124,9 @@ def evaluate(
     return Evaluation(model=own, experts=beside)
 
 
-def accuracy(model: nn.Module | Mapping[str, nn.Module], datasets: Mapping[str, Any], *, batch_size: int = 64) -> Accuracy:
+def accuracy(
+    model: nn.Module | Mapping[str, nn.Module], datasets: Mapping[str, Any], *, batch_size: int = 64
+) -> Accuracy:
     """The accuracies of one model; see `evaluate`."""
     model = SideBySide(model) if isinstance(model, Mapping) else model
     offsets = _offsets(model)
@@ -134,9 +136,10 @@ def accuracy(model: nn.Module | Mapping[str, nn.Module], datasets: Mapping[str, 
     mode = model.training
     try:
         runs = {task: _share_right(model, data, task, task, 0, batch_size) for task, data in datasets.items()}
-        joint = {} if shared else {
-            task: _share_right(model, data, task, None, offsets[task], batch_size)[0] for task, data in datasets.items()
-        }  # fmt: skip
+        joint = {}
+        if not shared:
+            for task, data in datasets.items():
+                joint[task], _ = _share_right(model, data, task, None, offsets[task], batch_size)
     finally:
         model.train(mode)
     return Accuracy(
@@ -152,7 +155,9 @@ def _offsets(model: nn.Module) -> dict[str, int]:
         return model.offsets()
     if isinstance(model, PreTrainedModel) and hasattr(model.config, "offsets"):
         return model.config.offsets()
-    raise DataError(f"{type(model).__name__} is no merged model; pass a merged model, or a mapping of task names to experts.")
+    raise DataError(
+        f"{type(model).__name__} is no merged model; pass a merged model, or a mapping of task names to experts."
+    )
 
 
 def _check(datasets: Mapping[str, Any], tasks: list[str]) -> None:

@@ -17,17 +17,23 @@ from hf_zipit.symmetry.proof import model_tensors
 Expert = PreTrainedModel | str | Path
 Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]]
 
-BEHAVIOUR_ONLY = ("drop", "initializer", "token_id", "problem_type", "output_", "use_cache", "return_dict", "layerdrop",
-                  "label", "classifier", "mask", "apply_spec", "gradient_checkpointing", "summary", "loss", "tie_")  # fmt: skip
-"""Parts of the names of configuration fields that experts may differ in: they change training, not the shared network."""
+# Not "token_id": the forward pass looks for `pad_token_id` (RoBERTa's positions) and `eos_token_id` (what CLIP pools).
+BEHAVIOUR_ONLY = (
+    "drop", "initializer", "bos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id", "problem_type",
+    "output_", "use_cache", "return_dict", "label", "classifier", "mask", "apply_spec", "gradient_checkpointing",
+    "summary", "loss", "tie_",
+)  # fmt: skip
+"""Parts of the names of configuration fields that experts may differ in: they change training, not the network."""
 
-BOOKKEEPING = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type", "auto_map",
-               "finetuning_task", "task_specific_params", "pruned_heads", "_attn_implementation", "logit_scale_init_value",
-               "return_dict", "chunk_size_feed_forward", "encoder_stride", "is_decoder"}  # fmt: skip
+BOOKKEEPING = {
+    "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type", "auto_map",
+    "finetuning_task", "task_specific_params", "pruned_heads", "_attn_implementation", "logit_scale_init_value",
+    "chunk_size_feed_forward", "encoder_stride", "is_decoder",
+}  # fmt: skip
 
 
 def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
-    """The experts by task name, as float32 models in eval mode; repo ids and folders are loaded, models are taken as is.
+    """The experts by task name; repo ids and folders are loaded in float32 and eval mode, models are taken as they are.
 
     Raises:
         ExpertError: for fewer than two experts, an empty or repeated task name, or a model that cannot be loaded.
@@ -35,7 +41,8 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
     pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
     names = [name for name, _ in pairs]
     if len(pairs) < 2:
-        raise ExpertError(f"merging needs at least two experts, but {'only ' + repr(names[0]) if names else 'none'} was given")
+        given = f"only {names[0]!r}" if names else "none"
+        raise ExpertError(f"merging needs at least two experts, but {given} was given")
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")

@@ -1,7 +1,7 @@
 """Writing results so that a good one is never lost: write beside, then rename.
 
-What must hold: at every moment the target is either what it was or complete. A full disk, a missing permission or a path
-that leads through a file is told in one sentence, as an `OutputError`.
+What must hold: at every moment the target is either what it was or complete. A full disk, a missing permission or a
+path that leads through a file is told in one sentence, as an `OutputError`.
 """
 
 from __future__ import annotations
@@ -64,6 +64,36 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
         shutil.rmtree(room, ignore_errors=True)
 
 
+@contextmanager
+def adding_to(folder: str | Path) -> Iterator[Path]:
+    """A new folder to be filled; its files are moved into `folder`, over those of the same name, when the block ends.
+
+    Other files of `folder` stay, unlike under `replacing_folder`: a training run keeps its own beside a model. Shards of
+    an earlier model's weights do not, if weights were written.
+
+    Raises:
+        OutputError: if the folder cannot be written, or the disk is full.
+    """
+    folder = Path(folder)
+    with _told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=".part.", dir=folder))
+    try:
+        with _told(folder):
+            beside = room / folder.absolute().name  # the Hub's repositories are named after the folder
+            beside.mkdir()
+            yield beside
+            names = {path.name for path in beside.iterdir()}
+            for path in sorted(beside.iterdir()):
+                os.replace(path, folder / path.name)
+            if any(name.startswith("model") and ".safetensors" in name for name in names):
+                for stale in folder.glob("model*.safetensors*"):
+                    if stale.name not in names:
+                        stale.unlink()
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
 def write_text(target: str | Path, text: str) -> Path:
     """Write a text file, whole or not at all."""
     with replacing(target) as beside:
@@ -107,7 +137,11 @@ def _told(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.filename and not str(error.filename).startswith(str(target.parent)):
+        if (
+            isinstance(error, FileNotFoundError)
+            and error.filename
+            and not str(error.filename).startswith(str(target.parent))
+        ):
             raise  # some other file that the block was reading
         reason = error.strerror or str(error)
         raise OutputError(f"{target} cannot be written ({reason}); name another place or make room there.") from error

@@ -1,13 +1,14 @@
 """`merge()`: the stages in order, and nothing else.
 
-    plan -> observe -> align -> combine -> assemble
+    plan -> observe -> align -> combine -> refit -> assemble
 
 Each stage can be called alone: it takes the frozen result of the one before and returns its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +17,46 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit import __version__
-from hf_zipit.align.align import align
+from hf_zipit.align.align import align, check_settings
 from hf_zipit.align.maps import Alignment
 from hf_zipit.align.registry import METHODS
 from hf_zipit.assembly import assemble
 from hf_zipit.combine.registry import COMBINERS
+from hf_zipit.combine.transform import plain_average
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts import Experts, load_experts
+from hf_zipit.files import check_writable
 from hf_zipit.observe import Moments, fingerprint_experts, observe
+from hf_zipit.observe.record import probe_name
+from hf_zipit.refit import RefitConfig
+from hf_zipit.refit.stage import refit as refit_trunk
 from hf_zipit.planning import Plan, make_plan
 from hf_zipit.registry import check_options
 from hf_zipit.symmetry.proof import model_tensors
 
 
 def plan(
-    experts: Experts, *, method: str = "zip", options: Mapping[str, Any] | None = None, depth: float | str = 1.0
+    experts: Experts,
+    *,
+    method: str = "zip",
+    options: Mapping[str, Any] | None = None,
+    depth: float | str = 1.0,
+    residual: str = "match",
+    overrides: Mapping[str, Any] | None = None,
+    combine: str = "average",
 ) -> Plan:
     """What `merge` with these arguments would do; touches no data.
 
     Raises:
         ExpertError, SpecError, RecipeError: as `merge` does before it starts.
     """
-    return _plan(load_experts(experts), method, options, depth)
+    entry = METHODS.get(method)
+    check_options(method, entry.function, options or {})
+    COMBINERS.get(combine)
+    loaded = load_experts(experts)
+    planned = make_plan(loaded, depth)
+    needs = check_settings(planned.spec, len(loaded), method, options=options, residual=residual, overrides=overrides)
+    return replace(planned, passes=int("moments" in needs))
 
 
 def merge(
@@ -50,6 +69,7 @@ def merge(
     residual: str = "match",
     overrides: Mapping[str, Any] | None = None,
     combine: str = "average",
+    refit: bool | RefitConfig | Mapping[str, Any] = False,
     processor: Any = None,
     batch_size: int = 32,
     moments: Moments | str | Path | None = None,
@@ -73,10 +93,12 @@ def merge(
         residual: `"match"` or `"identity"`: whether the residual stream is matched too.
         overrides: another method for spaces whose name fits a pattern, `{"*.mlp.*": "permute"}`.
         combine: how aligned weights become one.
+        refit: True, a `RefitConfig` or its settings: regress every merged module on what the experts compute on the
+            calibration data. Slower than combining alone, and much closer to the experts.
         processor: image processor or tokenizer for raw calibration data.
         batch_size: samples per forward pass.
         moments: moments of an earlier merge of the same experts, or their file; no data is read then.
-        save_moments: where to save the moments.
+        save_moments: where to save the moments that were gathered; those of a deep merge serve shallower ones, too.
         accelerator: where to run; one with default settings is made if none is given.
         share: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward passes.
         seed: of everything that is drawn.
@@ -92,13 +114,20 @@ def merge(
         RecipeError: if a setting is wrong.
         SpecError: if the architecture cannot be traced or cut.
     """
+    settings = {"options": options, "residual": residual, "overrides": overrides}
+    refitting = refit_settings(refit)
+    if refitting is not None and calibration is None:
+        raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
+    if save_moments is not None:
+        check_writable(Path(save_moments).parent)
     loaded = load_experts(experts)
-    planned = _plan(loaded, method, options, depth)
+    planned = plan(loaded, method=method, depth=depth, combine=combine, **settings)
     found = _moments(
         loaded,
         planned,
         calibration,
         moments,
+        save_moments,
         processor=processor,
         batch_size=batch_size,
         accelerator=accelerator,
@@ -106,44 +135,74 @@ def merge(
         seed=seed,
         progress=progress,
     )
-    if found is not None and save_moments is not None:
-        found.save(save_moments)
-    alignment = align_trunk(loaded, planned, found, method, options=options, residual=residual, overrides=overrides)
+    alignment = align_trunk(loaded, planned, found, method, **settings)
     trunk = combine_trunk(loaded, planned, alignment, combine)
+    doors = None
+    if refitting is not None and planned.cut.trunk:
+        refitted = refit_trunk(
+            loaded,
+            planned,
+            trunk,
+            alignment,
+            calibration,
+            refitting,
+            processor=processor,
+            accelerator=accelerator,
+            seed=seed,
+            progress=progress,
+        )
+        trunk, doors = refitted.tensors, refitted.doors
     recipe = {
         "hf_zipit": __version__,
         "method": method,
         "options": dict(options or {}),
         "residual": residual,
+        "overrides": dict(overrides or {}),
         "combine": combine,
+        "refit": asdict(refitting) if refitting is not None else None,
         "depth": depth,
         "seed": seed,
         "experts": {task: getattr(model, "name_or_path", "") for task, model in loaded.items()},
     }
-    return assemble(loaded, planned.spec, planned.cut, trunk, alignment, method=recipe)
+    return assemble(loaded, planned.spec, planned.cut, trunk, alignment, doors=doors, method=recipe)
 
 
-def _plan(
-    experts: Mapping[str, nn.Module], method: str, options: Mapping[str, Any] | None, depth: float | str
-) -> Plan:
-    entry = METHODS.get(method)
-    check_options(method, entry.function, options or {})
-    return make_plan(experts, depth, passes=int("moments" in entry.needs))
+def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig | None:
+    """The settings of the refit; None where there is none.
+
+    Raises:
+        RecipeError: for an unknown setting or a value out of range.
+    """
+    if isinstance(refit, RefitConfig):
+        return refit
+    if isinstance(refit, Mapping):
+        return RefitConfig(**check_options("refit", RefitConfig, refit))
+    return RefitConfig() if refit else None
 
 
 def _moments(
-    experts: Mapping[str, nn.Module], planned: Plan, calibration: Any, moments: Moments | str | Path | None, **settings: Any
+    experts: Mapping[str, nn.Module],
+    planned: Plan,
+    calibration: Any,
+    known: Moments | str | Path | None,
+    save: str | Path | None,
+    **settings: Any,
 ) -> Moments | None:
-    """Moments where the method needs them: loaded ones if given, else gathered from the calibration data."""
+    """Moments where the method needs them: known ones if given, else gathered from the calibration data."""
     if not planned.passes or not planned.spec.probes:
         return None
-    if moments is not None:
-        if isinstance(moments, Moments):
-            return moments
-        return Moments.load(moments, experts=fingerprint_experts(experts))
+    if known is not None:
+        loaded = known if isinstance(known, Moments) else Moments.load(known)
+        own = loaded.of(fingerprint_experts(experts), "The moments" if loaded is known else f"The moments in {known}")
+        # Those of a deeper merge serve, too: this one looks at fewer places.
+        products = planned.spec.products()
+        return own.at({key: [probe_name(probe) for probe in probes] for key, probes in products.items()})
     if calibration is None:
         raise DataError("this method looks at what the experts compute: pass a little unlabelled data as calibration=")
-    return observe(planned.spec, experts, calibration, **settings)
+    found = observe(planned.spec, experts, calibration, **settings)
+    if save is not None:
+        found.save(save)
+    return found
 
 
 def align_trunk(
@@ -179,7 +238,7 @@ def combine_trunk(
     experts_tensors = [model_tensors(model) for model in experts.values()]
     merged = {}
     for name in sorted(planned.cut.trunk):
-        tensors = [own[name] for own in experts_tensors]
+        tensors = [in_float32(own[name]) for own in experts_tensors]
         labels = spec.axes.get(name)  # what the forward pass does not read has none
         try:
             merged[name] = rule(tensors, labels, alignment, spec) if labels is not None else plain_average(tensors)
@@ -188,8 +247,6 @@ def combine_trunk(
     return merged
 
 
-def plain_average(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean of float tensors; of integer ones the first."""
-    if not tensors[0].is_floating_point():
-        return tensors[0].clone()
-    return (sum(tensor.double() for tensor in tensors) / len(tensors)).to(tensors[0].dtype)
+def in_float32(tensor: Tensor) -> Tensor:
+    """What is merged is not rounded to the experts' dtype, which may be coarse."""
+    return tensor.float() if tensor.is_floating_point() else tensor

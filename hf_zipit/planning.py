@@ -63,7 +63,7 @@ class Plan:
         }
 
 
-def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: int) -> Plan:
+def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: int = 0) -> Plan:
     """Check the experts, infer the spec, divide the model.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A recipe: a YAML file that says what to merge, how, and how to measure it. Checked as a whole before any work starts.
+"""A recipe: a YAML file that says what to merge, how, and how to measure it. Checked as a whole before work starts.
 
     name: clothes-and-shoes
     experts:
@@ -10,7 +10,8 @@
     evaluation: {dataset: me/pictures, split: test}
     save: {method: zip, depth: 0.5}
 
-Every method is run at every depth; the one under `save` is kept. Paths are taken from the folder that the command runs in.
+Every method is run at every depth; the one under `save` is kept. A method that ends in `+refit` is followed by the
+closed-form regression of `hf_zipit.refit`. Paths are taken from the folder that the command runs in.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from hf_zipit.training import Training
 ALIASES = {"average": "identity"}
 """Names that recipes may use for methods: averaging is what merging with identity maps is."""
 
+REFIT = "+refit"
+"""The end of a method's name in a recipe that asks for the refit after it."""
+
 
 @dataclass(frozen=True)
 class ExpertEntry:
@@ -40,8 +44,8 @@ class ExpertEntry:
     Attributes:
         model: a repo id or folder; left out for an expert that the recipe's `train` section trains.
         revision: of a repo.
-        classes: the data's classes of its task, by id or name, in the order of the expert's labels. Not needed where the
-            expert's label names are those of the data.
+        classes: the data's classes of its task, by id or name, in the order of the expert's labels. Not needed
+            where the expert's label names are those of the data.
         seed: of an expert that is trained here; the recipe's seed plus the expert's position by default.
     """
 
@@ -97,15 +101,17 @@ class Recipe:
         name: of the merged model.
         experts: by task, in the order of their classes in the joint logits.
         calibration, evaluation: the data; without evaluation nothing is measured.
-        method: one or several of `hf_zipit.align`'s methods, or `average`.
+        method: one or several of `hf_zipit.align`'s methods, or `average`; with `+refit` behind it, refitted.
         depth: one or several shares of the blocks that are merged, or paths of blocks.
         options: by method, that method's own options.
+        refit: settings of the refit.
         residual: `match` or `identity`: whether the residual stream is matched.
         overrides: methods for spaces whose name fits a pattern.
         save: which merge is kept; the first method at the first depth by default.
         train: how experts without a model are trained.
         output: where results go; `out/NAME` by default.
         seed: of everything that is drawn.
+        threads: CPU threads; small models are faster with one. The same number gives the same file, bit by bit.
     """
 
     name: str
@@ -115,12 +121,14 @@ class Recipe:
     method: tuple[str, ...] = ("zip",)
     depth: tuple[float | str, ...] = (1.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refit: Mapping[str, Any] = field(default_factory=dict)
     residual: str = "match"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     save: Save | None = None
     train: Train | None = None
     output: Path | None = None
     seed: int = 0
+    threads: int | None = None
 
     @property
     def folder(self) -> Path:
@@ -138,7 +146,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -155,8 +163,14 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def real_method(method: str) -> str:
-    """The registered name of a method."""
-    return ALIASES.get(method, method)
+    """The registered name of a method that a recipe names."""
+    plain = method.removesuffix(REFIT)
+    return ALIASES.get(plain, plain)
+
+
+def refit_settings(recipe: Recipe, method: str) -> Mapping[str, Any] | bool:
+    """What `merge` is to be told about the refit after `method`."""
+    return (recipe.refit or True) if method.endswith(REFIT) else False
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -173,7 +187,9 @@ def check_recipe(recipe: Recipe) -> None:
 def _check_experts(recipe: Recipe) -> None:
     tasks = list(recipe.experts)
     if len(tasks) < 2:
-        raise RecipeError(f"experts names {'only ' + repr(tasks[0]) if tasks else 'none'}; merging needs at least two experts.")
+        raise RecipeError(
+            f"experts names {'only ' + repr(tasks[0]) if tasks else 'none'}; merging needs at least two experts."
+        )
     for task, expert in recipe.experts.items():
         if not task.strip():
             raise RecipeError(f"The task name {task!r} in experts is empty; give every expert the name of its task.")
@@ -195,11 +211,14 @@ def check_model_source(source: str, task: str) -> None:
     if source.startswith((".", "/", "~")) and not folder.is_dir():
         raise RecipeError(f"The expert {task!r} is to come from the folder {source}, which does not exist.")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise RecipeError(f"The folder {source} of the expert {task!r} has no config.json; name the folder of a saved model.")
+        raise RecipeError(
+            f"The folder {source} of the expert {task!r} has no config.json; name the folder of a saved model."
+        )
 
 
 def _check_merging(recipe: Recipe) -> None:
     from hf_zipit.align.registry import METHODS  # imports torch
+    from hf_zipit.refit import RefitConfig
 
     for key in ("method", "depth"):
         values = getattr(recipe, key)
@@ -208,7 +227,7 @@ def _check_merging(recipe: Recipe) -> None:
         if len(set(values)) < len(values):
             raise RecipeError(f"{key} holds a value twice in {list(values)}.")
     for method in recipe.method:
-        if method not in ALIASES and method not in METHODS:
+        if real_method(method) not in METHODS:
             raise RecipeError(f"There is no method {method!r}; {suggestion(method, (*METHODS.names(), *ALIASES))}")
     for depth in recipe.depth:
         if isinstance(depth, float) and not 0 <= depth <= 1:
@@ -217,18 +236,25 @@ def _check_merging(recipe: Recipe) -> None:
         if method not in recipe.method:
             raise RecipeError(f"options.{method} is for no method of this recipe; {suggestion(method, recipe.method)}")
         check_options(method, METHODS.get(real_method(method)).function, options)
+    if recipe.refit and not any(method.endswith(REFIT) for method in recipe.method):
+        raise RecipeError(
+            f"refit is for no method of this recipe; write one of {list(recipe.method)} with {REFIT} behind it."
+        )
+    RefitConfig(**check_options("refit", RefitConfig, recipe.refit))
+    if recipe.threads is not None and recipe.threads < 1:
+        raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     if recipe.residual not in ("match", "identity"):
         raise RecipeError(f"residual should be 'match' or 'identity', but is {recipe.residual!r}.")
     kept = recipe.kept
     if kept.method not in recipe.method or kept.depth not in recipe.depth:
         raise RecipeError(
-            f"save asks for {kept.method} at depth {kept.depth}, which this recipe does not make; choose one of the methods "
-            f"{list(recipe.method)} and depths {list(recipe.depth)}."
+            f"save asks for {kept.method} at depth {kept.depth}, which this recipe does not make; choose one of the "
+            f"methods {list(recipe.method)} and depths {list(recipe.depth)}."
         )
 
 
 def _check_data(recipe: Recipe) -> None:
-    needs_none = all(real_method(method) == "identity" for method in recipe.method)
+    needs_none = all(method in ("average", "identity") for method in recipe.method)
     if recipe.calibration is None and not needs_none:
         raise RecipeError("calibration is missing; name a data set on which the experts can be observed.")
     sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation, "train": recipe.train}

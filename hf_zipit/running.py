@@ -1,17 +1,19 @@
-"""Running a recipe: experts, one look at the data, every method at every depth, the measurements, the model that is kept.
+"""Running a recipe: experts, one look at the data, every method at every depth, the measurements, the kept model.
 
-What must hold: nothing is written over an earlier result until the new one is complete, and the experts are observed once,
-however many merges follow.
+What must hold: nothing is written over an earlier result until the new one is complete, and the experts are observed
+once, however many merges follow.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_zipit.align.registry import METHODS
@@ -22,7 +24,7 @@ from hf_zipit.files import replacing, replacing_folder, write_json
 from hf_zipit.merging import merge, plan
 from hf_zipit.observe import Moments, observe
 from hf_zipit.planning import Plan
-from hf_zipit.recipe import Data, Recipe, real_method
+from hf_zipit.recipe import Data, Recipe, real_method, refit_settings
 from hf_zipit.report.card import Result, write_card
 from hf_zipit.sources import choose_classes, class_names, load_source, match_labels, part_of, ready, sample
 from hf_zipit.training import new_classifier, train_classifier
@@ -96,7 +98,7 @@ class RunResult:
 
 
 def plan_recipe(recipe: Recipe, say: Say = lambda _: None) -> dict[tuple[str, float | str], Plan]:
-    """What a run would do, for every method and depth. Reads no data; experts to be trained are made, but not trained."""
+    """What a run would do, for every method and depth. Experts that it would train are made, but not trained."""
     experts = _experts(recipe, say, train=False)
     plans: dict[tuple[str, float | str], Plan] = {}
     for method in recipe.method:
@@ -118,11 +120,30 @@ def run_recipe(recipe: Recipe, *, save: bool = True, progress: bool = True, say:
     Raises:
         ZipItError: its subclasses say what is wrong with the experts, the data, the recipe or the output folder.
     """
+    with cpu_threads(recipe.threads):
+        return _run(recipe, save, progress, say)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Run with `count` CPU threads; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(recipe: Recipe, save: bool, progress: bool, say: Say) -> RunResult:
     experts = _experts(recipe, say, train=True)
+    calibration = _task_data(recipe, recipe.calibration, experts) if recipe.calibration else None
+    if calibration:  # nothing after this can learn from labels
+        calibration = {task: data.remove_columns("labels") for task, data in calibration.items()}
     evaluation = _task_data(recipe, recipe.evaluation, experts) if recipe.evaluation else None
     first = next(iter(recipe.method))
     planned = plan(experts, method=real_method(first), options=recipe.options.get(first), depth=recipe.depth[0])
-    moments = _moments(recipe, experts, planned, progress, say)
+    moments = _moments(recipe, experts, calibration, planned, progress, say)
     beside = None
     if evaluation:
         say("measuring the experts")
@@ -134,9 +155,12 @@ def run_recipe(recipe: Recipe, *, save: bool = True, progress: bool = True, say:
             started = time.perf_counter()
             merged = merge(
                 experts,
+                calibration,
                 method=real_method(method),
                 options=recipe.options.get(method),
                 depth=depth,
+                refit=refit_settings(recipe, method),
+                batch_size=recipe.calibration.batch_size if recipe.calibration else 32,
                 residual=recipe.residual,
                 overrides=recipe.overrides or None,
                 moments=moments,
@@ -184,7 +208,9 @@ def _task_data(recipe: Recipe, data: Data, experts: Mapping[str, PreTrainedModel
         classes = recipe.experts[task].classes
         ids = choose_classes(whole, classes, task) if classes else match_labels(whole, labels, task)
         if len(ids) != len(labels):
-            raise ExpertError(f"The expert {task!r} has {len(labels)} labels, but experts.{task}.classes names {len(ids)}.")
+            raise ExpertError(
+                f"The expert {task!r} has {len(labels)} labels, but experts.{task}.classes names {len(ids)}."
+            )
         part = sample(part_of(whole, ids, labels), data.samples, recipe.seed)
         raw = not {"pixel_values", "input_ids"} & set(part.column_names)
         parts[task] = ready(part, load_processor(recipe.experts[task].model) if raw else None)
@@ -204,17 +230,14 @@ def load_processor(source: str | None) -> Any:
 
 
 def _moments(
-    recipe: Recipe, experts: Mapping[str, PreTrainedModel], planned: Plan, progress: bool, say: Say
+    recipe: Recipe, experts: Mapping[str, PreTrainedModel], calibration: Any, planned: Plan, progress: bool, say: Say
 ) -> Moments | None:
     """Moments for all merges of the run, if one of its methods looks at them."""
     if not any("moments" in METHODS.get(real_method(method)).needs for method in recipe.method):
         return None
     say("observing the experts on the calibration data")
-    data = _task_data(recipe, recipe.calibration, experts)
-    inputs = {task: part.remove_columns("labels") for task, part in data.items()}
-    return observe(
-        planned.spec, experts, inputs, batch_size=recipe.calibration.batch_size, seed=recipe.seed, progress=progress
-    )
+    size = recipe.calibration.batch_size
+    return observe(planned.spec, experts, calibration, batch_size=size, seed=recipe.seed, progress=progress)
 
 
 def _written(
@@ -237,7 +260,7 @@ def _written(
         result = replace(result, model=folder / "model")
         with replacing_folder(folder / "model") as beside:
             model.save_pretrained(beside)
-            write_card(beside, model, _card_result(result), recipe=recipe.to_yaml())
+            write_card(beside, model, _card_result(result), recipe=replace(recipe, output=None).to_yaml())
     write_json(folder / "results.json", result.to_dict())
     return result
 
@@ -269,7 +292,9 @@ def load_merged(source: str) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(source)
         if not isinstance(config, modeling.ZipItConfig):
-            raise ExpertError(f"{source} holds a model of type {config.model_type!r}, but no merged model; merge some first.")
+            raise ExpertError(
+                f"{source} holds a model of type {config.model_type!r}, but no merged model; merge some first."
+            )
         return getattr(modeling, config.architectures[0]).from_pretrained(source, config=config).eval()
     except (OSError, ValueError) as error:
         if isinstance(error, ExpertError):

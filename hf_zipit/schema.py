@@ -1,7 +1,7 @@
 """Dataclasses as a schema: plain values from a YAML file -> typed, frozen dataclasses, with errors a person can use.
 
-The field's type is its rule. Whole numbers are taken where numbers are asked for, a single value where a tuple is asked
-for, and strings as paths; nothing else is converted, for a wrong type in a recipe is most often a slip.
+The field's type is its rule. Whole numbers are taken where numbers are asked for, a single value where a tuple is
+asked for, and strings as paths; nothing else is converted, for a wrong type in a recipe is most often a slip.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Where recipes take their data from: a name -> a labelled `datasets.Dataset`, and of that each task's own part.
 
-Two sources need no network: `sklearn-digits`, which scikit-learn ships, and `fashion-mnist`, read from its idx files where
-they are installed. Any other name is a folder that `datasets.save_to_disk` wrote, or a data set of the Hub.
+Two sources need no network: `sklearn-digits`, which scikit-learn ships, and `fashion-mnist`, read from its idx files
+where they are installed. Any other name is a folder that `datasets.save_to_disk` wrote, or a data set of the Hub.
 
-What must hold: splits are disjoint and the same in every run; a task's part carries the expert's own label ids, matched by
-the classes' names, so that an expert is never measured with the labels of another data set.
+What must hold: splits are disjoint and the same in every run; a task's part carries the expert's own label ids,
+matched by the classes' names, so that an expert is never measured with the labels of another data set.
 """
 
 from __future__ import annotations
@@ -153,7 +153,9 @@ def _with_labels(dataset: Dataset, name: str) -> Dataset:
     """The label column named `labels`, with a feature that names its classes."""
     column = next((column for column in LABEL_COLUMNS if column in dataset.column_names), None)
     if column is None:
-        raise DataError(f"The data set {name!r} has no column {' or '.join(LABEL_COLUMNS)}, only {dataset.column_names}.")
+        raise DataError(
+            f"The data set {name!r} has no column {' or '.join(LABEL_COLUMNS)}, only {dataset.column_names}."
+        )
     if column != "labels":
         dataset = dataset.rename_column(column, "labels")
     if hasattr(dataset.features["labels"], "names"):
@@ -243,8 +245,8 @@ def ready(dataset: Dataset, processor: Any) -> Dataset:
     text = next((column for column in TEXT_COLUMNS if column in dataset.column_names), None)
     if processor is None or not (image or text):
         raise DataError(
-            f"The data has the columns {dataset.column_names}, and the experts bring no processor that prepares them; save "
-            "the experts with their image processor or tokenizer, or give data with pixel_values or input_ids."
+            f"The data has the columns {dataset.column_names}, and the experts bring no processor that prepares them; "
+            "save the experts with their image processor or tokenizer, or give data with pixel_values or input_ids."
         )
 
     def process(rows: dict[str, list[Any]]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ merges of the two. Found by running this network and comparing (`test_resnet20_v
   the merged network in eval mode on `x[:8]`. The linear layer's classes are averaged, not concatenated.
 - Partitions with little budget (`zip_a.3_b.125`, `zip_a1e-4_b.075`) need `compat`: with 4 channels the budget is 0,
   and the published code lets one join inside each expert through.
+- In node 63 the zip partitions hang on two correlations 2e-7 apart (units 14 and 20 with 31), less than what another
+  order of summation in the convolutions makes: take the file's covariances to get the file's partitions.
 - `zip_partial21` merges the spaces of nodes 5 to 21 only, two heads remain: `out` is [2, 8, 10].
 """
 

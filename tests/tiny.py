@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers as T  # noqa: N812
+import transformers as T
 from transformers import PreTrainedModel
 
 IMAGE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
@@ -36,17 +36,17 @@ Builder = Callable[..., PreTrainedModel]
 
 
 def of(model_class: type[PreTrainedModel], config_class: type[T.PreTrainedConfig], **settings: Any) -> Builder:
-    """A builder of one class; keyword arguments of its call are added to the configuration."""
+    """A builder of one class; keyword arguments of its call go over its settings."""
 
     def builder(**more: Any) -> PreTrainedModel:
-        return model_class(config_class(**settings, **more)).eval()
+        return model_class(config_class(**{**settings, **more})).eval()
 
     return builder
 
 
 def clip_part(model_class: type[PreTrainedModel], part: str) -> Builder:
     def builder(**more: Any) -> PreTrainedModel:
-        return model_class(getattr(T.CLIPConfig(**CLIP, **more), part)).eval()
+        return model_class(getattr(T.CLIPConfig(**{**CLIP, **more}), part)).eval()
 
     return builder
 

@@ -61,7 +61,7 @@ class Recipe(ABC):
         """The tokenizer both experts share, from the training texts; `None` without texts."""
         return None
 
-    def augment(self, batch: Tensors, generator: Generator) -> Tensors:
+    def augment(self, batch: Tensors, tokenizer: PreTrainedTokenizerBase | None, generator: Generator) -> Tensors:
         """A random change of a training batch."""
         return batch
 

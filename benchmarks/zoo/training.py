@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from rich.progress import track
 from torch import Generator, Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.zoo.pair import Tensors, rows, trim
 from benchmarks.zoo.recipe import Recipe, Schedule
@@ -15,7 +15,14 @@ from benchmarks.zoo.recipe import Recipe, Schedule
 _BUCKET = 16  # batches whose texts are sorted by length together: little padding, still a random order
 
 
-def fit(recipe: Recipe, model: PreTrainedModel, data: Tensors, seed: int, title: str = "training") -> list[float]:
+def fit(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    data: Tensors,
+    seed: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    title: str = "training",
+) -> list[float]:
     """Train `model` in place on one task's training split.
 
     Returns:
@@ -30,7 +37,7 @@ def fit(recipe: Recipe, model: PreTrainedModel, data: Tensors, seed: int, title:
     model.train()
     stream = (batch for _ in range(schedule.epochs) for batch in _epoch(data, schedule.batch_size, generator))
     for batch in track(stream, title, total=steps, transient=True):
-        loss = recipe.loss(model, recipe.augment(batch, generator))
+        loss = recipe.loss(model, recipe.augment(batch, tokenizer, generator))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -86,12 +86,11 @@ class Adapter:
         """Output fields in a basis that the merged model may change, because each task reads them through U_t."""
         return () if self.head(model) else ("last_hidden_state", "pooler_output")
 
-    def read_positions(self, model: nn.Module) -> str:
-        """Which positions the head reads: `first`, `masked`, `last` or `all`."""
-        return "all"
+    def read_positions(self, model: nn.Module) -> dict[str, str]:
+        """Which positions the head reads: `text` is `first`, `masked`, `end` or `all`; `image` is `first` or `all`."""
+        return {}
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a model's forward."""
     return tuple(inspect.signature(type(model).forward).parameters)
-

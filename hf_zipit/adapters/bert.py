@@ -12,8 +12,8 @@ from hf_zipit.adapters.auto import Adapter
 class BertAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "roberta-prelayernorm", "distilbert", "electra")
 
-    def read_positions(self, model: nn.Module) -> str:
+    def read_positions(self, model: nn.Module) -> dict[str, str]:
         name = type(model).__name__
         if name.endswith("ForMaskedLM"):
-            return "masked"
-        return "first" if name.endswith("ForSequenceClassification") else "all"
+            return {"text": "masked"}
+        return {"text": "first"} if name.endswith("ForSequenceClassification") else {}

@@ -31,5 +31,6 @@ class CLIPAdapter(Adapter):
         inputs["input_ids"][:, -1] = config.eos_token_id  # type: ignore[attr-defined]  # the position that is pooled
         return inputs
 
-    def read_positions(self, model: nn.Module) -> str:
-        return "first"
+    def read_positions(self, model: nn.Module) -> dict[str, str]:
+        pooled = not type(model).__name__.endswith("ForImageClassification")  # which averages the patches
+        return {"text": "end", **({"image": "first"} if pooled else {})}

@@ -12,5 +12,5 @@ from hf_zipit.adapters.auto import Adapter
 class ViTAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("vit", "deit")
 
-    def read_positions(self, model: nn.Module) -> str:
-        return "first"
+    def read_positions(self, model: nn.Module) -> dict[str, str]:
+        return {"image": "first"}

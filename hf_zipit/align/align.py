@@ -65,8 +65,6 @@ def align(
         RecipeError: an unknown method, option or `residual`, or a pattern that matches nothing.
         DataError: correlations of another size than the spec's, or not finite.
     """
-    if residual not in ("match", "identity"):
-        raise RecipeError(f"residual is {residual!r}; it must be 'match' or 'identity'.")
     default = _Choice.of(method, options or {})
     choices = _choices(spec, default, residual, overrides or {})
     _check(spec, correlations, experts)
@@ -84,8 +82,41 @@ def align(
     return {name: solver.maps[name] for name in choices}
 
 
+def check_settings(
+    spec: MergeSpec,
+    experts: int,
+    method: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    residual: Residual = "match",
+    overrides: Overrides | None = None,
+) -> frozenset[str]:
+    """Raise what `align` would raise about its settings, before any data is read.
+
+    Every matcher is run once on the smallest space that it is for, with units that resemble nothing: values of options
+    that are out of range show there.
+
+    Returns:
+        What the methods that are used look at: a subset of `{"moments", "weights"}`.
+
+    Raises:
+        RecipeError: as `align` does.
+    """
+    rehearsed: list[_Choice] = []
+    choices = _choices(spec, _Choice.of(method, options or {}), residual, overrides or {})
+    for name, choice in sorted(choices.items(), key=lambda item: spec.spaces[item[0]].size):
+        if choice.method.scope == "space" and choice not in rehearsed:
+            rehearsed.append(choice)
+            units = torch.eye(experts * spec.spaces[name].size, dtype=torch.float64)
+            choice.method.function(units, experts, **choice.options)
+    return frozenset().union(*(choice.method.needs for choice in choices.values()))
+
+
 def residual_spaces(spec: MergeSpec) -> tuple[str, ...]:
-    """The residual streams: free movable spaces that the weights of three or more modules write into."""
+    """The residual streams: free movable spaces that the weights of three or more modules write into.
+
+    Not heads: query, key and value write into those, but as blocks, with a space of their own inside.
+    """
     writers: dict[str, set[str]] = defaultdict(set)
     for parameter, labels in spec.axes.items():
         # One axis alone is a bias or a norm's scale, which changes a stream but does not write into it.
@@ -94,10 +125,9 @@ def residual_spaces(spec: MergeSpec) -> tuple[str, ...]:
                 for factor in label:
                     if not factor.dual:
                         writers[factor.space].add(parameter.rpartition(".")[0])
-    return tuple(
-        name for name, space in spec.spaces.items()
-        if spec.movable(name) and not space.within and len(writers[name]) >= 3
-    )  # fmt: skip
+    outer = {name for space in spec.spaces.values() for name in space.within}
+    free = (name for name, s in spec.spaces.items() if spec.movable(name) and not s.within and name not in outer)
+    return tuple(name for name in free if len(writers[name]) >= 3)
 
 
 @dataclass(frozen=True)
@@ -115,6 +145,8 @@ class _Choice:
 
 def _choices(spec: MergeSpec, default: _Choice, residual: Residual, overrides: Overrides) -> dict[str, _Choice]:
     """The method of every movable space."""
+    if residual not in ("match", "identity"):
+        raise RecipeError(f"residual is {residual!r}; it must be 'match' or 'identity'.")
     choices = {name: default for name in spec.spaces if spec.movable(name)}
     if residual == "identity":
         choices |= {name: _Choice.of("identity", {}) for name in residual_spaces(spec)}

@@ -10,8 +10,8 @@ here the order changes nothing (but ties, of which alpha = 0 makes many). `compa
 back. A spent budget forbids all further joins of that expert's units; where k groups cannot be reached otherwise (k
 < d, or three experts whose groups block each other), the budgets are lifted for the last joins.
 
-The published code copies the whole matrix at every join and searches it anew. Here each row's maximum is cached and
-only those rows are searched again whose maximum was touched. The trap in this: a negative correlation *rises* when
+The published code copies the whole matrix at every join and searches it anew. Here each row's maximum is cached, and
+only rows whose maximum was touched are searched again. The trap in this: a negative correlation *rises* when
 multiplied by alpha < 1, so a cached maximum can also be overtaken by a joined group's column.
 
 Ties. What is the same in both experts must be joined first, or the merge of a model with itself would not be that

@@ -45,6 +45,17 @@ def merge_tensor(
     return (total / len(tensors)).to(tensors[0].dtype)
 
 
+def plain_average(tensors: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors that the forward pass does not read, which therefore have no labels.
+
+    Raises:
+        SpecError: integers that cannot be averaged differ.
+    """
+    if not tensors[0].is_floating_point():
+        return _agreed(tensors, (), {})
+    return (sum(tensor.double() for tensor in tensors) / len(tensors)).to(tensors[0].dtype)
+
+
 def to_merged(
     tensor: Tensor, label_axes: Sequence[AxisLabel], alignment: Alignment, spec: MergeSpec, expert: int
 ) -> Tensor:
@@ -58,6 +69,15 @@ def to_merged(
         if any(factor.space in alignment for factor in label):
             tensor = _along(tensor, axis, label, alignment, spec, expert)
     return tensor
+
+
+def features_to_merged(
+    features: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int
+) -> Tensor:
+    """One expert's features in the merged units along one axis: T M_t on a vector axis, U_t transposed on a dual one."""
+    if not any(factor.space in alignment for factor in label):
+        return features
+    return _along(features, axis % features.dim(), label, alignment, spec, expert)
 
 
 def unmerge_index(alignment: Alignment, key: ProductKey, expert: int, spec: MergeSpec) -> Tensor:

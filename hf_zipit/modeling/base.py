@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import ZipItError
+from ..files import adding_to
 from .configuration import ZipItConfig
 from .entries import Entry, attach, leave, make_entries
 from .hub import auto_map, write_remote_module
@@ -170,13 +171,20 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """As in transformers, plus the file that lets `trust_remote_code=True` load the folder.
 
-        The tensors keep their names in memory: half a source model has no file format of its own to convert to.
+        The tensors keep their names in memory: half a source model has no file format of its own to convert to. A
+        model that is in the folder already stays whole until the new one is written.
+
+        Raises:
+            OutputError: if the folder cannot be written, or the disk is full.
         """
         self.config.auto_map = auto_map(self.auto_class, type(self).__name__)
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        if kwargs.get("is_main_process", True):
-            write_remote_module(save_directory, type(self).__name__)
-        super().save_pretrained(save_directory, **kwargs | {"save_original_format": False})
+        kwargs |= {"save_original_format": False}
+        if not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, **kwargs)
+            return
+        with adding_to(save_directory) as beside:
+            write_remote_module(beside, type(self).__name__)
+            super().save_pretrained(beside, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:

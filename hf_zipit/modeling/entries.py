@@ -68,19 +68,22 @@ class IndexEntry(Entry):
 
 
 class DenseEntry(Entry):
-    """Any U_t: parameter `weight`, `[d, k]`."""
+    """Any affine map: parameters `weight`, `[d, k]`, and `bias`, `[d]`."""
 
     def __init__(self, axis: int, units: int, size: int) -> None:
         super().__init__(axis, units, size)
         self.weight = nn.Parameter(torch.empty(units, size))
+        self.bias = nn.Parameter(torch.empty(units))
         self.reset()
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(x.device)).movedim(-1, self.axis)
+        y = nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(x.device), self.bias.to(x.device))
+        return y.movedim(-1, self.axis)
 
     @torch.no_grad()
     def reset(self) -> None:
         self.weight.copy_(torch.eye(self.size)[torch.arange(self.units) % self.size])
+        self.bias.zero_()
 
 
 ENTRY_KINDS: dict[str, type[Entry]] = {"index": IndexEntry, "dense": DenseEntry}

@@ -196,6 +196,30 @@ class Moments:
         fingerprint = {**self.fingerprint, "experts": {task: experts[task] for task in tasks if task in experts}}
         return Moments(tuple(tasks), sums, fingerprint)
 
+    def of(self, experts: Mapping[str, str], what: str = "The moments") -> Moments:
+        """These moments, checked to be of the experts with the fingerprints given (by task), and in their order.
+
+        Raises:
+            DataError: if they were taken from other experts.
+        """
+        _check_experts(self.fingerprint.get("experts"), experts, what)
+        return self if self.tasks == tuple(experts) else self.select(tuple(experts))
+
+    def at(self, probes: Mapping[ProductKey, Sequence[str]]) -> Moments:
+        """The moments of some products at some of their probes: what a merge of less depth looks at.
+
+        Raises:
+            DataError: if one of them was not observed.
+        """
+        for key, names in probes.items():
+            if unseen := [name for name in names if name not in self.sums.get(key, {})]:
+                raise DataError(
+                    f"The moments hold nothing about {' x '.join(key)} at {unseen[0]}: they were taken for less depth or "
+                    "another architecture, so observe again."
+                )
+        sums = {key: {name: self.sums[key][name] for name in names} for key, names in probes.items()}
+        return Moments(self.tasks, sums, self.fingerprint, self.device)
+
     def keys(self) -> tuple[ProductKey, ...]:
         """The products that were observed."""
         return tuple(self.sums)
@@ -264,12 +288,14 @@ class Moments:
         header = {"format": _FORMAT, "tasks": self.tasks, "fingerprint": self.fingerprint, "sums": entries}
         beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
             os.replace(beside, path)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"The moments cannot be written to {path}: {error}.") from error
         finally:
-            beside.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                beside.unlink(missing_ok=True)
         return path
 
     @classmethod
@@ -299,10 +325,7 @@ class Moments:
                     found[entry["probe"]] = Sums(entry["count"], *tensors)
         except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise DataError(f"{path} is not a complete moments file: {error}.") from error
-        if experts is None:
-            return moments
-        _check_experts(moments.fingerprint.get("experts"), experts, f"The moments in {path}")
-        return moments if moments.tasks == tuple(experts) else moments.select(tuple(experts))
+        return moments if experts is None else moments.of(experts, f"The moments in {path}")
 
     def _of(self, key: ProductKey, probe: str | None = None) -> list[Sums]:
         probes = self.probes(key)

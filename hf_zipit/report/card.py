@@ -101,7 +101,9 @@ def card_text(model: PreTrainedModel, result: Result, recipe: str = "") -> str:
 
     template = resources.files("hf_zipit.report").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["cells"] = lambda cells: "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    environment.filters["cells"] = lambda cells: (
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    )
     return environment.from_string(template).render(
         metadata=card_metadata(model, result).to_yaml().strip(),
         result=result,
@@ -109,7 +111,7 @@ def card_text(model: PreTrainedModel, result: Result, recipe: str = "") -> str:
         classes=_classes(model),
         architecture=model.config.source_architecture,
         main_input=model.main_input_name,
-        auto_class="Auto" + type(model).__name__.removeprefix("ZipIt"),
+        auto_class="AutoModel" + type(model).__name__.removeprefix("ZipIt").removeprefix("Model"),
         recipe=recipe.strip(),
         accuracies=accuracies,
     )

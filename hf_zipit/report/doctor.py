@@ -76,12 +76,16 @@ def _network() -> Iterator[Check]:
     from huggingface_hub import constants, get_token
 
     yield Check("Hub", "offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT)
-    yield Check("Hub login", "yes" if get_token() else "no; needed only to push or to read private models: hf auth login")
+    yield Check(
+        "Hub login", "yes" if get_token() else "no; needed only to push or to read private models: hf auth login"
+    )
 
 
 def checks_table(checks: list[Check]) -> Table:
     """The findings as a table for the terminal."""
     table = new_table("", ["", "what", "found", "what to do"], [])
     for check in checks:
-        table.add_row("ok" if check.good else "!", check.what, check.found, check.remedy, style=None if check.good else "red")
+        table.add_row(
+            "ok" if check.good else "!", check.what, check.found, check.remedy, style=None if check.good else "red"
+        )
     return table

@@ -66,7 +66,9 @@ def _panels(experts: Accuracy) -> dict[str, Measure]:
     """The measures to draw, by the panel's title."""
     tasks = list(experts.per_task)
     if len(tasks) <= MAX_TASK_PANELS:
-        panels: dict[str, Measure] = {f"task {task!r}": lambda found, task=task: found.per_task[task] for task in tasks}
+        panels: dict[str, Measure] = {
+            f"task {task!r}": lambda found, task=task: found.per_task[task] for task in tasks
+        }
     else:
         panels = {f"mean of {len(tasks)} tasks": lambda found: found.mean}
     if experts.joint is not None:

@@ -24,7 +24,7 @@ def new_table(title: str, left: Sequence[str], right: Sequence[str]) -> Table:
     """An empty table: columns of words on the left, of numbers on the right."""
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
     for name in left:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=min(len(name), 12))
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     return table
@@ -74,8 +74,9 @@ def space_rows(spec: MergeSpec, shapes: Mapping[str, Sequence[int]]) -> list[dic
         shapes: of every parameter and buffer, by name.
 
     Returns:
-        `name`, `symmetry`, `size` (units, per unit of the spaces it lives within), `within`, `parameters` (elements of all
-        tensors that have the space on an axis) and `frozen_by` (for a fixed space).
+        `name`, `symmetry`, `size` (units, per unit of the spaces it lives within), `within` (the names of those),
+        `heads` (their number of units, None where there are none), `parameters` (elements of all tensors that have the
+        space on an axis) and `frozen_by` (for a fixed space).
     """
     elements: dict[str, int] = defaultdict(int)
     for name, labels in spec.axes.items():
@@ -87,6 +88,7 @@ def space_rows(spec: MergeSpec, shapes: Mapping[str, Sequence[int]]) -> list[dic
             "symmetry": str(space.symmetry),
             "size": space.size,
             "within": list(space.within),
+            "heads": prod(spec.spaces[name].size for name in space.within) if space.within else None,
             "parameters": elements[space.name],
             "frozen_by": space.frozen_by,
         }
@@ -96,14 +98,15 @@ def space_rows(spec: MergeSpec, shapes: Mapping[str, Sequence[int]]) -> list[dic
 
 def spaces_table(rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
     """The spaces of a model; see `space_rows`."""
-    table = new_table(title, ["space", "symmetry", "within", "fixed by"], ["size", "parameters"])
+    table = new_table(title, ["space", "symmetry", "fixed by"], ["heads", "size", "parameters"])
+    table.columns[0].no_wrap = True
     for row in rows:
         fixed = row["symmetry"] == "fixed"
         table.add_row(
             row["name"],
             row["symmetry"],
-            ", ".join(row["within"]),
             row["frozen_by"] or "",
+            f"{row['heads']:,}" if row["heads"] else "",
             f"{row['size']:,}",
             f"{row['parameters']:,}",
             style="dim" if fixed else None,
@@ -116,7 +119,7 @@ def plans_table(plans: Mapping[tuple[str, float | str], Plan], title: str = "") 
     table = new_table(
         title,
         ["method", "cut"],
-        ["trunk", "branches", "merged", "of experts", "matched", "fixed", "moments", "passes"],
+        ["trunk", "branches", "merged", "of experts", "matched", "moments", "passes"],
     )
     for (method, depth), plan in plans.items():
         sizes, covered = plan.parameters, plan.coverage
@@ -129,7 +132,6 @@ def plans_table(plans: Mapping[tuple[str, float | str], Plan], title: str = "") 
             f"{sizes['merged']:,}",
             f"{sizes['merged'] / sizes['experts']:.0%}",
             f"{covered['movable'] / trunk:.0%}",
-            f"{covered['fixed'] / trunk:.0%}",
             megabytes(plan.moment_bytes) if plan.passes else "-",
             str(plan.passes),
         )

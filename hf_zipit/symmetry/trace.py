@@ -88,9 +88,7 @@ class Interpreter:
     # What the rules call back ---------------------------------------------------------------------------------------
 
     def stack_of(self, node: fx.Node) -> tuple[str, ...]:
-        """Paths of the modules an op runs in, outermost first; the model itself is the empty path."""
-        stack = (node.meta.get("nn_module_stack") or {}).values()
-        return tuple(re.sub(r"@\d+", "", path).removeprefix("model").removeprefix(".") for path, _ in stack)
+        return module_stack(node)
 
     def module_of(self, node: fx.Node) -> str:
         return (self.stack_of(node) or ("",))[-1]
@@ -223,6 +221,12 @@ class Interpreter:
     def _alias(self, tensor: str, module: str) -> str:
         """Under which of its names a tied tensor is used here; export keeps only one name for all its uses."""
         return next((name for name in self.ties.get(tensor, ()) if name.rpartition(".")[0] == module), tensor)
+
+
+def module_stack(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules an op runs in, outermost first; the model itself is the empty path."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return tuple(re.sub(r"@\d+", "", path).removeprefix("model").removeprefix(".") for path, _ in stack)
 
 
 def is_within(path: str, prefix: str) -> bool:

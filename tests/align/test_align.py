@@ -198,6 +198,14 @@ def test_the_residual_stream_is_what_three_modules_write_into():
     assert residual_spaces(STREAM) == ("stream",)
 
 
+def test_heads_are_no_residual_stream():
+    """Query, key and value write into the heads, and yet `residual="identity"` must leave them to the matcher."""
+    projection = ((Factor("heads"), Factor("value")), (Factor("stream", dual=True),))
+    names = ("q.weight", "k.weight", "v.weight")
+    spec = spec_of(*HEADS.spaces.values(), axes=dict.fromkeys(names, projection))
+    assert residual_spaces(spec) == ()
+
+
 def test_residual_identity_and_overrides():
     correlations = {("stream",): swapped(4), ("hidden",): swapped(4)}
     same, flipped = [0, 1, 2, 3], [3, 2, 1, 0]

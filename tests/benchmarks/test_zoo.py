@@ -16,6 +16,7 @@ from benchmarks.zoo.pairs import captions_clip, fashion, glosses_mlm
 from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
 from benchmarks.zoo.sources import fashion_mnist, wordnet
 from benchmarks.zoo.training import fit
+from benchmarks.zoo.wordpiece import encode
 
 SHARED = Path(__file__).parents[3] / "shared" / "experts"
 TEXTS = [name for name in RECIPES if name.startswith(("wordnet", "glosses"))]
@@ -131,22 +132,26 @@ def test_a_gloss_is_split_into_definition_and_examples() -> None:
     assert dog.noun_file == "animal" and '"' not in dog.definition and '"' in dog.text
 
 
-def test_hidden_words_are_words_and_at_least_one_a_text() -> None:
-    text = torch.randint(0, 50, (64, 12), generator=torch.Generator().manual_seed(0))
-    text[:, 5] = 30
-    masked = glosses_mlm.hide(text, 4, torch.Generator().manual_seed(1))
+@needs_wordnet
+def test_hidden_words_are_whole_and_at_least_one_a_text() -> None:
+    _, tokenizer, _ = _data("glosses-roberta-mlm")
+    text = encode(tokenizer, ["a member of the genus Zyzzyphus", 'a kind of plant; "a plant"'] * 100)["input_ids"]
+    masked = glosses_mlm.hide(text, tokenizer, torch.Generator().manual_seed(1))
     hidden = masked["labels"] != IGNORED
-    assert hidden.any(1).all() and 0.05 < hidden.float().mean() < 0.3
-    assert not hidden[text < 5].any()
+    assert hidden.any(1).all()
     assert torch.equal(torch.where(hidden, masked["labels"], masked["input_ids"]), text)
-    assert (masked["input_ids"][hidden] == 4).all()
+    assert (masked["input_ids"][hidden] == tokenizer.mask_token_id).all()
+    words = set(tokenizer.convert_ids_to_tokens(text[hidden].tolist()))
+    assert words == {"a", "member", "of", "the", "genus", "kind", "plant", ";", '"'}
+    share = hidden.sum() / glosses_mlm.whole_words(text, tokenizer).sum()
+    assert share == pytest.approx(glosses_mlm.MASKED, abs=0.08)
 
 
 @needs_wordnet
 def test_training_redraws_the_mask_of_the_same_text() -> None:
-    recipe, _, splits = _data("glosses-roberta-mlm")
+    recipe, tokenizer, splits = _data("glosses-roberta-mlm")
     batch = _first(splits["a"]["train"], 32)
-    again = recipe.augment(batch, torch.Generator().manual_seed(5))
+    again = recipe.augment(batch, tokenizer, torch.Generator().manual_seed(5))
     assert not torch.equal(batch["labels"], again["labels"])
     assert _texts(batch) == _texts(again)
 

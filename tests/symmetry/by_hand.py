@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from hf_zipit.symmetry.spec import Symmetry
 
@@ -164,9 +164,7 @@ CASES: dict[str, Case] = {
         PERMUTATION,
         extra={"v": vector(), "m": vector().cos()},
     ),
-    "prelu": Case(
-        lambda x, v: F.prelu(x.transpose(1, 2), v).transpose(1, 2), PERMUTATION, extra={"v": vector()}
-    ),
+    "prelu": Case(lambda x, v: F.prelu(x.transpose(1, 2), v).transpose(1, 2), PERMUTATION, extra={"v": vector()}),
     "one over": Case(lambda x: 1 / (2 + x.cos()), PERMUTATION),
     "rounded quotient": Case(lambda x: torch.div(x, 0.1, rounding_mode="floor"), PERMUTATION),
     "cast to integers": Case(lambda x: (x * 10).long().float(), PERMUTATION),

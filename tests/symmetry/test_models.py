@@ -9,6 +9,7 @@ from functools import cache
 import pytest
 import torch
 
+from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
 from hf_zipit.symmetry.spec import Factor, Symmetry
@@ -121,7 +122,7 @@ def test_grouped_query_heads_move_with_their_key(name):
     assert spaces_of(spec, f"{prefix}.v_proj.weight", 0)[1].symmetry is Symmetry.LINEAR
 
 
-# The check can fail ---------------------------------------------------------------------------------------------------
+# The check can fail --------------------------------------------------------------------------------------------------
 
 CORRUPTED = ["vit", "bert-masked", "clip", "resnet-basic", "llama"]
 
@@ -171,7 +172,7 @@ def test_a_dual_taken_for_a_vector_does_not_prove():
     assert worst_error(model, wrong) > BROKEN
 
 
-# What tracing and proving leave alone ---------------------------------------------------------------------------------
+# What tracing and proving leave alone --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["vit", "bert-masked", "resnet-basic"])
@@ -206,8 +207,6 @@ def test_the_proof_is_the_same_for_the_same_seed_and_another_for_another():
 
 
 def test_weights_that_are_not_finite_prove_nothing():
-    from hf_zipit.errors import SpecError
-
     model = build("vit")
     spec = MergeSpec.from_model(model)
     with torch.no_grad():

@@ -78,7 +78,7 @@ class CaptionsClip(Recipe):
         }
         return Metric("zero-shot accuracy", "logits_per_image", CLASSES, prompts)
 
-    def augment(self, batch: Tensors, generator: Generator) -> Tensors:
+    def augment(self, batch: Tensors, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
         return batch | {"pixel_values": flip_and_shift(batch["pixel_values"], generator)}
 
     def loss(self, model: CLIPModel, batch: Tensors) -> Tensor:

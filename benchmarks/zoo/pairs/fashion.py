@@ -87,7 +87,7 @@ class FashionViT(Fashion):
             **labels,
         )
 
-    def augment(self, batch: Tensors, generator: Generator) -> Tensors:
+    def augment(self, batch: Tensors, tokenizer: None, generator: Generator) -> Tensors:
         return batch | {"pixel_values": flip_and_shift(batch["pixel_values"], generator)}
 
 

@@ -1,0 +1,104 @@
+"""What whole-network methods compare: the experts' weights, in the merged units of spaces that are settled already.
+
+Spaces that were decided before (a residual stream left at identity, an override) are not to be changed, but the other
+spaces must see both experts through them: M_t on axes that hold such a space, U_t on axes that read it. After that
+they are fixed spaces like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.align.products import factor_indices, merged_index, merged_sizes
+from hf_zipit.align.registry import Network
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry, product_key
+
+STATISTICS = ("running_mean", "running_var")
+"""BatchNorm's: no parameters, and of a scale that would drown them."""
+
+
+def comparable(network: Network) -> tuple[str, ...]:
+    """The names of the weights that say something about how alike the experts' units are.
+
+    Left out are a task's own head, whose classes mean something else in every expert; running statistics; integers;
+    tensors that some expert lacks or has in another shape; and second names of tied tensors.
+    """
+    first, *others = network.weights
+    names: dict[tuple[object, ...], str] = {}
+    for name, labels in network.spec.axes.items():
+        if name not in first or not any(labels) or not first[name].is_floating_point():
+            continue
+        in_head = any(name == prefix or name.startswith(f"{prefix}.") for prefix in network.spec.head)
+        shape = first[name].shape
+        alike = all(name in other and other[name].shape == shape for other in others)
+        if alike and not in_head and name.rpartition(".")[2] not in STATISTICS:
+            memory = tuple((own[name].data_ptr(), own[name].stride()) for own in network.weights)
+            names.setdefault((memory, labels), name)
+    return tuple(names.values())
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert's weights as floats, in the merged units of the spaces that are settled; made when asked for."""
+
+    network: Network
+    number: int
+    names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.network.weights[self.number][name]
+        tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
+        spec, maps = self.network.spec, self.network.settled
+        return in_merged_units(tensor, spec.axes[name], maps, spec, self.number)
+
+
+def settle(network: Network) -> tuple[MergeSpec, list[Expert]]:
+    """The spec in which settled spaces are fixed, of their merged sizes, and the experts' weights in it."""
+    spaces = dict(network.spec.spaces)
+    for name, space_map in network.settled.items():
+        spaces[name] = replace(spaces[name], size=space_map.size, symmetry=Symmetry.FIXED, frozen_by="its settled map")
+    names = tuple(n for n in comparable(network) if resolvable(network.spec.axes[n], network.settled, network.spec))
+    return replace(network.spec, spaces=spaces), [Expert(network, t, names) for t in range(network.experts)]
+
+
+def resolvable(labels: Sequence[AxisLabel], maps: Mapping[str, SpaceMap], spec: MergeSpec) -> bool:
+    """Whether every axis can be mapped alone: a space's map has rows for the units that the space lives within, and a
+    grouped convolution has those on another axis."""
+    return all(
+        set(spec.spaces[name].within) <= set(product_key(label))
+        for label in labels for name in product_key(label) if name in maps
+    )  # fmt: skip
+
+
+def in_merged_units(
+    tensor: Tensor, labels: Sequence[AxisLabel], maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int
+) -> Tensor:
+    """One expert's tensor in merged units, M_t on axes that hold a space (times T, so that one-to-one maps only move
+    units) and U_t on axes that read it; axes without a map stay as they are."""
+    for axis, label in enumerate(labels):
+        key = product_key(label)
+        if not any(name in maps for name in key):
+            continue
+        shape = list(tensor.shape)
+        shape[axis] = prod(merged_sizes(key, maps, spec))
+        share = _share(label, maps, spec, expert).to(tensor).reshape(-1, *(1 for _ in shape[axis + 1 :]))
+        index = merged_index(key, maps, spec, expert).to(tensor.device)
+        tensor = tensor.new_zeros(shape).index_add_(axis, index, tensor * share)
+    return tensor
+
+
+def _share(label: AxisLabel, maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int) -> Tensor:
+    """T / |group| of every unit on an axis, 1 for what only reads."""
+    indices = factor_indices(product_key(label), maps, spec, expert)
+    share = torch.ones(spec.size(product_key(label)), dtype=torch.float64)
+    for factor in label:
+        if factor.space in maps and not factor.dual:
+            rows = (*(indices[outer] for outer in spec.spaces[factor.space].within), indices[factor.space])
+            share *= maps[factor.space].experts / maps[factor.space].counts()[rows]
+    return share

@@ -1,0 +1,200 @@
+"""Weight matching: one-to-one assignments of units from the weights alone, without data (Git Re-Basin, arXiv
+2209.04836).
+
+The permutations pi that bring expert b nearest to expert a maximise sum <W_a, pi(W_b)> over all parameters. For one
+space, while the others stay as they are, that is a linear assignment on the units' similarities: the sum over every
+parameter axis that has the space of W_a pi(W_b)^T, the other axes flattened. Heads are assigned together with what is
+inside them (`evidence.py`). Spaces are visited in a seeded random order, sweep after sweep, until a sweep gains
+nothing; a space whose surroundings have not changed since its last visit has nothing to gain and is passed over.
+
+The descent ends in the nearest local optimum, and in a deep model whose units were permuted the many parameters that
+are not aligned yet drown the few that have a fixed axis (embeddings, inputs). So there are two starts: from identity,
+as published, and from a first round in which every space looks only at what is aligned already. The better end counts.
+
+What must hold: exchanging the experts inverts the maps; a visit never lowers the similarity (but where a parameter has
+one space on two axes, which are assigned as if they were independent).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_zipit.align.evidence import RELATIVE_GAIN, Evidence, Family, Orders, families, unit_rows
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.align.registry import Network, register
+from hf_zipit.align.settled import Expert, settle
+from hf_zipit.errors import RecipeError
+from hf_zipit.symmetry.group import transform
+from hf_zipit.symmetry.spec import MergeSpec
+
+
+@register("weights", needs={"weights"}, scope="network")
+def match_weights(network: Network, *, sweeps: int = 100, seed: int = 0) -> dict[str, SpaceMap]:
+    """Match all open spaces one-to-one by coordinate descent.
+
+    With more than two experts every pair is matched, and all are brought to the one that is most similar to the others
+    in total (as cosines: an expert with large weights is not nearer to anybody).
+
+    Args:
+        network: the spaces, the experts' weights and the maps that are settled already.
+        sweeps: at most so many visits of every space, 1 or more.
+        seed: of the order of the visits.
+
+    Returns:
+        The maps of all movable spaces that are not settled, in the units of the reference expert.
+
+    Raises:
+        RecipeError: `sweeps` is less than 1.
+    """
+    if sweeps < 1:
+        raise RecipeError(f"the option sweeps is {sweeps}; it must be 1 or more.")
+    spec, experts = settle(network)
+    pairs = {}
+    total = np.zeros(network.experts)
+    for a, b in combinations(range(network.experts), 2):
+        starts = Descent(spec, experts[a], experts[b]), Descent(spec, experts[a], experts[b])
+        starts[1].propagate()
+        for descent in starts:
+            descent.run(random_orders(tuple(descent.families), sweeps, seed))
+        cosine, _, pairs[a, b] = max((descent.cosine(), -i, descent.orders) for i, descent in enumerate(starts))
+        total[[a, b]] += cosine
+    return maps_to(int(total.argmax()), pairs, spec, network.experts)
+
+
+def random_orders(names: Sequence[str], count: int, seed: int) -> Iterator[list[str]]:
+    """`count` seeded random orders of some names."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        yield [names[i] for i in torch.randperm(len(names), generator=generator)]
+
+
+@dataclass
+class Descent:
+    """Coordinate descent on one pair of experts; `orders` is where it stands.
+
+    Expert b is always looked at in its current order, so that the assignment that is found is a change of it.
+    """
+
+    spec: MergeSpec
+    a: Expert
+    b: Expert
+    orders: Orders = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.families = families(self.spec)
+        self.factors = {name: [f.space for label in self.spec.axes[name] for f in label] for name in self.a.names}
+        self.tensors = {
+            root: [n for n, factors in self.factors.items() if {*family.inner, *([root] * family.open)} & {*factors}]
+            for root, family in self.families.items()
+        }
+
+    def run(self, visits: Iterable[Sequence[str]]) -> Orders:
+        """Visit the families (by their roots' names) in the given order of every sweep, until one gains nothing."""
+        stale = set(self.families)
+        for sweep in visits:
+            for root in sweep:
+                if root in stale:
+                    stale.discard(root)
+                    if self.visit(self.families[root]):
+                        stale |= self._neighbours(root)
+            if not stale:
+                break
+        return self.orders
+
+    def propagate(self) -> None:
+        """Visit every family once, looking only at parameters whose other spaces are fixed or were visited before:
+        first the family for which these are the largest share."""
+        unknown = {name for name in self.spec.spaces if self.spec.movable(name)}
+        waiting = dict(self.families)
+        while waiting:
+            root = max(waiting, key=lambda root: self._known(root, unknown))
+            family = waiting.pop(root)
+            self.visit(family, unknown - {root, *family.inner})
+            unknown -= {root, *family.inner}
+
+    def _known(self, root: str, unknown: set[str]) -> float:
+        """The share of a family's parameters, by their size, that have no other unknown space."""
+        unknown = unknown - {root, *self.families[root].inner}
+        sizes = {n: self.spec.size(tuple(self.factors[n])) for n in self.tensors[root]}
+        known = sum(size for name, size in sizes.items() if not unknown & set(self.factors[name]))
+        return known / max(sum(sizes.values()), 1)
+
+    def cosine(self) -> float:
+        """<W_a, pi(W_b)> / (|W_a| |W_b|) over all weights that are compared."""
+        products = np.zeros(3)
+        for name in self.a.names:
+            x, y = self.a[name].flatten(), self._current(name).flatten()
+            products += [float(x.dot(y)), float(x.dot(x)), float(y.dot(y))]
+        return float(products[0] / max(np.sqrt(products[1] * products[2]), 1e-30))
+
+    def visit(self, family: Family, unknown: Collection[str] = ()) -> bool:
+        """Solve one family while all others stay, without the parameters of `unknown` spaces; returns whether that
+        gained anything."""
+        evidence = self._evidence(family, unknown)
+        pairing, inside, before, after = evidence.best_orders(family)
+        if after - before <= RELATIVE_GAIN * abs(after):
+            return False
+        for name, chosen in inside.items():
+            own = self.orders.get(name, torch.arange(chosen.shape[1]).expand(chosen.shape))
+            self.orders[name] = own[pairing].gather(1, chosen)
+        if family.open:
+            self.orders[family.root] = self.orders.get(family.root, torch.arange(len(pairing)))[pairing]
+        return True
+
+    def _neighbours(self, root: str) -> set[str]:
+        """The families that share a tensor with a family; that family itself if solving it once may not be enough."""
+        own = {root, *self.families[root].inner}
+        near = {
+            other for other, names in self.tensors.items() if other != root and set(names) & set(self.tensors[root])
+        }
+        twice = any(
+            self.factors[n].count(root) > 1 or sum(f in own - {root} for f in self.factors[n]) > 1
+            for n in self.tensors[root]
+        )
+        return near | ({root} if twice else set())
+
+    def _current(self, name: str) -> Tensor:
+        return transform(self.b[name], self.spec.axes[name], self.spec, self.orders)
+
+    def _evidence(self, family: Family, unknown: Collection[str]) -> Evidence:
+        units = {name: self.spec.spaces[name].size for name in family.inner}
+        evidence = Evidence(self.spec.spaces[family.root].size, units)
+        for name in self.tensors[family.root]:
+            factors, labels = self.factors[name], self.spec.axes[name]
+            if not set(factors).isdisjoint(unknown):
+                continue
+            present = [inner for inner in family.inner if inner in factors]
+            # A space that is on two axes is seen from each of them, while the other keeps its order.
+            for place in range(1 if present else factors.count(family.root)):
+                x = unit_rows(self.a[name], labels, self.spec, [family.root, *present], place)
+                y = unit_rows(self._current(name), labels, self.spec, [family.root, *present], place)
+                evidence.add(tuple(present), x, y)
+        return evidence
+
+
+def maps_to(
+    reference: int, pairs: Mapping[tuple[int, int], Orders], spec: MergeSpec, experts: int
+) -> dict[str, SpaceMap]:
+    """The maps of all movable spaces, from the orders that were found for the pairs of the reference with others."""
+    maps = {}
+    for name, space in spec.spaces.items():
+        if not spec.movable(name):
+            continue
+        lead = [spec.spaces[outer].size for outer in space.within]
+        labels = torch.arange(space.size).expand(experts, *lead, space.size).contiguous()
+        for expert in range(experts):
+            if expert > reference and name in (orders := pairs[reference, expert]):
+                # orders[i] is the expert's unit for the reference's unit i; labels go the other way.
+                labels[expert] = orders[name].argsort(-1)
+            elif expert < reference and name in (orders := pairs[expert, reference]):
+                # The rows are counted by the expert's own blocks there, by the reference's in a map.
+                blocks = [orders[outer].argsort() for outer in space.within if outer in orders]
+                labels[expert] = orders[name][blocks[0]] if blocks else orders[name]
+        maps[name] = SpaceMap(space.size, labels)
+    return maps

@@ -1,0 +1,113 @@
+"""The refit as a stage of `merge`: calibration data and combined tensors in, refitted tensors and doors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_zipit.adapters import adapter_for
+from hf_zipit.align.maps import Alignment
+from hf_zipit.errors import DataError
+from hf_zipit.observe import calibration_batches
+from hf_zipit.planning import Plan
+from hf_zipit.refit.config import RefitConfig
+from hf_zipit.refit.positions import Positions
+from hf_zipit.refit.walk import MicroBatch, Refitted, Walk, micro_batches
+from hf_zipit.symmetry.proof import model_tensors
+
+
+def refit(
+    experts: Mapping[str, PreTrainedModel],
+    planned: Plan,
+    trunk: Mapping[str, Tensor],
+    alignment: Alignment,
+    calibration: Any,
+    config: RefitConfig | None = None,
+    *,
+    processor: Any = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Refitted:
+    """Regress every module of the trunk on the experts' features; see `walk.py`.
+
+    Args:
+        experts: the models by task.
+        planned: the plan of the merge.
+        trunk: the combined tensors, where the regressions start from.
+        alignment: the maps of the movable spaces.
+        calibration: unlabelled data, by task (then each sample's own expert can weigh more) or for all tasks.
+        config: the settings.
+        processor: image processor or tokenizer for raw data.
+        accelerator: spreads the batches over its processes; moments are added up.
+        seed: of the rows that are drawn where not all are used.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: without calibration data.
+    """
+    config = config or RefitConfig()
+    model = next(iter(experts.values()))
+    accelerator = accelerator or Accelerator()
+    batches = prepared(calibration, model, list(experts), config, processor)
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    if len(batches) < accelerator.num_processes:
+        raise DataError(
+            f"{len(batches)} micro-batches of calibration data cannot be spread over {accelerator.num_processes} processes; "
+            "give more data or a smaller micro_batch"
+        )
+
+    def add_up(tensor: Tensor) -> Tensor:
+        return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor  # type: ignore[return-value]
+
+    tensors = [{n: t.float() if t.is_floating_point() else t for n, t in model_tensors(m).items()} for m in experts.values()]
+    walk = Walk(
+        model,
+        tensors,
+        trunk,
+        own,
+        tasks=planned.tasks,
+        spec=planned.spec,
+        cut=planned.cut,
+        alignment=alignment,
+        config=config,
+        positions=read_positions(model, processor, config),
+        fields=adapter_for(model).outputs(model),
+        add_up=add_up,
+        seed=seed,
+        progress=progress and accelerator.is_main_process,
+    )
+    return walk.run()
+
+
+def prepared(
+    calibration: Any, model: PreTrainedModel, tasks: list[str], config: RefitConfig, processor: Any
+) -> list[MicroBatch]:
+    """The calibration data as micro-batches of one shape."""
+
+    def numbered() -> Iterable[tuple[int | None, Mapping[str, Tensor]]]:
+        stream = calibration_batches(calibration, model, tasks, processor=processor, batch_size=config.micro_batch)
+        for batch in stream:
+            yield (tasks.index(batch.task) if batch.task is not None else None), batch.inputs
+
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    return micro_batches(numbered(), config.micro_batch, {"input_ids": pad})
+
+
+def read_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) -> Positions:
+    """Which positions the head reads: the adapter's word, with the ids of the special tokens."""
+    read = adapter_for(model).read_positions(model)
+    text_config = getattr(model.config, "text_config", None) or model.config
+    tokenizer = getattr(processor, "tokenizer", processor)
+    return Positions(
+        text=read.get("text", "all"),
+        image=read.get("image", "all"),
+        mask_token=getattr(tokenizer, "mask_token_id", None) or getattr(model.config, "mask_token_id", None),
+        end_token=getattr(text_config, "eos_token_id", None),
+        weight=config.read_weight,
+    )
+

@@ -1,0 +1,467 @@
+"""The refit: walk the trunk in execution order and regress every module on what the experts' modules compute.
+
+All calibration micro-batches advance together through the exported forward pass, of the experts and of the merged model.
+At a module with weights
+
+- the input x is what the *merged* model feeds into it, every earlier module already refitted;
+- the target is the merged units' share of what the experts' same module puts out on the same samples. On samples that are
+  known to come from task t, expert t weighs w and the others share 1 - w;
+- a module that writes into a residual stream aims at the stream itself: the experts' stream after the addition minus the
+  merged stream before it, so that errors are corrected instead of adding up;
+- weights are solved by ridge regression (`regression.py`) towards the combined weights, and the walk goes on with them.
+
+Batch norms are folded into their convolution and restored with statistics that belong to the new weights. The affine part
+of a norm is regressed channel by channel. Where a branch leaves the trunk, U_t becomes the linear map that best
+reconstructs expert t's own features; for a linear head that is the regression on its logits.
+
+Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. What must hold: experts that compute the same (a model and its
+permuted copy) are a fixed point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.combine.transform import features_to_merged, unmerge_index
+from hf_zipit.cut import Cut, Entry
+from hf_zipit.errors import SpecError
+from hf_zipit.refit.config import RefitConfig
+from hf_zipit.refit.graph import Program, Site, find_sites
+from hf_zipit.refit.positions import Positions
+from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
+from hf_zipit.refit.report import RefitReport
+from hf_zipit.refit.store import Store
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
+
+MERGED = -1
+"""The merged model's place beside the experts 0 ... T - 1."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Inputs of one shape; `task` is the expert the samples belong to (None: unknown), `real` how many are no padding."""
+
+    inputs: Mapping[str, Tensor]
+    task: int | None
+    real: int
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What the walk returns.
+
+    Attributes:
+        tensors: the trunk's new tensors.
+        doors: per entry or exit and task `(weight [d, k], bias [d])`: from merged units to the expert's own.
+        report: the regression errors.
+        peak_bytes: the most memory that activations took.
+    """
+
+    tensors: dict[str, Tensor]
+    doors: dict[Entry, list[tuple[Tensor, Tensor]]]
+    report: RefitReport
+    peak_bytes: int
+
+
+class Walk:
+    """One refit. Make it, then `run()` it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        experts: Sequence[Mapping[str, Tensor]],
+        merged: Mapping[str, Tensor],
+        batches: Sequence[MicroBatch],
+        *,
+        tasks: Sequence[str],
+        spec: MergeSpec,
+        cut: Cut,
+        alignment: Alignment,
+        config: RefitConfig,
+        positions: Positions,
+        fields: tuple[str, ...] | None = None,
+        add_up: Callable[[Tensor], Tensor] = lambda x: x,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> None:
+        self.program = Program(model, batches[0].inputs, fields)
+        self.tensors = [*experts, {**experts[0], **merged}]  # the last one, at index MERGED, is the merged model
+        self.batches = batches
+        self.tasks, self.spec, self.cut, self.alignment = tuple(tasks), spec, cut, alignment
+        self.config, self.positions, self.add_up = config, positions, add_up
+        self.generator = torch.Generator().manual_seed(seed)
+        self.progress = progress
+        self.sites = find_sites(self.program, cut.trunk)
+        self.doors = self._find_doors()
+        self.errors: dict[str, dict[str, float]] = {}
+        self.ahead = 0
+
+    # The walk ---------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def run(self) -> Refitted:
+        """Walk to the last node that the trunk or a door needs."""
+        nodes, position = self.program.nodes, self.program.position
+        reached = [position[site.stream or site.output] for site in self.sites.values()]
+        reached += [position[node] for node in self.doors.values()]
+        end = max(reached, default=-1)
+        solved: dict[Entry, list[tuple[Tensor, Tensor]]] = {}
+        with Store(self.config.memory_gb * 2**30) as store, self._bar() as bar:
+            self.store = store
+            for i, node in enumerate(nodes[: end + 1]):
+                self._advance_experts(i)
+                site = self.sites.get(node)
+                if site is not None:
+                    self._advance_experts(position[site.stream or site.output])
+                    self._solve(site)
+                self._compute(node, MERGED)
+                for entry, source in self.doors.items():
+                    if source is node:
+                        solved[entry] = self._solve_door(entry, node)
+                if site is not None:
+                    bar.set_postfix_str(site.module, refresh=False)
+                    bar.update()
+                self._forget(node, i)
+            peak = store.peak
+        changed = {name: self.tensors[MERGED][name] for name in self.cut.trunk}
+        return Refitted(changed, solved, RefitReport(self.tasks, self.errors), peak)
+
+    def _bar(self) -> tqdm:
+        return tqdm(total=len(self.sites), desc="refit", unit="module", disable=not self.progress, leave=False)
+
+    def _advance_experts(self, upto: int) -> None:
+        """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch."""
+        while self.ahead <= upto:
+            for expert in range(len(self.tasks)):
+                self._compute(self.program.nodes[self.ahead], expert)
+            self.ahead += 1
+
+    def _compute(self, node: fx.Node, who: int) -> None:
+        for b, batch in enumerate(self.batches):
+            self.store[node, who, b] = self.program.run(
+                node, lambda used, b=b: self.store[used, who, b], self.tensors[who], batch.inputs
+            )
+
+    def _value(self, node: fx.Node, who: int, b: int) -> Tensor:
+        name = self.program.tensor_of(node)
+        if name is not None:
+            return self.tensors[who][name]
+        return self.batches[b].inputs[node.name] if node.op == "placeholder" else self.store[node, who, b]
+
+    def _forget(self, node: fx.Node, i: int) -> None:
+        done = [used for used in node.all_input_nodes if self.program.last_use[used] == i]
+        if node not in self.program.last_use:
+            done.append(node)
+        for used in done:
+            for b in range(len(self.batches)):
+                for who in (MERGED, *range(len(self.tasks))):
+                    self.store.pop((used, who, b))
+
+    # Targets ----------------------------------------------------------------------------------------------------------
+
+    def _shares(self, task: int | None) -> list[float]:
+        """How much each expert counts in the target of samples of a task."""
+        count = len(self.tasks)
+        if task is None:
+            return [1 / count] * count
+        others = (1 - self.config.own_weight) / (count - 1)
+        return [self.config.own_weight if t == task else others for t in range(count)]
+
+    def _target(self, node: fx.Node, axis: int, label: AxisLabel, b: int) -> Tensor:
+        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, scaled to shares that sum to one."""
+        total = weight = plain = None
+        for t, share in enumerate(self._shares(self.batches[b].task)):
+            y = self.store[node, t, b]
+            moved = features_to_merged(y, axis, label, self.alignment, self.spec, t)
+            held = features_to_merged(torch.ones(y.shape[axis]), 0, label, self.alignment, self.spec, t)
+            total = moved * share if total is None else total + moved * share
+            weight = held * share if weight is None else weight + held * share
+            plain = held / len(self.tasks) if plain is None else plain + held / len(self.tasks)
+        assert total is not None and weight is not None and plain is not None
+        scale = torch.where(weight > 0, plain / weight.clamp_min(1e-12), torch.zeros_like(weight))
+        return total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))
+
+    def _rows_weight(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
+        """The weight of every row of a value, `[samples * positions]`."""
+        batch = self.batches[b]
+        shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
+        weights = None
+        if value.dim() == 3 and channel_axis % 3 == 2:
+            weights = self.positions.weights(batch.inputs, value.shape[1])
+        weights = torch.ones(shape) if weights is None else weights.clone()
+        weights[batch.real :] = 0
+        return weights.reshape(-1)
+
+    # Solving ----------------------------------------------------------------------------------------------------------
+
+    def _solve(self, site: Site) -> None:
+        getattr(self, f"_solve_{site.kind}")(site)
+
+    def _aim(self, site: Site, axis: int, label: AxisLabel, b: int) -> Tensor:
+        """What a site should put out: its share of the experts' output, or what the residual stream still lacks."""
+        if site.stream is None or site.other is None:
+            return self._target(site.output, axis, label, b)
+        return self._target(site.stream, axis, label, b) - self._value(site.other, MERGED, b)
+
+    def _solve_linear(self, site: Site) -> None:
+        label = self.spec.axes[site.weight][0]
+        weight = self.tensors[MERGED][site.weight]
+        gram = Gram.empty(weight.shape[1], weight.shape[0])
+        kept = []
+        for b in range(len(self.batches)):
+            x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            y = self._aim(site, -1, label, b)
+            rows = self._sample(self._rows_weight(y, b, -1), weight.shape[1])
+            kept.append((x.flatten(0, -2)[rows[0]], y.flatten(0, -2)[rows[0]], rows[1], self.batches[b].task))
+            gram.add(*kept[-1][:3])
+        slope, shift = ridge(gram.reduce(self.add_up), weight, self.config.ridge, site.bias is not None)
+        self._write(site, slope, shift)
+        self._note(site.module, slope, shift, kept)
+
+    def _solve_conv(self, site: Site) -> None:
+        label = self.spec.axes[site.weight][0]
+        weight = self.tensors[MERGED][site.weight]
+        bias = self.tensors[MERGED].get(site.bias) if site.bias else None
+        flat = weight.flatten(1)
+        prior, _ = folded(flat, bias, self._norm_tensors(site))
+        gram = Gram.empty(flat.shape[1], flat.shape[0])
+        kept = []
+        for b in range(len(self.batches)):
+            x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            y = self._aim(site, 1, label, b).flatten(2).mT.flatten(0, 1)
+            weights = torch.ones(len(x), len(y) // len(x))
+            weights[self.batches[b].real :] = 0
+            rows, picked = self._sample(weights.reshape(-1), flat.shape[1])
+            patches = functional.unfold(x, weight.shape[2:], **conv_geometry(site.node)).mT.flatten(0, 1)
+            kept.append((patches[rows], y[rows], picked, self.batches[b].task))
+            gram.add(*kept[-1][:3])
+        gram = gram.reduce(self.add_up)
+        slope, shift = ridge(gram, prior, self.config.ridge, site.bias is not None or site.norm is not None)
+        self._note(site.module, slope, shift, kept)
+        self._write(site, slope, shift, gram)
+
+    def _solve_embedding(self, site: Site) -> None:
+        """Each row is the weighted mean of its targets; rows that no sample uses keep the combined values."""
+        label = self.spec.axes[site.weight][1]
+        table = self.tensors[MERGED][site.weight]
+        total = torch.zeros(table.shape, dtype=torch.float64)
+        count = torch.zeros(len(table), dtype=torch.float64)
+        for b in range(len(self.batches)):
+            indices = self._value(site.node.args[1], MERGED, b)  # type: ignore[arg-type]
+            y = self._aim(site, -1, label, b)
+            indices = indices.expand(y.shape[:-1]).reshape(-1)
+            # A table looked up once for all samples (positions) has no row per sample, and no weights.
+            per_sample = y.dim() == 3 and len(y) == len(next(iter(self.batches[b].inputs.values())))
+            weight = self._rows_weight(y, b, -1) if per_sample else torch.ones(len(indices))
+            total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
+            count.index_add_(0, indices, weight.double())
+        total, count = self.add_up(total), self.add_up(count)
+        pull = self.config.ridge * count.mean().clamp_min(1e-12)
+        new = (total + pull * table.double()) / (count + pull)[:, None]
+        self.tensors[MERGED][site.weight] = new.to(table.dtype)
+
+    def _solve_norm(self, site: Site) -> None:
+        label = self.spec.axes[site.weight][0]
+        assert site.bias is not None
+        scale = self.tensors[MERGED][site.weight]
+        channels = ChannelSums.empty(len(scale))
+        for b in range(len(self.batches)):
+            x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            normed = functional.layer_norm(x, scale.shape, eps=float(site.node.args[4]))  # type: ignore[arg-type]
+            y = self._target(site.output, -1, label, b)
+            channels.add(normed.flatten(0, -2), y.flatten(0, -2), self._rows_weight(y, b, -1))
+        channels.sums = self.add_up(channels.sums)
+        new = scale_and_shift(channels, scale, self.config.ridge)
+        for name, value in zip((site.weight, site.bias), new, strict=True):
+            self.tensors[MERGED][name] = value.to(scale.dtype)
+
+    def _solve_offset(self, site: Site) -> None:
+        """A parameter that is added: the mean of what is missing, over the axes along which it is repeated."""
+        offset = self.tensors[MERGED][site.weight]
+        label = self.spec.axes[site.weight][-1]
+        total: Tensor | float = 0.0
+        count = 0
+        for b, batch in enumerate(self.batches):
+            missing = self._aim(site, -1, label, b)[: batch.real].double()
+            summed = missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape))
+            total = total + summed.reshape(offset.shape)
+            count += missing.numel() // offset.numel()
+        total, samples = self.add_up(torch.as_tensor(total)), self.add_up(torch.tensor(float(count), dtype=torch.float64))
+        self.tensors[MERGED][site.weight] = (total / samples).to(offset.dtype)
+
+    def _sample(self, weights: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+        """Row numbers and weights of the rows that enter a Gram matrix: all, or a seeded share of them."""
+        rows = weights.nonzero().squeeze(1)
+        limit = self.config.rows_per_input * inputs // len(self.batches)
+        if limit and len(rows) > limit:
+            rows = rows[torch.randperm(len(rows), generator=self.generator)[:limit]].sort().values
+        return rows, weights[rows]
+
+    # Writing ----------------------------------------------------------------------------------------------------------
+
+    def _norm_tensors(self, site: Site) -> dict[str, Tensor] | None:
+        """The tensors of the batch norm behind a convolution, by role, and its epsilon."""
+        if site.norm is None:
+            return None
+        roles = ("weight", "bias", "mean", "variance")
+        names = self._norm_names(site)
+        return {**{role: self.tensors[MERGED][names[role]] for role in roles}, "eps": torch.tensor(site.norm.args[7])}
+
+    def _norm_names(self, site: Site) -> dict[str, str]:
+        assert site.norm is not None
+        found = {}
+        for role, node in zip(("weight", "bias", "mean", "variance"), site.norm.args[1:5], strict=True):
+            name = self.program.tensor_of(node)
+            if name is None:
+                raise SpecError(f"the batch norm behind {site.module} has no {role}; refit needs one")
+            found[role] = name
+        return found
+
+    def _write(self, site: Site, slope: Tensor, shift: Tensor, gram: Gram | None = None) -> None:
+        """Put a solution into the model's own tensors; a batch norm gets the statistics of the new weights."""
+        merged = self.tensors[MERGED]
+        dtype = merged[site.weight].dtype
+        merged[site.weight] = slope.reshape(merged[site.weight].shape).to(dtype)
+        if site.norm is None:
+            if site.bias is not None:
+                merged[site.bias] = shift.to(dtype)
+            return
+        assert gram is not None
+        names = self._norm_names(site)
+        if site.bias is not None:
+            merged[site.bias] = torch.zeros_like(merged[site.bias])
+        mean_x = gram.x / gram.n.clamp_min(1e-12)
+        covariance = gram.xx / gram.n.clamp_min(1e-12) - torch.outer(mean_x, mean_x)
+        mean = slope @ mean_x
+        variance = ((slope @ covariance) * slope).sum(1).clamp_min(0)
+        eps = float(site.norm.args[7])  # type: ignore[arg-type]
+        for role, value in {
+            "mean": mean,
+            "variance": variance,
+            "weight": (variance + eps).sqrt(),
+            "bias": shift + mean,
+        }.items():
+            merged[names[role]] = value.to(dtype)
+
+    def _note(self, module: str, slope: Tensor, shift: Tensor, rows: Iterable[tuple[Tensor, Tensor, Tensor, int | None]]) -> None:
+        """The relative error of a regression, task by task."""
+        sums: dict[int | None, Tensor] = {}
+        slope, shift = slope.float(), shift.float()
+        for x, y, weight, task in rows:
+            off = (x @ slope.T + shift - y).square().sum(1)
+            parts = torch.stack([(weight * off).sum(), (weight * y.square().sum(1)).sum(), weight.sum()]).double()
+            flat = torch.cat([parts, (weight[:, None] * y).sum(0).double()])
+            sums[task] = sums[task] + flat if task in sums else flat
+        found = {}
+        for t, task in enumerate(self.tasks):
+            if t in sums:
+                total = self.add_up(sums[t])
+                spread = total[1] - total[3:].square().sum() / total[2].clamp_min(1e-12)
+                found[task] = float(total[0] / spread.clamp_min(1e-12))
+        self.errors[module] = found
+
+    # Doors ------------------------------------------------------------------------------------------------------------
+
+    def _find_doors(self) -> dict[Entry, fx.Node]:
+        """The node whose value each entry or exit reads."""
+        doors = {}
+        for entry in self.cut.entries:
+            node = self.program.value_read_by(entry.target, entry.axis + 1)
+            if node is None:
+                raise SpecError(f"nothing of the trunk enters {entry.target}; this model cannot be refitted at this depth")
+            doors[entry] = node
+        for entry in self.cut.exits:
+            doors[entry] = self.program.outputs[entry.target]
+        return doors
+
+    def _solve_door(self, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
+        """For every task the map from the merged units to the expert's own, on the task's own samples."""
+        found = []
+        for t in range(len(self.tasks)):
+            gram = None
+            for b, batch in enumerate(self.batches):
+                if batch.task not in (None, t):
+                    continue
+                x = self._value(node, MERGED, b).movedim(entry.axis, -1)
+                y = self._value(node, t, b).movedim(entry.axis, -1)
+                gram = gram or Gram.empty(x.shape[-1], y.shape[-1])
+                weight = self._rows_weight(y, b, -1)
+                gram.add(x.flatten(0, -2), y.flatten(0, -2), weight)
+            width = self._value(node, t, 0).shape[entry.axis]
+            merged_width = self._value(node, MERGED, 0).shape[entry.axis]
+            gram = (gram or Gram.empty(merged_width, width)).reduce(self.add_up)
+            prior = features_to_unmerge(entry, self.alignment, self.spec, t)
+            found.append(ridge(gram, prior, self.config.ridge))
+        return found
+
+
+def features_to_unmerge(entry: Entry, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
+    """U_t as a matrix `[d, k]`."""
+    index = unmerge_index(alignment, entry.key, expert, spec)
+    size = 1
+    for name in entry.key:
+        size *= alignment[name].size if name in alignment else spec.spaces[name].size
+    return torch.nn.functional.one_hot(index, size).double()
+
+
+def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    """A convolution's flat weight `[k, d]` and bias with the batch norm behind it multiplied in."""
+    bias = torch.zeros(len(weight)) if bias is None else bias
+    if norm is None:
+        return weight, bias
+    scale = norm["weight"] / (norm["variance"] + norm["eps"]).sqrt()
+    return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
+
+
+def conv_geometry(node: fx.Node) -> dict[str, object]:
+    """Stride, padding and dilation of a convolution node, as `unfold` wants them."""
+    names = ("stride", "padding", "dilation")
+    defaults = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
+    given = dict(zip(names, node.args[3:6], strict=False))
+    values = {**defaults, **given, **{n: node.kwargs[n] for n in names if n in node.kwargs}}
+    return {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()}
+
+
+def micro_batches(
+    batches: Iterable[tuple[int | None, Mapping[str, Tensor]]], size: int, pad_ids: Mapping[str, int]
+) -> list[MicroBatch]:
+    """Batches of exactly `size` samples and one length: short ones are filled up, and the fill is marked.
+
+    Args:
+        batches: (task, inputs) with at most `size` samples each.
+        size: samples per micro-batch.
+        pad_ids: what fills up sequences, by input name; 0 where nothing is said.
+    """
+    found = [(task, dict(inputs)) for task, inputs in batches]
+    lengths = [inputs["input_ids"].shape[1] for _, inputs in found if "input_ids" in inputs]
+    longest = max(lengths, default=0)
+    out = []
+    for task, inputs in found:
+        real = len(next(iter(inputs.values())))
+        sequence = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
+        filled = {}
+        if sequence and sequence < longest and "attention_mask" not in inputs:
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        for name, tensor in inputs.items():
+            if sequence and tensor.dim() > 1 and tensor.shape[1] == sequence:
+                tensor = functional.pad(tensor, (0, longest - sequence), value=pad_ids.get(name, 0))
+            if real < size:
+                tensor = torch.cat([tensor, tensor[:1].expand(size - real, *tensor.shape[1:])])
+            filled[name] = tensor
+        out.append(MicroBatch(filled, task, real))
+    if len({frozenset(batch.inputs) for batch in out}) > 1:  # some batches needed a mask, so all get one
+        out = [
+            batch
+            if "attention_mask" in batch.inputs
+            else replace(batch, inputs={**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["input_ids"])})
+            for batch in out
+        ]
+    return out
+

@@ -1,0 +1,156 @@
+"""`merge` beyond the invariants: where experts come from, moments that are kept, labels, sizes and devices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import AutoModelForImageClassification
+
+from hf_zipit import merge, plan
+from hf_zipit.errors import DataError
+from hf_zipit.observe import Moments
+
+from . import tiny
+
+IMAGES = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Counted:
+    """Calibration batches that count how often they are read."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        yield from IMAGES.split(8)
+
+
+def experts(labels: tuple[int, int] = (3, 4)) -> dict[str, Any]:
+    return dict(zip(("clothes", "shoes"), tiny.pair("vit", labels=labels), strict=True))
+
+
+def logits(model: torch.nn.Module, **kwargs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(pixel_values=IMAGES[:4], **kwargs).logits
+
+
+def assert_bit_identical(one: torch.nn.Module, two: torch.nn.Module) -> None:
+    left, right = one.state_dict(), two.state_dict()
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_experts_from_folders(tmp_path: Path):
+    models = experts()
+    for task, model in models.items():
+        model.save_pretrained(tmp_path / task)
+    folders = {"clothes": tmp_path / "clothes", "shoes": str(tmp_path / "shoes")}
+    result = merge(folders, IMAGES, depth=0.5, progress=False)
+    assert_bit_identical(result, merge(models, IMAGES, depth=0.5, progress=False))
+    assert result.config.method["experts"] == {task: str(folder) for task, folder in folders.items()}
+    result.save_pretrained(tmp_path / "merged")
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(loaded), logits(result))
+
+
+def test_config_says_how_it_was_made():
+    settings = {"options": {"beta": 0.5}, "residual": "identity", "overrides": {"*.fc1": "permute"}, "seed": 3}
+    result = merge(experts(), IMAGES, depth="vit.layers.1", progress=False, **settings)
+    method = json.loads(json.dumps(result.config.method))
+    assert method | settings == method
+    assert (method["method"], method["combine"], method["depth"]) == ("zip", "average", "vit.layers.1")
+    assert (result.config.depth, result.config.cut) == (0.5, "vit.layers.1")
+
+
+def test_labels():
+    assert merge(experts((3, 4)), IMAGES, progress=False).config.num_labels == 7
+    named = experts((3, 3))
+    for model in named.values():
+        model.config.id2label = {0: "cat", 1: "dog", 2: "eel"}
+    result = merge(named, IMAGES, progress=False)
+    assert result.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
+    assert logits(result).shape == (4, 3)
+
+
+def test_moments_are_kept_and_serve_again(tmp_path: Path):
+    models, data, path = experts(), Counted(), tmp_path / "new folder" / "moments.safetensors"
+    result = merge(models, data, progress=False, save_moments=path)
+    assert data.passes == 1
+    again = merge(models, data, progress=False, moments=path)
+    also = merge(models, data, progress=False, moments=Moments.load(path))
+    assert data.passes == 1
+    assert_bit_identical(again, result)
+    assert_bit_identical(also, result)
+
+
+def test_moments_serve_shallower_merges(tmp_path: Path):
+    models, path = experts(), tmp_path / "moments.safetensors"
+    merge(models, IMAGES, progress=False, share=1.0, save_moments=path)
+    size = path.stat().st_size
+    for depth in (0.0, 0.5):
+        fresh = merge(models, IMAGES, depth=depth, progress=False, share=1.0)
+        assert_bit_identical(merge(models, depth=depth, moments=path), fresh)
+    shallow = tmp_path / "shallow.safetensors"
+    merge(models, IMAGES, depth=0.5, progress=False, save_moments=shallow)
+    assert shallow.stat().st_size < size
+    with pytest.raises(DataError, match="less depth"):
+        merge(models, moments=shallow)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_moments_of_other_experts(tmp_path: Path, loaded: bool):
+    models, path = experts(), tmp_path / "moments.safetensors"
+    merge(models, IMAGES, progress=False, save_moments=path)
+    moments = Moments.load(path) if loaded else path
+    with pytest.raises(DataError, match="other experts: the weights of \\['shoes'\\]"):
+        merge(models | {"shoes": tiny.build("vit", 7, num_labels=4)}, moments=moments)
+    with pytest.raises(DataError, match="are of the tasks"):
+        merge({"clothes": models["clothes"], "hats": models["shoes"]}, moments=moments)
+    swapped = merge(dict(reversed(models.items())), moments=moments)
+    torch.testing.assert_close(logits(swapped, task="shoes"), logits(merge(models, moments=moments), task="shoes"))
+
+
+def test_under_an_accelerator_of_the_user():
+    accelerator = Accelerator(cpu=True)
+    models = experts()
+    result = merge(models, IMAGES, progress=False, accelerator=accelerator)
+    assert_bit_identical(result, merge(models, IMAGES, progress=False))
+
+
+def test_methods_without_moments_read_no_data():
+    data = Counted()
+    assert plan(experts(), method="identity").passes == 0
+    assert plan(experts(), depth=0.0).passes == 0
+    assert plan(experts(), method="identity", overrides={"*.fc1": "permute"}).passes == 1
+    merge(experts(), data, method="identity")
+    merge(experts(), data, depth=0.0)
+    assert data.passes == 0
+
+
+def test_wider_trunk_is_saved_and_loaded(tmp_path: Path):
+    """k > d merged units: every unit of both experts' first MLP is kept apart, so that this layer loses nothing."""
+    name = "vit.layers.0.mlp.fc1"
+    overrides = {name: {"method": "zip", "size": 128}}
+    result = merge(experts(), IMAGES, progress=False, overrides=overrides)
+    assert result.trunk.get_submodule(name).weight.shape == (128, 32)
+    result.save_pretrained(tmp_path)
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(result))
+
+
+def test_coarse_experts_are_merged_in_float32():
+    models = {task: model.to(torch.bfloat16) for task, model in experts().items()}
+    fine = {task: model.to(torch.float32) for task, model in experts().items()}
+    for task, model in fine.items():
+        model.load_state_dict(models[task].state_dict())
+    coarse = merge(models, IMAGES, method="identity")
+    assert {tensor.dtype for tensor in coarse.parameters()} == {torch.float32}
+    assert_bit_identical(coarse, merge(fine, IMAGES, method="identity"))
