@@ -39,8 +39,8 @@ format: $(INSTALLED) ## mend what `lint` can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(INSTALLED) ## train the expert pairs and print the results table
-	$(BIN)/python -m benchmarks.zoo
+benchmarks: $(INSTALLED) ## train the zoo of expert pairs into out/zoo
+	$(BIN)/python -m benchmarks.zoo --out out/zoo
 
 docs: $(DOCUMENTED) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -56,7 +56,7 @@ def main() -> None:
 def run(
     recipe: RecipePath,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no data.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
     ] = False,
     out: Out = None,
     as_json: Json = False,
@@ -100,7 +100,7 @@ def sweep(
         options = {name: given for name, given in loaded.options.items() if name in methods}
         loaded = replace(loaded, method=methods, depth=depths, options=options, save=None)
         check_recipe(loaded)
-        result = run_recipe(loaded, save=False, progress=_watched(quiet), say=say)
+        result = run_recipe(loaded, save="nothing", progress=_watched(quiet), say=say)
         if plot is not None:
             from hf_zipit.files import replacing
             from hf_zipit.report.plots import accuracy_over_depth
@@ -128,13 +128,14 @@ def merge(
     depth: Annotated[str, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block's path.")] = "1.0",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no data.")
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Merge two or more experts and save the model with its card."""
     with _working(quiet) as say:
+        from hf_zipit.files import check_result_folder
         from hf_zipit.recipe import Calibration, ExpertEntry, Recipe, check_recipe
         from hf_zipit.running import run_recipe
 
@@ -146,10 +147,11 @@ def merge(
             output=out, seed=seed,
         )  # fmt: skip
         check_recipe(recipe)
+        check_result_folder(out)
         if dry_run:
             _print_plans(recipe, as_json, say)
             return
-        result = run_recipe(recipe, progress=_watched(quiet), say=say)
+        result = run_recipe(recipe, save="model", progress=_watched(quiet), say=say)
     _print_result(result, as_json)
 
 

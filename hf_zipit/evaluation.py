@@ -80,6 +80,8 @@ class SideBySide(nn.Module):
     `forward(task=name)` is that expert, without a task the logits of all are concatenated along the classes.
     """
 
+    accepts_loss_kwargs = False  # Trainer would pass the number of items on to the experts
+
     def __init__(self, experts: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.tasks = list(experts)
@@ -149,6 +151,13 @@ def accuracy(
     )
 
 
+def _classes(model: nn.Module, task: str) -> int | None:
+    """How many classes the task has; None where the labels are a vocabulary without names."""
+    if isinstance(model, SideBySide):
+        return model.widths[task]
+    return len(model.config.labels_of(task)) or None
+
+
 def _offsets(model: nn.Module) -> dict[str, int]:
     """For every task the joint id of its class 0."""
     if isinstance(model, SideBySide):
@@ -188,7 +197,7 @@ def _share_right(
                 disable_tqdm=True,
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
-            data_collator=partial(_collate, task=task, offset=offset),
+            data_collator=partial(_collate, name=name, classes=_classes(model, name), task=task, offset=offset),
             # Keeps one number per position instead of a vocabulary's logits.
             preprocess_logits_for_metrics=lambda logits, labels: _first(logits).argmax(-1),
         )
@@ -200,9 +209,14 @@ def _share_right(
     return float((answers == labels)[counted].mean()), int(counted.sum())
 
 
-def _collate(rows: Iterable[Mapping[str, Any]], task: str | None, offset: int) -> dict[str, Any]:
+def _collate(
+    rows: Iterable[Mapping[str, Any]], name: str, classes: int | None, task: str | None, offset: int
+) -> dict[str, Any]:
     """A batch whose labels are ids of the joint classes, with the task where there is one."""
     batch = default_data_collator(list(rows))
+    largest = int(batch["labels"].max())
+    if classes is not None and largest >= classes:
+        raise DataError(f"The data of the task {name!r} has the label {largest}, but the task has {classes} classes.")
     batch["labels"] = torch.where(batch["labels"] == IGNORED, IGNORED, batch["labels"] + offset)
     return batch if task is None else {**batch, "task": task}
 

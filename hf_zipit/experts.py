@@ -33,7 +33,7 @@ BOOKKEEPING = {
 
 
 def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
-    """The experts by task name; repo ids and folders are loaded in float32 and eval mode, models are taken as they are.
+    """The experts by task name: repo ids and folders loaded in float32 and eval mode, models as they are.
 
     Raises:
         ExpertError: for fewer than two experts, an empty or repeated task name, or a model that cannot be loaded.
@@ -47,7 +47,8 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
         if not isinstance(name, str) or not name.strip():
             raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")
         if names.count(name) > 1:
-            raise ExpertError(f"the task name {name!r} is given to {names.count(name)} experts; task names must differ")
+            count = names.count(name)
+            raise ExpertError(f"the task name {name!r} is given to {count} experts; task names must differ")
     return {name: load_expert(name, expert, (revisions or {}).get(name)) for name, expert in pairs}
 
 
@@ -67,8 +68,8 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
         model_class = getattr(transformers, architecture, None)
         if model_class is None:
             raise ExpertError(
-                f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, which "
-                "transformers does not have; load the model yourself and pass it"
+                f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, "
+                "which transformers does not have; load the model yourself and pass it"
             )
         model = model_class.from_pretrained(source, config=config, revision=revision, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -101,8 +102,8 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
             field, left, right = difference
             hint = "; their position tables have different lengths" if "position" in field else ""
             raise ExpertError(
-                f"the experts differ in the configuration field {field}: {left!r} for {first_task!r}, {right!r} for {task!r}"
-                f"{hint}; experts must have the same architecture and sizes"
+                f"the experts differ in the configuration field {field}: {left!r} for {first_task!r}, {right!r} for "
+                f"{task!r}{hint}; experts must have the same architecture and sizes"
             )
         mine, theirs = model_tensors(first), model_tensors(other)
         for name in (*mine, *(n for n in theirs if n not in mine)):
@@ -117,7 +118,9 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
     for task, model in experts.items():
         for name, tensor in model_tensors(model).items():
             if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
-                raise ExpertError(f"the tensor {name} of the expert {task!r} holds NaN or infinite values; check its training")
+                raise ExpertError(
+                    f"the tensor {name} of the expert {task!r} holds NaN or infinite values; check its training"
+                )
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -68,8 +68,8 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
 def adding_to(folder: str | Path) -> Iterator[Path]:
     """A new folder to be filled; its files are moved into `folder`, over those of the same name, when the block ends.
 
-    Other files of `folder` stay, unlike under `replacing_folder`: a training run keeps its own beside a model. Shards of
-    an earlier model's weights do not, if weights were written.
+    Other files of `folder` stay, unlike under `replacing_folder`: a training run keeps its own beside a model. Shards
+    of an earlier model's weights do not, if weights were written.
 
     Raises:
         OutputError: if the folder cannot be written, or the disk is full.

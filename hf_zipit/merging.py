@@ -1,13 +1,13 @@
 """`merge()`: the stages in order, and nothing else.
 
-    plan -> observe -> align -> combine -> refit -> assemble
+    plan -> observe -> align -> combine -> refit -> assemble -> correct
 
 Each stage can be called alone: it takes the frozen result of the one before and returns its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,20 @@ from hf_zipit.align.registry import METHODS
 from hf_zipit.assembly import assemble
 from hf_zipit.combine.registry import COMBINERS
 from hf_zipit.combine.transform import plain_average
+from hf_zipit.correct.registry import check_corrections
+from hf_zipit.correct.stage import correct
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts import Experts, load_experts
 from hf_zipit.files import check_writable
 from hf_zipit.observe import Moments, fingerprint_experts, observe
 from hf_zipit.observe.record import probe_name
 from hf_zipit.refit import RefitConfig
+from hf_zipit.refit.joint import calibrate_joint
+from hf_zipit.refit.stage import prepared
 from hf_zipit.refit.stage import refit as refit_trunk
 from hf_zipit.planning import Plan, make_plan
 from hf_zipit.registry import check_options
+from hf_zipit.schema import build as build_section
 from hf_zipit.symmetry.proof import model_tensors
 
 
@@ -70,6 +75,7 @@ def merge(
     overrides: Mapping[str, Any] | None = None,
     combine: str = "average",
     refit: bool | RefitConfig | Mapping[str, Any] = False,
+    corrections: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     processor: Any = None,
     batch_size: int = 32,
     moments: Moments | str | Path | None = None,
@@ -95,6 +101,8 @@ def merge(
         combine: how aligned weights become one.
         refit: True, a `RefitConfig` or its settings: regress every merged module on what the experts compute on the
             calibration data. Slower than combining alone, and much closer to the experts.
+        corrections: what is mended afterwards, in this order, by name or as `{name: options}`: `"batchnorm-reset"`,
+            `"repair"`, `"rescale-shift"`; see `hf_zipit.correct`.
         processor: image processor or tokenizer for raw calibration data.
         batch_size: samples per forward pass.
         moments: moments of an earlier merge of the same experts, or their file; no data is read then.
@@ -118,6 +126,9 @@ def merge(
     refitting = refit_settings(refit)
     if refitting is not None and calibration is None:
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
+    wanted = check_corrections(corrections)
+    if wanted and calibration is None:
+        raise DataError(f"{next(iter(wanted))} runs models on data: pass a little unlabelled data as calibration=")
     if save_moments is not None:
         check_writable(Path(save_moments).parent)
     loaded = load_experts(experts)
@@ -137,7 +148,7 @@ def merge(
     )
     alignment = align_trunk(loaded, planned, found, method, **settings)
     trunk = combine_trunk(loaded, planned, alignment, combine)
-    doors = None
+    doors = report = None
     if refitting is not None and planned.cut.trunk:
         refitted = refit_trunk(
             loaded,
@@ -151,7 +162,7 @@ def merge(
             seed=seed,
             progress=progress,
         )
-        trunk, doors = refitted.tensors, refitted.doors
+        trunk, doors, report = refitted.tensors, refitted.doors, refitted.report
     recipe = {
         "hf_zipit": __version__,
         "method": method,
@@ -160,11 +171,29 @@ def merge(
         "overrides": dict(overrides or {}),
         "combine": combine,
         "refit": asdict(refitting) if refitting is not None else None,
+        "corrections": wanted,
         "depth": depth,
         "seed": seed,
         "experts": {task: getattr(model, "name_or_path", "") for task, model in loaded.items()},
     }
-    return assemble(loaded, planned.spec, planned.cut, trunk, alignment, doors=doors, method=recipe)
+    if report is not None:
+        recipe["refit_errors"] = report.to_dict()
+    merged = assemble(loaded, planned.spec, planned.cut, trunk, alignment, doors=doors, method=recipe)
+    correct(
+        merged,
+        loaded,
+        planned,
+        alignment,
+        calibration,
+        wanted,
+        processor=processor,
+        batch_size=batch_size,
+        accelerator=accelerator,
+        moments=found,
+    )
+    if refitting is not None and refitting.joint_heads:
+        calibrate_joint(merged, prepared(calibration, next(iter(loaded.values())), list(loaded), refitting, processor))
+    return merged
 
 
 def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig | None:
@@ -176,7 +205,7 @@ def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig
     if isinstance(refit, RefitConfig):
         return refit
     if isinstance(refit, Mapping):
-        return RefitConfig(**check_options("refit", RefitConfig, refit))
+        return build_section(RefitConfig, refit, "refit")
     return RefitConfig() if refit else None
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -26,13 +26,14 @@ from hf_zipit.observe import Moments, observe
 from hf_zipit.planning import Plan
 from hf_zipit.recipe import Data, Recipe, real_method, refit_settings
 from hf_zipit.report.card import Result, write_card
-from hf_zipit.sources import choose_classes, class_names, load_source, match_labels, part_of, ready, sample
+from hf_zipit.sources import choose_classes, class_names, load_source, match_labels, part_of, ready
 from hf_zipit.training import new_classifier, train_classifier
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 Say = Callable[[str], None]
+Save = Literal["all", "model", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ def plan_recipe(recipe: Recipe, say: Say = lambda _: None) -> dict[tuple[str, fl
     return plans
 
 
-def run_recipe(recipe: Recipe, *, save: bool = True, progress: bool = True, say: Say = lambda _: None) -> RunResult:
+def run_recipe(recipe: Recipe, *, save: Save = "all", progress: bool = True, say: Say = lambda _: None) -> RunResult:
     """Run a recipe.
 
     Args:
         recipe: what to do, from `load_recipe`.
-        save: whether to write the kept model with its card, the trained experts and the picture, beside the results.
+        save: `"all"` writes the results, the picture, the trained experts and the kept model with its card into the
+            recipe's folder; `"model"` only the model, as that folder.
         progress: whether to show progress bars on stderr.
         say: is told in a few words what is being done.
 
@@ -135,7 +137,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(recipe: Recipe, save: bool, progress: bool, say: Say) -> RunResult:
+def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
     experts = _experts(recipe, say, train=True)
     calibration = _task_data(recipe, recipe.calibration, experts) if recipe.calibration else None
     if calibration:  # nothing after this can learn from labels
@@ -176,7 +178,12 @@ def _run(recipe: Recipe, save: bool, progress: bool, say: Say) -> RunResult:
                 kept_row, kept_model = row, merged
     total = sum(expert.num_parameters() for expert in experts.values())
     result = RunResult(recipe, beside, total, tuple(rows), kept_row)
-    return _written(result, kept_model, experts, say) if save else result
+    if save == "nothing":
+        return result
+    say(f"writing to {recipe.folder}")
+    if save == "model":
+        return _write_model(result, kept_model, recipe.folder)
+    return _write_all(result, kept_model, experts)
 
 
 def _experts(recipe: Recipe, say: Say, *, train: bool) -> dict[str, PreTrainedModel]:
@@ -211,7 +218,7 @@ def _task_data(recipe: Recipe, data: Data, experts: Mapping[str, PreTrainedModel
             raise ExpertError(
                 f"The expert {task!r} has {len(labels)} labels, but experts.{task}.classes names {len(ids)}."
             )
-        part = sample(part_of(whole, ids, labels), data.samples, recipe.seed)
+        part = part_of(whole, ids, labels, samples=data.samples, seed=recipe.seed)
         raw = not {"pixel_values", "input_ids"} & set(part.column_names)
         parts[task] = ready(part, load_processor(recipe.experts[task].model) if raw else None)
     return parts
@@ -240,12 +247,9 @@ def _moments(
     return observe(planned.spec, experts, calibration, batch_size=size, seed=recipe.seed, progress=progress)
 
 
-def _written(
-    result: RunResult, model: PreTrainedModel | None, experts: Mapping[str, PreTrainedModel], say: Say
-) -> RunResult:
+def _write_all(result: RunResult, model: PreTrainedModel, experts: Mapping[str, PreTrainedModel]) -> RunResult:
     """Save the trained experts, the picture, the kept model with its card, and last the results."""
     recipe, folder = result.recipe, result.recipe.folder
-    say(f"writing to {folder}")
     for task, entry in recipe.experts.items():
         if entry.model is None:
             with replacing_folder(folder / "experts" / task) as beside:
@@ -256,13 +260,17 @@ def _written(
         with replacing(folder / "accuracy.png") as beside:
             accuracy_over_depth(result.rows, result.experts, title=recipe.name).savefig(beside, dpi=160)
         result = replace(result, plot=folder / "accuracy.png")
-    if model is not None:
-        result = replace(result, model=folder / "model")
-        with replacing_folder(folder / "model") as beside:
-            model.save_pretrained(beside)
-            write_card(beside, model, _card_result(result), recipe=replace(recipe, output=None).to_yaml())
+    result = _write_model(result, model, folder / "model")
     write_json(folder / "results.json", result.to_dict())
     return result
+
+
+def _write_model(result: RunResult, model: PreTrainedModel, folder: Path) -> RunResult:
+    """Save the kept model with its card and recipe."""
+    with replacing_folder(folder) as beside:
+        model.save_pretrained(beside)
+        write_card(beside, model, _card_result(result), recipe=replace(result.recipe, output=None).to_yaml())
+    return replace(result, model=folder)
 
 
 def _card_result(result: RunResult) -> Result:

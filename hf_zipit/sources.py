@@ -209,13 +209,30 @@ def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int
     )
 
 
-def part_of(dataset: Dataset, ids: Sequence[int], names: Sequence[str] | None = None) -> Dataset:
-    """The rows of the classes `ids`, whose labels become their positions in `ids`."""
+def part_of(
+    dataset: Dataset,
+    ids: Sequence[int],
+    names: Sequence[str] | None = None,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Rows of the classes `ids`, whose labels become their positions in `ids`.
+
+    Args:
+        dataset: with the column `labels`.
+        ids: label ids of the data set.
+        names: what the classes are called from now on; their old names by default.
+        samples: at most so many rows, drawn without replacement; all of them for None.
+        seed: of the draw.
+    """
     from datasets import ClassLabel
 
     names = names or [class_names(dataset)[i] for i in ids]
     labels = np.asarray(dataset.with_format("numpy")["labels"])
     rows = np.flatnonzero(np.isin(labels, ids))
+    if samples is not None and samples < len(rows):
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:samples])
     position = {label: index for index, label in enumerate(ids)}
     relabelled = [position[label] for label in labels[rows].tolist()]
     return (
@@ -223,14 +240,6 @@ def part_of(dataset: Dataset, ids: Sequence[int], names: Sequence[str] | None = 
         .remove_columns("labels")
         .add_column("labels", relabelled, feature=ClassLabel(names=list(names)))
     )
-
-
-def sample(dataset: Dataset, samples: int | None, seed: int) -> Dataset:
-    """At most `samples` rows, drawn without replacement; all of them for None."""
-    if samples is None or samples >= len(dataset):
-        return dataset
-    rows = np.random.default_rng(seed).permutation(len(dataset))[:samples]
-    return dataset.select(np.sort(rows))
 
 
 def ready(dataset: Dataset, processor: Any) -> Dataset:

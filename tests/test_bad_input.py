@@ -58,16 +58,27 @@ def bert(seed: int = 0, **settings: Any) -> PreTrainedModel:
 WRONG_EXPERTS: dict[str, tuple[Callable[[], Arguments], str]] = {
     "none": (lambda: {"experts": {}}, "at least two experts.*none"),
     "only one": (lambda: {"experts": {"clothes": vit()}}, "at least two experts.*'clothes'"),
-    "a task twice": (lambda: {"experts": [("clothes", vit(0)), ("clothes", vit(1))]}, "'clothes' is given to 2 experts"),
+    "a task twice": (
+        lambda: {"experts": [("clothes", vit(0)), ("clothes", vit(1))]},
+        "'clothes' is given to 2 experts",
+    ),
     "an empty task": (lambda: {"experts": {"clothes": vit(0), " ": vit(1)}}, "the task name ' ' is empty"),
     "a task that is no text": (lambda: {"experts": {"clothes": vit(0), 3: vit(1)}}, "the task name 3"),
-    "other architectures": (lambda: against(bert()), "'shoes' is a BertForSequenceClassification.*'clothes' is a ViTFor"),
+    "other architectures": (
+        lambda: against(bert()),
+        "'shoes' is a BertForSequenceClassification.*'clothes' is a ViTFor",
+    ),
     "other heads": (lambda: against(tiny.build("vit-features")), "'shoes' is a ViTModel"),
-    "other sizes": (lambda: against(vit(intermediate_size=48)), "field intermediate_size: 64 for 'clothes', 48 for 'shoes'"),
+    "other sizes": (
+        lambda: against(vit(intermediate_size=48)),
+        "field intermediate_size: 64 for 'clothes', 48 for 'shoes'",
+    ),
     "other depths": (lambda: against(vit(num_hidden_layers=3)), "field num_hidden_layers"),
     "other heads of attention": (lambda: against(vit(num_attention_heads=2)), "field num_attention_heads"),
     "other nested sizes": (
-        lambda: against(tiny.build("clip-image", 1, text_config={**tiny.TEXT, "eos_token_id": 3}), tiny.build("clip-image")),
+        lambda: against(
+            tiny.build("clip-image", 1, text_config={**tiny.TEXT, "eos_token_id": 3}), tiny.build("clip-image")
+        ),
         r"field text_config\.eos_token_id",
     ),
     "position tables of words": (
@@ -77,7 +88,10 @@ WRONG_EXPERTS: dict[str, tuple[Callable[[], Arguments], str]] = {
     "position tables of images": (lambda: against(vit(image_size=24)), "field image_size: 16.*24"),
     "a layer replaced by hand": (resized, r"tensor vit\.layers\.0\.mlp\.fc1\.weight has shape \(64, 32\).*\(48, 32\)"),
     "NaN in weights": (lambda: broken(float("nan")), r"tensor vit\.layers\.1\.mlp\.fc1\.weight of the expert 'shoes'"),
-    "infinite weights": (lambda: broken(float("inf")), r"tensor vit\.layers\.1\.mlp\.fc1\.weight of the expert 'shoes'"),
+    "infinite weights": (
+        lambda: broken(float("inf")),
+        r"tensor vit\.layers\.1\.mlp\.fc1\.weight of the expert 'shoes'",
+    ),
     "a missing folder": (lambda: {"experts": {"clothes": vit(), "shoes": Path("no/such")}}, "'shoes'.*folder no/such"),
     "a missing path": (lambda: {"experts": {"clothes": vit(), "shoes": "./no/such"}}, r"'shoes'.*folder \./no/such"),
 }
@@ -85,7 +99,10 @@ WRONG_EXPERTS: dict[str, tuple[Callable[[], Arguments], str]] = {
 WRONG_SETTINGS: dict[str, tuple[Arguments, str]] = {
     "unknown method": ({"method": "zipp"}, "no method named 'zipp'; did you mean 'zip'"),
     "unknown option": ({"options": {"alhpa": 0.1}}, "no option 'alhpa'; did you mean 'alpha'"),
-    "option of another method": ({"method": "identity", "options": {"alpha": 0.1}}, "'identity' has no option 'alpha'"),
+    "option of another method": (
+        {"method": "identity", "options": {"alpha": 0.1}},
+        "'identity' has no option 'alpha'",
+    ),
     "option out of range": ({"options": {"alpha": 3.0}}, "alpha is 3.0; it must be between 0 and 1"),
     "unknown combiner": ({"combine": "averag"}, "no combiner named 'averag'; did you mean 'average'"),
     "unknown residual": ({"residual": "rotate"}, "residual is 'rotate'"),
@@ -180,5 +197,7 @@ def test_model_that_cannot_be_traced():
 
 
 def test_all_errors_have_one_base():
-    assert all(issubclass(error, ZipItError) for error in (DataError, ExpertError, OutputError, RecipeError, SpecError))
+    assert all(
+        issubclass(error, ZipItError) for error in (DataError, ExpertError, OutputError, RecipeError, SpecError)
+    )
     assert re.match("hf_zipit", ZipItError.__module__)

@@ -271,7 +271,8 @@ def test_every_tensor_is_somewhere(name: str, depth: float):
         assert trunk.keys() | branch.keys() == own.keys()
         assert not trunk.keys() & branch.keys()
         assert_bit_identical(
-            {n: t for n, t in branch.items() if n not in cut.trunk}, {n: t for n, t in own.items() if n not in cut.trunk}
+            {n: t for n, t in branch.items() if n not in cut.trunk},
+            {n: t for n, t in own.items() if n not in cut.trunk},
         )
 
 
@@ -340,7 +341,9 @@ def test_experts_are_left_alone(name: str):
 
 
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt(), RuntimeError("no")])
-def test_interrupted_saving_leaves_the_old_model(fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_interrupted_saving_leaves_the_old_model(
+    fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     models = experts("vit")
     inputs = calibration(models[0])
     old, new = (merged(models, inputs, depth=depth) for depth in (1.0, 0.5))

@@ -87,7 +87,7 @@ class Adapter:
         return () if self.head(model) else ("last_hidden_state", "pooler_output")
 
     def read_positions(self, model: nn.Module) -> dict[str, str]:
-        """Which positions the head reads: `text` is `first`, `masked`, `end` or `all`; `image` is `first` or `all`."""
+        """Which positions the head reads: see `hf_zipit.refit.positions.Positions`."""
         return {}
 
 

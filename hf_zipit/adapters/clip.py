@@ -33,4 +33,7 @@ class CLIPAdapter(Adapter):
 
     def read_positions(self, model: nn.Module) -> dict[str, str]:
         pooled = not type(model).__name__.endswith("ForImageClassification")  # which averages the patches
-        return {"text": "end", **({"image": "first"} if pooled else {})}
+        config = getattr(model.config, "text_config", None) or model.config
+        # Old configurations have a wrong end token, 2; their models pool where the id is highest.
+        text = "highest" if getattr(config, "eos_token_id", None) == 2 else "end"
+        return {"text": text, **({"image": "first"} if pooled else {})}

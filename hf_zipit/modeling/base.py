@@ -6,15 +6,15 @@
 Nothing here knows a model family: trunk and branches are modules of the source class (`trunk.py`, `skeleton.py`),
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
-What must hold: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`),
-and a saved and loaded model gives bit-identical outputs.
+What must hold: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
+`rescales.`), and a saved and loaded model gives bit-identical outputs.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from .configuration import ZipItConfig
 from .entries import Entry, attach, leave, make_entries
 from .hub import auto_map, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
+from .rescale import Affine, make_rescales
 from .skeleton import skeleton
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 
@@ -64,16 +65,35 @@ class ZipItPreTrainedModel(PreTrainedModel):
         # and settings made later (`set_attn_implementation`) reach the trunk, too.
         self.trunk = take_trunk(first, config.shared)
         resize(self.trunk, config.trunk_shapes)
-        self.branches = nn.ModuleDict(
-            {self.branch_names[config.tasks[0]]: make_branch(first, self.trunk, config.shared)}
-        )
-        for task in config.tasks[1:]:  # one skeleton at a time is held whole
-            self.branches[self.branch_names[task]] = make_branch(skeleton(config, task), self.trunk, config.shared)
+        self.branches = nn.ModuleDict()
+        for task, key in self.branch_names.items():  # one skeleton more is held whole at a time
+            model = first if task == config.tasks[0] else skeleton(config, task)
+            self.branches[key] = make_branch(model, self.trunk, config.shared, key)
         self.entries = nn.ModuleDict({key: make_entries(config.entries, "module") for key in self.branches})
         self.exits = nn.ModuleDict({key: make_entries(config.exits, "field") for key in self.branches})
         for key, branch in self.branches.items():
             attach(branch, config.entries, self.entries[key])
+        if config.rescaled is not None:
+            self._make_rescales()
         self.post_init()
+
+    def add_rescales(self, settings: Sequence[Mapping[str, Any]]) -> None:
+        """Per-task corrections, the identity until they are set: see `rescale.py`.
+
+        Args:
+            settings: `config.rescaled`: the sites in the trunk; every entry and exit is corrected, too.
+
+        Raises:
+            ZipItError: if the model has such corrections.
+        """
+        if self.config.rescaled is not None:
+            raise ZipItError("This model is rescaled and shifted per task already; start from the merged model.")
+        self.config.rescaled = [dict(setting) for setting in settings]
+        self._make_rescales()
+
+    def _make_rescales(self) -> None:
+        doors = {"entries": self.entries, "exits": self.exits}
+        self.rescales = make_rescales(self.config.rescaled, self.trunk, doors, self.branches)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """What placing, casting and feeding the model depend on is the source class's."""
@@ -85,7 +105,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, Entry):
+        if isinstance(module, (Entry, Affine)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)

@@ -38,6 +38,9 @@ class ZipItConfig(PreTrainedConfig):
             `axis`, the branch wants its own d.
         exits: the same for outputs that leave the trunk without passing a branch: `"field"` (dotted for nested
             outputs) instead of `"module"`.
+        rescaled: sites in the trunk with a correction per task (see `rescale.py`): `{"module": path in the source model,
+            "where": "input" | "output", "axis": int, "size": k}`. With None nothing is corrected; with a list, entries
+            and exits are, too.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
         depth: the share of blocks in the trunk, if known.
         cut: the path of the first block outside the trunk, if any.
@@ -61,6 +64,7 @@ class ZipItConfig(PreTrainedConfig):
     shared: list[str] | tuple[str, ...] = ()
     entries: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     exits: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
+    rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None = None
     trunk_shapes: dict[str, list[int]] | None = None
     depth: float | None = None
     cut: str | None = None

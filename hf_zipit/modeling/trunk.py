@@ -29,14 +29,15 @@ class Shared(nn.Module):
     Args:
         trunk: the module that holds the shared modules under their paths.
         path: which of them this is; `""` is the trunk itself.
+        task: the module name of the task whose branch it stands in.
     """
 
-    def __init__(self, trunk: nn.Module, path: str) -> None:
+    def __init__(self, trunk: nn.Module, path: str, task: str | None = None) -> None:
         super().__init__()
         # Past nn.Module.__setattr__, which would register the trunk as a child and list its tensors once more here.
         # Holding trunk and path, not the module, survives its replacement (quantisation, adapters).
         self.__dict__["_trunk"] = trunk
-        self.path = path
+        self.path, self.task = path, task
 
     @property
     def target(self) -> nn.Module:
@@ -45,7 +46,13 @@ class Shared(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         target = self.target
         memo = _memo.get()
-        return target(*args, **kwargs) if memo is None else memo.recall(target, lambda: target(*args, **kwargs))
+        if memo is not None:
+            return memo.recall(target, lambda: target(*args, **kwargs))
+        token = _task.set(self.task)
+        try:
+            return target(*args, **kwargs)
+        finally:
+            _task.reset(token)
 
     def __getattr__(self, name: str) -> Any:
         # Parents read attributes of their children, such as `self.embeddings.patch_embeddings`.
@@ -98,6 +105,17 @@ def versions(output: Any) -> list[int]:
 
 # A ContextVar, so that threads that run the same model do not see each other's outputs.
 _memo: ContextVar[Memo | None] = ContextVar("hf_zipit_joint_forward", default=None)
+_task: ContextVar[str | None] = ContextVar("hf_zipit_task", default=None)
+
+
+def running_jointly() -> bool:
+    """Whether this is a joint forward pass, in which the trunk runs for all tasks."""
+    return _memo.get() is not None
+
+
+def running_task() -> str | None:
+    """Inside the trunk, the module name of the task that it runs for; None in a joint forward pass."""
+    return _task.get()
 
 
 @contextmanager
@@ -140,13 +158,13 @@ def take_trunk(model: nn.Module, shared: Sequence[str]) -> nn.Module:
     return trunk
 
 
-def make_branch(model: nn.Module, trunk: nn.Module, shared: Sequence[str]) -> nn.Module:
+def make_branch(model: nn.Module, trunk: nn.Module, shared: Sequence[str], task: str | None = None) -> nn.Module:
     """The source model with its shared modules replaced by stand-ins for the trunk's (in place, dropping its own)."""
     if "" in shared:
-        return Shared(trunk, "")
+        return Shared(trunk, "", task)
     for path in shared:
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Shared(trunk, path))
+        setattr(model.get_submodule(parent), name, Shared(trunk, path, task))
     return model
 
 

@@ -214,8 +214,8 @@ class Moments:
         for key, names in probes.items():
             if unseen := [name for name in names if name not in self.sums.get(key, {})]:
                 raise DataError(
-                    f"The moments hold nothing about {' x '.join(key)} at {unseen[0]}: they were taken for less depth or "
-                    "another architecture, so observe again."
+                    f"The moments hold nothing about {' x '.join(key)} at {unseen[0]}: they were taken for less depth "
+                    "or another architecture, so observe again."
                 )
         sums = {key: {name: self.sums[key][name] for name in names} for key, names in probes.items()}
         return Moments(self.tasks, sums, self.fingerprint, self.device)

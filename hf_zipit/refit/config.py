@@ -12,8 +12,8 @@ class RefitConfig:
     """How modules are regressed on the experts' features.
 
     Attributes:
-        own_weight: w, the weight of a task's own expert in the target on that task's samples; the others share 1 - w. From
-            1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
+        own_weight: w, the weight of a task's own expert in the target on that task's samples; the others share 1 - w.
+            From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
         read_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the pull towards the combined weights, relative to the mean of the Gram matrix's diagonal.
         rows_per_input: at most this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.

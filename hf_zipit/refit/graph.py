@@ -1,24 +1,29 @@
 """The exported forward pass as a list of nodes that can be run one at a time, and the places where weights are solved.
 
-Running node by node lets all calibration micro-batches advance together: a module's weights are solved when it is reached,
-and everything after it sees what the new weights give.
+Running node by node lets all calibration micro-batches advance together: a module's weights are solved when it is
+reached, and everything after it sees what the new weights give.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from hf_zipit.symmetry.ops import op_name
-from hf_zipit.symmetry.trace import export, is_within, module_stack
+from hf_zipit.errors import SpecError
+from hf_zipit.symmetry.ops import is_in_place, op_name, overload, shape_of
+from hf_zipit.symmetry.trace import export, is_within, module_stack, tied_names
 
 TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
 """Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""
+
+VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow"}
+"""Ops whose result shares memory with their input, so that writing into it writes into the input."""
 
 
 @dataclass(frozen=True)
@@ -44,30 +49,79 @@ class Site:
     other: fx.Node | None = None
 
     @property
+    def unit_axis(self) -> int:
+        """The weight's axis that holds the units of the output."""
+        return {"embedding": 1, "offset": -1}.get(self.kind, 0)
+
+    @property
+    def channel_axis(self) -> int:
+        """The output's axis that holds its units."""
+        return 1 if self.kind == "conv" else -1
+
+    @property
     def module(self) -> str:
-        return self.weight.rpartition(".")[0] or self.weight
+        """The module that holds the weight; the weight itself where that is the whole model or an added parameter."""
+        return self.weight if self.kind == "offset" else self.weight.rpartition(".")[0] or self.weight
 
 
 class Program:
-    """A model's forward pass for inputs of one shape."""
+    """A model's forward pass for inputs of one shape.
 
-    def __init__(self, model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None) -> None:
+    Attributes:
+        nodes: the ops in the order they run; `position` is each one's place in it.
+        tensors: by graph input the name of the parameter or buffer that it is.
+        last_use: by node the position of the last op that reads it.
+        outputs: by output field the node that makes it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor],
+        fields: tuple[str, ...] | None,
+        trunk: frozenset[str] = frozenset(),
+    ) -> None:
+        """`fields` are the outputs that count; a tensor tied to one of the `trunk` goes by its name there."""
         self._exported = export(model, inputs, fields)
         signature = self._exported.graph_signature
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.tensors = {name: tensor.removeprefix("model.") for name, tensor in named.items()}
+        # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
+        names = {
+            other: next((name for name in group if name in trunk), other)
+            for group in tied_names(model)
+            for other in group
+        }
+        plain = {name: tensor.removeprefix("model.") for name, tensor in named.items()}
+        self.tensors = {name: names.get(tensor, tensor) for name, tensor in plain.items()}
         self._constants = {
             name: self._exported.constants[constant]
             for name, constant in signature.inputs_to_lifted_tensor_constants.items()
         }
         self.nodes = [node for node in self._exported.graph.nodes if node.op in ("call_function", "get_attr")]
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        self._read_what_was_written()
         self.last_use = {
             used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes
         }  # later uses overwrite earlier ones
         fields_made = list(self._exported.call_spec.out_spec.context)
         output = next(node for node in self._exported.graph.nodes if node.op == "output")
         self.outputs = dict(zip(fields_made, output.args[0], strict=True))
+
+    def _read_what_was_written(self) -> None:
+        """After `x.add_(y)` every later reader of x reads the result instead: no value is ever written into.
+
+        Raises:
+            SpecError: if a part of a tensor is written into, and the whole is read later.
+        """
+        for node in filter(is_in_place, self.nodes):
+            for base in written_through(node):
+                later = [user for user in base.users if self.position.get(user, len(self.nodes)) > self.position[node]]
+                if later and base is not node.args[0]:
+                    raise SpecError(
+                        f"{node.target} in {module_of(node)} writes into a part of a tensor, which refit cannot follow"
+                    )
+                for user in later:
+                    user.replace_input_with(base, node)
 
     def tensor_of(self, node: Any) -> str | None:
         """The name of the parameter or buffer that a graph input is."""
@@ -117,16 +171,34 @@ def out_of_place(target: Any) -> Callable[..., Any]:
     return target if callable(target) else operator.itemgetter(0)
 
 
-def find_sites(program: Program, trunk: frozenset[str]) -> dict[fx.Node, Site]:
-    """The places in the trunk where weights are solved, by their node."""
+def module_of(node: fx.Node) -> str:
+    """The path of the innermost module that an op runs in."""
+    return (module_stack(node) or ("",))[-1] or "the model itself"
+
+
+def written_through(node: fx.Node) -> Iterator[fx.Node]:
+    """What an in-place op writes into: its argument, and what that is a view of."""
+    base = node.args[0]
+    while isinstance(base, fx.Node):
+        yield base
+        base = base.args[0] if base.op == "call_function" and op_name(base) in VIEWS else None
+
+
+def find_sites(program: Program, trunk: frozenset[str], head: tuple[str, ...] = ()) -> dict[fx.Node, Site]:
+    """The places in the trunk where weights are solved, by their node.
+
+    A tensor that is used at several places has none: what is best at one would be wrong at the others. The use of a
+    tied tensor in the `head` does not count, for each task keeps a copy there.
+    """
     sites = {}
     for node in program.nodes:
-        if node.op != "call_function":
+        if node.op != "call_function" or any(is_within(path, own) for path in module_stack(node) for own in head):
             continue
         site = _site(program, node)
         if site is not None and site.weight in trunk:
             sites[node] = site
-    return sites
+    uses = Counter(name for site in sites.values() for name in (site.weight, site.bias) if name)
+    return {node: site for node, site in sites.items() if uses[site.weight] == 1 and uses.get(site.bias, 1) == 1}
 
 
 def _site(program: Program, node: fx.Node) -> Site | None:
@@ -137,7 +209,7 @@ def _site(program: Program, node: fx.Node) -> Site | None:
     if name in {"conv1d", "conv2d", "conv3d"}:
         groups = args[6] if len(args) > 6 else node.kwargs.get("groups", 1)
         if name != "conv2d" or groups != 1:
-            return None
+            return None  # these keep the combined weights
         norm = _only_user(node)
         norm = norm if norm is not None and op_name(norm) == "batch_norm" else None
         return _writer(program, "conv", node, args[1], args[2] if len(args) > 2 else None, norm)
@@ -145,11 +217,12 @@ def _site(program: Program, node: fx.Node) -> Site | None:
         return _writer(program, "embedding", node, args[0], None, None)
     if name == "layer_norm" and len(args) > 3 and args[2] is not None and args[3] is not None:
         weight, bias = program.tensor_of(args[2]), program.tensor_of(args[3])
-        return Site("norm", node, weight, bias, None, node) if weight and len(args[1]) == 1 else None  # type: ignore[arg-type]
-    if name == "add" and len(args) == 2:
+        return Site("norm", node, weight, bias, None, node) if weight and bias and len(args[1]) == 1 else None
+    if name == "add" and len(args) == 2 and not node.kwargs and overload(node) == "Tensor":
         for own, other in (args, args[::-1]):
             offset = program.tensor_of(own)
-            if offset and isinstance(other, fx.Node) and other.op != "placeholder":
+            floating = offset and own.meta["val"].is_floating_point()
+            if floating and isinstance(other, fx.Node) and other.op != "placeholder":
                 return Site("offset", node, offset, None, None, node, node, other)
     return None
 
@@ -160,6 +233,8 @@ def _writer(program: Program, kind: str, node: fx.Node, weight: Any, bias: Any, 
         return None
     output = norm or node
     stream, other = _addition_behind(program, output)
+    if kind != "embedding" and stream is not None and shape_of(stream) != shape_of(output):
+        stream = other = None  # one row of the output is added to many of the stream
     return Site(kind, node, name, program.tensor_of(bias), norm, output, stream, other)
 
 

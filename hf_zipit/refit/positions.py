@@ -1,7 +1,7 @@
 """How much every position (token, patch) of a batch counts in the regressions.
 
-Padding counts nothing, and the positions that the head reads count more than the others: an error there reaches the output
-undiluted. The adapter says which positions those are.
+Padding counts nothing, and the positions that the head reads count more than the others: an error there reaches the
+output undiluted. The adapter says which positions those are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ class Positions:
     """The rule for one family.
 
     Attributes:
-        text: which text positions the head reads: `first`, `masked`, `end` or `all`.
+        text: which text positions the head reads: `first`, `masked`, `end`, `highest` (the one with the highest id) or
+            `all`.
         image: the same for image patches: `first` or `all`.
         mask_token: the id of the mask token, for `masked`.
         end_token: the id of the end-of-text token, for `end`.
@@ -51,6 +52,8 @@ class Positions:
             read[:, 0] = True
         elif self.text == "masked" and self.mask_token is not None:
             read = ids == self.mask_token
+        elif self.text == "highest":
+            read[torch.arange(len(ids)), ids.argmax(1)] = True
         elif self.text == "end" and self.end_token is not None:
             read[torch.arange(len(ids)), (ids == self.end_token).int().argmax(1)] = True
         else:

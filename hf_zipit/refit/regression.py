@@ -2,8 +2,8 @@
 
     [W, b] = argmin sum_i w_i ||W x_i + b - y_i||^2 + ridge * mean(diag(G)) * ||W - W_0||^2
 
-G is the (centred) Gram matrix of x. Only moments are needed, so rows can be streamed and added across processes; they are
-accumulated in float64. The intercept is not pulled: it makes up for whatever the slope gives.
+G is the (centred) Gram matrix of x. Only moments are needed, so rows can be streamed and added across processes; they
+are accumulated in float64. The intercept is not pulled: it makes up for whatever the slope gives.
 """
 
 from __future__ import annotations
@@ -49,9 +49,8 @@ class Gram:
         return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs))
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`. Blocks are multiplied in float32, summed in float64."""
-        for rows in torch.arange(len(x)).split(8192):
-            block, target, w = x[rows], y[rows], weight[rows, None]
+        """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
+        for block, target, w in zip(x.split(8192), y.split(8192), weight[:, None].split(8192), strict=True):
             weighted = block * w
             self.xx += (block.T @ weighted).double()
             self.xy += (weighted.T @ target).double()
@@ -110,7 +109,7 @@ def scale_and_shift(channels: ChannelSums, prior: Tensor, strength: float) -> tu
     """Per channel the scale and shift `[d]` that best turn x into y, pulled towards the scale `prior`."""
     n, x, y, xx, xy = channels.sums
     n = n.clamp_min(1e-12)
-    variance = xx / n - (x / n).square()
+    variance = (xx / n - (x / n).square()).clamp_min(0)
     covariance = xy / n - x * y / n.square()
     pull = strength * variance.mean().clamp_min(1e-12)
     scale = (covariance + pull * prior.double()) / (variance + pull)

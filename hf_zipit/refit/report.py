@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -16,13 +15,23 @@ class RefitReport:
         errors: per module, in execution order, and task: the squared error on that task's calibration samples over the
             variance of the target. 0 is perfect, 1 no better than a constant. A module that writes into a residual
             stream is measured at the stream.
+        untouched: tensors that were not regressed and keep the combined values: class tokens (the position table
+            beside them makes up for it), scales, depthwise convolutions.
     """
 
     tasks: tuple[str, ...]
     errors: Mapping[str, Mapping[str, float]]
+    untouched: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        return {module: dict(by_task) for module, by_task in self.errors.items()}
+    def to_dict(self) -> dict[str, dict[str, float]]:
+        """The errors as plain numbers, for a configuration file."""
+        return {module: {task: round(e, 6) for task, e in by_task.items()} for module, by_task in self.errors.items()}
+
+    @classmethod
+    def from_dict(cls, errors: Mapping[str, Mapping[str, float]]) -> RefitReport:
+        """The report from what `to_dict` gave: `config.method["refit_errors"]` of a merged model."""
+        tasks = dict.fromkeys(task for by_task in errors.values() for task in by_task)
+        return cls(tuple(tasks), errors)
 
     def worst(self, count: int = 5) -> list[tuple[str, float]]:
         """The modules with the largest mean error."""

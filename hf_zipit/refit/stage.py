@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -57,17 +59,18 @@ def refit(
     own = batches[accelerator.process_index :: accelerator.num_processes]
     if len(batches) < accelerator.num_processes:
         raise DataError(
-            f"{len(batches)} micro-batches of calibration data cannot be spread over {accelerator.num_processes} processes; "
-            "give more data or a smaller micro_batch"
+            f"{len(batches)} micro-batches of calibration data cannot be spread over {accelerator.num_processes} "
+            "processes; give more data or a smaller micro_batch"
         )
 
     def add_up(tensor: Tensor) -> Tensor:
-        return accelerator.reduce(tensor, "sum") if accelerator.num_processes > 1 else tensor  # type: ignore[return-value]
+        if accelerator.num_processes == 1:
+            return tensor
+        return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)  # type: ignore[union-attr]
 
-    tensors = [{n: t.float() if t.is_floating_point() else t for n, t in model_tensors(m).items()} for m in experts.values()]
     walk = Walk(
-        model,
-        tensors,
+        in_float32(model),
+        [model_tensors(in_float32(expert)) for expert in experts.values()],
         trunk,
         own,
         tasks=planned.tasks,
@@ -94,19 +97,26 @@ def prepared(
         for batch in stream:
             yield (tasks.index(batch.task) if batch.task is not None else None), batch.inputs
 
-    pad = getattr(model.config, "pad_token_id", None) or 0
+    text_config = getattr(model.config, "text_config", None) or model.config
+    pad = getattr(text_config, "pad_token_id", None) or 0
     return micro_batches(numbered(), config.micro_batch, {"input_ids": pad})
+
+
+def in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself where it is in float32 on the CPU, else a copy: its forward pass is traced with its dtypes."""
+    ready = all(t.dtype == torch.float32 or not t.is_floating_point() for t in model_tensors(model).values())
+    return model if ready and model.device.type == "cpu" else copy.deepcopy(model).to("cpu", torch.float32)
 
 
 def read_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) -> Positions:
     """Which positions the head reads: the adapter's word, with the ids of the special tokens."""
     read = adapter_for(model).read_positions(model)
     text_config = getattr(model.config, "text_config", None) or model.config
-    tokenizer = getattr(processor, "tokenizer", processor)
+    mask = getattr(getattr(processor, "tokenizer", processor), "mask_token_id", None)
     return Positions(
         text=read.get("text", "all"),
         image=read.get("image", "all"),
-        mask_token=getattr(tokenizer, "mask_token_id", None) or getattr(model.config, "mask_token_id", None),
+        mask_token=getattr(model.config, "mask_token_id", None) if mask is None else mask,
         end_token=getattr(text_config, "eos_token_id", None),
         weight=config.read_weight,
     )

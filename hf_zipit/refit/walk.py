@@ -1,21 +1,22 @@
 """The refit: walk the trunk in execution order and regress every module on what the experts' modules compute.
 
-All calibration micro-batches advance together through the exported forward pass, of the experts and of the merged model.
-At a module with weights
+All calibration micro-batches advance together through the exported forward pass, of the experts and of the merged
+model. At a module with weights
 
 - the input x is what the *merged* model feeds into it, every earlier module already refitted;
-- the target is the merged units' share of what the experts' same module puts out on the same samples. On samples that are
-  known to come from task t, expert t weighs w and the others share 1 - w;
-- a module that writes into a residual stream aims at the stream itself: the experts' stream after the addition minus the
-  merged stream before it, so that errors are corrected instead of adding up;
-- weights are solved by ridge regression (`regression.py`) towards the combined weights, and the walk goes on with them.
+- the target is the merged units' share of what the experts' same module puts out on the same samples. On samples that
+  are known to come from task t, expert t weighs w and the others share 1 - w;
+- a module that writes into a residual stream aims at the stream itself: the experts' stream after the addition minus
+  the merged stream before it, so that errors are corrected instead of adding up;
+- weights are solved by ridge regression (`regression.py`) towards the combined weights, and the walk goes on with
+  them.
 
-Batch norms are folded into their convolution and restored with statistics that belong to the new weights. The affine part
-of a norm is regressed channel by channel. Where a branch leaves the trunk, U_t becomes the linear map that best
+Batch norms are folded into their convolution and restored with statistics that belong to the new weights. The affine
+part of a norm is regressed channel by channel. Where a branch leaves the trunk, U_t becomes the linear map that best
 reconstructs expert t's own features; for a linear head that is the regression on its logits.
 
-Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. What must hold: experts that compute the same (a model and its
-permuted copy) are a fixed point.
+Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. What must hold: experts that compute the same (a model and
+its permuted copy) are a fixed point.
 """
 
 from __future__ import annotations
@@ -44,13 +45,30 @@ MERGED = -1
 """The merged model's place beside the experts 0 ... T - 1."""
 
 
+UNKNOWN_TASK = "unknown task"
+"""What a report calls samples of which nobody said the task."""
+
+
 @dataclass(frozen=True)
 class MicroBatch:
-    """Inputs of one shape; `task` is the expert the samples belong to (None: unknown), `real` how many are no padding."""
+    """Inputs of one shape.
+
+    Attributes:
+        inputs: the model's keyword arguments, samples first.
+        task: the expert that the samples belong to; None: unknown.
+        real: how many samples there are; the rest fills the batch up and counts nothing.
+        number: its place among all batches of all processes.
+    """
 
     inputs: Mapping[str, Tensor]
     task: int | None
     real: int
+    number: int = 0
+
+    @property
+    def size(self) -> int:
+        """Samples, with those that fill up."""
+        return len(next(iter(self.inputs.values())))
 
 
 @dataclass(frozen=True)
@@ -91,19 +109,21 @@ class Walk:
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        self.program = Program(model, batches[0].inputs, fields)
+        """See `stage.refit`; `add_up` sums a tensor over all processes, `fields` are the outputs that count."""
+        self.program = Program(model, batches[0].inputs, fields, cut.trunk)
         self.tensors = [*experts, {**experts[0], **merged}]  # the last one, at index MERGED, is the merged model
         self.batches = batches
         self.tasks, self.spec, self.cut, self.alignment = tuple(tasks), spec, cut, alignment
         self.config, self.positions, self.add_up = config, positions, add_up
-        self.generator = torch.Generator().manual_seed(seed)
-        self.progress = progress
-        self.sites = find_sites(self.program, cut.trunk)
+        self.seed, self.progress = seed, progress
+        self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.doors = self._find_doors()
+        self.all_batches = int(add_up(torch.tensor(float(len(batches)))))
+        self.scales: dict[tuple[AxisLabel, int | None], Tensor] = {}
         self.errors: dict[str, dict[str, float]] = {}
         self.ahead = 0
 
-    # The walk ---------------------------------------------------------------------------------------------------------
+    # The walk --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def run(self) -> Refitted:
@@ -126,12 +146,21 @@ class Walk:
                     if source is node:
                         solved[entry] = self._solve_door(entry, node)
                 if site is not None:
-                    bar.set_postfix_str(site.module, refresh=False)
+                    error = self._note(site)
+                    bar.set_postfix_str(f"{site.module}, error {error:.3f}", refresh=False)
                     bar.update()
                 self._forget(node, i)
             peak = store.peak
         changed = {name: self.tensors[MERGED][name] for name in self.cut.trunk}
-        return Refitted(changed, solved, RefitReport(self.tasks, self.errors), peak)
+        return Refitted(changed, solved, RefitReport(self.tasks, self.errors, self._untouched()), peak)
+
+    def _untouched(self) -> tuple[str, ...]:
+        """Tensors of the trunk that have no site and keep their combined values."""
+        solved = set()
+        for site in self.sites.values():
+            solved |= {site.weight, site.bias, *(self._norm_names(site).values() if site.norm is not None else ())}
+        read = self.cut.trunk & self.spec.axes.keys() - solved
+        return tuple(sorted(name for name in read if self.tensors[MERGED][name].is_floating_point()))
 
     def _bar(self) -> tqdm:
         return tqdm(total=len(self.sites), desc="refit", unit="module", disable=not self.progress, leave=False)
@@ -164,34 +193,45 @@ class Walk:
                 for who in (MERGED, *range(len(self.tasks))):
                     self.store.pop((used, who, b))
 
-    # Targets ----------------------------------------------------------------------------------------------------------
+    # Targets ---------------------------------------------------------------------------------------------------------
 
     def _shares(self, task: int | None) -> list[float]:
         """How much each expert counts in the target of samples of a task."""
         count = len(self.tasks)
         if task is None:
             return [1 / count] * count
-        others = (1 - self.config.own_weight) / (count - 1)
+        # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
+        others = max((1 - self.config.own_weight) / (count - 1), 1e-9)
         return [self.config.own_weight if t == task else others for t in range(count)]
 
     def _target(self, node: fx.Node, axis: int, label: AxisLabel, b: int) -> Tensor:
-        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, scaled to shares that sum to one."""
-        total = weight = plain = None
+        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
+        total: Tensor | float = 0.0
         for t, share in enumerate(self._shares(self.batches[b].task)):
             y = self.store[node, t, b]
-            moved = features_to_merged(y, axis, label, self.alignment, self.spec, t)
-            held = features_to_merged(torch.ones(y.shape[axis]), 0, label, self.alignment, self.spec, t)
-            total = moved * share if total is None else total + moved * share
-            weight = held * share if weight is None else weight + held * share
-            plain = held / len(self.tasks) if plain is None else plain + held / len(self.tasks)
-        assert total is not None and weight is not None and plain is not None
-        scale = torch.where(weight > 0, plain / weight.clamp_min(1e-12), torch.zeros_like(weight))
+            total = total + share * features_to_merged(y, axis, label, self.alignment, self.spec, t)
+        assert isinstance(total, Tensor)
+        scale = self._scale(label, self.batches[b].task, y.shape[axis])
         return total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))
 
+    def _scale(self, label: AxisLabel, task: int | None, units: int) -> Tensor:
+        """For every merged unit of an axis the sum of its experts' equal shares over that of their real shares."""
+        if (label, task) not in self.scales:
+            held = torch.stack(
+                [
+                    features_to_merged(torch.ones(units), 0, label, self.alignment, self.spec, t)
+                    for t in range(len(self.tasks))
+                ]
+            )
+            self.scales[label, task] = held.mean(0) / (torch.tensor(self._shares(task)) @ held).clamp_min(1e-12)
+        return self.scales[label, task]
+
     def _rows_weight(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
-        """The weight of every row of a value, `[samples * positions]`."""
+        """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
         batch = self.batches[b]
         shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
+        if value.dim() < 2 or shape[0] != batch.size:
+            return torch.ones(shape).reshape(-1)
         weights = None
         if value.dim() == 3 and channel_axis % 3 == 2:
             weights = self.positions.weights(batch.inputs, value.shape[1])
@@ -199,7 +239,7 @@ class Walk:
         weights[batch.real :] = 0
         return weights.reshape(-1)
 
-    # Solving ----------------------------------------------------------------------------------------------------------
+    # Solving ---------------------------------------------------------------------------------------------------------
 
     def _solve(self, site: Site) -> None:
         getattr(self, f"_solve_{site.kind}")(site)
@@ -214,16 +254,13 @@ class Walk:
         label = self.spec.axes[site.weight][0]
         weight = self.tensors[MERGED][site.weight]
         gram = Gram.empty(weight.shape[1], weight.shape[0])
-        kept = []
         for b in range(len(self.batches)):
             x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
             y = self._aim(site, -1, label, b)
-            rows = self._sample(self._rows_weight(y, b, -1), weight.shape[1])
-            kept.append((x.flatten(0, -2)[rows[0]], y.flatten(0, -2)[rows[0]], rows[1], self.batches[b].task))
-            gram.add(*kept[-1][:3])
+            rows, picked = self._sample(self._rows_weight(y, b, -1), weight.shape[1], b)
+            gram.add(x.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
         slope, shift = ridge(gram.reduce(self.add_up), weight, self.config.ridge, site.bias is not None)
         self._write(site, slope, shift)
-        self._note(site.module, slope, shift, kept)
 
     def _solve_conv(self, site: Site) -> None:
         label = self.spec.axes[site.weight][0]
@@ -232,19 +269,13 @@ class Walk:
         flat = weight.flatten(1)
         prior, _ = folded(flat, bias, self._norm_tensors(site))
         gram = Gram.empty(flat.shape[1], flat.shape[0])
-        kept = []
         for b in range(len(self.batches)):
             x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            y = self._aim(site, 1, label, b).flatten(2).mT.flatten(0, 1)
-            weights = torch.ones(len(x), len(y) // len(x))
-            weights[self.batches[b].real :] = 0
-            rows, picked = self._sample(weights.reshape(-1), flat.shape[1])
-            patches = functional.unfold(x, weight.shape[2:], **conv_geometry(site.node)).mT.flatten(0, 1)
-            kept.append((patches[rows], y[rows], picked, self.batches[b].task))
-            gram.add(*kept[-1][:3])
+            y = self._aim(site, 1, label, b)
+            rows, picked = self._sample(self._rows_weight(y, b, 1), flat.shape[1], b)
+            gram.add(patches(x, weight, site.node)[rows], y.flatten(2).mT.flatten(0, 1)[rows], picked)
         gram = gram.reduce(self.add_up)
         slope, shift = ridge(gram, prior, self.config.ridge, site.bias is not None or site.norm is not None)
-        self._note(site.module, slope, shift, kept)
         self._write(site, slope, shift, gram)
 
     def _solve_embedding(self, site: Site) -> None:
@@ -257,9 +288,7 @@ class Walk:
             indices = self._value(site.node.args[1], MERGED, b)  # type: ignore[arg-type]
             y = self._aim(site, -1, label, b)
             indices = indices.expand(y.shape[:-1]).reshape(-1)
-            # A table looked up once for all samples (positions) has no row per sample, and no weights.
-            per_sample = y.dim() == 3 and len(y) == len(next(iter(self.batches[b].inputs.values())))
-            weight = self._rows_weight(y, b, -1) if per_sample else torch.ones(len(indices))
+            weight = self._rows_weight(y, b, -1)
             total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
             count.index_add_(0, indices, weight.double())
         total, count = self.add_up(total), self.add_up(count)
@@ -293,18 +322,19 @@ class Walk:
             summed = missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape))
             total = total + summed.reshape(offset.shape)
             count += missing.numel() // offset.numel()
-        total, samples = self.add_up(torch.as_tensor(total)), self.add_up(torch.tensor(float(count), dtype=torch.float64))
-        self.tensors[MERGED][site.weight] = (total / samples).to(offset.dtype)
+        total = self.add_up(torch.as_tensor(total))
+        self.tensors[MERGED][site.weight] = (total / self.add_up(torch.tensor(float(count)))).to(offset.dtype)
 
-    def _sample(self, weights: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+    def _sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor, Tensor]:
         """Row numbers and weights of the rows that enter a Gram matrix: all, or a seeded share of them."""
         rows = weights.nonzero().squeeze(1)
-        limit = self.config.rows_per_input * inputs // len(self.batches)
+        limit = -(-self.config.rows_per_input * inputs // self.all_batches)
         if limit and len(rows) > limit:
-            rows = rows[torch.randperm(len(rows), generator=self.generator)[:limit]].sort().values
+            generator = torch.Generator().manual_seed(self.seed + self.batches[b].number)
+            rows = rows[torch.randperm(len(rows), generator=generator)[:limit]].sort().values
         return rows, weights[rows]
 
-    # Writing ----------------------------------------------------------------------------------------------------------
+    # Writing ---------------------------------------------------------------------------------------------------------
 
     def _norm_tensors(self, site: Site) -> dict[str, Tensor] | None:
         """The tensors of the batch norm behind a convolution, by role, and its epsilon."""
@@ -350,24 +380,53 @@ class Walk:
         }.items():
             merged[names[role]] = value.to(dtype)
 
-    def _note(self, module: str, slope: Tensor, shift: Tensor, rows: Iterable[tuple[Tensor, Tensor, Tensor, int | None]]) -> None:
-        """The relative error of a regression, task by task."""
-        sums: dict[int | None, Tensor] = {}
-        slope, shift = slope.float(), shift.float()
-        for x, y, weight, task in rows:
-            off = (x @ slope.T + shift - y).square().sum(1)
-            parts = torch.stack([(weight * off).sum(), (weight * y.square().sum(1)).sum(), weight.sum()]).double()
-            flat = torch.cat([parts, (weight[:, None] * y).sum(0).double()])
-            sums[task] = sums[task] + flat if task in sums else flat
-        found = {}
-        for t, task in enumerate(self.tasks):
-            if t in sums:
-                total = self.add_up(sums[t])
-                spread = total[1] - total[3:].square().sum() / total[2].clamp_min(1e-12)
-                found[task] = float(total[0] / spread.clamp_min(1e-12))
-        self.errors[module] = found
+    # Measuring -------------------------------------------------------------------------------------------------------
 
-    # Doors ------------------------------------------------------------------------------------------------------------
+    def _note(self, site: Site) -> float:
+        """Keep a site's relative error on every task's samples for the report; returns their mean."""
+        off, spread = self.misfit(site)
+        kinds = [*self.tasks, UNKNOWN_TASK]
+        found = {kind: float(o / s.clamp_min(1e-12)) for kind, o, s in zip(kinds, off, spread, strict=True) if s > 0}
+        name = site.module if site.module not in self.errors else site.weight
+        self.errors[name] = found
+        return sum(found.values()) / max(len(found), 1)
+
+    def misfit(self, site: Site) -> tuple[Tensor, Tensor]:
+        """What a site's output lacks, now that its node was run with its weights.
+
+        Returns:
+            The weighted squared error and the weighted squared deviation of the target from its mean, both `[T + 1]`:
+            for samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the
+            stream.
+        """
+        axis, label = site.channel_axis, self.spec.axes[site.weight][site.unit_axis]
+        width = self.tensors[MERGED][site.weight].shape[site.unit_axis]
+        sums = torch.zeros(len(self.tasks) + 1, width + 3, dtype=torch.float64)
+        for b, batch in enumerate(self.batches):
+            target = self._target(site.stream or site.output, axis, label, b)
+            weight = self._rows_weight(target, b, axis)[:, None]
+            y = target.movedim(axis, -1).flatten(0, -2)
+            off = self._made(site, b).movedim(axis, -1).flatten(0, -2) - y
+            parts = (off.square(), y.square(), torch.ones(len(y), 1))
+            scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in parts])
+            task = len(self.tasks) if batch.task is None else batch.task
+            sums[task] += torch.cat([scalars, (weight * y).sum(0).double()])
+        sums = self.add_up(sums)
+        off, square, rows = sums[:, :3].T
+        spread = square - sums[:, 3:].square().sum(1) / rows.clamp_min(1e-12)
+        return off, torch.where(spread > 1e-6 * square, spread, 0.0)  # below it is rounding
+
+    def _made(self, site: Site, b: int) -> Tensor:
+        """The merged model's value where a site is measured."""
+        made = self._value(site.node, MERGED, b)
+        if site.norm is not None:
+            own, inputs = self.tensors[MERGED], self.batches[b].inputs
+            made = self.program.run(site.norm, lambda used: self.store[used, MERGED, b], own, inputs)
+        if site.stream is None or site.stream is site.node:
+            return made
+        return made + self._value(site.other, MERGED, b)  # type: ignore[arg-type]
+
+    # Doors -----------------------------------------------------------------------------------------------------------
 
     def _find_doors(self) -> dict[Entry, fx.Node]:
         """The node whose value each entry or exit reads."""
@@ -375,7 +434,9 @@ class Walk:
         for entry in self.cut.entries:
             node = self.program.value_read_by(entry.target, entry.axis + 1)
             if node is None:
-                raise SpecError(f"nothing of the trunk enters {entry.target}; this model cannot be refitted at this depth")
+                raise SpecError(
+                    f"nothing of the trunk enters {entry.target}; this model cannot be refitted at this depth"
+                )
             doors[entry] = node
         for entry in self.cut.exits:
             doors[entry] = self.program.outputs[entry.target]
@@ -420,28 +481,39 @@ def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | Non
     return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
 
 
-def conv_geometry(node: fx.Node) -> dict[str, object]:
-    """Stride, padding and dilation of a convolution node, as `unfold` wants them."""
-    names = ("stride", "padding", "dilation")
-    defaults = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1]}
-    given = dict(zip(names, node.args[3:6], strict=False))
-    values = {**defaults, **given, **{n: node.kwargs[n] for n in names if n in node.kwargs}}
-    return {name: tuple(value) if isinstance(value, (list, tuple)) else value for name, value in values.items()}
+def patches(x: Tensor, weight: Tensor, node: fx.Node) -> Tensor:
+    """What a convolution's kernel sees at every place of `[n, c, h, w]`: `[n * places, c * kernel]`."""
+    given = dict(zip(("stride", "padding", "dilation"), node.args[3:6], strict=False))
+    given |= {name: value for name, value in node.kwargs.items() if name in ("stride", "padding", "dilation")}
+    geometry = {name: tuple(value) for name, value in given.items() if not isinstance(value, str)}
+    if given.get("padding") == "same":
+        x = functional.pad(x, same_padding(weight.shape[2:], geometry.get("dilation", (1, 1))))
+    return functional.unfold(x, weight.shape[2:], **geometry).mT.flatten(0, 1)
+
+
+def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Zeros before and after each axis, the last axis first, that keep the size; an odd one goes behind."""
+    sides = []
+    for size, step in zip(reversed(kernel), reversed(dilation), strict=True):
+        total = step * (size - 1)
+        sides += [total // 2, total - total // 2]
+    return sides
 
 
 def micro_batches(
     batches: Iterable[tuple[int | None, Mapping[str, Tensor]]], size: int, pad_ids: Mapping[str, int]
 ) -> list[MicroBatch]:
-    """Batches of exactly `size` samples and one length: short ones are filled up, and the fill is marked.
+    """Batches of one number of samples and one length: short ones are filled up, and the fill is marked.
 
     Args:
         batches: (task, inputs) with at most `size` samples each.
-        size: samples per micro-batch.
+        size: samples per micro-batch; as many as the largest batch has, if that is smaller.
         pad_ids: what fills up sequences, by input name; 0 where nothing is said.
     """
     found = [(task, dict(inputs)) for task, inputs in batches]
     lengths = [inputs["input_ids"].shape[1] for _, inputs in found if "input_ids" in inputs]
     longest = max(lengths, default=0)
+    size = min(size, max(len(next(iter(inputs.values()))) for _, inputs in found))
     out = []
     for task, inputs in found:
         real = len(next(iter(inputs.values())))
@@ -455,7 +527,7 @@ def micro_batches(
             if real < size:
                 tensor = torch.cat([tensor, tensor[:1].expand(size - real, *tensor.shape[1:])])
             filled[name] = tensor
-        out.append(MicroBatch(filled, task, real))
+        out.append(MicroBatch(filled, task, real, len(out)))
     if len({frozenset(batch.inputs) for batch in out}) > 1:  # some batches needed a mask, so all get one
         out = [
             batch

@@ -1,9 +1,9 @@
 """`glosses-roberta-mlm` and `glosses-prelayernorm-mlm`: masked-word models on two text sources, post-LN and pre-LN.
 
 Expert a reads definitions of nouns, expert b glosses of verbs, adjectives and adverbs with their example sentences;
-one tokenizer serves both. Whole words are hidden, not the pieces that a rare word is cut into: letters in the middle of
-a name can only be guessed. Every split is masked once and for all: the labels are the hidden words. Training draws new
-masks for every batch, which it can because `input_ids` and `labels` together hold the whole text.
+one tokenizer serves both. Whole words are hidden, not the pieces that a rare word is cut into: letters in the middle
+of a name can only be guessed. Every split is masked once and for all: the labels are the hidden words. Training draws
+new masks for every batch, which it can because `input_ids` and `labels` together hold the whole text.
 """
 
 from __future__ import annotations

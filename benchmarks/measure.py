@@ -1,0 +1,202 @@
+"""One row of the results: merge a pair of the zoo by one method, with time and memory, and score what came out.
+
+Every row is measured in a process of its own, so that no row finds memory, caches or threads of another. What the
+process has to load in any case (libraries, experts, data) counts neither as time nor as memory: both are taken from
+the call of `merge` alone, after a `plan` with the same arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput
+from transformers.utils.logging import disable_progress_bar
+
+import hf_zipit
+from benchmarks.zoo import Pair, load
+from hf_zipit.merging import merge, plan
+from hf_zipit.modeling.joint import side_by_side
+from hf_zipit.refit import RefitConfig
+
+SEED = 0  # of the calibration samples and of the merge
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a row merges by.
+
+    Attributes:
+        settings: arguments of `merge`; empty for the references, which merge nothing.
+        data: whether it is given the calibration data.
+        about: one line for the table's legend.
+        fits: whether a pair can have this row at all.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    data: bool = True
+    about: str = ""
+    fits: Callable[[Pair], bool] = lambda pair: True
+
+
+def concatenates(pair: Pair) -> bool:
+    """Whether the pair's joint output is the tasks' logits side by side."""
+    return pair.metric.classes is not None and pair.metric.output == "logits"
+
+
+EXPERTS, ENSEMBLE = "experts", "experts side by side"
+
+REFERENCES = {
+    EXPERTS: Method(data=False, about="each expert on its own task"),
+    ENSEMBLE: Method(data=False, about="both experts on every sample, their outputs joined; twice the size"),
+}
+
+METHODS = {
+    "average": Method({"method": "identity"}, data=False, about="the mean of the weights as they are"),
+    "permute": Method({"method": "permute"}, about="units paired by their activations"),
+    "zip": Method({"method": "zip"}, about="ZipIt!: alike units joined, within and across experts"),
+    "weights": Method({"method": "weights"}, data=False, about="Git Re-Basin: units paired by their weights, no data"),
+    "refit": Method({"method": "identity", "refit": True}, about="average, then layers regressed on the experts'"),
+    "permute + refit": Method({"method": "permute", "refit": True}, about="the same after permute"),
+}
+if "joint_heads" in {setting.name for setting in fields(RefitConfig)}:
+    METHODS["refit + joint heads"] = Method(
+        {"method": "identity", "refit": {"joint_heads": True}},
+        about="refit, and logits comparable between the tasks",
+        fits=concatenates,
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured.
+
+    Attributes:
+        pair, method, split: what was measured on what.
+        depth: the merged share of the blocks; None for the references.
+        samples: unlabelled calibration samples per task; None for methods that look at none.
+        scores: by task, within the task's own classes, in 0..1.
+        joint: among the classes of all tasks; None where that has no meaning.
+        size: parameters, in experts.
+        seconds, cpu_seconds: of `merge`, by the clock and of all threads; None for the references.
+        peak_mib: how far the resident memory rose above what it was before `merge`; None where it cannot be told.
+        sources: the version of the package's sources, see `sources()`.
+        error: why there are no numbers; empty if there are.
+    """
+
+    pair: str
+    method: str
+    depth: float | None
+    split: str
+    samples: int | None
+    scores: dict[str, float] = field(default_factory=dict)
+    joint: float | None = None
+    size: float | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+    peak_mib: float | None = None
+    sources: str = ""
+    error: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of the tasks' scores."""
+        return sum(self.scores.values()) / len(self.scores) if self.scores else None
+
+
+def measure(zoo: str, pair: str, method: str, depth: float | None, split: str, samples: int) -> Row | None:
+    """One row, from this process; None if the method does not fit the pair.
+
+    Args:
+        zoo: the folder of the trained experts.
+        pair, method, depth, split: what to measure on what.
+        samples: calibration samples per task, of the train split.
+    """
+    disable_progress_bar()
+    chosen = (REFERENCES | METHODS)[method]
+    loaded = load(pair, zoo, train=False)
+    if not chosen.fits(loaded):
+        return None
+    about = {"pair": pair, "method": method, "depth": depth, "split": split, "sources": sources()}
+    one = parameters(next(iter(loaded.experts.values())))
+    if method in REFERENCES:
+        scores = {task: loaded.score(model, task, split) for task, model in loaded.experts.items()}
+        joint = loaded.joint_score(partial(ensemble, loaded), split) if method == ENSEMBLE else None
+        size = sum(map(parameters, loaded.experts.values())) / one if method == ENSEMBLE else 1.0
+        return Row(**about, samples=None, scores=scores, joint=joint, size=size)
+    calibration = {task: loaded.calibration(task, samples, SEED) for task in loaded.experts} if chosen.data else None
+    merged, cost = merged_with_cost(loaded, calibration, {**chosen.settings, "depth": depth})
+    return Row(
+        **about,
+        **cost,
+        samples=samples if chosen.data else None,
+        scores={task: loaded.score(partial(merged, task=task), task, split) for task in loaded.experts},
+        joint=loaded.joint_score(merged, split),
+        size=parameters(merged) / one,
+    )
+
+
+def measure_apart(**request: Any) -> Row | None:
+    """`measure` in a fresh process; what goes wrong there becomes the row's error."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(measure, **request).result()
+        except Exception as error:  # one broken method must not cost the rest of the table
+            about = {name: request[name] for name in ("pair", "method", "depth", "split", "samples")}
+            return Row(**about, sources=sources(), error=f"{type(error).__name__}: {error}")
+
+
+def merged_with_cost(pair: Pair, calibration: Any, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The merged model, and the fields of `Row` that say what merging cost."""
+    planned = {name: value for name, value in settings.items() if name not in ("refit", "correct")}
+    plan(pair.experts, **planned)  # imports what tracing needs; merging on few samples would leave memory to reuse
+    before = restart_peak()
+    start, work = time.perf_counter(), time.process_time()
+    merged = merge(pair.experts, calibration, processor=pair.tokenizer, seed=SEED, progress=False, **settings)
+    seconds, work = time.perf_counter() - start, time.process_time() - work
+    peak = None if before is None else resident("VmHWM") - before
+    return merged, {"seconds": seconds, "cpu_seconds": work, "peak_mib": peak}
+
+
+@torch.inference_mode()
+def ensemble(pair: Pair, **inputs: Any) -> ModelOutput:
+    """The joint output of the experts themselves, joined as a merged model joins its branches'."""
+    return side_by_side([expert(**inputs) for expert in pair.experts.values()])
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def restart_peak() -> float | None:
+    """The resident memory in MiB, from which the peak starts anew; None on systems that cannot tell (not Linux)."""
+    if not sys.platform.startswith("linux"):
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # see proc(5): resets VmHWM to the current size
+    return resident("VmRSS")
+
+
+def resident(name: str) -> float:
+    """A line of `/proc/self/status`, in MiB: `VmRSS` (now) or `VmHWM` (the peak)."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 1024
+
+
+def sources() -> str:
+    """A short digest of the package's code: rows that differ in it are of different versions."""
+    root = Path(hf_zipit.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        digest.update(file.relative_to(root).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:8]

@@ -1,0 +1,221 @@
+"""The table pair x method: how much of its experts' scores every method keeps, and what it costs.
+
+    python -m benchmarks.results --zoo zoo --out docs/results.md
+
+The zoo has to be trained before (`python -m benchmarks.zoo --out zoo`). Settings are chosen with `--split validation`;
+the table in the documentation is of the test split. A line about every finished row goes to stderr, the table to
+stdout and, if asked for, into a file. `--json` keeps the exact numbers, row by row; `--reuse` takes rows from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+
+from benchmarks.measure import EXPERTS, METHODS, REFERENCES, SEED, Row, measure_apart
+from benchmarks.zoo import RECIPES
+from hf_zipit import __version__
+from hf_zipit.files import check_writable, write_json, write_text
+from hf_zipit.report.tables import share
+
+SAMPLES = 512
+DEPTHS = (1.0, 0.5)
+COLUMNS = ("mean", "of experts", "joint", "size", "seconds", "CPU s", "memory")
+
+
+class Split(str, Enum):
+    test = "test"
+    validation = "validation"
+
+
+# ------------------------------------------------------------------------------------------------ the document
+
+
+def document(rows: Sequence[Row], header: str) -> str:
+    """The whole page in Markdown: the header, and a section with a table for every pair."""
+    pairs = dict.fromkeys(row.pair for row in rows)
+    return "\n\n".join([header, *(section([row for row in rows if row.pair == pair]) for pair in pairs)]) + "\n"
+
+
+def section(rows: Sequence[Row]) -> str:
+    """One pair: what it is, its table, and why rows have no numbers."""
+    recipe = RECIPES[rows[0].pair]
+    seeds = ", ".join(f"{task} {seed}" for task, seed in recipe.seeds.items())
+    parts = [f"## {recipe.name}", f"{recipe.about}. Training seeds: {seeds}.", table(rows)]
+    parts += [f"{row.method} at depth {row.depth} failed: {row.error}" for row in rows if row.error]
+    return "\n\n".join(parts)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of one pair's rows: the references first, then the methods in the order given, by depth."""
+    tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
+    whole = next((row.mean for row in rows if row.method == EXPERTS), None)
+    heads = ["method", "depth", *tasks, *COLUMNS]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *(cells(row, tasks, whole) for row in rows)])
+
+
+def cells(row: Row, tasks: Iterable[str], whole: float | None) -> list[str]:
+    """One row as text. `whole`: the experts' mean score."""
+    return [
+        row.method,
+        number(row.depth, "g"),
+        *(share(row.scores.get(task)) for task in tasks),
+        share(row.mean),
+        number(100 * row.mean / whole, ".1f", " %") if row.mean is not None and whole else "-",
+        share(row.joint),
+        number(row.size, ".2f"),
+        number(row.seconds, ".1f"),
+        number(row.cpu_seconds, ".1f"),
+        number(row.peak_mib, ".0f", " MiB"),
+    ]
+
+
+def number(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def introduction(rows: Sequence[Row], command: str, machine: str) -> str:
+    """What the tables show and how to make them again."""
+    measured = [row for row in rows if row.method in METHODS]
+    splits = " and ".join(dict.fromkeys(row.split for row in rows))
+    samples = " or ".join(str(count) for count in sorted({row.samples for row in measured if row.samples}))
+    versions = ", ".join(f"`{digest}`" for digest in dict.fromkeys(row.sources for row in rows))
+    return f"""# Results
+
+Written by `{command}`, with the experts of `python -m benchmarks.zoo --out zoo`; not edited by hand.
+
+Two experts from different initialisations, trained on disjoint tasks, become one model without labels or gradients.
+Scores are shares of hits on the {splits} split. `a` and `b` are within the task's own classes, *of experts* is their
+mean in percent of the experts' mean, *joint* among the classes of both tasks when the task is not known (`-` where
+both tasks have the same candidates). *depth* is the share of the blocks that is merged, *size* counts parameters,
+with one expert as 1. *seconds*, *CPU s* (all threads) and *memory* (how far the resident memory rose, each row in a
+process of its own) are those of one call of `merge`, its passes over the calibration data included.
+
+Calibration: {samples or "no"} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
+Machine: {machine}. hf_zipit {__version__}, sources {versions}.
+
+{legend(dict.fromkeys(row.method for row in rows))}"""
+
+
+def legend(methods: Iterable[str]) -> str:
+    """What each row is, and the arguments that make it."""
+    lines = ["| row | what it is | arguments of `merge` |", "| --- | --- | --- |"]
+    for name in methods:
+        method = (REFERENCES | METHODS)[name]
+        arguments = ", ".join(f"{key}={json_like(value)}" for key, value in method.settings.items())
+        lines.append(f"| {name} | {method.about} | {f'`{arguments}`' if arguments else '-'} |")
+    return "\n".join(lines)
+
+
+def json_like(value: Any) -> str:
+    """A setting as one types it, with double quotes."""
+    return json.dumps(value).replace("true", "True").replace("false", "False").replace("null", "None")
+
+
+def machine() -> str:
+    """The processor, cores and threads, and the versions that decide the numbers."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    threads = torch.get_num_threads()
+    return (
+        f"CPU ({model}), {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the command
+
+
+def requests(pairs: Iterable[str], methods: Iterable[str], depths: Iterable[float]) -> Iterator[dict[str, Any]]:
+    """Pair, method and depth of every row, in the table's order; depth varies fastest."""
+    for pair in pairs:
+        for reference in REFERENCES:
+            yield {"pair": pair, "method": reference, "depth": None}
+        for method in methods:
+            for depth in depths:
+                yield {"pair": pair, "method": method, "depth": depth}
+
+
+def known_rows(files: Iterable[Path]) -> list[Row]:
+    """The rows of earlier runs; those that failed are left out, so that they are measured again."""
+    found = [Row(**row) for file in files for row in json.loads(file.read_text())["rows"]]
+    return [row for row in found if not row.error]
+
+
+def reused(rows: Iterable[Row], asked: Mapping[str, Any]) -> Row | None:
+    """The last of the rows that answers what is asked."""
+    given = dict(asked)
+    samples = given.pop("samples")
+    fitting = [row for row in rows if all(getattr(row, name) == value for name, value in given.items())]
+    return next((row for row in reversed(fitting) if row.samples in (None, samples)), None)
+
+
+def command_line(**options: Any) -> str:
+    """The command with the options that are not their defaults; folders by their last name."""
+    words = ["python -m benchmarks.results --zoo zoo --out docs/results.md"]
+    for name, value in options.items():
+        for each in value if isinstance(value, (list, tuple)) else [value]:
+            words.append(f"--{name} {json.dumps(each) if ' ' in str(each) else each}")
+    return " ".join(words)
+
+
+def checked(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
+    """The names, or all known ones; leaves with a sentence if one is unknown."""
+    known = list(known)
+    for name in names or ():
+        if name not in known:
+            raise SystemExit(f"error: there is no {kind} {name!r}; choose from: {', '.join(known)}.")
+    return list(names or known)
+
+
+def main(
+    zoo: Annotated[Path, typer.Option(help="The folder of the trained zoo.")],
+    out: Annotated[Path | None, typer.Option(help="The Markdown file to write.")] = None,
+    pairs: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(RECIPES)}; may be repeated.")] = None,
+    methods: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(METHODS)}; may be repeated.")] = None,
+    depths: Annotated[list[float] | None, typer.Option(help="Shares of the blocks; 1 and .5 if not given.")] = None,
+    split: Annotated[Split, typer.Option(help="Where the scores come from.")] = Split.test,
+    samples: Annotated[int, typer.Option(min=1, help="Calibration samples per task.")] = SAMPLES,
+    numbers: Annotated[Path | None, typer.Option("--json", help="Where to keep the exact numbers.")] = None,
+    reuse: Annotated[list[Path] | None, typer.Option(help="Take rows from such a file; may be repeated.")] = None,
+) -> None:
+    """Merge the zoo's pairs by every method, and print the table."""
+    chosen = {"pairs": pairs or [], "methods": methods or [], "depths": depths or []}
+    pairs, methods = checked("pair", pairs, RECIPES), checked("method", methods, METHODS)
+    for target in filter(None, (out, numbers)):
+        check_writable(target.parent)
+    known = known_rows(reuse or [])
+    rows: list[Row] = []
+    for request in requests(pairs, methods, depths or DEPTHS):
+        asked = {**request, "split": split.value, "samples": samples}
+        row = reused(known, asked) or measure_apart(zoo=str(zoo), **asked)
+        if row is None:
+            continue
+        rows.append(row)
+        typer.echo(f"{row.pair}: {row.error or ' '.join(cells(row, row.scores, None))}", err=True)
+        if numbers is not None:
+            write_json(numbers, {"machine": machine(), "rows": [asdict(each) for each in rows]})
+    differing = {"split": split.value} if split != Split.test else {}
+    differing |= {"samples": samples} if samples != SAMPLES else {}
+    page = document(rows, introduction(rows, command_line(**chosen, **differing), machine()))
+    typer.echo(page)
+    if out is not None:
+        write_text(out, page)
+
+
+if __name__ == "__main__":
+    typer.run(main)

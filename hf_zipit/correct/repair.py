@@ -1,0 +1,200 @@
+"""REPAIR (Jordan et al., arXiv 2211.08403): every merged unit gets the mean and standard deviation its units had.
+
+Averaging units that are not perfectly correlated shrinks their variance, a little more with every layer. For every
+linear, convolution, embedding or BatchNorm layer of the trunk the target is the average, over the units that were merged
+into one, of their means and standard deviations in their own experts. The rescaling y -> a y + c is folded into the
+layer's own weight and bias (a BatchNorm's affine part), so that the architecture stays as it is. Where a layer has no
+bias only the standard deviation can be met.
+
+Two forms. *Measured*: the merged model runs over the calibration data once, all samples together; every layer is corrected
+as it is reached, so that those behind it see the corrected values. *From moments*: no forward pass at all. A merged
+layer's input has mean M mu and covariance M C M^T, its variances rescaled to the target as if it had been repaired
+already; its output the mean W M mu + b and the variances diag(W M C M^T W^T). That works for linear layers whose input was
+observed (attention, MLP); others are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.combine.transform import features_to_merged
+from hf_zipit.correct.data import Batches, pieces, running
+from hf_zipit.correct.registry import register
+from hf_zipit.correct.sites import Site, is_batch_norm, layers
+from hf_zipit.correct.statistics import (
+    Statistics,
+    UnitSums,
+    along,
+    mask_of,
+    measure,
+    shared_statistics,
+    towards,
+    watching,
+)
+from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.observe.record import probe_name
+from hf_zipit.planning import Plan
+from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, fitted, product_key
+
+PIECE = 64
+"""Samples that an expert is given at once."""
+
+
+@register("repair")
+def repair(
+    merged: PreTrainedModel,
+    experts: Mapping[str, PreTrainedModel],
+    planned: Plan,
+    alignment: Alignment,
+    batches: Batches,
+    *,
+    statistics: str = "measured",
+    samples: int = 256,
+    eps: float = 1e-5,
+) -> None:
+    """Fold a rescaling of every unit into the trunk's layers.
+
+    Args:
+        merged: changed in place.
+        experts: the models by task.
+        planned: the plan of the merge.
+        alignment: its maps.
+        batches: calibration data; all experts see all of it.
+        statistics: `"measured"` on the data, or from the experts' `"moments"` (the merge must have gathered them).
+        samples: of each task, at most; the measured form holds the activations of all of them at one layer.
+        eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
+
+    Raises:
+        RecipeError: for an unknown form.
+        DataError: if moments are asked for and there are none.
+    """
+    first = next(iter(experts.values()))
+    sites = {site.module: site for site in layers(first, planned) if is_folding(first.get_submodule(site.module))}
+    if statistics == "moments":
+        with torch.no_grad():
+            _repair_from_moments(merged, experts, planned, alignment, batches, sites, eps)
+    elif statistics == "measured":
+        _repair_measured(merged, experts, planned, alignment, batches, sites, samples, eps)
+    else:
+        raise RecipeError(f"repair's statistics is {statistics!r}; it must be 'measured' or 'moments'")
+
+
+def is_folding(module: nn.Module) -> bool:
+    """Whether a rescaling of the output can be folded into the module's own tensors."""
+    kinds = (nn.Linear, Conv1D, nn.Embedding, nn.modules.conv._ConvNd)
+    return isinstance(module, kinds) or is_batch_norm(module)
+
+
+def fold(module: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
+    """Fold `scale * y + shift` into a layer that puts out y; returns the shift it could take, `[units]`."""
+    if isinstance(module, nn.Embedding):
+        module.weight.copy_(along(module.weight.double(), scale, shift, -1))
+        return shift
+    axis = -1 if isinstance(module, Conv1D) else 0
+    module.weight.copy_(along(module.weight.double(), scale, torch.zeros_like(shift), axis))
+    if module.bias is None:
+        return torch.zeros_like(shift)
+    module.bias.copy_(along(module.bias.double(), scale, shift, 0))
+    return shift
+
+
+def _repair_measured(
+    merged: PreTrainedModel,
+    experts: Mapping[str, PreTrainedModel],
+    planned: Plan,
+    alignment: Alignment,
+    batches: Batches,
+    sites: Mapping[str, Site],
+    samples: int,
+    eps: float,
+) -> None:
+    inputs = batches.together(None, samples)
+    found = []
+    for expert in experts.values():
+        with running([expert], batches.device):
+            found.append(measure(expert, sites, pieces(inputs, PIECE), batches.add_up))
+    targets = {
+        name: shared_statistics([own[name] for own in found], site, alignment, planned.spec)
+        for name, site in sites.items()
+        if all(name in own for own in found)
+    }
+    mask = mask_of(inputs)
+
+    def see(name: str, value: Tensor) -> Tensor:
+        axis = sites[name].axis
+        now = UnitSums.of(value, axis, mask).statistics(batches.add_up)
+        scale, shift = (x.to(value.device) for x in towards(targets[name], now, eps))
+        taken = fold(modules[name], scale, shift)
+        return along(value, scale, taken, axis)
+
+    modules = {name: merged.trunk.get_submodule(name) for name in targets}
+    with running([merged], batches.device), watching(modules, {name: sites[name] for name in targets}, see):
+        merged(**fitted(inputs, merged), task=planned.tasks[0])
+
+
+def _repair_from_moments(
+    merged: PreTrainedModel,
+    experts: Mapping[str, PreTrainedModel],
+    planned: Plan,
+    alignment: Alignment,
+    batches: Batches,
+    sites: Mapping[str, Site],
+    eps: float,
+) -> None:
+    if batches.moments is None:
+        raise DataError("repair from moments needs a method that gathers them, such as 'zip'; use statistics='measured'")
+    for path, site in sites.items():
+        module = merged.trunk.get_submodule(path)
+        probe = probe_of(path, planned.spec) if isinstance(module, (nn.Linear, Conv1D)) else None
+        if probe is None:
+            continue
+        name = probe_name(probe)
+        mean, covariance = batches.moments.mean(probe.key, name), batches.moments.covariance(probe.key, name)
+        size = len(mean) // len(experts)
+        own = []
+        for t, expert in enumerate(experts.values()):
+            units = slice(t * size, (t + 1) * size)
+            own.append(output_statistics(expert.get_submodule(path), mean[units], covariance[units, units]))
+        target = shared_statistics(own, site, alignment, planned.spec)
+        found = output_statistics(module, *merged_input(probe, mean, covariance, alignment, planned.spec, len(experts)))
+        fold(module, *towards(target, found, eps))
+
+
+def probe_of(path: str, spec: MergeSpec) -> Probe | None:
+    """The probe of a layer's input: its own, or a neighbour's that reads the same (query's for key and value)."""
+    weight = spec.axes[f"{path}.weight"]
+    keys = [product_key(label) for label in weight]
+    inputs = [p for p in spec.probes if p.where == "input" and p.key in keys]
+    own = next((p for p in inputs if p.module == path), None)
+    parent = path.rpartition(".")[0]
+    return own or next((p for p in inputs if p.module.rpartition(".")[0] == parent), None)
+
+
+def merged_input(
+    probe: Probe, mean: Tensor, covariance: Tensor, alignment: Alignment, spec: MergeSpec, experts: int
+) -> tuple[Tensor, Tensor]:
+    """Mean `[k]` and covariance `[k, k]` of merged, repaired units, from the moments of all experts' `[T d]`."""
+    label = tuple(Factor(name) for name in probe.key)
+    size = len(mean) // experts
+    eye = torch.eye(size, dtype=torch.float64)
+    merge = torch.cat([features_to_merged(eye, 0, label, alignment, spec, t) for t in range(experts)], 1) / experts
+    merged_covariance = merge @ covariance @ merge.T
+    std = merged_covariance.diagonal().clamp_min(0).sqrt()
+    target = merge @ covariance.diagonal().clamp_min(0).sqrt()
+    ratio = torch.where(std > 0, target / std, torch.ones_like(std))
+    return merge @ mean, merged_covariance * torch.outer(ratio, ratio)
+
+
+def output_statistics(module: nn.Module, mean: Tensor, covariance: Tensor) -> Statistics:
+    """Of a linear layer's output, from the mean `[d]` and covariance `[d, d]` of its input."""
+    weight = module.weight.detach().double().cpu()
+    weight = weight.T if isinstance(module, Conv1D) else weight
+    bias = 0 if module.bias is None else module.bias.detach().double().cpu()
+    variance = ((weight @ covariance) * weight).sum(1).clamp_min(0)
+    return Statistics(weight @ mean + bias, variance.sqrt())

@@ -1,0 +1,189 @@
+"""Rescale and shift per task (The Non-Local Model Merging Problem, arXiv 2410.12766; the authors' code calls it TACT).
+
+After a module, for samples of task t,
+
+    y = s_e (x - mu_m) / s_m + mu_e
+
+with the statistics of expert t (in merged units) and of the merged model on unlabelled data of task t. Unlike REPAIR, which
+has one correction for all tasks, this needs the task at inference. The corrections are stored in the merged model, one
+per task and site, and applied when `task=` is given.
+
+Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the doors, where a branch
+reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on the task:
+there only the doors are corrected, with statistics of their own, measured behind the uncorrected trunk.
+
+Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees what
+the corrected ones before it give (the notebook measures all at once, so that later corrections fit inputs that never
+come); all samples are together in one forward pass for that, hence `samples`. eps is relative and added to both variances,
+so that a model merged with itself stays that model. Modules that run more than once in a forward pass are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.correct.data import Batches, Inputs, pieces, running
+from hf_zipit.correct.registry import register
+from hf_zipit.correct.repair import PIECE
+from hf_zipit.correct.sites import Site, block_inputs, layers
+from hf_zipit.correct.statistics import (
+    Statistics,
+    UnitSums,
+    mask_of,
+    measure,
+    statistics_to_merged,
+    towards,
+    watching,
+)
+from hf_zipit.errors import RecipeError
+from hf_zipit.modeling.rescale import Affine
+from hf_zipit.modeling.trunk import run_together
+from hf_zipit.planning import Plan
+from hf_zipit.symmetry.spec import fitted
+
+
+@register("rescale-shift", last=True)
+def rescale_shift(
+    merged: PreTrainedModel,
+    experts: Mapping[str, PreTrainedModel],
+    planned: Plan,
+    alignment: Alignment,
+    batches: Batches,
+    *,
+    modules: Sequence[str] = ("*",),
+    samples: int = 256,
+    eps: float = 1e-5,
+) -> None:
+    """Add per-task corrections to the merged model.
+
+    Args:
+        merged: changed in place: it gets `rescales` and `config.rescaled`.
+        experts: the models by task.
+        planned: the plan of the merge.
+        alignment: its maps.
+        batches: calibration data; each task's corrections are measured on its own samples, where it is told which are.
+        modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the doors always are.
+        samples: of each task, at most; the activations of all of them at one site are held at once.
+        eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
+
+    Raises:
+        RecipeError: if no module has a path of these patterns.
+    """
+    sites = chosen_sites(next(iter(experts.values())), planned, modules)
+    inputs = {task: batches.together(task, samples) for task in experts}
+    targets = {}
+    for task, expert in experts.items():
+        with running([expert], batches.device):
+            targets[task] = expert_statistics(expert, sites, planned, inputs[task], batches)
+    sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
+    merged.add_rescales([setting(site, targets[planned.tasks[0]][name], alignment, planned) for name, site in sites.items()])
+    with running([merged], batches.device):
+        for number, task in enumerate(planned.tasks):
+            own = {name: targets[task][name] for name in targets[task]}
+            weights = {}
+            for name, site in sites.items():
+                own[name], weights[name] = to_own_average(own[name], site, alignment, planned, number)
+            for joint in (True, False):
+                fit_task(merged, task, sites, own, weights, inputs[task], batches, eps, joint)
+
+
+def chosen_sites(model: PreTrainedModel, planned: Plan, patterns: Sequence[str]) -> dict[str, Site]:
+    """The sites in the trunk whose modules fit a pattern, by module and side.
+
+    A table of embeddings is no site of its own: the first block's input is, which has all tables in it.
+    """
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    tables = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+    known = [site for site in layers(model, planned) if site.module not in tables]
+    known += block_inputs(planned.spec, planned.cut)
+    found = {
+        f"{site.module}:{site.where}": site
+        for site in known
+        if any(fnmatchcase(site.module, pattern) for pattern in patterns)
+    }
+    if known and not found:
+        raise RecipeError(f"rescale-shift finds no module {list(patterns)} in the trunk; there are {known[0].module}, ...")
+    return found
+
+
+def expert_statistics(
+    expert: PreTrainedModel, sites: Mapping[str, Site], planned: Plan, inputs: Inputs, batches: Batches
+) -> dict[str, Statistics]:
+    """An expert's statistics in its own units at the sites and the doors."""
+    doors = {door_name("entries", i): Site(e.target, "input", e.axis, ()) for i, e in enumerate(planned.cut.entries)}
+    fields = [(exit_.target, exit_.axis) for exit_ in planned.cut.exits]
+    found = measure(expert, {**sites, **doors}, pieces(inputs, PIECE), batches.add_up, fields)
+    for i, exit_ in enumerate(planned.cut.exits):
+        if exit_.target in found:
+            found[door_name("exits", i)] = found.pop(exit_.target)
+    return found
+
+
+def door_name(kind: str, number: int) -> str:
+    return f"{kind}:{number}"
+
+
+def setting(site: Site, expert: Statistics, alignment: Alignment, planned: Plan) -> dict[str, object]:
+    """The entry of `config.rescaled`."""
+    merged, _ = statistics_to_merged(expert, site, alignment, planned.spec, 0)
+    return {"module": site.module, "where": site.where, "axis": site.axis, "size": len(merged.mean)}
+
+
+def to_own_average(
+    own: Statistics, site: Site, alignment: Alignment, planned: Plan, expert: int
+) -> tuple[Statistics, Tensor]:
+    """Statistics of an expert's units in the merged units, and which merged units hold any unit of the expert."""
+    merged, held = statistics_to_merged(own, site, alignment, planned.spec, expert)
+    share = torch.where(held > 0, held, torch.ones_like(held))
+    return Statistics(merged.mean / share, merged.std / share), held > 0
+
+
+def fit_task(
+    merged: PreTrainedModel,
+    task: str,
+    sites: Mapping[str, Site],
+    targets: Mapping[str, Statistics],
+    held: Mapping[str, Tensor],
+    inputs: Inputs,
+    batches: Batches,
+    eps: float,
+    joint: bool,
+) -> None:
+    """One forward pass of a task; every correction is set when its site is reached, and applied right after."""
+    key = merged.branch_names[task]
+    affines: dict[str, Affine] = {}
+    modules: dict[str, torch.nn.Module] = {}
+    watched: dict[str, Site] = {}
+    for kind, doors in (("entries", merged.entries[key]), ("exits", merged.exits[key])):
+        for i, door in enumerate(doors):
+            name = door_name(kind, i)
+            if name in targets:
+                pair = merged.rescales[kind][key][i]
+                affines[name] = pair.joint if joint else pair.alone
+                modules[name], watched[name] = door, Site("", "output", door.axis, ())
+    if not joint:
+        for i, (name, site) in enumerate(sites.items()):
+            affines[name] = merged.rescales["trunk"][i][key]
+            modules[name], watched[name] = merged.trunk.get_submodule(site.module), site
+    mask = mask_of(inputs)
+
+    def see(name: str, value: Tensor) -> None:
+        now = UnitSums.of(value, watched[name].axis, mask).statistics(batches.add_up)
+        scale, shift = towards(targets[name], now, eps)
+        if name in held:
+            scale, shift = scale.where(held[name], torch.ones_like(scale)), shift.where(held[name], torch.zeros_like(shift))
+        affines[name].set(scale, shift)
+
+    with watching(modules, watched, see):
+        if not joint:
+            merged(**fitted(inputs, merged), task=task)
+            return
+        with run_together() as memo:
+            memo.next_branch()
+            merged.run_branch(task, fitted(inputs, merged))

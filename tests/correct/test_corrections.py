@@ -1,0 +1,478 @@
+"""What must hold for every registered correction, and what each one promises, on tiny random models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_zipit import merge, plan
+from hf_zipit.correct.data import Batches, pieces
+from hf_zipit.correct.registry import CORRECTIONS, check_corrections
+from hf_zipit.correct.repair import is_folding, repair
+from hf_zipit.correct.rescale_shift import chosen_sites, expert_statistics, to_own_average
+from hf_zipit.correct.sites import Site, layers
+from hf_zipit.correct.statistics import Statistics, UnitSums, measure, shared_statistics
+from hf_zipit.errors import DataError, RecipeError, ZipItError
+from hf_zipit.merging import align_trunk
+from hf_zipit.modeling.rescale import Affine
+from hf_zipit.observe import observe
+from hf_zipit.planning import Plan
+
+from .. import tiny
+from ..test_invariants import assert_bit_identical, assert_same, awake, in_general_position, outputs
+from ..test_invariants import calibration as example_inputs
+from ..test_invariants import case as invariant_case
+from ..test_invariants import traced_once  # noqa: F401  # a fixture that is used by being here
+
+KINDS = ["vit", "bert-masked", "bert-sequence", "clip", "resnet-basic", "resnet-bottleneck"]
+TASKS = ("a", "b")
+EXACT = 1e-12
+"""An eps that bounds nothing: targets are met as exactly as float32 can."""
+
+each_kind = pytest.mark.parametrize("name", KINDS)
+each_correction = pytest.mark.parametrize("correction", CORRECTIONS.names())
+
+
+@cache
+def experts(name: str) -> dict[str, PreTrainedModel]:
+    generator = torch.Generator().manual_seed(2)
+    return dict(zip(TASKS, (awake(in_general_position(m, generator)) for m in tiny.pair(name)), strict=True))
+
+
+def data(name: str, task: str) -> dict[str, Tensor]:
+    """Inputs of a task; the second task's are other ones than the first's."""
+    found = example_inputs(experts(name)[task])
+    if task == "a":
+        return found
+    return {
+        key: x * 1.5 + 0.5 if x.is_floating_point() else x.flip(0) if key != "input_ids" else roll(x)
+        for key, x in found.items()
+    }
+
+
+def roll(ids: Tensor) -> Tensor:
+    """Other tokens, but for the last, which CLIP pools."""
+    return torch.cat([(ids[:, :-1] - 3 + 7) % 40 + 3, ids[:, -1:]], 1)
+
+
+def calibration(name: str) -> dict[str, dict[str, Tensor]]:
+    return {task: data(name, task) for task in TASKS}
+
+
+def merged(name: str, **settings: object) -> PreTrainedModel:
+    return merge(experts(name), calibration(name), progress=False, batch_size=64, **settings)
+
+
+def planned_and_aligned(name: str) -> tuple[Plan, Mapping[str, object], Batches]:
+    """What `merge` with its defaults finds on the way."""
+    models = experts(name)
+    planned = plan(models)
+    moments = observe(planned.spec, models, calibration(name), batch_size=64, progress=False)
+    batches = Batches.of(calibration(name), models, batch_size=64, moments=moments)
+    return planned, align_trunk(models, planned, moments, "zip"), batches
+
+
+def gap(found: Statistics, wanted: Statistics) -> float:
+    """The largest difference of means and standard deviations, relative to the size of the values."""
+    size = (wanted.std.square() + wanted.mean.square()).mean().sqrt()
+    return max(float((x - y).abs().max() / size) for x, y in zip(found, wanted, strict=True))
+
+
+def in_trunk(result: PreTrainedModel, sites: Mapping[str, Site]) -> dict[str, Site]:
+    return {name: Site(f"trunk.{site.module}", site.where, site.axis, site.label) for name, site in sites.items()}
+
+
+class OfTask(nn.Module):
+    """A merged model that runs one task."""
+
+    def __init__(self, model: PreTrainedModel, task: str) -> None:
+        super().__init__()
+        self.model, self.task = model, task
+
+    def forward(self, **inputs: Tensor):
+        return self.model(**inputs, task=self.task)
+
+    def get_submodule(self, path: str) -> nn.Module:
+        return self.model.get_submodule(path)
+
+
+# Every correction.
+
+
+@each_kind
+@each_correction
+def test_model_with_itself_stays_that_model(name: str, correction: str):
+    """Its BatchNorm statistics are those of the calibration data, so that a reset has nothing to change."""
+    model = awake(in_general_position(tiny.build(name), torch.Generator().manual_seed(1)))
+    inputs = example_inputs(model)
+    result = merge({"a": model, "b": model}, inputs, corrections=[correction], progress=False, batch_size=64)
+    for task in TASKS:
+        assert_same(outputs(result, inputs, model, task=task), outputs(model, inputs, model), 1e-4)
+
+
+@each_kind
+def test_model_with_reordered_copy_under_all_corrections(name: str):
+    """Units in another order have the same statistics; BatchNorm is asked elsewhere."""
+    it = invariant_case(name)
+    models = {"a": it.model, "b": it.moved}
+    result = merge(models, dict(it.inputs), corrections=["repair", "rescale-shift"], progress=False)
+    for task, model in models.items():
+        assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
+
+
+@each_kind
+@each_correction
+def test_saved_and_loaded(name: str, correction: str, tmp_path: Path):
+    result = merged(name, corrections=[correction])
+    result.save_pretrained(tmp_path / "merged")
+    loaded, info = type(result).from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values()), info
+    assert_bit_identical(dict(loaded.state_dict()), dict(result.state_dict()))
+    inputs = data(name, "a")
+    for task, model in experts(name).items():
+        assert_bit_identical(outputs(loaded, inputs, model, task=task), outputs(result, inputs, model, task=task))
+    first = experts(name)["a"]
+    assert_bit_identical(outputs(loaded, inputs, first), outputs(result, inputs, first))
+
+
+@each_correction
+@pytest.mark.parametrize("name", ["vit", "resnet-basic"])
+@pytest.mark.parametrize("depth", [0, 0.5])
+def test_branches_and_experts_are_left_alone(name: str, correction: str, depth: float):
+    before = copy.deepcopy(experts(name))
+    plain, result = merged(name, depth=depth), merged(name, depth=depth, corrections=[correction])
+    assert_bit_identical(dict(result.branches.state_dict()), dict(plain.branches.state_dict()))
+    for task, model in experts(name).items():
+        assert_bit_identical(dict(model.state_dict()), dict(before[task].state_dict()))
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not result.training
+    assert not any(module.training for module in result.modules())
+
+
+@each_correction
+def test_refit_can_come_before(correction: str):
+    result = merged("resnet-basic", refit={"micro_batch": 8}, corrections=[correction])
+    for task, model in experts("resnet-basic").items():
+        logits = outputs(result, data("resnet-basic", task), model, task=task)["logits"]
+        assert logits.isfinite().all()
+    assert list(result.config.method["corrections"]) == [correction]
+
+
+# BatchNorm reset.
+
+
+def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+
+
+def test_batchnorm_reset_gives_the_statistics_of_the_data():
+    """With one batch they are what a pass in training mode computes, of all tasks' samples together."""
+    result = merged("resnet-bottleneck", corrections=["batchnorm-reset"])
+    reference = merged("resnet-bottleneck")
+    for norm in norms(reference.trunk).values():
+        norm.train()
+        norm.momentum = 1.0
+    both = torch.cat([data("resnet-bottleneck", task)["pixel_values"] for task in TASKS])
+    reference(pixel_values=both, task="a")
+    assert norms(result.trunk)
+    for name, norm in norms(result.trunk).items():
+        expected = norms(reference.trunk)[name]
+        torch.testing.assert_close(norm.running_mean, expected.running_mean)
+        torch.testing.assert_close(norm.running_var, expected.running_var)
+        assert norm.momentum == 0.1
+        assert int(norm.num_batches_tracked) == 1
+
+
+def test_batchnorm_reset_counts_samples_not_batches():
+    """The first norm sees the images through one convolution: its mean over uneven batches is that over all images."""
+    name = "resnet-basic"
+    uneven = {task: {"pixel_values": data(name, task)["pixel_values"][:11]} for task in TASKS}
+    results = [
+        merge(experts(name), uneven, progress=False, method="identity", batch_size=size, corrections=["batchnorm-reset"])
+        for size in (4, 64)
+    ]
+    (batched, *_), (whole, *_) = (list(norms(result.trunk).values()) for result in results)
+    torch.testing.assert_close(batched.running_mean, whole.running_mean)
+    assert int(batched.num_batches_tracked) == 3
+
+
+def test_batchnorm_reset_is_the_same_over_several_processes():
+    """Two processes, one after the other, their sums added by hand."""
+    name = "resnet-basic"
+    models = experts(name)
+    planned = plan(models)
+    batches = Batches.of(calibration(name), models, batch_size=7)
+    function = CORRECTIONS.get("batchnorm-reset").function
+
+    def first_norm(batches: Batches) -> nn.BatchNorm2d:
+        result = merged(name, method="identity")
+        function(result, models, planned, {}, batches)
+        return next(iter(norms(result.trunk).values()))
+
+    sums: list[list[Tensor]] = []
+    for process in range(2):
+        seen: list[Tensor] = []
+        sums.append(seen)
+        first_norm(Batches(batches.batches, process=process, processes=2, add_up=lambda x, s=seen: s.append(x) or x))
+    (counts_a, mean_a, var_a, *_), (counts_b, mean_b, var_b, *_) = sums
+    whole = first_norm(batches)
+    total = counts_a + counts_b
+    assert total.tolist() == [48, 4]
+    torch.testing.assert_close(((mean_a + mean_b) / total[0]).float(), whole.running_mean)
+    torch.testing.assert_close(((var_a + var_b) / total[0]).float(), whole.running_var)
+
+
+# REPAIR.
+
+
+@each_kind
+def test_repair_gives_every_unit_its_targets(name: str):
+    planned, alignment, batches = planned_and_aligned(name)
+    models = experts(name)
+    result = merged(name)
+    before = measured_gap(result, planned, alignment, batches)
+    repair(result, models, planned, alignment, batches, eps=EXACT)
+    after = measured_gap(result, planned, alignment, batches)
+    assert after["with bias"] < 1e-4 < before["with bias"]
+    assert after["std"] < 1e-4 < before["std"]
+
+
+def measured_gap(
+    result: PreTrainedModel, planned: Plan, alignment: Mapping[str, object], batches: Batches
+) -> dict[str, float]:
+    """The largest gap over the layers that can shift, and that of the standard deviations over all layers."""
+    models = experts_of(result)
+    first = models["a"]
+    sites = {s.module: s for s in layers(first, planned) if is_folding(first.get_submodule(s.module))}
+    inputs = batches.together(None, 1000)
+    own = [measure(model, sites, [inputs], batches.add_up) for model in models.values()]
+    found = measure(OfTask(result, "a"), in_trunk(result, sites), [inputs], batches.add_up)
+    assert found.keys() == sites.keys()
+    gaps = {"with bias": 0.0, "std": 0.0}
+    for module, site in sites.items():
+        target = shared_statistics([statistics[module] for statistics in own], site, alignment, planned.spec)
+        layer = first.get_submodule(module)
+        if isinstance(layer, nn.Embedding) or layer.bias is not None:
+            gaps["with bias"] = max(gaps["with bias"], gap(found[module], target))
+        zeros = torch.zeros_like(target.mean)
+        gaps["std"] = max(gaps["std"], gap(Statistics(zeros, found[module].std), Statistics(zeros, target.std)))
+    return gaps
+
+
+def experts_of(result: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    return next(experts(name) for name in KINDS if experts(name)["a"].config.to_dict() == source(result))
+
+
+def source(result: PreTrainedModel) -> dict:
+    return result.config.source_config.to_dict()
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-sequence"])
+def test_repair_from_moments_meets_the_target_where_inputs_are_repaired(name: str):
+    """Queries of the first block read a normed stream: the only approximation there is that of the stream's variance."""
+    planned, alignment, batches = planned_and_aligned(name)
+    models = experts(name)
+    path = next(s.module for s in layers(models["a"], planned) if s.module.endswith(("query", "q_proj")))
+    plain, closed, direct = merged(name), merged(name), merged(name)
+    repair(closed, models, planned, alignment, batches, statistics="moments", eps=EXACT)
+    repair(direct, models, planned, alignment, batches, eps=EXACT)
+    norms_of = [m.trunk.get_submodule(path).weight.detach().norm(dim=1) for m in (plain, closed, direct)]
+    asked, wanted = norms_of[1] / norms_of[0], norms_of[2] / norms_of[0]
+    # Both enlarge what averaging has shrunk, and by alike.
+    assert wanted.mean() > 1.02
+    assert (asked - wanted).abs().mean() < 0.5 * (wanted - 1).abs().mean()
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-sequence"])
+def test_repair_from_moments_leaves_a_model_merged_with_itself(name: str):
+    model = in_general_position(tiny.build(name), torch.Generator().manual_seed(1))
+    inputs = example_inputs(model)
+    settings = {"repair": {"statistics": "moments"}}
+    result = merge({"a": model, "b": model}, inputs, corrections=settings, progress=False, share=1.0)
+    assert_same(outputs(result, inputs, model, task="b"), outputs(model, inputs, model), 1e-4)
+
+
+def test_repair_from_moments_needs_them():
+    with pytest.raises(DataError, match="moments"):
+        merged("vit", method="identity", corrections={"repair": {"statistics": "moments"}})
+
+
+# Rescale and shift.
+
+
+@each_kind
+def test_rescaled_units_have_their_experts_statistics(name: str):
+    """In task mode at every site of the trunk and every door; in the joint pass at the doors."""
+    planned, alignment, batches = planned_and_aligned(name)
+    models = experts(name)
+    plain = merged(name)
+    result = merged(name, corrections={"rescale-shift": {"eps": EXACT}})
+    assert result.config.rescaled
+    sites = chosen_sites(models["a"], planned, "*")
+    worst, untouched = 0.0, 0.0
+    for number, task in enumerate(TASKS):
+        inputs = batches.together(task, 1000)
+        wanted = expert_statistics(models[task], sites, planned, inputs, batches)
+        assert sites.keys() <= wanted.keys()
+        found, missed = (site_statistics(m, task, sites, inputs, batches) for m in (result, plain))
+        for key, site in sites.items():
+            target, held = to_own_average(wanted[key], site, alignment, planned, number)
+            worst = max(worst, gap(held_only(found[key], held), held_only(target, held)))
+            untouched = max(untouched, gap(held_only(missed[key], held), held_only(target, held)))
+        for joint in (False, True):
+            for door, statistics in door_statistics(result, task, inputs, joint).items():
+                worst = max(worst, gap(statistics, wanted[door]))
+    assert worst < 1e-3 < untouched
+
+
+def held_only(statistics: Statistics, held: Tensor) -> Statistics:
+    return Statistics(*(x[held] for x in statistics))
+
+
+def site_statistics(
+    model: PreTrainedModel, task: str, sites: Mapping[str, Site], inputs: Mapping[str, Tensor], batches: Batches
+) -> dict[str, Statistics]:
+    """Behind the corrections: with hooks that come after the model's own."""
+    found: dict[str, Statistics] = {}
+
+    def note(key: str, value: Tensor, axis: int) -> None:
+        found[key] = UnitSums.of(value, axis, inputs.get("attention_mask")).statistics(batches.add_up)
+
+    handles = []
+    for key, site in sites.items():
+        module = model.trunk.get_submodule(site.module)
+        if site.where == "input":
+            hook = lambda m, args, kwargs, k=key, a=site.axis: note(k, (*args, *kwargs.values())[0], a)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(lambda m, args, out, k=key, a=site.axis: note(k, out, a)))
+    with torch.no_grad():
+        model(**inputs, task=task)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def door_statistics(
+    model: PreTrainedModel, task: str, inputs: Mapping[str, Tensor], joint: bool
+) -> dict[str, Statistics]:
+    found: dict[str, Statistics] = {}
+    handles = []
+    for kind in ("entries", "exits"):
+        for i, door in enumerate(getattr(model, kind)[model.branch_names[task]]):
+
+            def note(module: nn.Module, args: tuple, out: Tensor, name: str = f"{kind}:{i}", axis: int = door.axis) -> None:
+                sums = UnitSums.of(out, axis, inputs.get("attention_mask"))
+                found[name] = sums.statistics(lambda x: x)
+
+            handles.append(door.register_forward_hook(note))
+    with torch.no_grad():
+        model(**inputs, task=None if joint else task)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_joint_trunk_is_not_rescaled():
+    """The trunk runs once for all tasks: what it gives in a joint pass is what it gives without corrections."""
+    plain, result = merged("vit"), merged("vit", corrections=["rescale-shift"])
+    seen: list[Tensor] = []
+    for model in (plain, result):
+        with torch.no_grad():
+            last = model.trunk.get_submodule("vit.layernorm")
+            handle = last.register_forward_hook(lambda m, args, out: seen.append(out))
+            model(**data("vit", "a"))
+            handle.remove()
+    assert len(seen) == 2
+    assert torch.equal(*seen)
+
+
+def test_rescaling_survives_a_deep_copy_and_calls_of_a_branch():
+    result = merged("vit", corrections=["rescale-shift"])
+    inputs = data("vit", "b")
+    twin = copy.deepcopy(result)
+    with torch.no_grad():
+        expected = result(**inputs, task="b").logits
+        assert torch.equal(result.branch("b")(**inputs).logits, expected)
+        for module in result.modules():
+            if isinstance(module, Affine):
+                module.reset()
+        assert torch.equal(twin(**inputs, task="b").logits, expected)
+        assert torch.equal(result(**inputs, task="b").logits, merged("vit")(**inputs, task="b").logits)
+        assert not torch.equal(result(**inputs, task="b").logits, expected)
+
+
+def test_modules_of_the_rescaling_can_be_chosen():
+    result = merged("vit", corrections={"rescale-shift": {"modules": ["*.fc2", "vit.layers.1"]}})
+    assert {site["module"] for site in result.config.rescaled} == {"vit.layers.0.mlp.fc2", "vit.layers.1.mlp.fc2", "vit.layers.1"}
+    with pytest.raises(RecipeError, match="no module"):
+        merged("vit", corrections={"rescale-shift": {"modules": ["*.fc9"]}})
+
+
+def test_rescaling_twice_is_refused():
+    result = merged("vit", corrections=["rescale-shift"])
+    with pytest.raises(ZipItError, match="already"):
+        result.add_rescales([])
+
+
+# Data and settings.
+
+
+def test_texts_of_different_length_are_padded_and_masked():
+    short, long = ({"input_ids": torch.full((2, n), 5)} for n in (3, 5))
+    batches = Batches.of([short, long], experts("bert-sequence"))
+    joined = batches.together(None, 100)
+    assert joined["input_ids"].shape == (4, 5)
+    assert joined["attention_mask"].sum(1).tolist() == [3, 3, 5, 5]
+    assert [len(p["input_ids"]) for p in pieces(joined, 3)] == [3, 1]
+
+
+def test_padding_does_not_enter_statistics():
+    value = torch.randn(4, 5, 3)
+    mask = torch.ones(4, 5, dtype=torch.long)
+    mask[0, 2:] = 0
+    found = UnitSums.of(value, -1, mask).statistics(lambda x: x)
+    rows = value[mask.bool()].double()
+    torch.testing.assert_close(found.mean, rows.mean(0))
+    torch.testing.assert_close(found.std, rows.std(0, unbiased=False))
+
+
+def test_samples_are_shared_out_among_processes():
+    batches = Batches.of(calibration("vit"), experts("vit"), batch_size=5)
+    parts = [Batches(batches.batches, process=p, processes=3).together("b", 10)["pixel_values"] for p in range(3)]
+    assert sum(map(len, parts)) == 10
+    everything = data("vit", "b")["pixel_values"][:10]
+    assert sorted(x.sum().item() for part in parts for x in part) == sorted(x.sum().item() for x in everything)
+    with pytest.raises(DataError, match="shared out"):
+        Batches(batches.batches, process=0, processes=11).together("b", 10)
+
+
+@pytest.mark.parametrize(
+    ("corrections", "message"),
+    [
+        (["batchnorm"], "batchnorm-reset"),
+        (["repair", "repair"], "twice"),
+        (["rescale-shift", "repair"], "last"),
+        ({"repair": {"sample": 3}}, "samples"),
+    ],
+)
+def test_wrong_settings_are_told_before_work_starts(corrections: object, message: str):
+    with pytest.raises(RecipeError, match=message):
+        merge({"a": "nowhere", "b": "nowhere"}, {}, corrections=corrections)
+
+
+def test_corrections_need_data():
+    with pytest.raises(DataError, match="calibration="):
+        merge(experts("vit"), method="identity", corrections=["repair"])
+
+
+def test_options_are_kept_in_order():
+    assert check_corrections("repair") == {"repair": {}}
+    assert list(check_corrections(["repair", "batchnorm-reset"])) == ["repair", "batchnorm-reset"]
