@@ -7,27 +7,31 @@ the call of `merge` alone, after a `plan` with the same arguments.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import multiprocessing
+import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
 import hf_zipit
 from benchmarks.zoo import Pair, load
+from hf_zipit.correct.sites import is_batch_norm
 from hf_zipit.merging import merge, plan
 from hf_zipit.modeling.joint import side_by_side
-from hf_zipit.refit import RefitConfig
 
 SEED = 0  # of the calibration samples and of the merge
 
@@ -54,6 +58,11 @@ def concatenates(pair: Pair) -> bool:
     return pair.metric.classes is not None and pair.metric.output == "logits"
 
 
+def has_batch_norm(pair: Pair) -> bool:
+    """Whether the experts keep running statistics."""
+    return any(is_batch_norm(module) for expert in pair.experts.values() for module in expert.modules())
+
+
 EXPERTS, ENSEMBLE = "experts", "experts side by side"
 
 REFERENCES = {
@@ -66,15 +75,22 @@ METHODS = {
     "permute": Method({"method": "permute"}, about="units paired by their activations"),
     "zip": Method({"method": "zip"}, about="ZipIt!: alike units joined, within and across experts"),
     "weights": Method({"method": "weights"}, data=False, about="Git Re-Basin: units paired by their weights, no data"),
+    "zip + BatchNorm reset": Method(
+        {"method": "zip", "corrections": ["batchnorm-reset"]},
+        about="zip, then the merged model's own running statistics",
+        fits=has_batch_norm,
+    ),
+    "zip + rescale-shift": Method(
+        {"method": "zip", "corrections": ["rescale-shift"]}, about="zip, then features rescaled and shifted per task"
+    ),
     "refit": Method({"method": "identity", "refit": True}, about="average, then layers regressed on the experts'"),
-    "permute + refit": Method({"method": "permute", "refit": True}, about="the same after permute"),
-}
-if "joint_heads" in {setting.name for setting in fields(RefitConfig)}:
-    METHODS["refit + joint heads"] = Method(
+    "refit + joint heads": Method(
         {"method": "identity", "refit": {"joint_heads": True}},
         about="refit, and logits comparable between the tasks",
         fits=concatenates,
-    )
+    ),
+    "permute + refit": Method({"method": "permute", "refit": True}, about="the same after permute"),
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +107,7 @@ class Row:
         seconds, cpu_seconds: of `merge`, by the clock and of all threads; None for the references.
         peak_mib: how far the resident memory rose above what it was before `merge`; None where it cannot be told.
         sources: the version of the package's sources, see `sources()`.
+        machine: where it was measured, see `machine()`.
         error: why there are no numbers; empty if there are.
     """
 
@@ -106,6 +123,7 @@ class Row:
     cpu_seconds: float | None = None
     peak_mib: float | None = None
     sources: str = ""
+    machine: str = ""
     error: str = ""
 
     @property
@@ -127,7 +145,14 @@ def measure(zoo: str, pair: str, method: str, depth: float | None, split: str, s
     loaded = load(pair, zoo, train=False)
     if not chosen.fits(loaded):
         return None
-    about = {"pair": pair, "method": method, "depth": depth, "split": split, "sources": sources()}
+    about = {
+        "pair": pair,
+        "method": method,
+        "depth": depth,
+        "split": split,
+        "sources": sources(),
+        "machine": machine(),
+    }
     one = parameters(next(iter(loaded.experts.values())))
     if method in REFERENCES:
         scores = {task: loaded.score(model, task, split) for task, model in loaded.experts.items()}
@@ -153,12 +178,12 @@ def measure_apart(**request: Any) -> Row | None:
             return pool.submit(measure, **request).result()
         except Exception as error:  # one broken method must not cost the rest of the table
             about = {name: request[name] for name in ("pair", "method", "depth", "split", "samples")}
-            return Row(**about, sources=sources(), error=f"{type(error).__name__}: {error}")
+            return Row(**about, sources=sources(), machine=machine(), error=f"{type(error).__name__}: {error}")
 
 
 def merged_with_cost(pair: Pair, calibration: Any, settings: Mapping[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """The merged model, and the fields of `Row` that say what merging cost."""
-    planned = {name: value for name, value in settings.items() if name not in ("refit", "correct")}
+    planned = {name: value for name, value in settings.items() if name not in ("refit", "corrections")}
     plan(pair.experts, **planned)  # imports what tracing needs; merging on few samples would leave memory to reuse
     before = restart_peak()
     start, work = time.perf_counter(), time.process_time()
@@ -200,3 +225,16 @@ def sources() -> str:
         digest.update(file.relative_to(root).as_posix().encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:8]
+
+
+def machine() -> str:
+    """The processor, cores and threads, and the versions that decide the numbers."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    threads = torch.get_num_threads()
+    return (
+        f"CPU ({model}), {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}; "
+        f"torch {torch.__version__}, transformers {transformers.__version__}"
+    )

@@ -9,18 +9,13 @@ stdout and, if asked for, into a file. `--json` keeps the exact numbers, row by 
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-import transformers
 import typer
 
 from benchmarks.measure import EXPERTS, METHODS, REFERENCES, SEED, Row, measure_apart
@@ -86,11 +81,12 @@ def number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def introduction(rows: Sequence[Row], command: str, machine: str) -> str:
+def introduction(rows: Sequence[Row], command: str) -> str:
     """What the tables show and how to make them again."""
     measured = [row for row in rows if row.method in METHODS]
     splits = " and ".join(dict.fromkeys(row.split for row in rows))
     samples = " or ".join(str(count) for count in sorted({row.samples for row in measured if row.samples}))
+    machines = "; or ".join(dict.fromkeys(row.machine for row in rows))
     versions = ", ".join(f"`{digest}`" for digest in dict.fromkeys(row.sources for row in rows))
     return f"""# Results
 
@@ -104,7 +100,7 @@ with one expert as 1. *seconds*, *CPU s* (all threads) and *memory* (how far the
 process of its own) are those of one call of `merge`, its passes over the calibration data included.
 
 Calibration: {samples or "no"} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
-Machine: {machine}. hf_zipit {__version__}, sources {versions}.
+Machine: {machines}. hf_zipit {__version__}, sources {versions}.
 
 {legend(dict.fromkeys(row.method for row in rows))}"""
 
@@ -122,19 +118,6 @@ def legend(methods: Iterable[str]) -> str:
 def json_like(value: Any) -> str:
     """A setting as one types it, with double quotes."""
     return json.dumps(value).replace("true", "True").replace("false", "False").replace("null", "None")
-
-
-def machine() -> str:
-    """The processor, cores and threads, and the versions that decide the numbers."""
-    model = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    threads = torch.get_num_threads()
-    return (
-        f"CPU ({model}), {os.cpu_count()} cores, {threads} thread{'s' * (threads != 1)}; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}"
-    )
 
 
 # ------------------------------------------------------------------------------------------------- the command
@@ -208,10 +191,10 @@ def main(
         rows.append(row)
         typer.echo(f"{row.pair}: {row.error or ' '.join(cells(row, row.scores, None))}", err=True)
         if numbers is not None:
-            write_json(numbers, {"machine": machine(), "rows": [asdict(each) for each in rows]})
+            write_json(numbers, {"rows": [asdict(each) for each in rows]})
     differing = {"split": split.value} if split != Split.test else {}
     differing |= {"samples": samples} if samples != SAMPLES else {}
-    page = document(rows, introduction(rows, command_line(**chosen, **differing), machine()))
+    page = document(rows, introduction(rows, command_line(**chosen, **differing)))
     typer.echo(page)
     if out is not None:
         write_text(out, page)

@@ -9,9 +9,10 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
-
-from hf_zipit.merging import merge, plan
-from hf_zipit.modeling import (
+# The face needs the version (what is saved says what saved it), so it comes after it.
+from hf_zipit.evaluation import evaluate  # noqa: E402
+from hf_zipit.merging import merge, plan  # noqa: E402
+from hf_zipit.modeling import (  # noqa: E402
     ZipItConfig,
     ZipItForImageClassification,
     ZipItForMaskedLM,
@@ -19,4 +20,24 @@ from hf_zipit.modeling import (
     ZipItForTokenClassification,
     ZipItModel,
 )
-from hf_zipit.symmetry import MergeSpec, prove
+from hf_zipit.recipe import load_recipe  # noqa: E402
+from hf_zipit.refit import RefitConfig  # noqa: E402
+from hf_zipit.running import run_recipe  # noqa: E402
+from hf_zipit.symmetry import MergeSpec, prove  # noqa: E402
+
+__all__ = [
+    "MergeSpec",
+    "RefitConfig",
+    "ZipItConfig",
+    "ZipItForImageClassification",
+    "ZipItForMaskedLM",
+    "ZipItForSequenceClassification",
+    "ZipItForTokenClassification",
+    "ZipItModel",
+    "evaluate",
+    "load_recipe",
+    "merge",
+    "plan",
+    "prove",
+    "run_recipe",
+]

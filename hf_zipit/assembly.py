@@ -61,7 +61,8 @@ def assemble(
     fill(merged, sources, trunk)
     for number, task in enumerate(experts):
         key = merged.branch_names[task]
-        modules = [*zip(cut.entries, merged.entries[key], strict=True), *zip(cut.exits, merged.exits[key], strict=True)]
+        modules = [*zip(cut.entries, merged.entries[key], strict=True)]
+        modules += zip(cut.exits, merged.exits[key], strict=True)
         for entry, module in modules:
             if doors is None:
                 module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
@@ -97,7 +98,8 @@ def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment, do
     size = 1
     for name in entry.key:
         size *= alignment[name].size if name in alignment else spec.spaces[name].size
-    return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": "index" if doors is None else "dense"}
+    kind = "index" if doors is None else "dense"
+    return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 
 
 @torch.no_grad()
@@ -112,4 +114,3 @@ def fill(merged: nn.Module, sources: Mapping[str, Mapping[str, Tensor]], trunk: 
             if source is None:
                 raise ExpertError(f"the tensor {name} of the merged model is missing in the expert {task!r}")
             tensor.copy_(source)
-

@@ -89,7 +89,7 @@ def sweep(
     with _working(quiet) as say:
         from dataclasses import replace
 
-        from hf_zipit.recipe import check_recipe
+        from hf_zipit.recipe import REFIT, check_recipe
         from hf_zipit.running import run_recipe
 
         loaded = _recipe(recipe, None, say)
@@ -98,7 +98,9 @@ def sweep(
         methods = tuple(method) if method else loaded.method
         depths = tuple(_depth(value) for value in depth) if depth else loaded.depth
         options = {name: given for name, given in loaded.options.items() if name in methods}
-        loaded = replace(loaded, method=methods, depth=depths, options=options, save=None)
+        marked = [any(name.endswith(REFIT) for name in names) for names in (loaded.method, methods)]
+        refit = None if marked == [True, False] else loaded.refit  # its settings were for methods that are left out
+        loaded = replace(loaded, method=methods, depth=depths, options=options, refit=refit, save=None)
         check_recipe(loaded)
         result = run_recipe(loaded, save="nothing", progress=_watched(quiet), say=say)
         if plot is not None:
@@ -125,6 +127,9 @@ def merge(
     split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
     method: Annotated[str, typer.Option("--method", "-m", help="How units are matched.")] = "zip",
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Regress merged modules on what the experts compute.")
+    ] = False,
     depth: Annotated[str, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block's path.")] = "1.0",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     dry_run: Annotated[
@@ -136,12 +141,13 @@ def merge(
     """Merge two or more experts and save the model with its card."""
     with _working(quiet) as say:
         from hf_zipit.files import check_result_folder
-        from hf_zipit.recipe import Calibration, ExpertEntry, Recipe, check_recipe
+        from hf_zipit.recipe import REFIT, Calibration, ExpertEntry, Recipe, check_recipe
         from hf_zipit.running import run_recipe
 
         say("checking")
         entries = {task: ExpertEntry(model=source) for task, source in parse_experts(experts).items()}
         data = Calibration(dataset=calibration, split=split, samples=samples) if calibration else None
+        method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
             name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(_depth(depth),),
             output=out, seed=seed,
@@ -308,6 +314,12 @@ def _print_result(result: RunResult, as_json: bool) -> None:
     console.print(results_table(result.rows, result.experts, result.expert_parameters, title=result.recipe.name))
     if result.kept and result.model:
         console.print(f"model    {result.model}  ({result.kept.method}, depth {result.kept.depth:g})", soft_wrap=True)
+    if result.refit:
+        module, error = result.refit.worst(1)[0]
+        console.print(
+            f"refit    relative error {result.refit.mean:.3f} in the mean, most in {module} ({error:.3f})",
+            soft_wrap=True,
+        )
     if result.plot:
         console.print(f"picture  {result.plot}", soft_wrap=True)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class ZipItError(ValueError):
-    """Base class of every error that hf_zipit raises on purpose; its message is fit to be shown without a traceback."""
+    """Base class of every error that hf_zipit raises on purpose: one sentence, fit to be shown without a traceback."""
 
 
 class ExpertError(ZipItError):

@@ -30,11 +30,11 @@ from hf_zipit.experts import Experts, load_experts
 from hf_zipit.files import check_writable
 from hf_zipit.observe import Moments, fingerprint_experts, observe
 from hf_zipit.observe.record import probe_name
+from hf_zipit.planning import Plan, make_plan
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.joint import calibrate_joint
 from hf_zipit.refit.stage import prepared
 from hf_zipit.refit.stage import refit as refit_trunk
-from hf_zipit.planning import Plan, make_plan
 from hf_zipit.registry import check_options
 from hf_zipit.schema import build as build_section
 from hf_zipit.symmetry.proof import model_tensors
@@ -88,11 +88,11 @@ def merge(
     """Merge models of one architecture into one multi-task model, without training.
 
     Args:
-        experts: the models by task name: loaded ones, repo ids or folders. They may come from different initialisations
-            and may have different numbers of labels.
-        calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset` (with an image processor or a
-            tokenizer as `processor`), a `DataLoader`, a tensor, or an iterable of batches. Not needed by methods that
-            look at the weights only.
+        experts: the models by task name: loaded ones, repo ids or folders. They may come from different
+            initialisations and may have different numbers of labels.
+        calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset` (with an image processor
+            or a tokenizer as `processor`), a `DataLoader`, a tensor, or an iterable of batches. Not needed by methods
+            that look at the weights only.
         method: how units are matched; see `hf_zipit.align`. `"identity"` is plain averaging.
         options: the method's own options, such as `{"alpha": 0.3}`.
         depth: the share of blocks that is merged, or the path of the block before which the trunk ends.
@@ -108,13 +108,14 @@ def merge(
         moments: moments of an earlier merge of the same experts, or their file; no data is read then.
         save_moments: where to save the moments that were gathered; those of a deep merge serve shallower ones, too.
         accelerator: where to run; one with default settings is made if none is given.
-        share: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward passes.
+        share: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
+            passes.
         seed: of everything that is drawn.
         progress: show progress bars on stderr.
 
     Returns:
-        A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32. Called
-        as it is, it answers for all tasks; with `task="name"` for one.
+        A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32.
+        Called as it is, it answers for all tasks; with `task="name"` for one.
 
     Raises:
         ExpertError: if the experts do not fit each other, or one holds NaN.
@@ -128,7 +129,8 @@ def merge(
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
     wanted = check_corrections(corrections)
     if wanted and calibration is None:
-        raise DataError(f"{next(iter(wanted))} runs models on data: pass a little unlabelled data as calibration=")
+        name = next(iter(wanted))
+        raise DataError(f"{name} runs models on data: pass a little unlabelled data as calibration=")
     if save_moments is not None:
         check_writable(Path(save_moments).parent)
     loaded = load_experts(experts)
@@ -245,7 +247,7 @@ def align_trunk(
     overrides: Mapping[str, Any] | None = None,
 ) -> Alignment:
     """Maps of the movable spaces in the trunk."""
-    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}
+    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
     return align(
         planned.spec,
         correlations,

@@ -27,8 +27,10 @@ class Plan:
         tasks: the experts, in order.
         spec: the architecture's spaces and labels; spaces that only branches have are fixed.
         cut: what is merged and what stays apart.
-        parameters: elements of one expert, of the `trunk`, of all `branches`, of the `merged` model and of all `experts`.
-        coverage: elements of the trunk under `movable` spaces, under `fixed` ones only, and `unused` by the forward pass.
+        parameters: elements of one expert, of the `trunk`, of all `branches`, of the `merged` model and of all
+            `experts`.
+        coverage: elements of the trunk under `movable` spaces, under `fixed` ones only, and `unused` by the forward
+            pass.
         moment_bytes: memory of the moments.
         passes: forward passes over the calibration data (of all experts together), 0 where the method needs none.
     """
@@ -110,7 +112,7 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: i
 
 
 def check_coverage(spec: MergeSpec, cut: Cut) -> None:
-    """Every tensor of the trunk has a label on each axis, or is known to be unused. Nothing is averaged by accident."""
+    """Every tensor of the trunk has a label on each axis, or is known to be unused; else an error names it."""
     for name in sorted(cut.trunk):
         if name not in spec.axes and name not in spec.unused:
             raise SpecError(f"the tensor {name} is covered by no rule; trace the model with inputs that use it")

@@ -11,7 +11,8 @@
     save: {method: zip, depth: 0.5}
 
 Every method is run at every depth; the one under `save` is kept. A method that ends in `+refit` is followed by the
-closed-form regression of `hf_zipit.refit`. Paths are taken from the folder that the command runs in.
+closed-form regression of `hf_zipit.refit`; with `refit: true`, or settings of it, and no such name, every method is.
+Paths are taken from the folder that the command runs in.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import yaml
 
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.files import check_result_folder, check_writable
+from hf_zipit.refit import RefitConfig
 from hf_zipit.registry import check_options, suggestion
 from hf_zipit.schema import build, read_yaml
 from hf_zipit.sources import BUILT_IN, check_source
@@ -104,7 +106,9 @@ class Recipe:
         method: one or several of `hf_zipit.align`'s methods, or `average`; with `+refit` behind it, refitted.
         depth: one or several shares of the blocks that are merged, or paths of blocks.
         options: by method, that method's own options.
-        refit: settings of the refit.
+        refit: true, or settings of the refit: for the methods with `+refit` behind their names; where none has it, for
+            all.
+        corrections: `hf_zipit.correct`'s corrections of every merge, in order, by name or as `{name: options}`.
         residual: `match` or `identity`: whether the residual stream is matched.
         overrides: methods for spaces whose name fits a pattern.
         save: which merge is kept; the first method at the first depth by default.
@@ -121,7 +125,8 @@ class Recipe:
     method: tuple[str, ...] = ("zip",)
     depth: tuple[float | str, ...] = (1.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    refit: Mapping[str, Any] = field(default_factory=dict)
+    refit: RefitConfig | bool | None = None
+    corrections: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
     residual: str = "match"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     save: Save | None = None
@@ -142,7 +147,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain values that `load_recipe` reads again; what is not set is left out."""
-        return _plain(asdict(self))
+        plain = _plain(asdict(self))
+        if isinstance(self.corrections, Mapping):  # one without options is wanted all the same
+            plain["corrections"] = {name: dict(options) for name, options in self.corrections.items()}
+        return plain
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
@@ -168,9 +176,14 @@ def real_method(method: str) -> str:
     return ALIASES.get(plain, plain)
 
 
-def refit_settings(recipe: Recipe, method: str) -> Mapping[str, Any] | bool:
+def is_refitted(recipe: Recipe, method: str) -> bool:
+    """Whether the refit follows a method: it is named with `+refit`, or `refit` is set and none is named so."""
+    return method.endswith(REFIT) or (bool(recipe.refit) and not any(m.endswith(REFIT) for m in recipe.method))
+
+
+def refit_settings(recipe: Recipe, method: str) -> RefitConfig | bool:
     """What `merge` is to be told about the refit after `method`."""
-    return (recipe.refit or True) if method.endswith(REFIT) else False
+    return (recipe.refit or True) if is_refitted(recipe, method) else False
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -218,7 +231,7 @@ def check_model_source(source: str, task: str) -> None:
 
 def _check_merging(recipe: Recipe) -> None:
     from hf_zipit.align.registry import METHODS  # imports torch
-    from hf_zipit.refit import RefitConfig
+    from hf_zipit.correct.registry import check_corrections
 
     for key in ("method", "depth"):
         values = getattr(recipe, key)
@@ -236,11 +249,9 @@ def _check_merging(recipe: Recipe) -> None:
         if method not in recipe.method:
             raise RecipeError(f"options.{method} is for no method of this recipe; {suggestion(method, recipe.method)}")
         check_options(method, METHODS.get(real_method(method)).function, options)
-    if recipe.refit and not any(method.endswith(REFIT) for method in recipe.method):
-        raise RecipeError(
-            f"refit is for no method of this recipe; write one of {list(recipe.method)} with {REFIT} behind it."
-        )
-    RefitConfig(**check_options("refit", RefitConfig, recipe.refit))
+    if recipe.refit is False and any(method.endswith(REFIT) for method in recipe.method):
+        raise RecipeError(f"refit is false, but method asks for it with {REFIT}; leave out one of them.")
+    check_corrections(recipe.corrections)
     if recipe.threads is not None and recipe.threads < 1:
         raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     if recipe.residual not in ("match", "identity"):
@@ -254,8 +265,8 @@ def _check_merging(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe) -> None:
-    needs_none = all(method in ("average", "identity") for method in recipe.method)
-    if recipe.calibration is None and not needs_none:
+    needs_none = all(real_method(m) == "identity" and not is_refitted(recipe, m) for m in recipe.method)
+    if recipe.calibration is None and (not needs_none or recipe.corrections):
         raise RecipeError("calibration is missing; name a data set on which the experts can be observed.")
     sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation, "train": recipe.train}
     for name, section in sections.items():

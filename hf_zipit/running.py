@@ -25,6 +25,7 @@ from hf_zipit.merging import merge, plan
 from hf_zipit.observe import Moments, observe
 from hf_zipit.planning import Plan
 from hf_zipit.recipe import Data, Recipe, real_method, refit_settings
+from hf_zipit.refit import RefitReport
 from hf_zipit.report.card import Result, write_card
 from hf_zipit.sources import choose_classes, class_names, load_source, match_labels, part_of, ready
 from hf_zipit.training import new_classifier, train_classifier
@@ -76,6 +77,7 @@ class RunResult:
         kept: the row of the model that was saved, if one was.
         model: its folder.
         plot: the picture of accuracy over depth, if there was something to draw.
+        refit: the errors of the kept model's refit, if it had one.
     """
 
     recipe: Recipe
@@ -85,6 +87,7 @@ class RunResult:
     kept: Row | None = None
     model: Path | None = None
     plot: Path | None = None
+    refit: RefitReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -95,6 +98,7 @@ class RunResult:
             "kept": self.kept.to_dict() if self.kept else None,
             "model": str(self.model) if self.model else None,
             "plot": str(self.plot) if self.plot else None,
+            "refit_errors": self.refit.to_dict() if self.refit else None,
         }
 
 
@@ -162,6 +166,7 @@ def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
                 options=recipe.options.get(method),
                 depth=depth,
                 refit=refit_settings(recipe, method),
+                corrections=recipe.corrections,
                 batch_size=recipe.calibration.batch_size if recipe.calibration else 32,
                 residual=recipe.residual,
                 overrides=recipe.overrides or None,
@@ -248,8 +253,9 @@ def _moments(
 
 
 def _write_all(result: RunResult, model: PreTrainedModel, experts: Mapping[str, PreTrainedModel]) -> RunResult:
-    """Save the trained experts, the picture, the kept model with its card, and last the results."""
+    """Save the results, the trained experts, the picture and the kept model with its card."""
     recipe, folder = result.recipe, result.recipe.folder
+    write_json(folder / "results.json", result.to_dict())  # first: measuring is what takes long
     for task, entry in recipe.experts.items():
         if entry.model is None:
             with replacing_folder(folder / "experts" / task) as beside:
@@ -261,7 +267,7 @@ def _write_all(result: RunResult, model: PreTrainedModel, experts: Mapping[str, 
             accuracy_over_depth(result.rows, result.experts, title=recipe.name).savefig(beside, dpi=160)
         result = replace(result, plot=folder / "accuracy.png")
     result = _write_model(result, model, folder / "model")
-    write_json(folder / "results.json", result.to_dict())
+    write_json(folder / "results.json", result.to_dict())  # again, with the paths of what was written
     return result
 
 
@@ -270,7 +276,7 @@ def _write_model(result: RunResult, model: PreTrainedModel, folder: Path) -> Run
     with replacing_folder(folder) as beside:
         model.save_pretrained(beside)
         write_card(beside, model, _card_result(result), recipe=replace(result.recipe, output=None).to_yaml())
-    return replace(result, model=folder)
+    return replace(result, model=folder, refit=RefitReport.of(model))
 
 
 def _card_result(result: RunResult) -> Result:

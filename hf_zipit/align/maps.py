@@ -1,6 +1,7 @@
 """Merge and unmerge maps: what alignment returns and combining applies.
 
-For a space with k merged units and an expert with d units, `merge` M_t is k x d and `unmerge` U_t is d x k. Nearly every
+For a space with k merged units and an expert with d units, `merge` M_t is k x d and `unmerge` U_t is d x k. Nearly
+every
 method only *groups* units, so a map is stored as one label per unit, `labels[t][i]` = the merged unit that expert t's
 unit i goes to, from which M and U follow: M[g, i] = 1/|g|, U[i, g] = 1, |g| counted over the units of all experts.
 
@@ -23,9 +24,9 @@ class SpaceMap:
 
     Attributes:
         size: k, the number of merged units.
-        labels: int64, `[experts, *sizes of the merged spaces it lives within, units]`; `labels[t, ..., i]` is the merged
-            unit of expert t's unit i. Where the space lives within heads, row h is the grouping inside merged head h, and i
-            counts the units of the expert's head that was matched to h.
+        labels: int64, `[experts, *sizes of the merged spaces it lives within, units]`; `labels[t, ..., i]` is the
+            merged unit of expert t's unit i. Where the space lives within heads, row h is the grouping inside merged
+            head h, and i counts the units of the expert's head that was matched to h.
     """
 
     size: int

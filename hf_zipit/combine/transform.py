@@ -74,7 +74,7 @@ def to_merged(
 def features_to_merged(
     features: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int
 ) -> Tensor:
-    """One expert's features in the merged units along one axis: T M_t on a vector axis, U_t transposed on a dual one."""
+    """One expert's features in merged units along one axis: T M_t on a vector axis, U_t transposed on a dual one."""
     if not any(factor.space in alignment for factor in label):
         return features
     return _along(features, axis % features.dim(), label, alignment, spec, expert)

@@ -1,7 +1,8 @@
 """The calibration data as the corrections want it, and models that run on it.
 
-Some corrections need every sample at the same module before anything moves on: what a module is given depends on how the
-modules before it were corrected. They take `together`: all samples as one batch, which bounds how many there may be.
+Some corrections need every sample at the same module before anything moves on: what a module is given depends on how
+the modules before it were corrected. They take `together`: all samples as one batch, which bounds how many there may
+be.
 Under several processes each takes its share of the samples, and sums are added up.
 """
 
@@ -86,7 +87,7 @@ class Batches:
         Raises:
             DataError: if there are fewer samples than processes.
         """
-        wanted = dict.fromkeys((batch.task for batch in self.batches if task is None or batch.task in (None, task)))
+        wanted = dict.fromkeys(batch.task for batch in self.batches if task is None or batch.task in (None, task))
         parts = []
         for one in wanted:
             joined = self._joined([b.inputs for b in self._first(one, samples)])
@@ -95,7 +96,8 @@ class Batches:
         share = {name: tensor[self.process :: self.processes] for name, tensor in joined.items()}
         if size_of(joined) < self.processes:
             raise DataError(
-                f"{size_of(joined)} calibration samples cannot be shared out among {self.processes} processes; give more."
+                f"{size_of(joined)} calibration samples cannot be shared out among {self.processes} processes; give "
+                "more."
             )
         return share
 

@@ -4,9 +4,9 @@ A correction is a function
 
     correction(merged, experts, planned, alignment, batches, *, option=default, ...) -> None
 
-that changes the merged model in place: `experts` are the models by task, `planned` is the plan of the merge, `alignment`
-holds its maps and `batches` the calibration data (`hf_zipit.correct.data.Batches`). Its keyword-only parameters are
-its options. What must hold: a model merged with itself stays that model.
+that changes the merged model in place: `experts` are the models by task, `planned` is the plan of the merge,
+`alignment` holds its maps and `batches` the calibration data (`hf_zipit.correct.data.Batches`). Its keyword-only
+parameters are its options. What must hold: a model merged with itself stays that model.
 """
 
 from __future__ import annotations
@@ -65,5 +65,8 @@ def check_corrections(
         raise RecipeError(f"corrections names one twice in {list(corrections)}; each is applied once.")
     for position, name in enumerate(given, start=1):
         if CORRECTIONS.get(name).last and position < len(given):
-            raise RecipeError(f"{name!r} must be the last of the corrections {list(given)}: the others change what it sees.")
-    return {name: check_options(name, CORRECTIONS.get(name).function, options or {}) for name, options in given.items()}
+            raise RecipeError(
+                f"{name!r} must be the last of the corrections {list(given)}: the others change what it sees."
+            )
+    functions = {name: CORRECTIONS.get(name).function for name in given}
+    return {name: check_options(name, functions[name], options or {}) for name, options in given.items()}

@@ -1,16 +1,17 @@
 """REPAIR (Jordan et al., arXiv 2211.08403): every merged unit gets the mean and standard deviation its units had.
 
 Averaging units that are not perfectly correlated shrinks their variance, a little more with every layer. For every
-linear, convolution, embedding or BatchNorm layer of the trunk the target is the average, over the units that were merged
-into one, of their means and standard deviations in their own experts. The rescaling y -> a y + c is folded into the
-layer's own weight and bias (a BatchNorm's affine part), so that the architecture stays as it is. Where a layer has no
-bias only the standard deviation can be met.
+linear, convolution, embedding or BatchNorm layer of the trunk the target is the average, over the units that were
+merged into one, of their means and standard deviations in their own experts. The rescaling y -> a y + c is folded into
+the layer's own weight and bias (a BatchNorm's affine part), so that the architecture stays as it is. Where a layer has
+no bias only the standard deviation can be met.
 
-Two forms. *Measured*: the merged model runs over the calibration data once, all samples together; every layer is corrected
-as it is reached, so that those behind it see the corrected values. *From moments*: no forward pass at all. A merged
-layer's input has mean M mu and covariance M C M^T, its variances rescaled to the target as if it had been repaired
-already; its output the mean W M mu + b and the variances diag(W M C M^T W^T). That works for linear layers whose input was
-observed (attention, MLP); others are left alone.
+Two forms. *Measured*: the merged model runs over the calibration data once, all samples together; every layer is
+corrected as it is reached, so that those behind it see the corrected values. *From moments*: no forward pass at all. A
+merged layer's input has mean M mu and covariance M C M^T, its variances rescaled to the target as if it had been
+repaired already; its output the mean W M mu + b and the variances diag(W M C M^T W^T). That works for linear layers
+whose input was observed (attention, MLP); others are left alone. A layer that runs more than once in a forward pass is
+left alone, too: no single rescaling suits all its passes.
 """
 
 from __future__ import annotations
@@ -148,7 +149,9 @@ def _repair_from_moments(
     eps: float,
 ) -> None:
     if batches.moments is None:
-        raise DataError("repair from moments needs a method that gathers them, such as 'zip'; use statistics='measured'")
+        raise DataError(
+            "repair from moments needs a method that gathers them, such as 'zip'; use statistics='measured'"
+        )
     for path, site in sites.items():
         module = merged.trunk.get_submodule(path)
         probe = probe_of(path, planned.spec) if isinstance(module, (nn.Linear, Conv1D)) else None
@@ -162,8 +165,8 @@ def _repair_from_moments(
             units = slice(t * size, (t + 1) * size)
             own.append(output_statistics(expert.get_submodule(path), mean[units], covariance[units, units]))
         target = shared_statistics(own, site, alignment, planned.spec)
-        found = output_statistics(module, *merged_input(probe, mean, covariance, alignment, planned.spec, len(experts)))
-        fold(module, *towards(target, found, eps))
+        given = merged_input(probe, mean, covariance, alignment, planned.spec, len(experts))
+        fold(module, *towards(target, output_statistics(module, *given), eps))
 
 
 def probe_of(path: str, spec: MergeSpec) -> Probe | None:

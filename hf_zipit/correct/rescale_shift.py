@@ -4,18 +4,19 @@ After a module, for samples of task t,
 
     y = s_e (x - mu_m) / s_m + mu_e
 
-with the statistics of expert t (in merged units) and of the merged model on unlabelled data of task t. Unlike REPAIR, which
-has one correction for all tasks, this needs the task at inference. The corrections are stored in the merged model, one
-per task and site, and applied when `task=` is given.
+with the statistics of expert t (in merged units) and of the merged model on unlabelled data of task t. Unlike REPAIR,
+which has one correction for all tasks, this needs the task at inference. The corrections are stored in the merged
+model, one per task and site, and applied when `task=` is given.
 
-Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the doors, where a branch
-reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on the task:
-there only the doors are corrected, with statistics of their own, measured behind the uncorrected trunk.
+Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the doors, where a
+branch reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on
+the task: there only the doors are corrected, with statistics of their own: behind the uncorrected trunk, and on the
+samples of all tasks, for that is what a joint pass is given.
 
-Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees what
-the corrected ones before it give (the notebook measures all at once, so that later corrections fit inputs that never
-come); all samples are together in one forward pass for that, hence `samples`. eps is relative and added to both variances,
-so that a model merged with itself stays that model. Modules that run more than once in a forward pass are left out.
+Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees
+what the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
+samples are together in one forward pass for that, hence `samples`. eps is relative and added to both variances, so
+that a model merged with itself stays that model. Modules that run more than once in a forward pass are left out.
 """
 
 from __future__ import annotations
@@ -67,8 +68,9 @@ def rescale_shift(
         experts: the models by task.
         planned: the plan of the merge.
         alignment: its maps.
-        batches: calibration data; each task's corrections are measured on its own samples, where it is told which are.
-        modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the doors always are.
+        batches: calibration data; each task's corrections are measured on its own samples, where they are known.
+        modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the doors always
+            are.
         samples: of each task, at most; the activations of all of them at one site are held at once.
         eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
 
@@ -76,21 +78,22 @@ def rescale_shift(
         RecipeError: if no module has a path of these patterns.
     """
     sites = chosen_sites(next(iter(experts.values())), planned, modules)
-    inputs = {task: batches.together(task, samples) for task in experts}
-    targets = {}
+    inputs, everything = {task: batches.together(task, samples) for task in experts}, batches.together(None, samples)
+    targets, joint_targets = {}, {}
     for task, expert in experts.items():
         with running([expert], batches.device):
             targets[task] = expert_statistics(expert, sites, planned, inputs[task], batches)
+            joint_targets[task] = expert_statistics(expert, {}, planned, everything, batches)
     sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
-    merged.add_rescales([setting(site, targets[planned.tasks[0]][name], alignment, planned) for name, site in sites.items()])
+    first = targets[planned.tasks[0]]
+    merged.add_rescales([setting(site, first[name], alignment, planned) for name, site in sites.items()])
     with running([merged], batches.device):
         for number, task in enumerate(planned.tasks):
-            own = {name: targets[task][name] for name in targets[task]}
-            weights = {}
+            own, held = dict(targets[task]), {}
             for name, site in sites.items():
-                own[name], weights[name] = to_own_average(own[name], site, alignment, planned, number)
-            for joint in (True, False):
-                fit_task(merged, task, sites, own, weights, inputs[task], batches, eps, joint)
+                own[name], held[name] = to_own_average(own[name], site, alignment, planned, number)
+            fit_task(merged, task, {}, joint_targets[task], {}, everything, batches, eps, joint=True)
+            fit_task(merged, task, sites, own, held, inputs[task], batches, eps, joint=False)
 
 
 def chosen_sites(model: PreTrainedModel, planned: Plan, patterns: Sequence[str]) -> dict[str, Site]:
@@ -108,7 +111,9 @@ def chosen_sites(model: PreTrainedModel, planned: Plan, patterns: Sequence[str])
         if any(fnmatchcase(site.module, pattern) for pattern in patterns)
     }
     if known and not found:
-        raise RecipeError(f"rescale-shift finds no module {list(patterns)} in the trunk; there are {known[0].module}, ...")
+        raise RecipeError(
+            f"rescale-shift finds no module {list(patterns)} in the trunk; there are {known[0].module} and others"
+        )
     return found
 
 
@@ -167,17 +172,17 @@ def fit_task(
                 pair = merged.rescales[kind][key][i]
                 affines[name] = pair.joint if joint else pair.alone
                 modules[name], watched[name] = door, Site("", "output", door.axis, ())
-    if not joint:
-        for i, (name, site) in enumerate(sites.items()):
-            affines[name] = merged.rescales["trunk"][i][key]
-            modules[name], watched[name] = merged.trunk.get_submodule(site.module), site
+    for i, (name, site) in enumerate(sites.items()):
+        affines[name] = merged.rescales["trunk"][i][key]
+        modules[name], watched[name] = merged.trunk.get_submodule(site.module), site
     mask = mask_of(inputs)
 
     def see(name: str, value: Tensor) -> None:
         now = UnitSums.of(value, watched[name].axis, mask).statistics(batches.add_up)
         scale, shift = towards(targets[name], now, eps)
-        if name in held:
-            scale, shift = scale.where(held[name], torch.ones_like(scale)), shift.where(held[name], torch.zeros_like(shift))
+        if name in held:  # a merged unit without any unit of this expert has no target
+            scale = scale.where(held[name], torch.ones_like(scale))
+            shift = shift.where(held[name], torch.zeros_like(shift))
         affines[name].set(scale, shift)
 
     with watching(modules, watched, see):

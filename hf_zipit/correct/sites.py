@@ -69,9 +69,8 @@ def output_axes(module: nn.Module) -> tuple[int, int] | None:
     if is_batch_norm(module) or isinstance(module, nn.GroupNorm):
         return 0, 1
     # A subclass of LayerNorm may have its units on another axis, as ConvNeXt's does.
-    if (type(module) is nn.LayerNorm and len(module.normalized_shape) == 1) or type(module).__name__.endswith("RMSNorm"):
-        return 0, -1
-    return None
+    plain = type(module) is nn.LayerNorm and len(module.normalized_shape) == 1
+    return (0, -1) if plain or type(module).__name__.endswith("RMSNorm") else None
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -41,7 +41,8 @@ def correct(
     if not wanted:
         return
     if calibration is None:
-        raise DataError(f"{next(iter(wanted))} measures the merged model: pass a little unlabelled data as calibration=")
+        name = next(iter(wanted))
+        raise DataError(f"{name} runs models on data: pass a little unlabelled data as calibration=")
     if not planned.cut.trunk:
         return
     batches = Batches.of(

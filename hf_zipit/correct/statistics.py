@@ -1,4 +1,4 @@
-"""Mean and standard deviation of units at sites of a model: gathered by hooks, in the experts' units or the merged ones."""
+"""Mean and standard deviation of units at sites of a model, in the experts' units or in the merged ones."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ from hf_zipit.symmetry.spec import MergeSpec, fitted
 ROWS = 65536
 """Rows that are summed in float64 at once."""
 
+LARGEST = 100.0
+"""A unit whose standard deviation would have to grow by more than this is dead."""
+
 
 class Statistics(NamedTuple):
     """Mean and standard deviation of units, `[units]` float64 each."""
@@ -38,7 +41,7 @@ class UnitSums:
 
     @classmethod
     def of(cls, value: Tensor, axis: int, mask: Tensor | None = None) -> UnitSums:
-        """The sums of one value. `mask`, `[samples, tokens]`: rows of padded tokens are left out, for they are no data."""
+        """The sums of one value. `mask`, `[samples, tokens]`: rows of padded tokens are left out."""
         rows = value.detach().movedim(axis, -1)
         if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
             rows = rows[mask.bool().to(rows.device)]
@@ -69,7 +72,7 @@ def watching(modules: Mapping[str, nn.Module], sites: Mapping[str, Site], see: S
         sites: the sites, by the same names.
     """
 
-    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
+    def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = None if args else first_argument(type(module))
         instead = see(name, args[0] if key is None else kwargs[key])
         if instead is None:
@@ -147,9 +150,7 @@ def field_of(output: ModelOutput, field: str) -> Tensor | None:
     return found
 
 
-def shared_statistics(
-    experts: Sequence[Statistics], site: Site, alignment: Alignment, spec: MergeSpec
-) -> Statistics:
+def shared_statistics(experts: Sequence[Statistics], site: Site, alignment: Alignment, spec: MergeSpec) -> Statistics:
     """What every merged unit should have: the average of its units in all experts."""
     parts = [statistics_to_merged(own, site, alignment, spec, t)[0] for t, own in enumerate(experts)]
     return Statistics(*(torch.stack(values).mean(0) for values in zip(*parts, strict=True)))
@@ -171,10 +172,11 @@ def towards(target: Statistics, found: Statistics, eps: float) -> tuple[Tensor, 
     """Scale and shift `[units]`, float64, that give units the target's mean and standard deviation.
 
     eps, relative to the mean variance, is added to *both* variances: units that have the right statistics are left
-    alone, and a unit that is dead in the merged model is not blown up.
+    alone. A unit that is dead in the merged model gets the mean only: on other data it may not be dead.
     """
     floor = eps * target.std.square().mean().clamp_min(1e-30)
     scale = ((target.std.square() + floor) / (found.std.square() + floor)).sqrt()
+    scale = torch.where(found.std * LARGEST < target.std, torch.ones_like(scale), scale)
     return scale, target.mean - scale * found.mean
 
 

@@ -94,6 +94,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def _make_rescales(self) -> None:
         doors = {"entries": self.entries, "exits": self.exits}
         self.rescales = make_rescales(self.config.rescaled, self.trunk, doors, self.branches)
+        self.rescales.train(self.training)
 
     def adopt(self, model: PreTrainedModel) -> None:
         """What placing, casting and feeding the model depend on is the source class's."""

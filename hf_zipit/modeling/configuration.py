@@ -38,7 +38,7 @@ class ZipItConfig(PreTrainedConfig):
             `axis`, the branch wants its own d.
         exits: the same for outputs that leave the trunk without passing a branch: `"field"` (dotted for nested
             outputs) instead of `"module"`.
-        rescaled: sites in the trunk with a correction per task (see `rescale.py`): `{"module": path in the source model,
+        rescaled: sites in the trunk with a correction per task (see `rescale.py`): `{"module": path in the source,
             "where": "input" | "output", "axis": int, "size": k}`. With None nothing is corrected; with a list, entries
             and exits are, too.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.

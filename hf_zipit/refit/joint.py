@@ -1,10 +1,11 @@
 """Joint heads: logits of different tasks made comparable, without touching the order of the classes within a task.
 
 The heads of separately trained experts say nothing about samples of other tasks: their concatenated logits decide by
-accident which task a sample belongs to. The calibration data tells every sample's task, so a linear discriminant on the
-features that a head reads gives the log-odds of its own task (Fisher; ridge as in the rest of the refit). These log-odds
-are added to all logits of the task alike: one more direction in the head's last linear layer, and the answers within a task
-stay what they were.
+accident which task a sample belongs to. The calibration data tells every sample's task, so a linear discriminant on
+the features that a head reads gives the log-odds of its own task (Fisher; ridge as in the rest of the refit). These
+log-odds
+are added to all logits of the task alike: one more direction in the head's last linear layer, and the answers within
+a task stay what they were.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ def calibrate_joint(merged: PreTrainedModel, batches: Sequence[MicroBatch]) -> N
         batches: calibration data that says which task each sample is of.
 
     Raises:
-        RecipeError: if the joint output is no concatenation, a head does not end in a linear layer, or a batch has no task.
+        RecipeError: if the joint output is no concatenation, a head does not end in a linear layer, or a batch has no
+            task.
     """
     tasks = merged.config.tasks
     if merged.config.joint != "concatenate" or not merged.config.task_labels:
-        raise RecipeError("joint_heads needs heads with different classes; this merge's joint output is no concatenation")
+        raise RecipeError("joint_heads needs tasks with different classes; this joint output is no concatenation")
     if any(batch.task is None for batch in batches):
-        raise RecipeError("joint_heads needs to know the task of every calibration sample: give calibration data by task")
+        raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
     features = {task: head_features(merged, task, batches) for task in tasks}
     for own, task in enumerate(tasks):
         layer, rows = features[task]
@@ -65,7 +67,7 @@ def head_features(
             logits = merged(**batch.inputs, task=task).logits
             last = next((m for m, (_, out) in seen.items() if out.data_ptr() == logits.data_ptr()), None)
             if last is None or last.bias is None:
-                raise RecipeError(f"the head of the task {task!r} does not end in a linear layer; joint_heads cannot be used")
+                raise RecipeError(f"joint_heads needs a head that ends in a linear layer; that of {task!r} does not")
             rows.append((seen[last][0][: batch.real].flatten(0, -2), batch.task))
     finally:
         for hook in hooks:

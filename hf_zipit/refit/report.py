@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,22 @@ class RefitReport:
         return {module: {task: round(e, 6) for task, e in by_task.items()} for module, by_task in self.errors.items()}
 
     @classmethod
+    def of(cls, model: PreTrainedModel) -> RefitReport | None:
+        """The report of a merged model's refit; None if it had none."""
+        errors = model.config.method.get("refit_errors")
+        return cls.from_dict(errors) if errors else None
+
+    @classmethod
     def from_dict(cls, errors: Mapping[str, Mapping[str, float]]) -> RefitReport:
         """The report from what `to_dict` gave: `config.method["refit_errors"]` of a merged model."""
         tasks = dict.fromkeys(task for by_task in errors.values() for task in by_task)
         return cls(tuple(tasks), errors)
+
+    @property
+    def mean(self) -> float:
+        """Over all modules and tasks."""
+        errors = [error for by_task in self.errors.values() for error in by_task.values()]
+        return sum(errors) / max(len(errors), 1)
 
     def worst(self, count: int = 5) -> list[tuple[str, float]]:
         """The modules with the largest mean error."""

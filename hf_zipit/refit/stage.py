@@ -120,4 +120,3 @@ def read_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) 
         end_token=getattr(text_config, "eos_token_id", None),
         weight=config.read_weight,
     )
-

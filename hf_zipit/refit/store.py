@@ -66,4 +66,3 @@ def _bytes(value: Any) -> int:
     if isinstance(value, (tuple, list)):
         return sum(map(_bytes, value))
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
-

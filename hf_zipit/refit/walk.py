@@ -536,4 +536,3 @@ def micro_batches(
             for batch in out
         ]
     return out
-

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_zipit.evaluation import Accuracy
 from hf_zipit.files import write_text
+from hf_zipit.refit import RefitReport
+from hf_zipit.report.plots import refit_errors
 from hf_zipit.report.tables import accuracies
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ PIPELINES = {
     "ZipItModel": "feature-extraction",
 }
 """The Hub's task of every merged class."""
+
+
+REFIT_PICTURE = "refit_errors.png"
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
 
 
 def card_text(model: PreTrainedModel, result: Result, recipe: str = "") -> str:
-    """The whole card, as Markdown with a YAML header."""
+    """The whole card, as Markdown with a YAML header. For a refitted model it shows the picture `REFIT_PICTURE`."""
     from jinja2 import Environment, StrictUndefined
 
     template = resources.files("hf_zipit.report").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
@@ -114,6 +119,8 @@ def card_text(model: PreTrainedModel, result: Result, recipe: str = "") -> str:
         auto_class="AutoModel" + type(model).__name__.removeprefix("ZipIt").removeprefix("Model"),
         recipe=recipe.strip(),
         accuracies=accuracies,
+        refit=RefitReport.of(model),
+        picture=REFIT_PICTURE,
     )
 
 
@@ -123,7 +130,9 @@ def _classes(model: PreTrainedModel) -> dict[str, list[str]]:
 
 
 def write_card(folder: str | Path, model: PreTrainedModel, result: Result, recipe: str = "") -> Path:
-    """Write the card as the folder's README.md, and the recipe beside it."""
+    """Write the card as the folder's README.md, and the recipe and the picture of the refit's errors beside it."""
+    if report := RefitReport.of(model):
+        refit_errors(report, Path(folder) / REFIT_PICTURE, f"{result.name}: where the refit stays off the experts")
     if recipe:
         write_text(Path(folder) / "recipe.yaml", recipe)
     return write_text(Path(folder) / "README.md", card_text(model, result, recipe))

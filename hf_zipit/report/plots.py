@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_zipit.evaluation import Accuracy
+from hf_zipit.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from hf_zipit.refit import RefitReport
     from hf_zipit.running import Row
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 MAX_TASK_PANELS = 3
+MAX_ROWS = 42
 
 STYLE = {
     "font.size": 10,
@@ -93,6 +98,74 @@ def _draw(axis: Axes, rows: Sequence[Row], experts: Accuracy, measure: Measure) 
     axis.axhline(measure(experts), color="#333333", linestyle=(0, (5, 3)), linewidth=1.2, label="experts", zorder=2)
     axis.set_ylim(0, 1)
     axis.set_xticks(sorted({row.depth for row in rows}))
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_formatter("{x:.2g}")
     axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axis.set_axisbelow(True)
+
+
+def refit_errors(report: RefitReport, path: str | Path, title: str = "") -> Path:
+    """Draw the refit's relative errors, module by module in the order they run, a marker per task, into a PNG file.
+
+    Long models take several columns. The scale is linear: what is lost is where the markers are far to the right.
+
+    Args:
+        report: of a refit; `RefitReport.from_dict(model.config.method["refit_errors"])` for a merged model.
+        path: of the file.
+        title: of the picture.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    names = list(report.errors)
+    columns = max(1, -(-len(names) // MAX_ROWS))
+    rows = max(1, -(-len(names) // columns))
+    labels = short_names(names)
+    widest = max(map(len, labels), default=0)
+    highest = max((error for by_task in report.errors.values() for error in by_task.values()), default=0.0)
+    tasks = list(dict.fromkeys(task for by_task in report.errors.values() for task in by_task))
+    with rc_context(STYLE):
+        figure = Figure(figsize=((2.6 + 0.065 * widest) * columns, 1.5 + 0.19 * rows), layout="constrained")
+        axes = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
+        for column, axis in enumerate(axes):
+            part = slice(column * rows, (column + 1) * rows)
+            _draw_errors(axis, [report.errors[name] for name in names[part]], labels[part], tasks)
+            axis.set_ylim(rows - 0.4, -0.6)
+            axis.set_xlim(0, highest * 1.06 or 1)
+        figure.supxlabel("squared error / variance of the target", fontsize=10, color="#222222")
+        lines, shown = axes[0].get_legend_handles_labels()
+        figure.legend(lines, shown, loc="outside upper right", ncols=min(len(shown), 6) or 1, frameon=False)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+        with replacing(Path(path)) as beside:
+            figure.savefig(beside, format="png", dpi=130)
+    return Path(path)
+
+
+def _draw_errors(
+    axis: Axes, errors: Sequence[Mapping[str, float]], labels: Sequence[str], tasks: Sequence[str]
+) -> None:
+    for row, by_task in enumerate(errors):
+        if by_task:
+            axis.plot([0, max(by_task.values())], [row, row], color="#D8D8D8", linewidth=1.2, zorder=1)
+    for index, task in enumerate(tasks):
+        points = [(by_task[task], row) for row, by_task in enumerate(errors) if task in by_task]
+        axis.plot(
+            *zip(*points, strict=True) if points else ([], []),
+            color=COLOURS[index % len(COLOURS)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=4.5,
+            linestyle="none",
+            label=task,
+            zorder=3 + index,
+            clip_on=False,
+        )
+    axis.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", color="#E3E3E3", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def short_names(modules: Sequence[str]) -> list[str]:
+    """Module paths without the part that all of them begin with."""
+    shared = commonprefix([name.split(".")[:-1] for name in modules]) if len(modules) > 1 else []
+    return [".".join(name.split(".")[len(shared) :]) for name in modules]

@@ -22,7 +22,14 @@ PAIR = "wordnet-bert"
 
 
 def _row(method: str = "zip", depth: float | None = 1.0, a: float = 0.5, b: float = 0.7, **more: object) -> Row:
-    given = {"samples": 512, "scores": {"a": a, "b": b}, "size": 1.0, "seconds": 2.0, "cpu_seconds": 3.0} | more
+    given = {
+        "samples": 512,
+        "scores": {"a": a, "b": b},
+        "size": 1.0,
+        "seconds": 2.0,
+        "cpu_seconds": 3.0,
+        "machine": "BOX",
+    } | more
     return Row(PAIR, method, depth, "test", **given)
 
 
@@ -83,9 +90,9 @@ def test_a_failed_row_keeps_its_place_and_its_reason() -> None:
 
 def test_the_page_has_a_section_a_pair_and_says_what_was_run() -> None:
     rows = [_reference(), _row(), dataclasses.replace(_row("weights", samples=None), pair="fashion-vit")]
-    page = results.document(rows, results.introduction(rows, "COMMAND", "MACHINE"))
+    page = results.document(rows, results.introduction(rows, "COMMAND"))
     assert re.findall("^## (.*)$", page, re.M) == [PAIR, "fashion-vit"]
-    assert "`COMMAND`" in page and "MACHINE" in page and "512 unlabelled samples" in page and "test split" in page
+    assert "`COMMAND`" in page and page.count("BOX") == 1 and "512 unlabelled samples" in page and "test split" in page
     assert '| `method="zip"` |' in page and "| permute |" not in page
     assert (
         max(len(line) for line in page.split("## ")[0].splitlines() if not line.startswith(("|", "Mach", "Writ")))

@@ -97,7 +97,7 @@ class GlossesMaskedWords(Recipe):
 
 class GlossesRoberta(GlossesMaskedWords):
     name = "glosses-roberta-mlm"
-    about = "RoBERTa (post-LN), masked words of noun glosses | verb and adjective glosses with examples"
+    about = "RoBERTa (post-LN), masked words of noun glosses and of verb and adjective glosses with examples"
     model_class = RobertaForMaskedLM
     config_class = RobertaConfig
     schedule = Schedule(epochs=4, batch_size=32, learning_rate=1e-3, weight_decay=0.01)

@@ -1,0 +1,49 @@
+"""The recipe's key `corrections`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hf_zipit.errors import RecipeError
+from hf_zipit.recipe import load_recipe
+from hf_zipit.running import load_merged, run_recipe
+
+from ..test_recipe import tiny
+
+BY_NAME = ["repair", "rescale-shift"]
+WITH_OPTIONS = {"repair": {}, "rescale-shift": {"samples": 16}}
+
+
+@pytest.mark.parametrize("corrections", ["repair", BY_NAME, WITH_OPTIONS])
+def test_a_recipe_is_written_as_it_is_read(corrections: object, tmp_path: Path):
+    recipe = tiny(tmp_path, corrections=corrections)
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "again.yaml").corrections == recipe.corrections
+    assert yaml.safe_load(recipe.to_yaml())["corrections"] == corrections
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"corrections": ["repare"]}, "did you mean 'repair'"),
+        ({"corrections": BY_NAME[::-1]}, "last"),
+        ({"corrections": {"repair": {"sample": 1}}}, "did you mean 'samples'"),
+        ({"corrections": BY_NAME, "calibration": None, "method": "average", "save": None}, "calibration is missing"),
+    ],
+)
+def test_wrong_corrections_are_told(changes: dict, message: str, tmp_path: Path):
+    with pytest.raises(RecipeError, match=message):
+        tiny(tmp_path, **changes)
+
+
+def test_a_recipe_runs_its_corrections(tmp_path: Path):
+    changes = {"corrections": WITH_OPTIONS, "method": "average", "depth": 1, "save": None, "evaluation": None}
+    recipe = tiny(tmp_path, **changes)
+    run_recipe(recipe, progress=False)
+    merged = load_merged(recipe.folder / "model")
+    assert list(merged.config.method["corrections"]) == BY_NAME
+    assert merged.config.rescaled
+    assert any(name.startswith("rescales.trunk.") for name in merged.state_dict())

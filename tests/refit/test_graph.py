@@ -1,0 +1,185 @@
+"""The program computes what the model does, and everything that can be solved has a site."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hf_zipit.adapters import adapter_for
+from hf_zipit.errors import SpecError
+from hf_zipit.planning import Plan, make_plan
+from hf_zipit.refit.graph import Program, Site, find_sites
+from hf_zipit.refit.walk import patches
+from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.trace import select_outputs
+
+from .. import tiny
+from ..test_invariants import calibration, case
+
+KEPT = {
+    "class token": ("cls_token", "class_embedding"),
+}
+"""Tensors of the required classes without a site: the position table that is added to the class token serves both."""
+
+
+@cache
+def program(name: str, depth: float = 1.0) -> tuple[Program, Plan]:
+    model = case(name).model
+    planned = make_plan({"a": model, "b": model}, depth)
+    return Program(model, calibration(model), adapter_for(model).outputs(model), planned.cut.trunk), planned
+
+
+def run(made: Program, tensors: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    values: dict = {}
+    with torch.no_grad():
+        for node in made.nodes:
+            values[node] = made.run(node, values.__getitem__, tensors, inputs)
+    return {field: values[node] for field, node in made.outputs.items()}
+
+
+@pytest.mark.parametrize("name", [*tiny.REQUIRED, "dinov2", "convnext", "albert"])
+def test_node_by_node_is_the_forward_pass(name: str):
+    model = case(name).model
+    inputs = calibration(model)
+    made, _ = program(name)
+    with torch.no_grad():
+        expected = select_outputs(model(**inputs), adapter_for(model).outputs(model))
+    found = run(made, model_tensors(model), inputs)
+    assert found.keys() == expected.keys()
+    for field, tensor in expected.items():
+        assert torch.equal(found[field], tensor), field
+
+
+def covered(made: Program, sites: dict) -> set[str | None]:
+    names: set[str | None] = set()
+    for site in sites.values():
+        names |= {site.weight, site.bias}
+        if site.norm is not None:
+            names |= {made.tensor_of(node) for node in site.norm.args[1:5]}
+    return names
+
+
+@pytest.mark.parametrize("name", tiny.REQUIRED)
+@pytest.mark.parametrize("depth", [1.0, 0.5])
+def test_every_tensor_of_the_trunk_has_a_site(name: str, depth: float):
+    made, planned = program(name, depth)
+    sites = find_sites(made, planned.cut.trunk, planned.spec.head)
+    names = covered(made, sites)
+    assert names - {None} <= planned.cut.trunk
+    tensors = model_tensors(case(name).model)
+    left = {n for n in planned.cut.trunk - names if n in planned.spec.axes and tensors[n].is_floating_point()}
+    assert {n.rpartition(".")[2] for n in left} <= set(KEPT["class token"]), left
+    weights = [site.weight for site in sites.values()]
+    assert len(weights) == len(set(weights))
+
+
+@pytest.mark.parametrize("name", tiny.REQUIRED)
+def test_residual_writers_aim_at_the_stream(name: str):
+    """Two for every block: attention and MLP, or the last convolution or the shortcut of a residual network."""
+    made, planned = program(name)
+    sites = find_sites(made, planned.cut.trunk, planned.spec.head).values()
+    in_blocks = [s for s in sites if s.stream is not None and any(b.path in s.weight for b in planned.spec.blocks)]
+    each = 1 if name.startswith("resnet") else 2
+    assert len(in_blocks) == each * len(planned.spec.blocks)
+    for site in in_blocks:
+        assert made.position[site.other] < made.position[site.node] < made.position[site.stream]
+
+
+@pytest.mark.parametrize("name", ["bert-masked", "roberta-masked", "distilbert-masked"])
+def test_a_tied_table_goes_by_its_name_in_the_trunk(name: str):
+    """Else the merged model would look its words up in the first expert's table."""
+    made, planned = program(name)
+    words = [n for n in planned.cut.trunk if n.endswith("word_embeddings.weight")]
+    sites = [s for s in find_sites(made, planned.cut.trunk, planned.spec.head).values() if s.weight in words]
+    assert [site.kind for site in sites] == ["embedding"] and len(words) == 1
+    model = case(name).model
+    other = dict(model_tensors(model), **{words[0]: torch.zeros_like(model_tensors(model)[words[0]])})
+    looked_up: list[Tensor] = []
+    values: dict = {}
+    with torch.no_grad():
+        for node in made.nodes:
+            values[node] = made.run(node, values.__getitem__, other, calibration(model))
+            if node is sites[0].node:
+                looked_up.append(values[node])
+                break
+    assert not looked_up[0].any()
+
+
+def test_shared_weights_have_no_site():
+    """ALBERT uses one block several times: what is best at one place would be wrong at the others."""
+    made, planned = program("albert")
+    sites = find_sites(made, planned.cut.trunk, planned.spec.head).values()
+    assert sites and not any("albert_layers" in site.weight for site in sites)
+
+
+class Writing(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear = how, nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if self.how == "result":
+            y += x
+            return y.relu_() + 1
+        if self.how == "argument":
+            y.add_(x)
+            y.mul_(2)
+            return y - x
+        y[:, 0] = 1.0
+        return y
+
+
+@pytest.mark.parametrize("how", ["result", "argument"])
+def test_in_place_ops_write_into_nothing(how: str):
+    model = Writing(how)
+    inputs = {"x": torch.randn(2, 3, generator=torch.Generator().manual_seed(0))}
+    made = Program(model, inputs, None)
+    before = inputs["x"].clone()
+    found = run(made, model_tensors(model), inputs)["output"]
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(**inputs))
+    assert torch.equal(inputs["x"], before)
+
+
+def test_writing_into_a_part_is_refused():
+    with pytest.raises(SpecError, match="writes into a part"):
+        Program(Writing("part"), {"x": torch.randn(2, 3)}, None)
+
+
+CONVOLUTIONS = [
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": (3, 1), "dilation": 2},
+    {"kernel_size": 3, "padding": "same"},
+    {"kernel_size": (2, 4), "padding": "same", "dilation": (2, 1)},
+    {"kernel_size": 2, "padding": "valid", "stride": 2},
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("settings", CONVOLUTIONS, ids=str)
+def test_patches_times_weights_are_the_convolution(settings: dict):
+    model = nn.Sequential(nn.Conv2d(2, 5, **settings)).eval()
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x)
+
+    named = Named()
+    x = torch.randn(2, 2, 8, 9, generator=torch.Generator().manual_seed(0))
+    made = Program(named, {"x": x}, None)
+    (site,) = find_sites(made, frozenset(model_tensors(named))).values()
+    assert isinstance(site, Site) and site.kind == "conv"
+    with torch.no_grad():
+        expected = named(x).flatten(2).mT.flatten(0, 1)
+        weight = model[0].weight
+        found = functional.linear(patches(x, weight, site.node), weight.flatten(1), model[0].bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

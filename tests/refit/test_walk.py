@@ -1,0 +1,433 @@
+"""What must hold of a refitted merge, on tiny random models of every required class."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_zipit import merge
+from hf_zipit.align.maps import SpaceMap
+from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.merging import align_trunk, combine_trunk
+from hf_zipit.planning import make_plan
+from hf_zipit.refit import RefitConfig, stage
+from hf_zipit.refit.graph import Site
+from hf_zipit.refit.walk import MERGED, UNKNOWN_TASK, Walk, micro_batches
+from hf_zipit.symmetry.proof import model_tensors
+
+from .. import tiny
+from ..test_invariants import assert_bit_identical, assert_same, calibration, case, experts, outputs
+
+KINDS = ["vit", "clip", "bert-masked", "bert-sequence", "distilbert-sequence", "resnet-basic", "resnet-bottleneck"]
+"""One class for every kind of head, block and site."""
+
+each_class = pytest.mark.parametrize("name", tiny.REQUIRED)
+each_kind = pytest.mark.parametrize("name", KINDS)
+
+
+def by_task(inputs: Mapping[str, Tensor], tasks: str = "ab") -> dict[str, dict[str, Tensor]]:
+    """Calibration data by task: every task has its part of the samples."""
+    return {t: {n: x[i :: len(tasks)] for n, x in inputs.items()} for i, t in enumerate(tasks)}
+
+
+def refitted(models: tuple[PreTrainedModel, ...], data: object, *, method: str = "identity", **settings: object):
+    depth = settings.pop("depth", 1.0)
+    named = dict(zip("abc", models, strict=False))
+    config = {"micro_batch": 8, **settings}
+    return merge(named, data, method=method, depth=depth, refit=config, progress=False)
+
+
+# Experts that compute the same are a fixed point.
+
+
+@each_class
+@pytest.mark.parametrize("depth", [1.0, 0.5])
+@pytest.mark.parametrize("moved", [False, True], ids=["itself", "reordered copy"])
+def test_model_with_itself_and_with_a_reordered_copy(name: str, depth: float, moved: bool):
+    it = case(name)
+    models = (it.model, it.moved if moved else it.model)
+    result = refitted(models, by_task(it.inputs), method="permute" if moved else "identity", depth=depth)
+    for task, model in zip("ab", models, strict=True):
+        assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
+    errors = result.config.method["refit_errors"]
+    assert errors and max(e for by_task in errors.values() for e in by_task.values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-sequence", "resnet-basic"])
+def test_inputs_that_were_not_seen(name: str):
+    it = case(name)
+    result = refitted((it.model, it.moved), it.inputs, method="permute")
+    fresh = dict(it.inputs)
+    main = it.model.main_input_name
+    fresh[main] = fresh[main].flip(1) if name.startswith("bert") else -fresh[main]
+    for task, model in (("a", it.model), ("b", it.moved)):
+        assert_same(outputs(result, fresh, model, task=task), outputs(model, fresh, model), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-masked"])
+def test_three_copies(name: str):
+    it = case(name)
+    models = (it.moved, it.model, it.moved_again)
+    result = refitted(models, by_task(it.inputs, "abc"), method="permute", own_weight=1.0)
+    for task, model in zip("abc", models, strict=True):
+        assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
+
+
+# Experts that differ: no regression may lose against the combined weights.
+
+
+class Measured(Walk):
+    """Measures every site before and after it is solved, and keeps what the doors read."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.before: dict[Site, float] = {}
+        self.after: dict[Site, float] = {}
+        self.seen: dict[str, list[Tensor]] = {}
+        made.append(self)
+
+    def _total(self, site: Site) -> float:
+        self._compute(site.node, MERGED)
+        return float(self.misfit(site)[0].sum())
+
+    def _solve(self, site: Site) -> None:
+        self.before[site] = self._total(site)
+        super()._solve(site)
+        self.after[site] = self._total(site)
+
+    def _solve_door(self, entry, node):
+        self.seen[entry.target] = [self._value(node, MERGED, b).clone() for b in range(len(self.batches))]
+        return super()._solve_door(entry, node)
+
+
+made: list[Measured] = []
+
+
+@cache
+def measured(name: str, method: str = "permute", **settings: object) -> tuple[Measured, PreTrainedModel]:
+    made.clear()
+    original, stage.Walk = stage.Walk, Measured
+    try:
+        models = experts(name)
+        result = refitted(models, by_task(calibration(models[0])), method=method, **settings)
+    finally:
+        stage.Walk = original
+    return made[0], result
+
+
+@each_kind
+def test_no_regression_is_worse_than_the_combined_weights(name: str):
+    walk, _ = measured(name)
+    assert walk.before.keys() == set(walk.sites.values())
+    better = 0
+    for site, error in walk.after.items():
+        assert error <= walk.before[site] * (1 + 1e-5), site.weight
+        better += error < 0.9 * walk.before[site]
+    assert better > len(walk.after) / 2
+
+
+@each_kind
+def test_the_report_has_every_site_and_task(name: str):
+    walk, result = measured(name)
+    errors = result.config.method["refit_errors"]
+    assert len(errors) == len(walk.sites)
+    assert all(set(by_task) == {"a", "b"} for by_task in errors.values())
+    assert all(e >= 0 for by_task in errors.values() for e in by_task.values())
+
+
+@each_kind
+@pytest.mark.parametrize("depth", [1.0, 0.5])
+def test_the_walk_ends_where_the_merged_model_is(name: str, depth: float):
+    """What the walk saw at the doors is what the assembled model hands its branches. (A tied table read under its
+    other name, or statistics that do not fit the new weights, would show.)"""
+    walk, result = measured(name, depth=depth)
+    seen: dict[str, list[Tensor]] = {}
+    hooks = []
+    key = result.branch_names["a"]
+    for settings, where, maps in (
+        (result.config.entries, "module", result.entries[key]),
+        (result.config.exits, "field", result.exits[key]),
+    ):
+        for setting, door in zip(settings, maps, strict=True):
+            hooks.append(
+                door.register_forward_pre_hook(
+                    lambda _, args, target=setting[where]: seen.setdefault(target, []).append(args[0])
+                )
+            )
+    with torch.no_grad():
+        for batch in walk.batches:
+            result(**batch.inputs, task="a")
+    assert seen.keys() == walk.seen.keys() and seen
+    for target, values in seen.items():
+        for value, expected in zip(values, walk.seen[target], strict=True):
+            scale = expected.abs().max()
+            torch.testing.assert_close(value / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["resnet-basic", "resnet-bottleneck"])
+def test_a_restored_batch_norm_is_the_folded_one(name: str):
+    """The regression's slope and shift are what convolution and norm compute together, in training mode, too: the
+    statistics are those of the calibration data."""
+    solutions: dict[Site, tuple[Tensor, Tensor]] = {}
+
+    class Noting(Measured):
+        def _write(self, site, slope, shift, gram=None):
+            solutions[site] = slope, shift
+            x = torch.cat([self._value(site.node.args[0], MERGED, b) for b in range(len(self.batches))])
+            super()._write(site, slope, shift, gram)
+            tensors, names = self.tensors[MERGED], self._norm_names(site)
+            stride, padding = site.node.args[3], site.node.args[4]
+            convolved = nn.functional.conv2d(x, tensors[site.weight], None, stride, padding)
+            flat = slope.float().reshape(tensors[site.weight].shape)
+            expected = nn.functional.conv2d(x, flat, shift.float(), stride, padding)
+            roles = [tensors[names[role]] for role in ("mean", "variance", "weight", "bias")]
+            found = nn.functional.batch_norm(convolved, *roles, eps=site.norm.args[7])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+            flat_output = convolved.movedim(1, -1).flatten(0, -2)
+            torch.testing.assert_close(roles[0], flat_output.mean(0), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(roles[1], flat_output.var(0, correction=0), rtol=1e-3, atol=1e-4)
+
+    original, stage.Walk = stage.Walk, Noting
+    try:
+        models = experts(name)
+        refitted(models, by_task(calibration(models[0])), method="permute", micro_batch=4)
+    finally:
+        stage.Walk = original
+    assert len(solutions) == sum(isinstance(m, nn.Conv2d) for m in models[0].modules())
+
+
+@each_kind
+def test_a_strong_ridge_keeps_the_combined_weights(name: str):
+    """With next to no data the ridge decides: matrices stay as they were combined. (Shifts are still fitted.)"""
+    walk, result = measured(name, ridge=1e9)
+    models = dict(zip("ab", experts(name), strict=True))
+    planned = make_plan(models, 1.0)
+    assert walk.spec.axes == planned.spec.axes
+    combined = combine_trunk(models, planned, walk.alignment)
+    tensors = model_tensors(result.trunk)
+    for site in walk.sites.values():
+        if site.kind in ("linear", "norm", "embedding"):
+            torch.testing.assert_close(tensors[site.weight], combined[site.weight], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-sequence"])
+def test_few_samples_fit_the_experts_better_than_combining_alone(name: str):
+    models = experts(name)
+    few = {n: x[:16] for n, x in calibration(models[0]).items()}
+    plain = merge(dict(zip("ab", models, strict=True)), few, method="permute", progress=False)
+    result = refitted(models, by_task(few), method="permute")
+
+    def off(merged: PreTrainedModel) -> float:
+        found = [
+            (outputs(merged, few, model, task=task)["logits"] - outputs(model, few, model)["logits"]).square().mean()
+            for task, model in zip("ab", models, strict=True)
+        ]
+        return float(sum(found))
+
+    assert off(result) < off(plain)
+
+
+# Tasks, weights, data.
+
+
+def test_units_that_one_expert_has_are_that_experts():
+    """Singletons of zip: on samples of every task, and for every weight, the target is what their expert computes."""
+    models = experts("vit")
+    data = by_task(calibration(models[0]))
+    planned = make_plan(dict(zip("ab", models, strict=True)), 1.0)
+    name = next(n for n, s in planned.spec.spaces.items() if s.size == tiny.IMAGE["intermediate_size"])
+    size = planned.spec.spaces[name].size
+    apart = SpaceMap(2 * size, torch.arange(2 * size).reshape(2, size))
+    alignment = align_trunk(dict(zip("ab", models, strict=True)), planned, None, "identity")
+    for own_weight in (0.5, 0.8, 1.0):
+        walk = small_walk(models, data, own_weight=own_weight)
+        walk.alignment = {**alignment, name: apart}
+        site = next(s for s in walk.sites.values() if (walk.spec.axes[s.weight][0][0].space,) == (name,))
+        walk.store = {}  # type: ignore[assignment]
+        for who in (0, 1):
+            for b in range(len(walk.batches)):
+                walk.store[site.node, who, b] = torch.full((8, 17, size), float(who + 1))
+        for b in range(len(walk.batches)):
+            target = walk._target(site.node, -1, walk.spec.axes[site.weight][0], b)
+            torch.testing.assert_close(target[0, 0], torch.tensor([1.0] * size + [2.0] * size))
+
+
+def small_walk(models, data, **settings: object) -> Walk:
+    planned = make_plan(dict(zip("ab", models, strict=True)), 1.0)
+    config = RefitConfig(micro_batch=8, **settings)
+    named = dict(zip("ab", models, strict=True))
+    alignment = align_trunk(named, planned, None, "identity")
+    return Walk(
+        models[0], [model_tensors(m) for m in models], combine_trunk(named, planned, alignment),
+        stage.prepared(data, models[0], list(named), config, None), tasks="ab", spec=planned.spec, cut=planned.cut,
+        alignment=alignment, config=config, positions=stage.read_positions(models[0], None, config), progress=False,
+    )  # fmt: skip
+
+
+def test_own_weight_is_the_own_experts_share():
+    models = experts("vit")
+    walk = small_walk(models, by_task(calibration(models[0])), own_weight=0.8)
+    assert walk._shares(0) == pytest.approx([0.8, 0.2]) and walk._shares(1) == pytest.approx([0.2, 0.8])
+    assert walk._shares(None) == [0.5, 0.5]
+    site = next(s for s in walk.sites.values() if s.kind == "linear")
+    walk.store = {(site.node, who, 0): torch.full((8, 17, 32), who + 1.0) for who in (0, 1)}  # type: ignore[assignment]
+    target = walk._target(site.node, -1, walk.spec.axes[site.weight][0], 0)
+    torch.testing.assert_close(target, torch.full_like(target, 0.8 * 1 + 0.2 * 2))
+
+
+def test_samples_of_unknown_task():
+    models = experts("vit")
+    result = refitted(models, calibration(models[0]))
+    assert all(set(e) == {UNKNOWN_TASK} for e in result.config.method["refit_errors"].values())
+    known = refitted(models, by_task(calibration(models[0])), own_weight=0.5, ridge=1e-4)
+    assert set(known.config.method["refit_errors"]) == set(result.config.method["refit_errors"])
+    # With equal shares the task of a sample says nothing to the trunk.
+    tensors, others = model_tensors(result.trunk), model_tensors(known.trunk)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(tensor, others[name], rtol=1e-2, atol=2e-4)
+
+
+def test_depth_zero_has_nothing_to_refit():
+    models = experts("vit")
+    inputs = calibration(models[0])
+    result = refitted(models, by_task(inputs), depth=0)
+    assert "refit_errors" not in result.config.method
+    for task, model in zip("ab", models, strict=True):
+        assert_same(outputs(result, inputs, model, task=task), outputs(model, inputs, model), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet-basic"])
+def test_made_twice(name: str):
+    models = experts(name)
+    data = by_task(calibration(models[0]))
+    once, twice = (refitted(models, data, rows_per_input=1) for _ in range(2))
+    assert_bit_identical(dict(twice.state_dict()), dict(once.state_dict()))
+    other = merge(
+        dict(zip("ab", models, strict=True)), data, method="identity", seed=1, progress=False,
+        refit=RefitConfig(micro_batch=8, rows_per_input=1),
+    )  # fmt: skip
+    assert any(not torch.equal(t, once.state_dict()[n]) for n, t in other.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-masked", "resnet-bottleneck"])
+def test_a_small_memory_budget_changes_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    models = experts(name)
+    data = by_task(calibration(models[0]))
+    assert_bit_identical(
+        dict(refitted(models, data, memory_gb=1e-6).state_dict()), dict(refitted(models, data).state_dict())
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_experts_are_left_alone_and_half_precision_works():
+    models = tuple(copy.deepcopy(m).to(torch.bfloat16) for m in experts("vit"))
+    before = [copy.deepcopy(m) for m in models]
+    inputs = calibration(models[0])
+    result = refitted(models, by_task(inputs))
+    for model, old in zip(models, before, strict=True):
+        assert_bit_identical(model_tensors(model), model_tensors(old))
+    exact = tuple(copy.deepcopy(m).float() for m in models)
+    expected = refitted(exact, by_task(inputs))
+    for name, tensor in model_tensors(result.trunk).items():
+        torch.testing.assert_close(tensor, model_tensors(expected.trunk)[name])
+
+
+@pytest.mark.parametrize(
+    ("refit", "message"),
+    [
+        ({"rigde": 1}, "refit.rigde is no known key; did you mean 'ridge'"),
+        ({"ridge": "much"}, "refit.ridge should be a number"),
+        ({"ridge": 0}, "above 0"),
+        ({"own_weight": 1.5}, "at most 1"),
+        ({"micro_batch": 0}, "at least 1"),
+    ],
+)
+def test_wrong_settings(refit: dict, message: str):
+    models = experts("vit")
+    with pytest.raises(RecipeError, match=message):
+        merge(dict(zip("ab", models, strict=True)), calibration(models[0]), refit=refit)
+
+
+def test_refit_needs_data():
+    with pytest.raises(DataError, match="pass a little unlabelled data"):
+        merge(dict(zip("ab", experts("vit"), strict=True)), method="identity", refit=True)
+
+
+# Micro-batches: how the data is cut up and filled up has no influence.
+
+
+def test_micro_batches_are_of_one_shape():
+    short = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
+    long = {"input_ids": torch.ones(3, 5, dtype=torch.int64), "token_type_ids": torch.ones(3, 5, dtype=torch.int64)}
+    long["attention_mask"] = torch.ones_like(long["input_ids"])
+    found = micro_batches([(0, short), (1, long)], 8, {"input_ids": 9})
+    assert [batch.real for batch in found] == [2, 3] and [batch.number for batch in found] == [0, 1]
+    assert {batch.size for batch in found} == {3}
+    assert found[0].inputs["input_ids"].tolist() == [[1, 1, 1, 9, 9]] * 3
+    assert found[0].inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0]] * 3
+    assert [batch.task for batch in found] == [0, 1]
+
+
+def test_a_mask_is_given_to_all_or_none():
+    ids = torch.ones(2, 4, dtype=torch.int64)
+    assert "attention_mask" not in micro_batches([(0, {"input_ids": ids})] * 2, 2, {})[1].inputs
+    mixed = micro_batches([(0, {"input_ids": ids}), (0, {"input_ids": ids[:, :2]})], 2, {})
+    assert all("attention_mask" in batch.inputs for batch in mixed)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-masked", "clip", "resnet-basic"])
+def test_the_size_of_micro_batches_has_no_influence(name: str):
+    models = experts(name)
+    data = by_task(calibration(models[0]))
+    data["b"] = {n: x[:7] for n, x in data["b"].items()}  # no size divides 12 and 7
+    results = [model_tensors(refitted(models, data, micro_batch=size).trunk) for size in (12, 5)]
+    for tensor_name, tensor in results[0].items():
+        assert off(tensor, results[1][tensor_name]) < 1e-4, tensor_name
+
+
+@pytest.mark.parametrize("name", ["bert-masked", "bert-sequence", "roberta-masked", "distilbert-sequence"])
+def test_padding_has_no_influence(name: str):
+    """The same texts, short and long ones, alone and padded by the user with other tokens under the mask."""
+    models = experts(name)
+    ids = calibration(models[0])["input_ids"]
+    short, long = ids[:8, :4], ids[8:]
+    padded = torch.cat([short, torch.full((8, 3), models[0].config.pad_token_id)], 1)
+    mask = torch.cat([torch.ones(8, 4), torch.zeros(8, 3)], 1).long()
+    alone = {"a": [{"input_ids": short}, {"input_ids": long}], "b": {"input_ids": long}}
+    filled = {
+        "a": [
+            {"input_ids": padded, "attention_mask": mask},
+            {"input_ids": long, "attention_mask": torch.ones_like(long)},
+        ],
+        "b": {"input_ids": long},
+    }
+    results = [model_tensors(refitted(models, data).trunk) for data in (alone, filled)]
+    for tensor_name, tensor in results[0].items():
+        assert off(tensor, results[1][tensor_name]) < 1e-4, tensor_name
+
+
+def off(tensor: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((tensor - other).abs().max() / tensor.abs().max().clamp_min(1e-12))
+
+
+def test_sampled_rows_are_those_of_one_process():
+    """Which rows of a batch are drawn depends on the batch alone, so that several processes draw what one would."""
+    models = experts("vit")
+    walk = small_walk(models, by_task(calibration(models[0])), rows_per_input=2)
+    weights = torch.ones(100)
+    rows = [walk._sample(weights, 32, b)[0] for b in range(len(walk.batches))]
+    assert all(len(r) == -(-2 * 32 // len(walk.batches)) for r in rows)
+    assert not torch.equal(rows[0], rows[1])
+    walk.batches = [replace(batch) for batch in walk.batches[1::2]]
+    assert torch.equal(walk._sample(weights, 32, 0)[0], rows[1])
