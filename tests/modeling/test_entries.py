@@ -40,7 +40,7 @@ def in_other_basis(tensors: dict[str, Tensor], order: Tensor) -> dict[str, Tenso
 def entry_tensors(kind: str, key: str, order: Tensor) -> dict[str, Tensor]:
     if kind == "index":
         return {f"entries.{key}.0.index": order}
-    return {f"entries.{key}.0.weight": torch.eye(WIDTH)[order]}
+    return {f"entries.{key}.0.weight": torch.eye(WIDTH)[order], f"entries.{key}.0.bias": torch.zeros(WIDTH)}
 
 
 @torch.no_grad()
@@ -70,9 +70,13 @@ def test_a_branch_in_another_basis_reads_the_trunk_through_its_entry(kind: str) 
 def test_entries_map_their_axis(entry: type, axis: int) -> None:
     made = entry(axis, units=5, size=3)
     index = torch.tensor([2, 0, 0, 1, 2])
-    made.load_state_dict({"index": index} if entry is IndexEntry else {"weight": torch.eye(3)[index]})
+    bias = torch.arange(5.0)
+    made.load_state_dict({"index": index} if entry is IndexEntry else {"weight": torch.eye(3)[index], "bias": bias})
     x = torch.randn(3, 3, 3)
-    assert torch.equal(made(x), x.index_select(axis, index))
+    wanted = x.index_select(axis, index)
+    if entry is DenseEntry:
+        wanted = (wanted.movedim(axis, -1) + bias).movedim(-1, axis)
+    assert torch.equal(made(x), wanted)
 
 
 @torch.no_grad()
