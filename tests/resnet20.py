@@ -32,9 +32,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SPACES = {
-    f"{5 + 21 * stage + 6 * block}": f"layer{stage + 1}.{block}" for stage in range(3) for block in range(3)
-} | {f"{21 * (stage + 1)}": f"layer{stage + 1}" for stage in range(3)}
+SPACES = {f"{5 + 21 * stage + 6 * block}": f"layer{stage + 1}.{block}" for stage in range(3) for block in range(3)} | {
+    f"{21 * (stage + 1)}": f"layer{stage + 1}" for stage in range(3)
+}
 """By node: the block whose inner channels it observes, or the stage whose stream."""
 
 

@@ -10,8 +10,8 @@ model, one per task and site, and applied when `task=` is given.
 
 Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the doors, where a
 branch reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on
-the task: there only the doors are corrected, with statistics of their own: behind the uncorrected trunk, and on the
-samples of all tasks, for that is what a joint pass is given.
+the task: there only the doors are corrected, with statistics of their own, measured behind the uncorrected trunk. That
+gives every head the scale it had in its expert; the joint answer can be better or worse for it (`joint=False`: off).
 
 Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees
 what the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
@@ -60,6 +60,7 @@ def rescale_shift(
     modules: Sequence[str] = ("*",),
     samples: int = 256,
     eps: float = 1e-5,
+    joint: bool = True,
 ) -> None:
     """Add per-task corrections to the merged model.
 
@@ -73,17 +74,17 @@ def rescale_shift(
             are.
         samples: of each task, at most; the activations of all of them at one site are held at once.
         eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
+        joint: whether the doors are corrected in joint forward passes, too.
 
     Raises:
         RecipeError: if no module has a path of these patterns.
     """
     sites = chosen_sites(next(iter(experts.values())), planned, modules)
-    inputs, everything = {task: batches.together(task, samples) for task in experts}, batches.together(None, samples)
-    targets, joint_targets = {}, {}
+    inputs = {task: batches.together(task, samples) for task in experts}
+    targets = {}
     for task, expert in experts.items():
         with running([expert], batches.device):
             targets[task] = expert_statistics(expert, sites, planned, inputs[task], batches)
-            joint_targets[task] = expert_statistics(expert, {}, planned, everything, batches)
     sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
     first = targets[planned.tasks[0]]
     merged.add_rescales([setting(site, first[name], alignment, planned) for name, site in sites.items()])
@@ -92,8 +93,9 @@ def rescale_shift(
             own, held = dict(targets[task]), {}
             for name, site in sites.items():
                 own[name], held[name] = to_own_average(own[name], site, alignment, planned, number)
-            fit_task(merged, task, {}, joint_targets[task], {}, everything, batches, eps, joint=True)
-            fit_task(merged, task, sites, own, held, inputs[task], batches, eps, joint=False)
+            if joint:
+                fit_task(merged, task, {}, own, {}, inputs[task], batches, eps, jointly=True)
+            fit_task(merged, task, sites, own, held, inputs[task], batches, eps, jointly=False)
 
 
 def chosen_sites(model: PreTrainedModel, planned: Plan, patterns: Sequence[str]) -> dict[str, Site]:
@@ -158,7 +160,7 @@ def fit_task(
     inputs: Inputs,
     batches: Batches,
     eps: float,
-    joint: bool,
+    jointly: bool,
 ) -> None:
     """One forward pass of a task; every correction is set when its site is reached, and applied right after."""
     key = merged.branch_names[task]
@@ -170,7 +172,7 @@ def fit_task(
             name = door_name(kind, i)
             if name in targets:
                 pair = merged.rescales[kind][key][i]
-                affines[name] = pair.joint if joint else pair.alone
+                affines[name] = pair.joint if jointly else pair.alone
                 modules[name], watched[name] = door, Site("", "output", door.axis, ())
     for i, (name, site) in enumerate(sites.items()):
         affines[name] = merged.rescales["trunk"][i][key]
@@ -186,7 +188,7 @@ def fit_task(
         affines[name].set(scale, shift)
 
     with watching(modules, watched, see):
-        if not joint:
+        if not jointly:
             merged(**fitted(inputs, merged), task=task)
             return
         with run_together() as memo:

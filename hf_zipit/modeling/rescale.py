@@ -3,7 +3,7 @@
 A trunk module that was merged from several tasks' has no task's statistics. Where the task is known, `scale * x +
 shift` per unit gives the units the statistics of that task's expert. Inside the trunk that is so when one task runs
 alone. In a joint forward pass the trunk runs once for all, and only the doors, where a branch reads the trunk, are
-corrected, by a second pair of numbers that was measured behind the uncorrected trunk on samples of all tasks.
+corrected, by a second pair of numbers that was measured behind the uncorrected trunk.
 
 State dict: `rescales.trunk.NUMBER.TASK`, `rescales.entries.TASK.NUMBER.{alone,joint}`, `rescales.exits...`, each with
 `scale` and `shift`; NUMBER counts `config.rescaled`, `config.entries` and `config.exits`.

@@ -31,8 +31,14 @@ def one_thread() -> Iterator[None]:
 class Gram:
     """Weighted second moments of inputs `[rows, d]` and targets `[rows, k]`.
 
+    What is kept of the targets is what a first solution leaves of them. Where that is right already, as it is for
+    experts that compute the same, nothing but rounding is left: with the whole targets, rounding in directions that
+    the rows hardly show would be blown up by the inverse of the ridge. For the same reason the inputs of every block
+    of rows are centred before they are multiplied.
+
     Attributes:
-        xx: `[d, d]`; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the weights. All float64.
+        xx: `[d, d]`; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the weights. All float64; y: of what is left.
+        start: the first solution, a slope `[k, d]`; None for zero.
     """
 
     xx: Tensor
@@ -40,27 +46,35 @@ class Gram:
     x: Tensor
     y: Tensor
     n: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    start: Tensor | None = None
 
     @classmethod
-    def empty(cls, inputs: int, outputs: int) -> Gram:
+    def empty(cls, inputs: int, outputs: int, start: Tensor | None = None) -> Gram:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(*shape, dtype=torch.float64)
 
-        return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs))
+        return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs), start=start)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
         for block, target, w in zip(x.split(8192), y.split(8192), weight[:, None].split(8192), strict=True):
+            if self.start is not None:
+                target = target - block @ self.start.to(block.dtype).T
+            centre = block.mean(0)
+            block = block - centre
             weighted = block * w
-            self.xx += (block.T @ weighted).double()
-            self.xy += (weighted.T @ target).double()
-            self.x += weighted.sum(0).double()
-            self.y += (target * w).sum(0).double()
-            self.n += w.sum().double()
+            n = w.sum(dtype=torch.float64)
+            x0, x1, y1 = centre.double(), weighted.sum(0, dtype=torch.float64), (w.T @ target)[0].double()
+            mixed = torch.outer(x0, x1)
+            self.xx += (block.T @ weighted).double() + mixed + mixed.T + n * torch.outer(x0, x0)
+            self.xy += (weighted.T @ target).double() + torch.outer(x0, y1)
+            self.x += x1 + n * x0
+            self.y += y1
+            self.n += n
 
     def reduce(self, add_up: Callable[[Tensor], Tensor]) -> Gram:
         """The moments of all processes; `add_up` sums a tensor over them."""
-        return Gram(*(add_up(t) for t in (self.xx, self.xy, self.x, self.y, self.n)))
+        return Gram(*(add_up(t) for t in (self.xx, self.xy, self.x, self.y, self.n)), start=self.start)
 
 
 @torch.no_grad()
@@ -81,12 +95,13 @@ def ridge(gram: Gram, prior: Tensor, strength: float, intercept: bool = True) ->
         cross = cross - torch.outer(gram.x, mean_y)
     pull = strength * centred.diagonal().mean().clamp_min(1e-12)
     left = centred + pull * torch.eye(len(centred), dtype=centred.dtype)
-    right = cross + pull * prior.double().T
+    start = torch.zeros_like(cross.T) if gram.start is None else gram.start.double()
+    right = cross + pull * (prior.double() - start).T
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(left)
         slope = torch.linalg.lstsq(left, right).solution if failed else torch.cholesky_solve(right, factor)
-    slope = slope.T
-    return slope, (mean_y - slope @ mean_x) if intercept else torch.zeros_like(mean_y)
+    change = slope.T
+    return start + change, (mean_y - change @ mean_x) if intercept else torch.zeros_like(mean_y)
 
 
 @dataclass
@@ -102,7 +117,8 @@ class ChannelSums:
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x and y `[rows, d]`, weight `[rows]`."""
         w = weight[:, None].expand_as(x)
-        self.sums += torch.stack([(w * part).sum(0).double() for part in (torch.ones_like(x), x, y, x * x, x * y)])
+        parts = (torch.ones_like(x), x, y, x * x, x * y)
+        self.sums += torch.stack([(w * part).sum(0, dtype=torch.float64) for part in parts])
 
 
 def scale_and_shift(channels: ChannelSums, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:

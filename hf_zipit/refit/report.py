@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ class RefitReport:
     """Relative squared errors of the regressions.
 
     Attributes:
-        tasks: the experts, in order.
+        tasks: the experts, in order; `unknown task` for samples of which nobody said it.
         errors: per module, in execution order, and task: the squared error on that task's calibration samples over the
             variance of the target. 0 is perfect, 1 no better than a constant. A module that writes into a residual
             stream is measured at the stream.
@@ -27,21 +27,34 @@ class RefitReport:
     errors: Mapping[str, Mapping[str, float]]
     untouched: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, dict[str, float]]:
-        """The errors as plain numbers, for a configuration file."""
-        return {module: {task: round(e, 6) for task, e in by_task.items()} for module, by_task in self.errors.items()}
+    def to_dict(self) -> dict[str, Any]:
+        """Lists of tasks, modules, and per module the errors by task: configuration files sort the keys of dicts."""
+        tasks = list(dict.fromkeys(task for by_task in self.errors.values() for task in by_task))
+        return {
+            "tasks": tasks,
+            "modules": list(self.errors),
+            "errors": [
+                [round(by_task[task], 6) if task in by_task else None for task in tasks]
+                for by_task in self.errors.values()
+            ],
+            "untouched": list(self.untouched),
+        }
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> RefitReport | None:
         """The report of a merged model's refit; None if it had none."""
-        errors = model.config.method.get("refit_errors")
-        return cls.from_dict(errors) if errors else None
+        saved = model.config.method.get("refit_errors")
+        return cls.from_dict(saved) if saved else None
 
     @classmethod
-    def from_dict(cls, errors: Mapping[str, Mapping[str, float]]) -> RefitReport:
+    def from_dict(cls, saved: Mapping[str, Any]) -> RefitReport:
         """The report from what `to_dict` gave: `config.method["refit_errors"]` of a merged model."""
-        tasks = dict.fromkeys(task for by_task in errors.values() for task in by_task)
-        return cls(tuple(tasks), errors)
+        tasks, modules, rows = saved["tasks"], saved["modules"], saved["errors"]
+        errors = {
+            module: {task: e for task, e in zip(tasks, row, strict=True) if e is not None}
+            for module, row in zip(modules, rows, strict=True)
+        }
+        return cls(tuple(tasks), errors, tuple(saved["untouched"]))
 
     @property
     def mean(self) -> float:

@@ -119,7 +119,8 @@ class Walk:
         self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.doors = self._find_doors()
         self.all_batches = int(add_up(torch.tensor(float(len(batches)))))
-        self.scales: dict[tuple[AxisLabel, int | None], Tensor] = {}
+        self.scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
+        self.orders: dict[tuple[AxisLabel, int], Tensor | None] = {}
         self.errors: dict[str, dict[str, float]] = {}
         self.ahead = 0
 
@@ -209,13 +210,32 @@ class Walk:
         total: Tensor | float = 0.0
         for t, share in enumerate(self._shares(self.batches[b].task)):
             y = self.store[node, t, b]
-            total = total + share * features_to_merged(y, axis, label, self.alignment, self.spec, t)
+            total = total + share * self._in_merged_units(y, axis, label, t)
         assert isinstance(total, Tensor)
         scale = self._scale(label, self.batches[b].task, y.shape[axis])
+        if scale is None:
+            return total
         return total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))
 
-    def _scale(self, label: AxisLabel, task: int | None, units: int) -> Tensor:
-        """For every merged unit of an axis the sum of its experts' equal shares over that of their real shares."""
+    def _in_merged_units(self, y: Tensor, axis: int, label: AxisLabel, expert: int) -> Tensor:
+        """T M_t y; where the map is one-to-one only a look-up, or nothing at all."""
+        if (label, expert) not in self.orders:
+            self.orders[label, expert] = self._order(label, expert, y.shape[axis])
+        order = self.orders[label, expert]
+        if order is None:
+            return features_to_merged(y, axis, label, self.alignment, self.spec, expert)
+        return y if torch.equal(order, torch.arange(len(order))) else y.index_select(axis, order)
+
+    def _order(self, label: AxisLabel, expert: int, units: int) -> Tensor | None:
+        """Which of an expert's units each merged unit is; None where merged units are made of several or none."""
+        ones = features_to_merged(torch.ones(units), 0, label, self.alignment, self.spec, expert)
+        numbers = features_to_merged(torch.arange(units).double(), 0, label, self.alignment, self.spec, expert)
+        alone = len(ones) == units and bool((ones == 1).all())
+        found = numbers.round().long()
+        return found if alone and torch.equal(found.sort().values, torch.arange(units)) else None
+
+    def _scale(self, label: AxisLabel, task: int | None, units: int) -> Tensor | None:
+        """For every merged unit the sum of its experts' equal shares over that of their real shares; None for ones."""
         if (label, task) not in self.scales:
             held = torch.stack(
                 [
@@ -223,7 +243,8 @@ class Walk:
                     for t in range(len(self.tasks))
                 ]
             )
-            self.scales[label, task] = held.mean(0) / (torch.tensor(self._shares(task)) @ held).clamp_min(1e-12)
+            scale = held.mean(0) / (torch.tensor(self._shares(task)) @ held).clamp_min(1e-12)
+            self.scales[label, task] = None if bool((held == 1).all()) else scale
         return self.scales[label, task]
 
     def _rows_weight(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
@@ -253,7 +274,7 @@ class Walk:
     def _solve_linear(self, site: Site) -> None:
         label = self.spec.axes[site.weight][0]
         weight = self.tensors[MERGED][site.weight]
-        gram = Gram.empty(weight.shape[1], weight.shape[0])
+        gram = Gram.empty(weight.shape[1], weight.shape[0], weight)
         for b in range(len(self.batches)):
             x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
             y = self._aim(site, -1, label, b)
@@ -268,7 +289,7 @@ class Walk:
         bias = self.tensors[MERGED].get(site.bias) if site.bias else None
         flat = weight.flatten(1)
         prior, _ = folded(flat, bias, self._norm_tensors(site))
-        gram = Gram.empty(flat.shape[1], flat.shape[0])
+        gram = Gram.empty(flat.shape[1], flat.shape[0], prior)
         for b in range(len(self.batches)):
             x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
             y = self._aim(site, 1, label, b)
@@ -325,8 +346,10 @@ class Walk:
         total = self.add_up(torch.as_tensor(total))
         self.tensors[MERGED][site.weight] = (total / self.add_up(torch.tensor(float(count)))).to(offset.dtype)
 
-    def _sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor, Tensor]:
-        """Row numbers and weights of the rows that enter a Gram matrix: all, or a seeded share of them."""
+    def _sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor | slice, Tensor]:
+        """Which rows enter a Gram matrix, and their weights: all that count, or a seeded share of them."""
+        if not self.config.rows_per_input and bool(weights.all()):
+            return slice(None), weights
         rows = weights.nonzero().squeeze(1)
         limit = -(-self.config.rows_per_input * inputs // self.all_batches)
         if limit and len(rows) > limit:
@@ -404,13 +427,14 @@ class Walk:
         sums = torch.zeros(len(self.tasks) + 1, width + 3, dtype=torch.float64)
         for b, batch in enumerate(self.batches):
             target = self._target(site.stream or site.output, axis, label, b)
-            weight = self._rows_weight(target, b, axis)[:, None]
+            off = (self._made(site, b) - target).movedim(axis, -1).flatten(0, -2)
             y = target.movedim(axis, -1).flatten(0, -2)
-            off = self._made(site, b).movedim(axis, -1).flatten(0, -2) - y
-            parts = (off.square(), y.square(), torch.ones(len(y), 1))
-            scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in parts])
+            weight = self._rows_weight(target, b, axis)
+            squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
+            ones = torch.ones(len(y))
+            scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])
             task = len(self.tasks) if batch.task is None else batch.task
-            sums[task] += torch.cat([scalars, (weight * y).sum(0).double()])
+            sums[task] += torch.cat([scalars, (weight @ y).double()])
         sums = self.add_up(sums)
         off, square, rows = sums[:, :3].T
         spread = square - sums[:, 3:].square().sum(1) / rows.clamp_min(1e-12)
@@ -446,20 +470,15 @@ class Walk:
         """For every task the map from the merged units to the expert's own, on the task's own samples."""
         found = []
         for t in range(len(self.tasks)):
-            gram = None
+            prior = features_to_unmerge(entry, self.alignment, self.spec, t)
+            gram = Gram.empty(prior.shape[1], prior.shape[0], prior)
             for b, batch in enumerate(self.batches):
                 if batch.task not in (None, t):
                     continue
                 x = self._value(node, MERGED, b).movedim(entry.axis, -1)
                 y = self._value(node, t, b).movedim(entry.axis, -1)
-                gram = gram or Gram.empty(x.shape[-1], y.shape[-1])
-                weight = self._rows_weight(y, b, -1)
-                gram.add(x.flatten(0, -2), y.flatten(0, -2), weight)
-            width = self._value(node, t, 0).shape[entry.axis]
-            merged_width = self._value(node, MERGED, 0).shape[entry.axis]
-            gram = (gram or Gram.empty(merged_width, width)).reduce(self.add_up)
-            prior = features_to_unmerge(entry, self.alignment, self.spec, t)
-            found.append(ridge(gram, prior, self.config.ridge))
+                gram.add(x.flatten(0, -2), y.flatten(0, -2), self._rows_weight(y, b, -1))
+            found.append(ridge(gram.reduce(self.add_up), prior, self.config.ridge))
         return found
 
 

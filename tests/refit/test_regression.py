@@ -30,7 +30,7 @@ def prior() -> Tensor:
 
 def gram_of(x: Tensor, y: Tensor, weight: Tensor) -> Gram:
     gram = Gram.empty(x.shape[1], y.shape[1])
-    gram.add(x, y, weight)
+    gram.add(x, y, weight.to(x.dtype))
     return gram
 
 

@@ -1,0 +1,47 @@
+"""One of several processes of `test_processes.py`: refits on its share of the data and saves what it ends up with."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_zipit import merge
+from tests import tiny
+
+NAMES = ("bert-sequence", "resnet-basic")
+
+
+def data(name: str) -> dict[str, dict[str, Tensor]]:
+    """Two tasks that take turns, so that each of two processes sees one task only; the last batches are not full."""
+    generator = torch.Generator().manual_seed(1)
+
+    def some(count: int) -> dict[str, Tensor]:
+        if name.startswith("resnet"):
+            return {"pixel_values": torch.randn(count, 3, 32, 32, generator=generator)}
+        return {"input_ids": torch.randint(3, 50, (count, 7), generator=generator)}
+
+    return {"a": some(10), "b": some(9)}
+
+
+def refitted(name: str, accelerator: Accelerator | None) -> PreTrainedModel:
+    models = dict(zip("ab", tiny.pair(name), strict=True))
+    config = {"micro_batch": 4, "rows_per_input": 1, "own_weight": 0.8}
+    return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, progress=False, seed=5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    for name in NAMES:
+        model = refitted(name, accelerator)
+        tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
+        tensors["errors"] = torch.tensor(model.config.method["refit_errors"]["errors"])
+        save_file(tensors, f"{sys.argv[1]}/{name}-{accelerator.process_index}.safetensors")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # without it gloo's threads may abort the process at exit
