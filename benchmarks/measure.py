@@ -90,6 +90,10 @@ METHODS = {
         fits=concatenates,
     ),
     "permute + refit": Method({"method": "permute", "refit": True}, about="the same after permute"),
+    "zip + refit": Method(
+        {"method": "zip", "options": {"beta": 1.0}, "residual": "identity", "refit": True},
+        about="the same after zip with beta 1, the residual stream left at identity",
+    ),
 }
 
 
