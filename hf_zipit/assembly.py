@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit.align.maps import Alignment
+from hf_zipit.align.products import merged_sizes
 from hf_zipit.combine.transform import unmerge_index
 from hf_zipit.cut import Cut, Entry
 from hf_zipit.errors import ExpertError
@@ -95,9 +97,7 @@ def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> d
 
 def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment, doors: Any) -> dict[str, Any]:
     units = spec.size(entry.key)
-    size = 1
-    for name in entry.key:
-        size *= alignment[name].size if name in alignment else spec.spaces[name].size
+    size = prod(merged_sizes(entry.key, alignment, spec))
     kind = "index" if doors is None else "dense"
     return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,6 +31,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from hf_zipit.align.maps import Alignment
+from hf_zipit.align.products import merged_sizes
 from hf_zipit.combine.transform import features_to_merged, unmerge_index
 from hf_zipit.cut import Cut, Entry
 from hf_zipit.errors import SpecError
@@ -485,9 +487,7 @@ class Walk:
 def features_to_unmerge(entry: Entry, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     """U_t as a matrix `[d, k]`."""
     index = unmerge_index(alignment, entry.key, expert, spec)
-    size = 1
-    for name in entry.key:
-        size *= alignment[name].size if name in alignment else spec.spaces[name].size
+    size = prod(merged_sizes(entry.key, alignment, spec))
     return torch.nn.functional.one_hot(index, size).double()
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +31,7 @@ from tests.observe.models import (
 )
 from tests.observe.test_data import KINDS, X
 from tests.observe.worker import calibration
+from tests.processes import run_in_two_processes
 
 observe_module = sys.modules[observe_function.__module__]
 
@@ -342,20 +340,8 @@ def test_half_precision_experts_take_float32_data():
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote, on good data (`good*`) and on data that only one of them finds damaged (`bad*`)."""
-    folder, root = tmp_path_factory.mktemp("processes"), Path(__file__).parents[2]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    done = subprocess.run(
-        [*command, "-m", "tests.observe.worker", str(folder)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path_factory.mktemp("processes")
+    run_in_two_processes("tests.observe.worker", folder, timeout=180)
     return folder
 
 
