@@ -99,6 +99,7 @@ class Program:
         }
         self.nodes = [node for node in self._exported.graph.nodes if node.op in ("call_function", "get_attr")]
         self.position = {node: i for i, node in enumerate(self.nodes)}
+        self._wider: dict[fx.Node, fx.Node] = {}
         self._read_what_was_written()
         self.last_use = {
             used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes
@@ -127,14 +128,30 @@ class Program:
         """The name of the parameter or buffer that a graph input is."""
         return self.tensors.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
+    def adopt_sizes(self, other: Program) -> None:
+        """Know the sizes that are written down in the program of a wider model (`view(x, [8, 17, 96])`).
+
+        Raises:
+            SpecError: if the wider model does not run the same ops.
+        """
+        if [node.target for node in self.nodes] != [node.target for node in other.nodes]:
+            raise SpecError("the wider merged model runs other ops than its experts, which refit cannot follow")
+        self._wider = dict(zip(self.nodes, other.nodes, strict=True))
+
     def run(
-        self, node: fx.Node, lookup: Callable[[fx.Node], Any], tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]
+        self,
+        node: fx.Node,
+        lookup: Callable[[fx.Node], Any],
+        tensors: Mapping[str, Tensor],
+        inputs: Mapping[str, Any],
+        wide: bool = False,
     ) -> Any:
-        """The value of one node. `lookup` gives the values of earlier nodes."""
+        """The value of one node. `lookup` gives the values of earlier nodes; `wide`: with the sizes adopted."""
         if node.op == "get_attr":
             return getattr(self._exported.graph_module, str(node.target))
+        sizes = self._wider.get(node, node) if wide else node
 
-        def value(x: Any) -> Any:
+        def value(x: Any, size: Any) -> Any:
             if isinstance(x, fx.Node):
                 if x.op != "placeholder":
                     return lookup(x)
@@ -142,11 +159,11 @@ class Program:
                     return tensors[self.tensors[x.name]]
                 return self._constants[x.name] if x.name in self._constants else inputs.get(x.name)
             if isinstance(x, (list, tuple)):
-                return type(x)(value(item) for item in x)
-            return x
+                return type(x)(value(*pair) for pair in zip(x, size, strict=True))
+            return size
 
-        arguments = value(tuple(node.args))
-        keywords = {key: value(x) for key, x in node.kwargs.items()}
+        arguments = value(tuple(node.args), tuple(sizes.args))
+        keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
         return out_of_place(node.target)(*arguments, **keywords)
 
     def value_read_by(self, module: str, rank: int) -> fx.Node | None:

@@ -21,9 +21,11 @@ its permuted copy) are a fixed point.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -32,20 +34,18 @@ from tqdm.auto import tqdm
 
 from hf_zipit.align.maps import Alignment
 from hf_zipit.align.products import merged_sizes
-from hf_zipit.combine.transform import features_to_merged, unmerge_index
+from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held, unmerge_matrix
 from hf_zipit.cut import Cut, Entry
 from hf_zipit.errors import SpecError
+from hf_zipit.modeling.trunk import resize
+from hf_zipit.refit.attention import MERGED, Attention, AttentionSolver, find_attention
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
 from hf_zipit.refit.report import RefitReport
 from hf_zipit.refit.store import Store
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
-
-MERGED = -1
-"""The merged model's place beside the experts 0 ... T - 1."""
-
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 UNKNOWN_TASK = "unknown task"
 """What a report calls samples of which nobody said the task."""
@@ -113,12 +113,19 @@ class Walk:
     ) -> None:
         """See `stage.refit`; `add_up` sums a tensor over all processes, `fields` are the outputs that count."""
         self.program = Program(model, batches[0].inputs, fields, cut.trunk)
+        if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
+            wide = copy.deepcopy(model)
+            resize(wide, merged_shapes(spec, alignment))
+            self.program.adopt_sizes(Program(wide, batches[0].inputs, fields, cut.trunk))
         self.tensors = [*experts, {**experts[0], **merged}]  # the last one, at index MERGED, is the merged model
         self.batches = batches
         self.tasks, self.spec, self.cut, self.alignment = tuple(tasks), spec, cut, alignment
         self.config, self.positions, self.add_up = config, positions, add_up
         self.seed, self.progress = seed, progress
         self.sites = find_sites(self.program, cut.trunk, spec.head)
+        self.attention = self._find_attention()
+        self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
+        self.expiring = self._find_expiring()
         self.doors = self._find_doors()
         self.all_batches = int(add_up(torch.tensor(float(len(batches)))))
         self.scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
@@ -140,10 +147,14 @@ class Walk:
             self.store = store
             for i, node in enumerate(nodes[: end + 1]):
                 self._advance_experts(i)
-                site = self.sites.get(node)
+                site = self.sites.get(node) if node not in self.in_attention else None
                 if site is not None:
                     self._advance_experts(position[site.stream or site.output])
                     self._solve(site)
+                elif node in self.attention:
+                    output = self.attention[node].output
+                    self._advance_experts(position[output.stream or output.output])
+                    AttentionSolver(self, self.attention[node]).solve()
                 self._compute(node, MERGED)
                 for entry, source in self.doors.items():
                     if source is node:
@@ -152,7 +163,7 @@ class Walk:
                     error = self._note(site)
                     bar.set_postfix_str(f"{site.module}, error {error:.3f}", refresh=False)
                     bar.update()
-                self._forget(node, i)
+                self._forget(i)
             peak = store.peak
         changed = {name: self.tensors[MERGED][name] for name in self.cut.trunk}
         return Refitted(changed, solved, RefitReport(self.tasks, self.errors, self._untouched()), peak)
@@ -166,7 +177,13 @@ class Walk:
         return tuple(sorted(name for name in read if self.tensors[MERGED][name].is_floating_point()))
 
     def _bar(self) -> tqdm:
-        return tqdm(total=len(self.sites), desc="refit", unit="module", disable=not self.progress, leave=False)
+        return tqdm(
+            total=len(self.sites) - len(self.in_attention),
+            desc="refit",
+            unit="module",
+            disable=not self.progress,
+            leave=False,
+        )
 
     def _advance_experts(self, upto: int) -> None:
         """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch."""
@@ -178,23 +195,64 @@ class Walk:
     def _compute(self, node: fx.Node, who: int) -> None:
         for b, batch in enumerate(self.batches):
             self.store[node, who, b] = self.program.run(
-                node, lambda used, b=b: self.store[used, who, b], self.tensors[who], batch.inputs
+                node, lambda used, b=b: self.store[used, who, b], self.tensors[who], batch.inputs, who == MERGED
             )
 
-    def _value(self, node: fx.Node, who: int, b: int) -> Tensor:
+    def value(self, node: fx.Node, who: int, b: int) -> Tensor:
         name = self.program.tensor_of(node)
         if name is not None:
             return self.tensors[who][name]
         return self.batches[b].inputs[node.name] if node.op == "placeholder" else self.store[node, who, b]
 
-    def _forget(self, node: fx.Node, i: int) -> None:
-        done = [used for used in node.all_input_nodes if self.program.last_use[used] == i]
-        if node not in self.program.last_use:
-            done.append(node)
-        for used in done:
+    def peek(self, node: fx.Node, b: int, known: Mapping[fx.Node, Tensor]) -> Any:
+        """A later value of the merged model, from values that are there and `known` ones; not kept."""
+        if node in known:
+            return known[node]
+        if (node, MERGED, b) in self.store:
+            return self.store[node, MERGED, b]
+        own, inputs = self.tensors[MERGED], self.batches[b].inputs
+        return self.program.run(node, lambda used: self.peek(used, b, known), own, inputs, True)
+
+    def run_again(self, changed: Iterable[fx.Node], upto: fx.Node) -> None:
+        """Bring the merged model's values before a node up to date after weights of earlier ones were changed."""
+        stale = set(changed)
+        for node in self.program.nodes[: self.program.position[upto]]:
+            if node in stale or not stale.isdisjoint(node.all_input_nodes):
+                stale.add(node)
+                self._compute(node, MERGED)
+
+    def _find_attention(self) -> dict[fx.Node, Attention]:
+        """The attention layers that are solved as a whole, by the last of the three maps that their inputs enter."""
+        layers = (
+            layer
+            for layer in find_attention(self.program, self.sites, self.spec)
+            if all(self._keeps_width(site) for site in layer.inputs)
+        )
+        return {max((s.node for s in layer.inputs), key=self.program.position.__getitem__): layer for layer in layers}
+
+    def _keeps_width(self, site: Site) -> bool:
+        """Whether there is one merged unit for every unit of an expert: no head was kept apart."""
+        label = product_key(self.spec.axes[site.weight][0])
+        return prod(merged_sizes(label, self.alignment, self.spec)) == self.spec.size(label)
+
+    def _find_expiring(self) -> dict[int, list[fx.Node]]:
+        """By position the nodes whose values nobody reads after it."""
+        last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
+        for solved_at, layer in self.attention.items():
+            for site in layer.inputs:
+                for node in (site.node, site.node.args[0]):
+                    if node in last:
+                        last[node] = max(last[node], self.program.position[solved_at])
+        expiring: dict[int, list[fx.Node]] = {}
+        for node, position in last.items():
+            expiring.setdefault(position, []).append(node)
+        return expiring
+
+    def _forget(self, i: int) -> None:
+        for node in self.expiring.get(i, ()):
             for b in range(len(self.batches)):
                 for who in (MERGED, *range(len(self.tasks))):
-                    self.store.pop((used, who, b))
+                    self.store.pop((node, who, b))
 
     # Targets ---------------------------------------------------------------------------------------------------------
 
@@ -230,7 +288,9 @@ class Walk:
 
     def _order(self, label: AxisLabel, expert: int, units: int) -> Tensor | None:
         """Which of an expert's units each merged unit is; None where merged units are made of several or none."""
-        ones = features_to_merged(torch.ones(units), 0, label, self.alignment, self.spec, expert)
+        if not only_groups(self.alignment, product_key(label)):
+            return None
+        ones = shares_held(label, self.alignment, self.spec, expert)
         numbers = features_to_merged(torch.arange(units).double(), 0, label, self.alignment, self.spec, expert)
         alone = len(ones) == units and bool((ones == 1).all())
         found = numbers.round().long()
@@ -240,16 +300,13 @@ class Walk:
         """For every merged unit the sum of its experts' equal shares over that of their real shares; None for ones."""
         if (label, task) not in self.scales:
             held = torch.stack(
-                [
-                    features_to_merged(torch.ones(units), 0, label, self.alignment, self.spec, t)
-                    for t in range(len(self.tasks))
-                ]
+                [shares_held(label, self.alignment, self.spec, t).float() for t in range(len(self.tasks))]
             )
             scale = held.mean(0) / (torch.tensor(self._shares(task)) @ held).clamp_min(1e-12)
             self.scales[label, task] = None if bool((held == 1).all()) else scale
         return self.scales[label, task]
 
-    def _rows_weight(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
+    def rows_weight(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
         """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
         batch = self.batches[b]
         shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
@@ -267,39 +324,39 @@ class Walk:
     def _solve(self, site: Site) -> None:
         getattr(self, f"_solve_{site.kind}")(site)
 
-    def _aim(self, site: Site, axis: int, label: AxisLabel, b: int) -> Tensor:
+    def aim(self, site: Site, axis: int, label: AxisLabel, b: int) -> Tensor:
         """What a site should put out: its share of the experts' output, or what the residual stream still lacks."""
         if site.stream is None or site.other is None:
             return self._target(site.output, axis, label, b)
-        return self._target(site.stream, axis, label, b) - self._value(site.other, MERGED, b)
+        return self._target(site.stream, axis, label, b) - self.value(site.other, MERGED, b)
 
     def _solve_linear(self, site: Site) -> None:
-        label = self.spec.axes[site.weight][0]
+        label = self.spec.output_label(site.weight, 0)
         weight = self.tensors[MERGED][site.weight]
         gram = Gram.empty(weight.shape[1], weight.shape[0], weight)
         for b in range(len(self.batches)):
-            x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            y = self._aim(site, -1, label, b)
-            rows, picked = self._sample(self._rows_weight(y, b, -1), weight.shape[1], b)
+            x = self.value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            y = self.aim(site, -1, label, b)
+            rows, picked = self.sample(self.rows_weight(y, b, -1), weight.shape[1], b)
             gram.add(x.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
         slope, shift = ridge(gram.reduce(self.add_up), weight, self.config.ridge, site.bias is not None)
-        self._write(site, slope, shift)
+        self.write(site, slope, shift)
 
     def _solve_conv(self, site: Site) -> None:
-        label = self.spec.axes[site.weight][0]
+        label = self.spec.output_label(site.weight, 0)
         weight = self.tensors[MERGED][site.weight]
         bias = self.tensors[MERGED].get(site.bias) if site.bias else None
         flat = weight.flatten(1)
         prior, _ = folded(flat, bias, self._norm_tensors(site))
         gram = Gram.empty(flat.shape[1], flat.shape[0], prior)
         for b in range(len(self.batches)):
-            x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            y = self._aim(site, 1, label, b)
-            rows, picked = self._sample(self._rows_weight(y, b, 1), flat.shape[1], b)
+            x = self.value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            y = self.aim(site, 1, label, b)
+            rows, picked = self.sample(self.rows_weight(y, b, 1), flat.shape[1], b)
             gram.add(patches(x, weight, site.node)[rows], y.flatten(2).mT.flatten(0, 1)[rows], picked)
         gram = gram.reduce(self.add_up)
         slope, shift = ridge(gram, prior, self.config.ridge, site.bias is not None or site.norm is not None)
-        self._write(site, slope, shift, gram)
+        self.write(site, slope, shift, gram)
 
     def _solve_embedding(self, site: Site) -> None:
         """Each row is the weighted mean of its targets; rows that no sample uses keep the combined values."""
@@ -308,10 +365,10 @@ class Walk:
         total = torch.zeros(table.shape, dtype=torch.float64)
         count = torch.zeros(len(table), dtype=torch.float64)
         for b in range(len(self.batches)):
-            indices = self._value(site.node.args[1], MERGED, b)  # type: ignore[arg-type]
-            y = self._aim(site, -1, label, b)
+            indices = self.value(site.node.args[1], MERGED, b)  # type: ignore[arg-type]
+            y = self.aim(site, -1, label, b)
             indices = indices.expand(y.shape[:-1]).reshape(-1)
-            weight = self._rows_weight(y, b, -1)
+            weight = self.rows_weight(y, b, -1)
             total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
             count.index_add_(0, indices, weight.double())
         total, count = self.add_up(total), self.add_up(count)
@@ -320,15 +377,15 @@ class Walk:
         self.tensors[MERGED][site.weight] = new.to(table.dtype)
 
     def _solve_norm(self, site: Site) -> None:
-        label = self.spec.axes[site.weight][0]
+        label = self.spec.output_label(site.weight, 0)
         assert site.bias is not None
         scale = self.tensors[MERGED][site.weight]
         channels = ChannelSums.empty(len(scale))
         for b in range(len(self.batches)):
-            x = self._value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            x = self.value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
             normed = functional.layer_norm(x, scale.shape, eps=float(site.node.args[4]))  # type: ignore[arg-type]
             y = self._target(site.output, -1, label, b)
-            channels.add(normed.flatten(0, -2), y.flatten(0, -2), self._rows_weight(y, b, -1))
+            channels.add(normed.flatten(0, -2), y.flatten(0, -2), self.rows_weight(y, b, -1))
         channels.sums = self.add_up(channels.sums)
         new = scale_and_shift(channels, scale, self.config.ridge)
         for name, value in zip((site.weight, site.bias), new, strict=True):
@@ -341,14 +398,14 @@ class Walk:
         total: Tensor | float = 0.0
         count = 0
         for b, batch in enumerate(self.batches):
-            missing = self._aim(site, -1, label, b)[: batch.real].double()
+            missing = self.aim(site, -1, label, b)[: batch.real].double()
             summed = missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape))
             total = total + summed.reshape(offset.shape)
             count += missing.numel() // offset.numel()
         total = self.add_up(torch.as_tensor(total))
         self.tensors[MERGED][site.weight] = (total / self.add_up(torch.tensor(float(count)))).to(offset.dtype)
 
-    def _sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor | slice, Tensor]:
+    def sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor | slice, Tensor]:
         """Which rows enter a Gram matrix, and their weights: all that count, or a seeded share of them."""
         if not self.config.rows_per_input and bool(weights.all()):
             return slice(None), weights
@@ -379,7 +436,7 @@ class Walk:
             found[role] = name
         return found
 
-    def _write(self, site: Site, slope: Tensor, shift: Tensor, gram: Gram | None = None) -> None:
+    def write(self, site: Site, slope: Tensor, shift: Tensor, gram: Gram | None = None) -> None:
         """Put a solution into the model's own tensors; a batch norm gets the statistics of the new weights."""
         merged = self.tensors[MERGED]
         dtype = merged[site.weight].dtype
@@ -424,14 +481,14 @@ class Walk:
             for samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the
             stream.
         """
-        axis, label = site.channel_axis, self.spec.axes[site.weight][site.unit_axis]
+        axis, label = site.channel_axis, self.spec.output_label(site.weight, site.unit_axis)
         width = self.tensors[MERGED][site.weight].shape[site.unit_axis]
         sums = torch.zeros(len(self.tasks) + 1, width + 3, dtype=torch.float64)
         for b, batch in enumerate(self.batches):
             target = self._target(site.stream or site.output, axis, label, b)
             off = (self._made(site, b) - target).movedim(axis, -1).flatten(0, -2)
             y = target.movedim(axis, -1).flatten(0, -2)
-            weight = self._rows_weight(target, b, axis)
+            weight = self.rows_weight(target, b, axis)
             squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
             ones = torch.ones(len(y))
             scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])
@@ -444,13 +501,13 @@ class Walk:
 
     def _made(self, site: Site, b: int) -> Tensor:
         """The merged model's value where a site is measured."""
-        made = self._value(site.node, MERGED, b)
+        made = self.value(site.node, MERGED, b)
         if site.norm is not None:
             own, inputs = self.tensors[MERGED], self.batches[b].inputs
-            made = self.program.run(site.norm, lambda used: self.store[used, MERGED, b], own, inputs)
+            made = self.program.run(site.norm, lambda used: self.store[used, MERGED, b], own, inputs, True)
         if site.stream is None or site.stream is site.node:
             return made
-        return made + self._value(site.other, MERGED, b)  # type: ignore[arg-type]
+        return made + self.value(site.other, MERGED, b)  # type: ignore[arg-type]
 
     # Doors -----------------------------------------------------------------------------------------------------------
 
@@ -477,18 +534,26 @@ class Walk:
             for b, batch in enumerate(self.batches):
                 if batch.task not in (None, t):
                     continue
-                x = self._value(node, MERGED, b).movedim(entry.axis, -1)
-                y = self._value(node, t, b).movedim(entry.axis, -1)
-                gram.add(x.flatten(0, -2), y.flatten(0, -2), self._rows_weight(y, b, -1))
+                x = self.value(node, MERGED, b).movedim(entry.axis, -1)
+                y = self.value(node, t, b).movedim(entry.axis, -1)
+                gram.add(x.flatten(0, -2), y.flatten(0, -2), self.rows_weight(y, b, -1))
             found.append(ridge(gram.reduce(self.add_up), prior, self.config.ridge))
         return found
 
 
+def merged_shapes(spec: MergeSpec, alignment: Alignment) -> dict[str, list[int]]:
+    """The shapes of all tensors that have a space of another size in the merged model, those of the branches too."""
+    resized = {name for name, space_map in alignment.items() if space_map.size != spec.spaces[name].size}
+    return {
+        name: [prod(merged_sizes(product_key(label), alignment, spec)) for label in labels]
+        for name, labels in spec.axes.items()
+        if any(factor.space in resized for label in labels for factor in label)
+    }
+
+
 def features_to_unmerge(entry: Entry, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     """U_t as a matrix `[d, k]`."""
-    index = unmerge_index(alignment, entry.key, expert, spec)
-    size = prod(merged_sizes(entry.key, alignment, spec))
-    return torch.nn.functional.one_hot(index, size).double()
+    return unmerge_matrix(alignment, entry.key, expert, spec)
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from hf_zipit import merge
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe import Recipe, is_refitted, load_recipe, refit_settings
 from hf_zipit.refit import RefitConfig, RefitReport
-from hf_zipit.report.card import REFIT_PICTURE, Result, card_text, write_card
+from hf_zipit.report.card import REFIT_PICTURE, Result, card_text
 from hf_zipit.report.plots import refit_errors, short_names
 from hf_zipit.running import run_recipe
 
@@ -59,15 +59,14 @@ def test_it_is_saved_with_the_model_and_told_by_its_card(tmp_path: Path):
     assert report == RefitReport.of(merged) and list(report.errors) == list(RefitReport.of(merged).errors)
     assert report.untouched == ("vit.embeddings.cls_token",)
 
-    result = Result("both", {"low": None, "high": None})
-    text = write_card(tmp_path, loaded, result).read_text()
+    text = (tmp_path / "README.md").read_text()
     module, error = report.worst(1)[0]
     assert f"| `{module}` | {error:.3f} |" in text and f"({REFIT_PICTURE})" in text
     assert (tmp_path / REFIT_PICTURE).is_file()
 
     plain = merge(models, method="identity", progress=False)
     assert RefitReport.of(plain) is None
-    assert REFIT_PICTURE not in card_text(plain, result)
+    assert REFIT_PICTURE not in card_text(plain, Result.of(plain, "both"))
 
 
 REFITS = {

@@ -110,7 +110,7 @@ class Measured(Walk):
         self.spread[site] = float(self.misfit(site)[1].sum())
 
     def _solve_door(self, entry, node):
-        self.seen[entry.target] = [self._value(node, MERGED, b).clone() for b in range(len(self.batches))]
+        self.seen[entry.target] = [self.value(node, MERGED, b).clone() for b in range(len(self.batches))]
         return super()._solve_door(entry, node)
 
 
@@ -132,7 +132,7 @@ def measured(name: str, method: str = "permute", **settings: object) -> tuple[Me
 @each_kind
 def test_no_regression_is_worse_than_the_combined_weights(name: str):
     walk, _ = measured(name)
-    assert walk.before.keys() == set(walk.sites.values())
+    assert walk.before.keys() == {site for node, site in walk.sites.items() if node not in walk.in_attention}
     better = 0
     for site, error in walk.after.items():
         rounding = 1e-9 * walk.spread[site]
@@ -145,7 +145,7 @@ def test_no_regression_is_worse_than_the_combined_weights(name: str):
 def test_the_report_has_every_site_and_task(name: str):
     walk, result = measured(name)
     errors = RefitReport.of(result).errors
-    assert len(errors) == len(walk.sites)
+    assert len(errors) == len(walk.sites) - len(walk.in_attention)
     assert all(set(by_task) == {"a", "b"} for by_task in errors.values())
     assert all(e >= 0 for by_task in errors.values() for e in by_task.values())
 
@@ -186,10 +186,10 @@ def test_a_restored_batch_norm_is_the_folded_one(name: str):
     solutions: dict[Site, tuple[Tensor, Tensor]] = {}
 
     class Noting(Measured):
-        def _write(self, site, slope, shift, gram=None):
+        def write(self, site, slope, shift, gram=None):
             solutions[site] = slope, shift
-            x = torch.cat([self._value(site.node.args[0], MERGED, b) for b in range(len(self.batches))])
-            super()._write(site, slope, shift, gram)
+            x = torch.cat([self.value(site.node.args[0], MERGED, b) for b in range(len(self.batches))])
+            super().write(site, slope, shift, gram)
             tensors, names = self.tensors[MERGED], self._norm_names(site)
             seen = patches(x, tensors[site.weight], site.node)
             convolved = seen @ tensors[site.weight].flatten(1).T
@@ -218,9 +218,25 @@ def test_a_strong_ridge_keeps_the_combined_weights(name: str):
     assert walk.spec.axes == planned.spec.axes
     combined = combine_trunk(models, planned, walk.alignment)
     tensors = model_tensors(result.trunk)
-    for site in walk.sites.values():
+    heads = {site for layer in walk.attention.values() for site in (*layer.inputs, layer.output)}
+    for site in set(walk.sites.values()) - heads:
         if site.kind in ("linear", "norm", "embedding"):
             torch.testing.assert_close(tensors[site.weight], combined[site.weight], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "bert-masked"])
+def test_a_strong_ridge_keeps_what_the_combined_heads_write(name: str):
+    """In whatever basis the values are."""
+    walk, result = measured(name, ridge=1e9)
+    models = dict(zip("ab", experts(name), strict=True))
+    combined = combine_trunk(models, make_plan(models, 1.0), walk.alignment)
+    tensors = model_tensors(result.trunk)
+    assert walk.attention
+    for layer in walk.attention.values():
+        out, value = layer.output.weight, layer.value.weight
+        for own in torch.arange(len(tensors[value])).chunk(layer.heads):
+            found, expected = (of[out][:, own] @ of[value][own] for of in (tensors, combined))
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["vit", "bert-sequence"])
@@ -431,8 +447,8 @@ def test_sampled_rows_are_those_of_one_process():
     models = experts("vit")
     walk = small_walk(models, by_task(calibration(models[0])), rows_per_input=2)
     weights = torch.ones(100)
-    rows = [walk._sample(weights, 32, b)[0] for b in range(len(walk.batches))]
+    rows = [walk.sample(weights, 32, b)[0] for b in range(len(walk.batches))]
     assert all(len(r) == -(-2 * 32 // len(walk.batches)) for r in rows)
     assert not torch.equal(rows[0], rows[1])
     walk.batches = [replace(batch) for batch in walk.batches[1::2]]
-    assert torch.equal(walk._sample(weights, 32, 0)[0], rows[1])
+    assert torch.equal(walk.sample(weights, 32, 0)[0], rows[1])
