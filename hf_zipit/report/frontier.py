@@ -1,0 +1,141 @@
+"""What a search found, as a table for the terminal and as a picture: score against parameters and computation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from hf_zipit.report.plots import COLOURS, MARKERS, STYLE
+from hf_zipit.report.tables import accuracies, new_table, share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hf_zipit.searching.result import SearchResult, Trial
+
+REST = 12
+"""So many of the trials that are beaten are in the table, the best first."""
+
+
+def search_table(result: SearchResult, title: str = "") -> Table:
+    """The frontier, marked, with the best trial; below it the best of the others and those that failed."""
+    tasks = list(result.experts.per_task) if result.experts else []
+    measures = [*tasks, "mean", "joint"] if tasks else ["score"]
+    table = new_table(title, ["", "method", "settings"], ["depth", *measures, "size", "MACs", "seconds"])
+    if result.experts:
+        count = len(tasks)
+        beside = [*accuracies(result.experts), f"{count:.2f}", f"{count:.2f}", "-"]
+        table.add_row("", "experts side by side", "", "-", *beside, style="dim", end_section=True)
+    kept = result.frontier
+    for trial in kept:
+        table.add_row("best" if trial is result.best_or_none else "frontier", *_cells(trial, result))
+    table.add_section()
+    beaten = sorted((t for t in result.trials if t.score is not None and t not in kept), key=lambda t: -t.score)
+    for trial in beaten[:REST]:
+        table.add_row("", *_cells(trial, result), style="dim")
+    return table
+
+
+def search_notes(result: SearchResult) -> list[str]:
+    """What the table does not say: how the score was taken, how many trials are left out, which merges failed."""
+    right = {"labels": "their labels", "experts": "the answers of each task's expert"}
+    notes = [f"Scores: on {_samples(result)}, right by {right[result.answers]}."] if result.answers else []
+    notes.append("size and MACs: in experts, for the answers of all tasks.")
+    failed = [trial for trial in result.trials if trial.error]
+    left_out = len(result.trials) - len(failed) - len(result.frontier) - REST
+    if left_out > 0:
+        notes.append(f"{left_out} more merges are beaten and not shown.")
+    return [*notes, *(f"Failed: {trial.setting}: {trial.error}" for trial in failed)]
+
+
+def _samples(result: SearchResult) -> str:
+    counts = set(result.samples.values())
+    if len(counts) == 1:
+        return f"{counts.pop()} held-out samples a task"
+    return f"{', '.join(f'{count} {task}' for task, count in result.samples.items())} held-out samples"
+
+
+def _cells(trial: Trial, result: SearchResult) -> list[str]:
+    measured = accuracies(trial.accuracy) if trial.accuracy else [share(trial.score)]
+    depth = f"{trial.setting.depth:.2f}" if isinstance(trial.setting.depth, float) else trial.setting.depth
+    size, macs = trial.parameters / result.expert_parameters, trial.macs / max(result.expert_macs, 1)
+    return [
+        trial.setting.method, trial.setting.details(), depth, *measured,
+        f"{size:.2f}", f"{macs:.2f}", f"{trial.seconds:.1f}",
+    ]  # fmt: skip
+
+
+def frontier_picture(result: SearchResult, title: str = "") -> Figure:
+    """Two panels: the score over the size and over the computation of every merge, in experts; the frontier as a line.
+
+    A method has one colour and marker; what is beaten is pale. The experts side by side are the star.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels: dict[str, tuple[Callable[[Trial], float], float]] = {
+        "parameters (one expert = 1)": (lambda t: t.parameters, result.expert_parameters),
+        "multiply-accumulates (one expert = 1)": (lambda t: t.macs, max(result.expert_macs, 1)),
+    }
+    methods = list(dict.fromkeys(trial.setting.method for trial in result.trials if trial.score is not None))
+    with rc_context(STYLE):
+        figure = Figure(figsize=(9.4, 4.3), layout="constrained")
+        axes = figure.subplots(1, 2, sharey=True)
+        for axis, (label, (cost, unit)) in zip(axes, panels.items(), strict=True):
+            _draw(axis, result, methods, lambda t, cost=cost, unit=unit: cost(t) / unit)
+            axis.set_xlabel(label)
+        axes[0].set_ylabel(_score_name(result))
+        lines, names = axes[0].get_legend_handles_labels()
+        figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+        told = f"{len(result.trials)} merges" + (f", scored on {_samples(result)}" if result.samples else "")
+        figure.suptitle(f"{title}: {told}" if title else told, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _score_name(result: SearchResult) -> str:
+    if result.measure == "own":
+        return "score"
+    kind = "per-task mean" if result.measure == "mean" else "joint"
+    against = "accuracy" if result.answers == "labels" else "agreement with the experts"
+    return f"held-out {against}, {kind}"
+
+
+def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callable[[Trial], float]) -> None:
+    kept = result.frontier
+    line = sorted((cost(trial), trial.score) for trial in kept)
+    if line:
+        axis.plot(
+            *zip(*line, strict=True),
+            color="#555555",
+            linewidth=1.3,
+            drawstyle="steps-post",
+            label="frontier",
+            zorder=2,
+        )
+    for index, method in enumerate(methods):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
+        for trials, alpha, size, label in (
+            ([t for t in result.trials if t.setting.method == method and t.score is not None and t not in kept],
+             0.28, 5.0, None),
+            ([t for t in kept if t.setting.method == method], 1.0, 7.0, None),
+            ([], 1.0, 6.0, method),
+        ):  # fmt: skip
+            points = [(cost(trial), trial.score) for trial in trials]
+            columns = zip(*points, strict=True) if points else ([], [])
+            axis.plot(*columns, alpha=alpha, markersize=size, label=label, zorder=3 + index, **style)
+    if result.experts:
+        mean = result.experts.mean if result.measure == "mean" else result.experts.joint
+        tasks = len(result.experts.per_task)
+        axis.plot([tasks], [mean], "*", color="#333333", markersize=11, linestyle="none", label="experts side by side")
+    best = result.best_or_none
+    if best:
+        axis.annotate(
+            "best", (cost(best), best.score), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9,
+            color="#222222",
+        )  # fmt: skip
+    axis.grid(color="#E3E3E3", linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.08, y=0.12)

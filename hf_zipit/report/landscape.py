@@ -1,0 +1,180 @@
+"""Pictures of the loss around two experts: contours in a plane, one panel a task, and curves on the line between them.
+
+Losses rise over orders of magnitude away from the experts, so contours and colours are even in the logarithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from rich.table import Table
+
+from hf_zipit.report.plots import COLOURS, MARKERS, STYLE
+from hf_zipit.report.tables import new_table, share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from hf_zipit.landscapes import Curve, Landscape, Plane
+
+LEVELS = 14
+FLOOR = 1e-3
+"""Losses below this are drawn as this: a logarithm has no zero."""
+
+JOINED = " (units joined: the ends are not the experts)"
+
+WIDTH = 3.6  # inches of a panel
+
+
+def contours(found: Landscape, title: str = "") -> Figure:
+    """The loss of every task in the plane through the aligned experts and the merge."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    plane = found.plane
+    tasks = list(plane.loss)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(0.6 + (WIDTH + 0.7) * len(tasks), WIDTH + 1.4), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1)
+        axes = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
+        for axis, task in zip(axes, tasks, strict=True):
+            filled = _contour(axis, plane, task)
+            bar = figure.colorbar(filled, ax=axis, shrink=0.82, pad=0.02)
+            _ticks(bar, filled.levels)
+            _points(axis, plane, found)
+            axis.set_title(f"loss of {task!r}", loc="left")
+            axis.set_aspect("equal")
+        _labels(figure, axes, plane, found)
+        figure.suptitle(_title(found, title), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _contour(axis: Axes, plane: Plane, task: str) -> object:
+    from matplotlib.colors import LogNorm
+
+    loss = np.nan_to_num(np.asarray(plane.loss[task], dtype=float), nan=np.inf)
+    top = np.max(loss[np.isfinite(loss)], initial=FLOOR)
+    loss = np.clip(loss, FLOOR, max(top, 2 * FLOOR))
+    low, high = float(loss.min()), float(loss.max())
+    levels = np.geomspace(low, max(high, low * 1.01), LEVELS)
+    norm = LogNorm(levels[0], levels[-1])
+    filled = axis.contourf(plane.x, plane.y, loss, levels=levels, norm=norm, cmap="viridis_r", extend="both")
+    axis.contour(plane.x, plane.y, loss, levels=levels, colors="white", linewidths=0.5, alpha=0.6)
+    return filled
+
+
+def _ticks(bar: object, levels: Sequence[float]) -> None:
+    """Every third level as a plain number."""
+    shown = list(levels)[::3]
+    bar.minorticks_off()
+    bar.set_ticks(shown, labels=[f"{level:.2g}" for level in shown])
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=8)
+
+
+def _points(axis: Axes, plane: Plane, found: Landscape) -> None:
+    """The experts and the merge, named beside their marks, away from each other."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=3, foreground="white")]
+    for index, (name, (x, y)) in enumerate(plane.points.items()):
+        hollow = not found.aligned.exact and name in found.pair
+        axis.plot(
+            [x], [y], marker="*" if name == "merge" else MARKERS[index], markersize=13 if name == "merge" else 8,
+            color="white" if hollow else "black", markeredgecolor="black" if hollow else "white",
+            markeredgewidth=1.2, linestyle="none", zorder=5, clip_on=False,
+        )  # fmt: skip
+        axis.annotate(
+            name, (x, y), xytext=(0, 10 if name == "merge" else -17), textcoords="offset points", ha="center",
+            fontsize=9, color="black", path_effects=halo, zorder=6,
+        )  # fmt: skip
+
+
+def _labels(figure: Figure, axes: Sequence[Axes], plane: Plane, found: Landscape) -> None:
+    a, b = found.pair
+    for axis in axes:
+        axis.set_xlabel(f"from {a!r} to {b!r}")
+    axes[0].set_ylabel("towards the merge" if plane.through_merge else "a random direction")
+    notes = ["Axes in distances of the aligned experts."]
+    if not plane.through_merge:
+        notes.append("The merge is on the line between them.")
+    if not found.aligned.exact:
+        notes.append("Hollow marks: the experts' weights in merged units, which are not one-to-one with their own.")
+    figure.supxlabel("\n".join(notes), x=0.01, ha="left", fontsize=8.5, color="#555555")
+
+
+def interpolation(found: Landscape, title: str = "") -> Figure:
+    """Loss and error of every task on the line between the experts, aligned and as they are, with the barriers."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    tasks = list(found.aligned.loss)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(1.0 + WIDTH * len(tasks), 6.2), layout="constrained")
+        rows = figure.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
+        for column, task in enumerate(tasks):
+            for index, curve in enumerate(found.curves):
+                _curve(rows[0][column], curve, curve.loss[task], index)
+                _curve(rows[1][column], curve, curve.error[task], index)
+            told = [f"barrier {curve.barrier(task):.2f}, {line_name(curve)}" for curve in found.curves]
+            top = rows[0][column]
+            top.set_title(f"task {task!r}", loc="left", pad=8 + 11 * len(told))
+            top.text(0, 1.02, "\n".join(told), transform=top.transAxes, fontsize=8, color="#555555", va="bottom")
+            rows[1][column].set_xlabel("place on the line")
+            rows[1][column].set_xticks([0, 0.5, 1], labels=[found.pair[0], "middle", found.pair[1]])
+        rows[0][0].set_ylim(bottom=0)
+        rows[1][0].set_ylim(0, 1)
+        rows[0][0].set_ylabel("loss")
+        rows[1][0].set_ylabel("error (share of wrong answers)")
+        lines, labels = rows[0][0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        figure.suptitle(_title(found, title), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def line_name(curve: Curve) -> str:
+    """What the line of a curve runs between."""
+    return "experts as they are" if curve.method == "identity" else f"aligned by {curve.method}"
+
+
+def _curve(axis: Axes, curve: Curve, values: Sequence[float], index: int) -> None:
+    label = line_name(curve) + ("" if curve.exact else JOINED)
+    axis.plot(
+        curve.at, values, color=COLOURS[index], marker=MARKERS[index], markersize=4.5, linewidth=1.8,
+        linestyle="-" if curve.exact else "--", label=label, zorder=3 + index, clip_on=False,
+    )  # fmt: skip
+    axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _title(found: Landscape, title: str) -> str:
+    """What is shown, of which merge, on which data."""
+    counts = set(found.samples.values())
+    number = f"{counts.pop()} held-out samples a task" if len(counts) == 1 else "held-out samples"
+    right = {"labels": "labelled", "experts": "labelled by the experts"}[found.answers]
+    merge = f"{found.method}, depth {found.depth:g}; {number}, {right}"
+    return f"{title}: {merge}" if title else merge
+
+
+def barriers_table(found: Landscape, title: str = "") -> Table:
+    """A line for each way to bring the experts together: what it costs in the middle, and the barriers."""
+    tasks = list(found.aligned.loss)
+    table = new_table(
+        title,
+        ["line between"],
+        [*(f"barrier {task}" for task in tasks), "of the mean", *(f"middle {task}" for task in tasks)],
+    )
+    for curve in found.curves:
+        middle = min(range(len(curve.at)), key=lambda i: abs(curve.at[i] - 0.5))
+        table.add_row(
+            line_name(curve),
+            *(f"{curve.barrier(task):.3f}" for task in tasks),
+            f"{curve.mean_barrier:.3f}",
+            *(share(1 - curve.error[task][middle]) for task in tasks),
+        )
+    table.caption = "barrier: excess of the loss over the line between the ends; middle: accuracy half-way"
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,180 @@
+"""What a search found: every trial, the best one, and the frontier of score against size and computation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hf_zipit.errors import RecipeError
+from hf_zipit.evaluation import Accuracy
+from hf_zipit.files import replacing, write_json, write_text
+from hf_zipit.recipe import Recipe
+from hf_zipit.refit import RefitConfig
+from hf_zipit.schema import build
+from hf_zipit.searching.space import Setting
+
+RESULTS, PICTURE, BEST = "search.json", "frontier.png", "best.yaml"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge of a search.
+
+    Attributes:
+        number: from 0, in the order they were run.
+        setting: what was merged how.
+        score: the higher the better; None if the merge failed.
+        accuracy: what the score was taken from; None where the score is the caller's own.
+        parameters: of the merged model.
+        macs: multiply-accumulates of one sample answered for all tasks.
+        seconds: that merging took.
+        error: why there is no score, in one sentence; empty if there is one.
+    """
+
+    number: int
+    setting: Setting
+    score: float | None = None
+    accuracy: Accuracy | None = None
+    parameters: int = 0
+    macs: int = 0
+    seconds: float = 0.0
+    error: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "setting": self.setting.to_dict(),
+            "score": self.score,
+            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "seconds": round(self.seconds, 3),
+            "error": self.error,
+        }
+
+    def beats(self, other: Trial) -> bool:
+        """Whether it is as good, as small and as fast as another trial, and better in one of the three."""
+        mine, theirs = self._rank(), other._rank()
+        return mine != theirs and all(m <= t for m, t in zip(mine, theirs, strict=True))
+
+    def _rank(self) -> tuple[float, int, int]:
+        """The less the better; only for trials that have a score."""
+        return -(self.score or 0.0), self.parameters, self.macs
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        trials: in the order they were run.
+        measure: what the score is: `"mean"` or `"joint"` accuracy, or `"own"` for the caller's function.
+        answers: who said what is right: the `"labels"` of the data or the `"experts"`; None for the caller's function.
+        samples: held-out samples, by task.
+        experts: the experts' accuracies on the same samples; None for the caller's function.
+        expert_parameters, expert_macs: of one expert.
+        sampler, seed: how settings were chosen.
+        max_size: the best trial is at most so many times as large as one expert.
+    """
+
+    trials: tuple[Trial, ...]
+    measure: str
+    answers: str | None
+    samples: Mapping[str, int]
+    experts: Accuracy | None
+    expert_parameters: int
+    expert_macs: int
+    sampler: str
+    seed: int
+    max_size: float | None = None
+
+    @property
+    def best(self) -> Trial:
+        """The trial with the highest score, among equals the smallest, then the fastest, then the first.
+
+        Raises:
+            RecipeError: if no merge succeeded within `max_size`.
+        """
+        best = self.best_or_none
+        if best is None:
+            raise RecipeError(self._why_none())
+        return best
+
+    @property
+    def frontier(self) -> tuple[Trial, ...]:
+        """The trials that no other beats (of equals the first), from small to large."""
+        good = [trial for trial in self.trials if trial.score is not None]
+        kept: dict[tuple[float, int, int], Trial] = {}
+        for trial in good:
+            if not any(other.beats(trial) for other in good):
+                kept.setdefault(trial._rank(), trial)
+        return tuple(sorted(kept.values(), key=lambda trial: (trial.parameters, trial.macs)))
+
+    @property
+    def best_or_none(self) -> Trial | None:
+        """The best trial; None where `best` would raise."""
+        limit = float("inf") if self.max_size is None else self.max_size * self.expert_parameters
+        good = (trial for trial in self.trials if trial.score is not None and trial.parameters <= limit)
+        return min(good, key=lambda trial: (*trial._rank(), trial.number), default=None)
+
+    def _why_none(self) -> str:
+        errors = [trial.error for trial in self.trials if trial.error]
+        if len(errors) == len(self.trials):
+            return f"None of the {len(self.trials)} merges succeeded; the first one said: {errors[0]}"
+        return f"No merge is within max_size {self.max_size:g}; allow larger models, or search a greater depth."
+
+    def to_dict(self) -> dict[str, Any]:
+        best = self.best_or_none
+        return {
+            "measure": self.measure,
+            "answers": self.answers,
+            "samples": dict(self.samples),
+            "sampler": self.sampler,
+            "seed": self.seed,
+            "max_size": self.max_size,
+            "experts": self.experts.to_dict() if self.experts else None,
+            "expert_parameters": self.expert_parameters,
+            "expert_macs": self.expert_macs,
+            "best": best.number if best else None,
+            "frontier": [trial.number for trial in self.frontier],
+            "trials": [trial.to_dict() for trial in self.trials],
+        }
+
+    def save(self, folder: str | Path, *, recipe: Recipe | None = None, title: str = "") -> Path:
+        """Write all trials (`search.json`), the picture of the frontier and, if told the recipe, the best one.
+
+        Args:
+            folder: where to; files of an earlier search are replaced.
+            recipe: whose experts and data were searched: with the best setting it becomes `best.yaml`, which
+                `hf-zipit run` takes.
+            title: of the picture.
+
+        Raises:
+            OutputError: if the folder cannot be written.
+            RecipeError: if no merge succeeded and there is nothing to write a recipe or a picture of.
+        """
+        from hf_zipit.report.frontier import frontier_picture
+
+        folder = Path(folder)
+        write_json(folder / RESULTS, self.to_dict())
+        with replacing(folder / PICTURE) as beside:
+            frontier_picture(self, title=title).savefig(beside, format="png", dpi=160)
+        if recipe is not None:
+            write_text(folder / BEST, with_setting(recipe, self.best.setting).to_yaml())
+        return folder
+
+
+def with_setting(recipe: Recipe, setting: Setting) -> Recipe:
+    """A recipe that makes one merge: that of a setting."""
+    return replace(
+        recipe,
+        method=(setting.method,),
+        depth=(setting.depth,),
+        residual=setting.residual,
+        options={setting.method: dict(setting.options)} if setting.options else {},
+        refit=build(RefitConfig, setting.refit, "refit") if setting.refit is not None else None,
+        search=None,
+        save=None,
+    )

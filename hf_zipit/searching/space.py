@@ -1,0 +1,239 @@
+"""The space that is searched, in a recipe's words: every value may be a list of choices, numbers also a range.
+
+    method: [permute, zip, zip+refit, dual]
+    depth: [1.0, 0.5]
+    residual: [match, identity]
+    options:
+      zip: {alpha: [0.1, 0.3], beta: {low: 0, high: 1}}      # for zip and zip+refit
+      dual: {balance: {low: 0.1, high: 0.9}}
+    refit: {own_weight: [0.5, 1.0]}                          # for the methods with +refit behind their names
+
+What must hold: an option only counts for its method, so that no two settings of a grid are the same merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import product
+from typing import Any
+
+from hf_zipit.align.registry import METHODS
+from hf_zipit.errors import RecipeError
+from hf_zipit.recipe import REFIT, real_method
+from hf_zipit.refit import RefitConfig
+from hf_zipit.registry import check_options, suggestion
+
+
+@dataclass(frozen=True)
+class Range:
+    """All numbers from `low` to `high`, whole ones where both are; drawn evenly, or evenly in their logarithms."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            above = ", above 0 for log," if self.log else ""
+            raise RecipeError(f"The range from {self.low} to {self.high} should begin{above} below its end.")
+
+
+Choices = tuple[Any, ...] | Range
+"""The values that one setting may have."""
+
+Choose = Callable[[str, Choices], Any]
+"""Picks one of the values of the setting that is named."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the space.
+
+    Attributes:
+        method: as a recipe names it: with `+refit` behind the name it is followed by the refit.
+        depth: the share of blocks that is merged, or a block's path.
+        residual: whether the residual stream is matched.
+        options: the method's.
+        refit: settings of the refit; None where there is none.
+    """
+
+    method: str
+    depth: float | str = 1.0
+    residual: str = "match"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refit: Mapping[str, Any] | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `merge`."""
+        return {
+            "method": real_method(self.method),
+            "options": dict(self.options),
+            "depth": self.depth,
+            "residual": self.residual,
+            "refit": dict(self.refit) if self.refit is not None else False,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "depth": self.depth,
+            "residual": self.residual,
+            "options": dict(self.options),
+            "refit": dict(self.refit) if self.refit is not None else None,
+        }
+
+    def details(self) -> str:
+        """Everything but method and depth, for a table: `alpha 0.3, beta 1, residual identity`."""
+        named = {**self.options, **(self.refit or {})}
+        parts = [
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in named.items()
+        ]
+        return ", ".join([*parts, *([f"residual {self.residual}"] if self.residual != "match" else [])])
+
+    def __str__(self) -> str:
+        depth = f"{self.depth:g}" if isinstance(self.depth, float) else self.depth
+        return ", ".join(part for part in (self.method, f"depth {depth}", self.details()) if part)
+
+
+@dataclass(frozen=True)
+class Space:
+    """What is searched; the attributes are the keys of the module's docstring.
+
+    Attributes:
+        method, depth, residual: the choices.
+        options: by method, the choices of its options.
+        refit: choices of the refit's settings; None where nothing is refitted but for methods with `+refit`.
+    """
+
+    method: tuple[str, ...] = ("permute", "zip")
+    depth: Choices = (1.0, 0.5)
+    residual: tuple[str, ...] = ("match", "identity")
+    options: Mapping[str, Mapping[str, Choices]] = field(default_factory=dict)
+    refit: Mapping[str, Choices] | None = None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any] | Space | None) -> Space:
+        """A space from plain values; a single value counts as a list of one.
+
+        Raises:
+            RecipeError: for an unknown key, method, option or refit setting, an empty list or a bad range.
+        """
+        if isinstance(content, Space):
+            return content
+        given = dict(content or {})
+        known = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise RecipeError(f"A search space has no {key!r}; {suggestion(str(key), known)}")
+        for key in {"method", "depth", "residual"} & set(given):
+            given[key] = choices(given[key], key)
+        if "options" in given:
+            given["options"] = {
+                method: {name: choices(value, f"options.{method}.{name}") for name, value in options.items()}
+                for method, options in _mapping(given["options"], "options").items()
+                if _mapping(options, f"options.{method}") is not None
+            }
+        if given.get("refit") in (True, False, None):
+            given["refit"] = {} if given.get("refit") else None
+        else:
+            refit = _mapping(given["refit"], "refit")
+            given["refit"] = {name: choices(value, f"refit.{name}") for name, value in refit.items()}
+        return cls(**given)
+
+    def __post_init__(self) -> None:
+        for key in ("method", "residual"):
+            if isinstance(getattr(self, key), Range):
+                raise RecipeError(f"The {key} of a search space should be a list of names, but is a range.")
+        for method in self.method:
+            if not isinstance(method, str) or real_method(method) not in METHODS:
+                raise RecipeError(f"There is no method {method!r}; {suggestion(str(method), METHODS.names())}")
+        for method, options in self.options.items():
+            if method not in self.method and all(method != m.removesuffix(REFIT) for m in self.method):
+                raise RecipeError(f"options.{method} is for no method of the space; {suggestion(method, self.method)}")
+            for name, values in options.items():
+                for value in (values.low, values.high) if isinstance(values, Range) else values:
+                    check_options(method, METHODS.get(real_method(method)).function, {name: value})
+        settings = [f.name for f in fields(RefitConfig)]
+        for name in self.refit or {}:
+            if name not in settings:
+                raise RecipeError(f"refit has no setting {name!r}; {suggestion(name, settings)}")
+
+    def refitted(self, method: str) -> bool:
+        """Whether a method is followed by the refit: as in recipes, `refit` is for all where no name asks for it."""
+        marked = any(m.endswith(REFIT) for m in self.method)
+        return method.endswith(REFIT) or (self.refit is not None and not marked)
+
+    def dimensions(self, method: str) -> dict[str, Choices]:
+        """What there is to choose for a method, by name: `depth`, `residual`, `zip.alpha`, `refit.own_weight`."""
+        plain = method.removesuffix(REFIT)
+        options = {**self.options.get(plain, {}), **self.options.get(method, {})}
+        refit = (self.refit or {}) if self.refitted(method) else {}
+        return {
+            "depth": self.depth,
+            "residual": self.residual,
+            **{f"{plain}.{name}": values for name, values in options.items()},
+            **{f"refit.{name}": values for name, values in refit.items()},
+        }
+
+    def setting(self, method: str, values: Mapping[str, Any]) -> Setting:
+        """The setting with a value for each of the method's dimensions."""
+        within: dict[str, dict[str, Any]] = {"refit": {}, "options": {}}
+        for name, value in values.items():
+            group, dot, option = name.rpartition(".")
+            if dot:
+                within["refit" if group == "refit" else "options"][option] = value
+        refit = within["refit"] if self.refitted(method) else None
+        return Setting(method, values["depth"], values["residual"], within["options"], refit)
+
+    def draw(self, choose: Choose) -> Setting:
+        """The setting that `choose` picks, dimension by dimension."""
+        method = choose("method", self.method)
+        return self.setting(method, {name: choose(name, values) for name, values in self.dimensions(method).items()})
+
+    def grid(self) -> list[Setting]:
+        """All settings.
+
+        Raises:
+            RecipeError: if the space holds a range.
+        """
+        return list(self._settings())
+
+    def _settings(self) -> Iterator[Setting]:
+        for method in self.method:
+            dimensions = self.dimensions(method)
+            for name, values in dimensions.items():
+                if isinstance(values, Range):
+                    raise RecipeError(f"A grid needs lists, but {name} is a range; list its values, or search by tpe.")
+            for values in product(*dimensions.values()):
+                yield self.setting(method, dict(zip(dimensions, values, strict=True)))
+
+
+def choices(value: Any, name: str) -> Choices:
+    """The values that one setting may have, from a value, a list of them or `{low, high, log}`."""
+    if isinstance(value, Range):
+        return value
+    if isinstance(value, Mapping):
+        if not {"low", "high"} <= set(value) <= {"low", "high", "log"}:
+            raise RecipeError(f"The range of {name} should have the keys low and high (and log), not {sorted(value)}.")
+        if any(isinstance(value[end], bool) or not isinstance(value[end], (int, float)) for end in ("low", "high")):
+            raise RecipeError(f"The range of {name} should go from one number to another, but is {dict(value)}.")
+        return Range(**value)
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
+    if not values:
+        raise RecipeError(f"{name} is an empty list; give at least one value.")
+    for one in values:
+        if one is not None and not isinstance(one, (str, bool, int, float)):
+            raise RecipeError(f"{name} should hold numbers, names or true and false, but holds {one!r}.")
+    # An optimiser tells choices apart by their values, and 1 from 1.0 means nothing here.
+    numbers = any(isinstance(one, float) for one in values)
+    values = tuple(float(one) if numbers and type(one) is int else one for one in values)
+    if name == "depth":
+        values = tuple(float(one) if type(one) is int else one for one in values)
+    return tuple(dict.fromkeys(values))
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{name} should be a mapping of names to values, but is {value!r}.")
+    return value

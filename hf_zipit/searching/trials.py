@@ -1,0 +1,279 @@
+"""Search: try many settings of a merge on held-out calibration data, and keep those that nothing beats.
+
+The calibration data is divided first: one part is what merges look at (moments, refit), the other part only scores
+them. Test data has no place in the signature. The experts are observed once, for the deepest merge of the space
+(`observing.py`). The score is an accuracy on the held-out part: against
+labels where there are any, else against the answers of the task's own expert, which needs no labels.
+
+`"grid"` runs all settings of the space, or a seeded sample of them. `"tpe"` lets Optuna's tree-structured Parzen
+estimator choose (Bergstra et al., Algorithms for Hyper-Parameter Optimization, NeurIPS 2011; with several objectives
+Ozaki et al., GECCO 2020): it looks for high scores, few parameters and little computation at once.
+
+What must hold: the same seed gives the same trials; a merge that fails is a trial with a sentence, not the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from hf_zipit.errors import RecipeError, ZipItError
+from hf_zipit.evaluation import accuracy
+from hf_zipit.experts import Experts, load_experts
+from hf_zipit.held_out import Answers, HeldOut, divide, held_out, whole
+from hf_zipit.merging import merge, plan
+from hf_zipit.observe import Moments
+from hf_zipit.observe.data import by_task
+from hf_zipit.observe.inputs import ModelInputs
+from hf_zipit.observing import Observed
+from hf_zipit.planning import make_plan
+from hf_zipit.searching.costs import expert_macs, merged_macs
+from hf_zipit.searching.result import SearchResult, Trial
+from hf_zipit.searching.space import Choices, Choose, Range, Setting, Space
+from hf_zipit.symmetry.spec import MergeSpec
+
+Sampler = Literal["grid", "tpe"]
+Score = Literal["mean", "joint"] | Callable[[PreTrainedModel], float]
+
+TRIALS = 30
+"""Trials of a tpe search that names no number."""
+
+ASKS = 10
+"""So many proposals in a row that were tried before end a tpe search: its space is as good as empty."""
+
+
+def search(
+    experts: Experts,
+    calibration: Any,
+    *,
+    validation: Any = None,
+    space: Mapping[str, Any] | Space | None = None,
+    sampler: Sampler = "grid",
+    trials: int | None = None,
+    hold_out: float = 0.25,
+    score: Score = "mean",
+    answers: Answers = "auto",
+    max_size: float | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    combine: str = "average",
+    corrections: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
+    processor: Any = None,
+    batch_size: int = 32,
+    moments: Moments | str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    watch: Callable[[Trial], None] = lambda trial: None,
+) -> SearchResult:
+    """Merge the same experts in many ways, and score every merge on data that no merge has looked at.
+
+    Args:
+        experts: the models by task name, as for `merge`.
+        calibration: a little data, as for `merge`; never test data. Labels are used for nothing but the score.
+        validation: data to score on, of the same kinds; without it a part of the calibration data is held out, which
+            then cannot be a `DataLoader` or an iterable.
+        space: what to try, as in `searching.space`; permute and zip at two depths by default.
+        sampler: `"grid"` or `"tpe"`.
+        trials: at most so many different merges; the whole grid by default, or 30 by tpe.
+        hold_out: the share of every task's calibration samples that only scores.
+        score: `"mean"` of the tasks' accuracies, `"joint"` accuracy among the classes of all tasks, or a function of
+            the merged model, which should look at no test data either.
+        answers: who says what is right: the data's `"labels"` (ids of each task's own classes), the `"experts"`, or
+            `"auto"`: labels where every task has them.
+        max_size: `SearchResult.best` has at most so many times the parameters of one expert.
+        overrides, combine, corrections: of all merges, as for `merge`.
+        processor: image processor or tokenizer for raw data.
+        batch_size: samples per forward pass.
+        moments: of the same experts, at least as deep as the space; nothing is observed then. They should not have
+            been taken from the samples that score.
+        accelerator: where to run.
+        seed: of the division of the data, of the sampler, and of every merge.
+        progress: show a progress bar on stderr.
+        watch: is given every trial when it is done.
+
+    Raises:
+        ExpertError, SpecError: if the experts cannot be merged at all.
+        DataError: if the data cannot be used or divided.
+        RecipeError: if the space or a setting of the search is wrong, or the optional Optuna is not installed.
+    """
+    space = Space.of(space)
+    _check(sampler, trials, score, max_size)
+    sample = _sampler(space, sampler, trials, seed)
+    loaded = load_experts(experts)
+    first = next(iter(loaded.values()))
+    for depth in _depths(space):
+        make_plan(loaded, depth)
+    if validation is None:
+        rest, held = divide(calibration, first, list(loaded), hold_out, seed)
+        calibration = whole(rest)
+    else:
+        held = by_task(validation, ModelInputs.of(first), list(loaded))
+    samples = None
+    if not callable(score):
+        samples = held_out(held, loaded, answers=answers, processor=processor, batch_size=batch_size)
+    observed = Observed(
+        loaded, calibration, _depths(space), moments,
+        processor=processor, batch_size=batch_size, accelerator=accelerator, seed=seed, progress=progress,
+    )  # fmt: skip
+    task = _Task(
+        loaded, calibration, observed, score, samples,
+        {"overrides": overrides, "combine": combine, "corrections": corrections, "processor": processor,
+         "batch_size": batch_size, "accelerator": accelerator, "seed": seed},
+    )  # fmt: skip
+    done: list[Trial] = []
+    with tqdm(total=sample.total, desc="searching", unit="merge", disable=not progress) as bar:
+
+        def run(setting: Setting) -> Trial:
+            trial = task.run(len(done), setting)
+            done.append(trial)
+            watch(trial)
+            bar.update()
+            return trial
+
+        sample.search(run)
+    beside = accuracy(loaded, samples.tasks, batch_size=batch_size) if samples else None
+    spec = MergeSpec.from_model(first)
+    return SearchResult(
+        tuple(done), "own" if callable(score) else score, samples.answers if samples else None,
+        samples.counts if samples else {}, beside, first.num_parameters(), expert_macs(spec), sampler, seed, max_size,
+    )  # fmt: skip
+
+
+def _check(sampler: str, trials: int | None, score: Any, max_size: float | None) -> None:
+    if sampler not in ("grid", "tpe"):
+        raise RecipeError(f"sampler is {sampler!r}; it must be 'grid' or 'tpe'.")
+    if trials is not None and trials < 1:
+        raise RecipeError(f"trials is {trials}; it must be at least 1.")
+    if not callable(score) and score not in ("mean", "joint"):
+        raise RecipeError(f"score is {score!r}; it must be 'mean', 'joint' or a function of the merged model.")
+    if max_size is not None and max_size <= 0:
+        raise RecipeError(f"max_size is {max_size}; it must be above 0.")
+
+
+def _depths(space: Space) -> tuple[float | str, ...]:
+    return (space.depth.high,) if isinstance(space.depth, Range) else space.depth
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The merges of one search: everything but the setting."""
+
+    experts: Mapping[str, PreTrainedModel]
+    calibration: Any
+    observed: Observed
+    score: Score
+    samples: HeldOut | None
+    merging: Mapping[str, Any]
+
+    def run(self, number: int, setting: Setting) -> Trial:
+        """Merge and score; an error that a user can see becomes the trial's."""
+        started = time.perf_counter()
+        try:
+            arguments = setting.arguments()
+            planning = {name: value for name, value in arguments.items() if name != "refit"}
+            planned = plan(self.experts, **planning, **{name: self.merging[name] for name in ("overrides", "combine")})
+            found = self.observed.moments(planned)
+            started = time.perf_counter()  # all merges share the observation
+            merged = merge(
+                self.experts, self.calibration, **arguments, **self.merging, moments=found, progress=False
+            )  # fmt: skip
+            seconds = time.perf_counter() - started
+            measured, score = self._scored(merged)
+        except ZipItError as error:
+            return Trial(number, setting, seconds=time.perf_counter() - started, error=" ".join(str(error).split()))
+        first = next(iter(self.experts.values()))
+        macs = merged_macs(MergeSpec.from_model(first), merged.config, first)
+        return Trial(number, setting, score, measured, merged.num_parameters(), macs, seconds)
+
+    def _scored(self, merged: PreTrainedModel) -> tuple[Any, float]:
+        if callable(self.score):
+            return None, float(self.score(merged))
+        found = accuracy(merged, self.samples.tasks, batch_size=self.merging["batch_size"])
+        if self.score == "mean":
+            return found, found.mean
+        if found.joint is None:
+            raise RecipeError("The tasks share their classes, so that there is no joint accuracy; score by 'mean'.")
+        return found, found.joint
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """All settings of a space, or a seeded sample of them in the grid's order."""
+
+    settings: Sequence[Setting]
+
+    @property
+    def total(self) -> int:
+        return len(self.settings)
+
+    def search(self, run: Callable[[Setting], Trial]) -> None:
+        for setting in self.settings:
+            run(setting)
+
+
+@dataclass(frozen=True)
+class _Tpe:
+    """Optuna proposes, from what it knows of the trials before."""
+
+    space: Space
+    total: int
+    seed: int
+
+    def search(self, run: Callable[[Setting], Trial]) -> None:
+        import optuna
+
+        known: dict[str, Trial] = {}
+        verbosity = optuna.logging.get_verbosity()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            study = optuna.create_study(
+                directions=("maximize", "minimize", "minimize"), sampler=optuna.samplers.TPESampler(seed=self.seed)
+            )
+            repeated = 0
+            while len(known) < self.total and repeated < ASKS:
+                asked = study.ask()
+                setting = self.space.draw(_choose(asked))
+                key = str(setting.to_dict())
+                repeated = repeated + 1 if key in known else 0
+                trial = known[key] = known.get(key) or run(setting)
+                if trial.score is None:
+                    study.tell(asked, state=optuna.trial.TrialState.FAIL)
+                else:
+                    study.tell(asked, (trial.score, trial.parameters, trial.macs))
+        finally:
+            optuna.logging.set_verbosity(verbosity)
+
+
+def _sampler(space: Space, sampler: str, trials: int | None, seed: int) -> _Grid | _Tpe:
+    if sampler == "tpe":
+        try:
+            import optuna  # noqa: F401
+        except ImportError:
+            raise RecipeError("sampler 'tpe' needs Optuna: pip install 'hf_zipit[search]', or take 'grid'.") from None
+        return _Tpe(space, trials or TRIALS, seed)
+    settings = space.grid()
+    if trials is not None and trials < len(settings):
+        chosen = np.random.default_rng(seed).permutation(len(settings))[:trials]
+        settings = [settings[i] for i in sorted(chosen)]
+    return _Grid(settings)
+
+
+def _choose(asked: Any) -> Choose:
+    """Optuna's choice of one value."""
+
+    def choose(name: str, values: Choices) -> Any:
+        if not isinstance(values, Range):
+            return asked.suggest_categorical(name, values)
+        whole_numbers = isinstance(values.low, int) and isinstance(values.high, int)
+        suggest = asked.suggest_int if whole_numbers else asked.suggest_float
+        return suggest(name, values.low, values.high, log=values.log)
+
+    return choose
