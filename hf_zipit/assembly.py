@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_zipit.align.maps import Alignment
 from hf_zipit.align.products import merged_sizes
-from hf_zipit.combine.transform import unmerge_index
+from hf_zipit.combine.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.cut import Cut, Entry
 from hf_zipit.errors import ExpertError
 from hf_zipit.modeling import ZipItConfig, build
@@ -66,10 +66,12 @@ def assemble(
         modules = [*zip(cut.entries, merged.entries[key], strict=True)]
         modules += zip(cut.exits, merged.exits[key], strict=True)
         for entry, module in modules:
-            if doors is None:
+            if doors is not None:
+                module.load_state_dict(dict(zip(("weight", "bias"), doors[entry][number], strict=True)))
+            elif only_groups(alignment, entry.key):
                 module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
             else:
-                module.load_state_dict(dict(zip(("weight", "bias"), doors[entry][number], strict=True)))
+                module.weight.data.copy_(unmerge_matrix(alignment, entry.key, number, spec))
     return merged.eval()
 
 
@@ -98,7 +100,7 @@ def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> d
 def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment, doors: Any) -> dict[str, Any]:
     units = spec.size(entry.key)
     size = prod(merged_sizes(entry.key, alignment, spec))
-    kind = "index" if doors is None else "dense"
+    kind = "index" if doors is None and only_groups(alignment, entry.key) else "dense"
     return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 
 

@@ -16,6 +16,9 @@ from torch import nn
 from hf_zipit.errors import RecipeError, SpecError
 from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, Symmetry, product_key
 
+NOT_IN_TRUNK = "it is not in the trunk"
+"""What fixes a space that only branches have."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -60,11 +63,10 @@ class Cut:
     def trunk_spec(self, spec: MergeSpec) -> MergeSpec:
         """The spec as the later stages see it: spaces that only branches have are fixed, and nobody looks there."""
         merged = self.spaces(spec)
-        own = "it is not in the trunk"
         spaces = {
             name: space
             if name in merged or not spec.movable(name)
-            else replace(space, symmetry=Symmetry.FIXED, frozen_by=own)
+            else replace(space, symmetry=Symmetry.FIXED, frozen_by=NOT_IN_TRUNK)
             for name, space in spec.spaces.items()
         }
         return replace(spec, spaces=spaces, probes=self._probes(spec, merged))

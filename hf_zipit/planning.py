@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from hf_zipit.combine.rows import check_axes
 from hf_zipit.cut import Cut, cut_model
 from hf_zipit.errors import SpecError
 from hf_zipit.experts import check_experts
+from hf_zipit.symmetry.folding import Model, fold
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 
@@ -33,6 +35,7 @@ class Plan:
             pass.
         moment_bytes: memory of the moments.
         passes: forward passes over the calibration data (of all experts together), 0 where the method needs none.
+        widenable: spaces that may be wider in the merged model than in an expert, where the method needs to know.
     """
 
     architecture: str
@@ -43,6 +46,7 @@ class Plan:
     coverage: Mapping[str, int]
     moment_bytes: int
     passes: int
+    widenable: frozenset[str] = frozenset()
 
     def to_dict(self) -> dict[str, Any]:
         """The plan without the spec's tables, ready for JSON."""
@@ -60,13 +64,16 @@ class Plan:
             "unknown_ops": {name: list(modules) for name, modules in self.spec.unknown_ops.items()},
             "parameters": dict(self.parameters),
             "coverage": dict(self.coverage),
+            "folded": [norm.weight for norm in self.spec.folds],
             "moment_bytes": self.moment_bytes,
             "passes": self.passes,
         }
 
 
-def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: int = 0) -> Plan:
+def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: int = 0, folding: bool = False) -> Plan:
     """Check the experts, infer the spec, divide the model.
+
+    With `folding` the spec is that of the experts with their norms folded: see `fold_experts`.
 
     Raises:
         ExpertError: if the experts do not fit each other, or one holds NaN.
@@ -74,7 +81,7 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: i
         RecipeError: if the depth is no share and no block.
     """
     first = next(iter(experts.values()))
-    spec = MergeSpec.from_model(first)
+    spec = MergeSpec.from_model(first, folding=folding)
     check_experts(experts, spec.head)
     cut = cut_model(first, spec, depth)
     tensors = model_tensors(first)
@@ -111,8 +118,25 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: i
     )
 
 
+def fold_experts(experts: Mapping[str, Model], planned: Plan) -> dict[str, Model]:
+    """The experts that every stage after the plan works on: with their norms folded where the plan says so.
+
+    They compute what the experts compute, and share all tensors that folding does not change.
+
+    Raises:
+        ExpertError: if a norm cannot be folded.
+    """
+    if not planned.spec.folds:
+        return dict(experts)
+    return {task: fold(model, planned.spec.folds, f"the expert {task!r}") for task, model in experts.items()}
+
+
 def check_coverage(spec: MergeSpec, cut: Cut) -> None:
     """Every tensor of the trunk has a label on each axis, or is known to be unused; else an error names it."""
     for name in sorted(cut.trunk):
         if name not in spec.axes and name not in spec.unused:
             raise SpecError(f"the tensor {name} is covered by no rule; trace the model with inputs that use it")
+        try:
+            check_axes(spec.axes.get(name, ()), spec)
+        except SpecError as error:
+            raise SpecError(f"the tensor {name} cannot be merged: {error}") from error

@@ -1,35 +1,29 @@
-"""Alignment of a whole model: one map per movable space, from the correlations of the products that were observed.
+"""Alignment of a whole model: which method every movable space gets, and one map for each of them.
 
-Spaces are solved one after the other, those first whose evidence depends on the fewest unsolved ones. A space that
-stands alone goes straight to the matcher. Where only products were observed, the other factors are traced out under
-their maps (`products.py`); heads are scored over all their products and permuted (`heads.py`), then the matcher runs
-inside every group of paired heads. A space that nothing observed keeps its units, and is named in a warning.
+Matchers of one space are run by the solver (`solver.py`). A whole-network method sees what they have settled.
 """
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hf_zipit.align.heads import block_scores, holds_blocks
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.permute import match_to_reference
-from hf_zipit.align.products import merged_sizes, trace_out
-from hf_zipit.align.registry import METHODS, Method, Network
+from hf_zipit.align.circuits import match_circuits
+from hf_zipit.align.maps import Map
+from hf_zipit.align.procrustes import rotate_streams, rotating
+from hf_zipit.align.registry import METHODS, Network
+from hf_zipit.align.solver import Choice, Solver
+from hf_zipit.cut import NOT_IN_TRUNK
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.registry import check_options
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space
 
-logger = logging.getLogger(__name__)
-
-Residual = Literal["match", "identity"]
+Residual = Literal["match", "identity", "orthogonal"]
 Overrides = Mapping[str, "str | Mapping[str, Any]"]
 
 
@@ -43,7 +37,9 @@ def align(
     residual: Residual = "match",
     overrides: Overrides | None = None,
     weights: Sequence[Mapping[str, Tensor]] = (),
-) -> dict[str, SpaceMap]:
+    widenable: frozenset[str] = frozenset(),
+    covariances: Mapping[ProductKey, Tensor] | None = None,
+) -> dict[str, Map]:
     """Align the experts in every movable space.
 
     Args:
@@ -53,10 +49,14 @@ def align(
         experts: T.
         method: a registered method's name.
         options: the method's options.
-        residual: `"identity"` leaves the residual streams (`residual_spaces`) as they are.
+        residual: `"identity"` leaves the residual streams (`residual_spaces`) as they are, `"orthogonal"` rotates
+            those that allow it (a folded model's) by Procrustes, from activations or, where the method reads none,
+            from weights.
         overrides: for spaces whose name matches a pattern (as in `fnmatch`), another method: its name, or a mapping of
             `method` and its options. The first pattern that matches decides, also over `residual`.
-        weights: the experts' state dicts, for methods that need weights.
+        weights: the experts' state dicts (what is to be merged of them), for methods that need weights.
+        widenable: spaces that may have more merged units than an expert has, for methods that need widths.
+        covariances: see `Network`; for methods that need them, and to rotate residual streams.
 
     Returns:
         One map for every movable space, in the spec's order. Heads are always matched one-to-one.
@@ -65,20 +65,18 @@ def align(
         RecipeError: an unknown method, option or `residual`, or a pattern that matches nothing.
         DataError: correlations of another size than the spec's, or not finite.
     """
-    default = _Choice.of(method, options or {})
+    default = Choice.of(method, options or {})
     choices = _choices(spec, default, residual, overrides or {})
     _check(spec, correlations, experts)
-    solver = _Solver(spec, correlations, experts)
+    network = Network(spec, experts, correlations, weights, {}, widenable, covariances or {})
+    rotated = _rotations(network, choices, default) if residual == "orthogonal" else {}
+    solver = Solver(spec, correlations, experts, rotated, network.covariances)
+    left = {name: _fitting(choice, spec.spaces[name]) for name, choice in choices.items() if name not in rotated}
     if default.method.scope == "network":
-        settled = {name: choice for name, choice in choices.items() if choice is not default}
-        for name, choice in settled.items():
-            if "moments" in choice.method.needs and not set(spec.spaces[name].within) <= set(settled):
-                raise RecipeError(f"{name} cannot be matched before the heads it lives within; override them too.")
-        solver.solve(settled)
-        network = Network(spec, experts, correlations, weights, solver.maps)
-        solver.maps |= default.method.function(network, **default.options)
+        solver.solve({name: choice for name, choice in left.items() if choice is not default})
+        solver.maps |= default.method.function(replace(network, settled=solver.maps), **default.options)
     else:
-        solver.solve(choices)
+        solver.solve(left)
     return {name: solver.maps[name] for name in choices}
 
 
@@ -93,23 +91,34 @@ def check_settings(
 ) -> frozenset[str]:
     """Raise what `align` would raise about its settings, before any data is read.
 
-    Every matcher is run once on the smallest space that it is for, with units that resemble nothing: values of options
-    that are out of range show there.
+    Every matcher is run once on the smallest space that it is for, with units that resemble nothing, a whole-network
+    method on a network of one tiny space: values of options that are out of range show there.
 
     Returns:
-        What the methods that are used look at: a subset of `{"moments", "weights"}`.
+        What the methods that are used look at: a subset of `{"moments", "covariances", "weights", "widths"}`.
 
     Raises:
         RecipeError: as `align` does.
     """
-    rehearsed: list[_Choice] = []
-    choices = _choices(spec, _Choice.of(method, options or {}), residual, overrides or {})
+    default = Choice.of(method, options or {})
+    rehearsed: list[Choice] = []
+    choices = _choices(spec, default, residual, overrides or {})
     for name, choice in sorted(choices.items(), key=lambda item: spec.spaces[item[0]].size):
-        if choice.method.scope == "space" and choice not in rehearsed:
+        if choice not in rehearsed:
             rehearsed.append(choice)
-            units = torch.eye(experts * spec.spaces[name].size, dtype=torch.float64)
-            choice.method.function(units, experts, **choice.options)
-    return frozenset().union(*(choice.method.needs for choice in choices.values()))
+            choice.rehearse(experts, spec.spaces[name].size)
+    if default.method.scope == "network" and default not in rehearsed:
+        default.rehearse(experts)
+    needs = frozenset().union(*(choice.method.needs for choice in choices.values()))
+    if residual == "orthogonal":
+        needs |= {"covariances"} if "moments" in needs else {"weights"}
+    return needs
+
+
+def wants_folding(method: str, residual: Residual = "match", overrides: Overrides | None = None) -> bool:
+    """Whether these settings want the norms folded into their readers, so that streams can be rotated."""
+    used = [METHODS.get(method), *(override_choice(*override).method for override in (overrides or {}).items())]
+    return residual == "orthogonal" or any(entry.folds for entry in used)
 
 
 def residual_spaces(spec: MergeSpec) -> tuple[str, ...]:
@@ -130,38 +139,71 @@ def residual_spaces(spec: MergeSpec) -> tuple[str, ...]:
     return tuple(name for name in free if len(writers[name]) >= 3)
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """A method with its options."""
-
-    method: Method
-    options: dict[str, Any]
-
-    @classmethod
-    def of(cls, name: str, options: Mapping[str, Any]) -> _Choice:
-        method = METHODS.get(name)
-        return cls(method, check_options(name, method.function, options))
-
-
-def _choices(spec: MergeSpec, default: _Choice, residual: Residual, overrides: Overrides) -> dict[str, _Choice]:
+def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Overrides) -> dict[str, Choice]:
     """The method of every movable space."""
-    if residual not in ("match", "identity"):
-        raise RecipeError(f"residual is {residual!r}; it must be 'match' or 'identity'.")
+    if residual not in ("match", "identity", "orthogonal"):
+        raise RecipeError(f"residual is {residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
     choices = {name: default for name in spec.spaces if spec.movable(name)}
     if residual == "identity":
-        choices |= {name: _Choice.of("identity", {}) for name in residual_spaces(spec)}
+        choices |= {name: Choice.of("identity", {}) for name in residual_spaces(spec)}
     for pattern, override in reversed(overrides.items()):  # the first pattern has the last word
-        settings = {"method": override} if isinstance(override, str) else dict(override)
-        if "method" not in settings:
-            raise RecipeError(f"The override for {pattern!r} names no method; give it as 'method'.")
-        choice = _Choice.of(settings.pop("method"), settings)
-        if choice.method.scope == "network":
-            raise RecipeError(f"{choice.method.name!r} aligns whole networks; it cannot be used on {pattern!r} alone.")
-        matched = [name for name in choices if fnmatchcase(name, pattern)]
-        if not matched:
+        choice = override_choice(pattern, override)
+        matched = [name for name in spec.spaces if fnmatchcase(name, pattern)]
+        movable = [name for name in matched if name in choices]
+        # A pattern may be meant for a deeper cut than this one.
+        if not movable and not any(spec.spaces[name].frozen_by == NOT_IN_TRUNK for name in matched):
             raise RecipeError(f"The override for {pattern!r} matches no movable space; `hf-zipit inspect` lists them.")
-        choices |= dict.fromkeys(matched, choice)
+        choices |= dict.fromkeys(movable, choice)
+    if default.method.scope == "network":
+        _check_settled(spec, {name: choice for name, choice in choices.items() if choice is not default})
     return choices
+
+
+def _fitting(choice: Choice, space: Space) -> Choice:
+    """`permute` in place of a matcher that asks for more symmetry than a space has."""
+    too_much = choice.method.scope == "space" and space.symmetry < choice.method.least
+    return Choice.of("permute", {}) if too_much else choice
+
+
+def _rotations(network: Network, choices: Mapping[str, Choice], default: Choice) -> dict[str, Map]:
+    """The rotations of the residual streams that allow them and that no override decides."""
+    spec = network.spec
+    names = [n for n in residual_spaces(spec) if n in rotating(spec) and choices[n] is default]
+    if default.method.folds or not names:
+        return {}
+    if network.covariances:
+        return rotate_streams(spec, network.covariances, network.experts, names)
+    # Without data a stream's rotation depends on the maps of everything that reads and writes it.
+    found = match_circuits(network)
+    return {name: found[name] for name in names}
+
+
+def override_choice(pattern: str, override: str | Mapping[str, Any]) -> Choice:
+    """The method that an override names for the spaces that fit its pattern.
+
+    Raises:
+        RecipeError: it names none, or one that aligns whole networks, or an option that the method does not have.
+    """
+    if not isinstance(override, (str, Mapping)):
+        raise RecipeError(
+            f"The override for {pattern!r} is {override!r}; it must be a method's name or a mapping of `method` and "
+            "its options."
+        )
+    settings = {"method": override} if isinstance(override, str) else dict(override)
+    if "method" not in settings:
+        raise RecipeError(f"The override for {pattern!r} names no method; give it as 'method'.")
+    choice = Choice.of(settings.pop("method"), settings)
+    if choice.method.scope == "network":
+        raise RecipeError(f"{choice.method.name!r} aligns whole networks; it cannot be used on {pattern!r} alone.")
+    return choice
+
+
+def _check_settled(spec: MergeSpec, settled: Mapping[str, Choice]) -> None:
+    """What is matched before a whole-network method runs must not live within what that method will match."""
+    for name, choice in settled.items():
+        outer = [other for other in spec.spaces[name].within if spec.movable(other) and other not in settled]
+        if "moments" in choice.method.needs and outer:
+            raise RecipeError(f"{name} cannot be matched before {outer[0]}, which it lives within; override it too.")
 
 
 def _check(spec: MergeSpec, correlations: Mapping[ProductKey, Tensor], experts: int) -> None:
@@ -174,91 +216,3 @@ def _check(spec: MergeSpec, correlations: Mapping[ProductKey, Tensor], experts: 
             )
         if not torch.isfinite(correlation).all():
             raise DataError(f"The correlations of {' x '.join(key)} are not finite; an expert's activations are not.")
-
-
-@dataclass
-class _Solver:
-    """Solves spaces one after the other; `maps` holds those that are solved."""
-
-    spec: MergeSpec
-    correlations: Mapping[ProductKey, Tensor]
-    experts: int
-    maps: dict[str, SpaceMap] = field(default_factory=dict)
-
-    def solve(self, choices: Mapping[str, _Choice]) -> None:
-        """Add the map of every space in `choices`."""
-        blind = [name for name, choice in choices.items() if "moments" not in choice.method.needs]
-        unseen = [name for name in choices if name not in blind and not self._keys(name)]
-        if unseen:
-            logger.warning("Left as they are, for nothing observes them: %s.", ", ".join(unseen))
-        identity = METHODS.get("identity").function
-        for name in blind + unseen:
-            self.maps[name] = self._blind(name, identity if name in unseen else choices[name].method.function)
-        waiting = [name for name in choices if name not in self.maps]
-        while waiting:
-            ready = [name for name in waiting if not set(self.spec.spaces[name].within) & set(waiting)]
-            name = min(ready, key=lambda name: (self._unsolved(name), not self._blocks(name)))
-            self.maps[name] = self._head_map(name) if self._blocks(name) else self._inner_map(name, choices[name])
-            waiting.remove(name)
-
-    def _keys(self, name: str) -> list[ProductKey]:
-        """The observed products that say something about a space: they tell apart the spaces it lives within."""
-        needed = {name, *self.spec.spaces[name].within}
-        return [key for key in self.correlations if needed <= set(key)]
-
-    def _open(self, name: str, key: ProductKey) -> ProductKey:
-        """The other movable spaces of a product that have no map yet."""
-        return tuple(n for n in key if n != name and self.spec.movable(n) and n not in self.maps)
-
-    def _unsolved(self, name: str) -> int:
-        return min(len(self._open(name, key)) for key in self._keys(name))
-
-    def _blocks(self, name: str) -> bool:
-        return holds_blocks(name, self.spec, self.correlations)
-
-    def _blind(self, name: str, function: Any) -> SpaceMap:
-        """The map of a method that reads no correlation, only how many units there are."""
-        space = self.spec.spaces[name]
-        size = self.experts * space.size
-        found = function(torch.empty(size, size, device="meta"), self.experts)
-        lead = [self.spec.spaces[outer].size for outer in space.within]
-        labels = found.labels.reshape(self.experts, *(1 for _ in lead), -1).expand(self.experts, *lead, -1)
-        return SpaceMap(found.size, labels.contiguous())
-
-    def _head_map(self, name: str) -> SpaceMap:
-        """Permute blocks, by their scores summed over all products."""
-        scores = 0
-        for key in self._keys(name):
-            inside = self._open(name, key)
-            traced, lead = self._rows(key, (name, *inside))
-            for inner in reversed(inside):
-                traced = torch.stack([block_scores(row, self.spec.spaces[inner].size) for row in traced])
-            # The scores are sums over all units of a block: traced-out units were averaged.
-            averaged = [n for n in key if n not in (name, *inside, *self.spec.spaces[name].within)]
-            scores = scores + traced * self.spec.size(tuple(averaged))
-        return self._stack([match_to_reference(row) for row in scores], lead)
-
-    def _inner_map(self, name: str, choice: _Choice) -> SpaceMap:
-        """Run the matcher, inside every merged unit of the spaces that this one lives within."""
-        keys = self._keys(name)
-        if (name,) in keys:
-            return choice.method.function(self.correlations[name,], self.experts, **choice.options)
-        least = min((len(self._open(name, key)), len(key)) for key in keys)
-        clearest = [key for key in keys if (len(self._open(name, key)), len(key)) == least]
-        found = [self._rows(key, (name,)) for key in clearest]
-        rows = torch.stack([traced for traced, _ in found]).mean(0).flatten(1, 2).flatten(2, 3)
-        return self._stack([choice.method.function(row, self.experts, **choice.options) for row in rows], found[0][1])
-
-    def _rows(self, key: ProductKey, keep: ProductKey) -> tuple[Tensor, list[int]]:
-        """`trace_out` with the merged units that keep[0] lives within flattened to rows, and their sizes."""
-        rest = {name for name in key if name not in keep}
-        # A map that is known before its heads are can only be the identity, which needs no map.
-        known = {name: m for name, m in self.maps.items() if set(self.spec.spaces[name].within) <= rest}
-        traced = trace_out(self.correlations[key], key, keep, known, self.spec, self.experts)
-        lead = merged_sizes(self.spec.spaces[keep[0]].within, self.maps, self.spec)
-        return traced.reshape(-1, *traced.shape[-4:]), lead
-
-    def _stack(self, maps: Sequence[SpaceMap], lead: Sequence[int]) -> SpaceMap:
-        """One map of the rows' maps."""
-        labels = torch.stack([m.labels for m in maps], dim=1)
-        return SpaceMap(maps[0].size, labels.reshape(self.experts, *lead, -1))

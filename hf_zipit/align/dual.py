@@ -8,9 +8,14 @@ current maps; so the spaces are visited again and again, in a seeded random orde
 with the best mean similarity wins.
 
 Every product of spaces that is observed or is a parameter's axis has its own S, and a space's S are solved as they
-would be from activations alone (`align.py`): heads and GroupNorm's groups get ONE order from all of them. The
+would be from activations alone (`solver.py`): heads and GroupNorm's groups get ONE order from all of them. The
 published code orders heads in Q/K and in V/O independently, after which a permuted copy of a model no longer merges
 into that model.
+
+The balance is the caller's. It cannot be read off the moments: whatever they measure (correlation of what is joined,
+variance that is kept) is largest by construction where the activations decide alone, as the weights' similarity is
+where the weights do, and a merged model is often best in between. So it takes merged models that are measured on
+held-out data, as `hf_zipit.search` does over `dual.balance` and as the paper does over .1 ... .9.
 """
 
 from __future__ import annotations
@@ -22,11 +27,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_zipit.align.align import _Choice, _Solver
 from hf_zipit.align.maps import SpaceMap
 from hf_zipit.align.products import merged_index, merged_sizes
 from hf_zipit.align.registry import Network, register
 from hf_zipit.align.settled import comparable, in_merged_units, resolvable
+from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.align.weights import random_orders
 from hf_zipit.errors import RecipeError
 from hf_zipit.symmetry.spec import ProductKey, product_key
@@ -50,8 +55,8 @@ def match_dual(
 
     Args:
         network: the spaces, the experts' correlations and weights, and the maps that are settled already.
-        balance: lambda, the share of the weights in the similarity, 0 to 1. What is only observed, or only seen in
-            weights, counts as it is.
+        balance: lambda, the share of the weights in the similarity, 0 to 1; worth a search. What is only observed, or
+            only seen in weights, counts as it is.
         variant: `"align"` matches units one-to-one (`permute`), `"zip"` also joins units of one expert (`zip`).
         alpha, beta: zip's options; the published runs all have these defaults.
         sweeps: at most so many visits of every space, 1 or more.
@@ -70,7 +75,7 @@ def match_dual(
         raise RecipeError(f"dual's option balance is {balance}; it must be between 0 and 1.")
     if sweeps < 1 or patience < 1:
         raise RecipeError(f"dual's options sweeps and patience are {sweeps} and {patience}; they must be 1 or more.")
-    choice = _Choice.of("zip", {"alpha": alpha, "beta": beta}) if variant == "zip" else _Choice.of("permute", {})
+    choice = Choice.of("zip", {"alpha": alpha, "beta": beta}) if variant == "zip" else Choice.of("permute", {})
     state = _State(network, balance, choice)
     best, kept, waited = -float("inf"), state.open_maps(), 0
     for order in random_orders(tuple(state.families), sweeps, seed):
@@ -96,7 +101,7 @@ class _State:
 
     network: Network
     balance: float
-    choice: _Choice
+    choice: Choice
     families: dict[str, tuple[str, ...]] = field(init=False)
     maps: dict[str, SpaceMap] = field(init=False)
     similarities: dict[str, float] = field(default_factory=dict)
@@ -119,7 +124,7 @@ class _State:
         similarities = self._similarities(family)
         seen = [n for n in family if any({n, *spec.spaces[n].within} <= set(key) for key in similarities)]
         others = {name: space_map for name, space_map in self.maps.items() if name not in seen}
-        solver = _Solver(spec, similarities, self.network.experts, others)
+        solver = Solver(spec, similarities, self.network.experts, others)
         solver.solve(dict.fromkeys(seen, self.choice))
         changed = any(not torch.equal(solver.maps[n].labels, self.maps[n].labels) for n in seen)
         self.maps = {name: solver.maps[name] for name in self.maps}

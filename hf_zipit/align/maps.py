@@ -1,12 +1,13 @@
 """Merge and unmerge maps: what alignment returns and combining applies.
 
-For a space with k merged units and an expert with d units, `merge` M_t is k x d and `unmerge` U_t is d x k. Nearly
-every
-method only *groups* units, so a map is stored as one label per unit, `labels[t][i]` = the merged unit that expert t's
+For a space with k merged units and an expert with d units, `merge` M_t is k x d and `unmerge` U_t is d x k. Most
+methods only *group* units: a `SpaceMap` holds one label per unit, `labels[t][i]` = the merged unit that expert t's
 unit i goes to, from which M and U follow: M[g, i] = 1/|g|, U[i, g] = 1, |g| counted over the units of all experts.
+Where a space allows more than permutations, a `LinearMap` brings every expert into one basis by an invertible matrix:
+M_t = g_t / T, U_t = g_t^-1.
 
-A space that lives within another (a `head_dim` within `heads`) has its own grouping for every *merged* unit of that
-other space, so its labels have one more leading axis.
+A space that lives within another (a `head_dim` within `heads`) has its own map for every *merged* unit of that other
+space, so its labels or matrices have one more leading axis.
 """
 
 from __future__ import annotations
@@ -44,5 +45,46 @@ class SpaceMap:
         return counts.scatter_add_(-1, flat, torch.ones_like(flat))
 
 
-Alignment = Mapping[str, SpaceMap]
+@dataclass(frozen=True)
+class LinearMap:
+    """A change of basis of every expert's units of one space. Units are mixed, not grouped: k = d.
+
+    What must hold: where all matrices are the identity, it does what the `SpaceMap` of equal labels does.
+
+    Attributes:
+        matrices: g_t, float64, `[experts, *sizes of the merged spaces it lives within, k, d]`; row h is the change of
+            basis inside merged head h, of the units of the expert's head that was matched to h.
+        inverses: g_t^-1, `[experts, *within, d, k]`.
+    """
+
+    matrices: Tensor
+    inverses: Tensor
+
+    @classmethod
+    def of(cls, matrices: Tensor) -> LinearMap:
+        """The map of invertible matrices."""
+        return cls(matrices, torch.linalg.inv(matrices))
+
+    @classmethod
+    def rotation(cls, matrices: Tensor) -> LinearMap:
+        """The map of orthogonal matrices."""
+        return cls(matrices, matrices.mT)
+
+    def unchanged(self, expert: int) -> bool:
+        """Whether one expert's units stay as they are."""
+        own = self.matrices[expert]
+        return torch.equal(own, torch.eye(own.shape[-1]).to(own).expand_as(own))
+
+    @property
+    def size(self) -> int:
+        return self.matrices.shape[-2]
+
+    @property
+    def experts(self) -> int:
+        return self.matrices.shape[0]
+
+
+Map = SpaceMap | LinearMap
+
+Alignment = Mapping[str, Map]
 """The map of every movable space, by name. Fixed spaces have none: they are already aligned."""

@@ -4,6 +4,10 @@ The best pairs of two experts are a linear assignment problem on their *signed* 
 Learning, arXiv 1511.07543; Ainsworth et al., arXiv 2209.04836, section 3.1). With more than two experts all are
 matched to one of them. Taking the expert that resembles the others most, rather than the first, makes the result
 independent of the order in which the experts are given.
+
+Ties must not depend on that order either. A dead unit (of no variance, as ReLU leaves them) resembles nothing, so that
+every unit left over is as good a partner as any other. So a tiny *symmetric* preference is added, which no measured
+difference feels: first for the same index, then for one pairing of the indices that is the same from both sides.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from hf_zipit.align.maps import SpaceMap
 from hf_zipit.align.registry import register
 
 SAME_INDEX_BONUS = 1e-9
-"""Far below any measured difference of correlations: it decides ties, as between dead units, for the same index."""
+"""Far below any measured difference of correlations: it decides ties."""
 
 
 @register("permute", needs={"moments"})
@@ -60,5 +64,12 @@ def match_to_reference(similarity: Tensor) -> SpaceMap:
 
 
 def assign(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The column matched to each row of a square similarity, so that the sum over the pairs is largest."""
-    return linear_sum_assignment(similarity + SAME_INDEX_BONUS * np.eye(len(similarity)), maximize=True)[1]
+    """The column matched to each row of a square similarity, so that the sum over the pairs is largest; from the
+    transposed similarity the inverse of it."""
+    return linear_sum_assignment(similarity + preference(len(similarity)), maximize=True)[1]
+
+
+def preference(size: int) -> NDArray[np.float64]:
+    """What decides ties: symmetric, largest for the same index, and different for all other pairs."""
+    noise = np.random.default_rng(0).random((size, size))
+    return SAME_INDEX_BONUS * (np.eye(size) + (noise + noise.T) / 8)

@@ -9,22 +9,22 @@ that are aligned already: only units that the other factors' maps bring together
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from math import prod
 
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey
+from hf_zipit.align.maps import Alignment, LinearMap, Map
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, product_key
 
 
-def factor_indices(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int) -> dict[str, Tensor]:
+def factor_indices(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int) -> dict[str, Tensor]:
     """For every unit of a product, the merged unit of each factor that it goes to.
 
     Args:
         key: the factors, major to minor; a space's `within` must be among them.
-        maps: maps of the movable spaces; a space without one keeps its units.
+        maps: maps of the movable spaces; a space without one keeps its units. A change of basis (`LinearMap`) groups
+            no units, so they are numbered as they are: `turn` mixes them afterwards.
         spec: their sizes and what they live within.
         expert: whose units.
 
@@ -35,7 +35,7 @@ def factor_indices(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpe
     own = {name: grid.flatten() for name, grid in zip(key, _grid(sizes), strict=True)}
     merged: dict[str, Tensor] = {}
     for name in sorted(key, key=lambda name: len(spec.spaces[name].within)):  # a space after those it lives within
-        if name not in maps:
+        if name not in maps or isinstance(maps[name], LinearMap):
             merged[name] = own[name]
         else:
             outer = tuple(merged[other] for other in rows_of(name, spec, maps[name]))
@@ -43,19 +43,20 @@ def factor_indices(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpe
     return merged
 
 
-def rows_of(name: str, spec: MergeSpec, space_map: SpaceMap) -> tuple[str, ...]:
+def rows_of(name: str, spec: MergeSpec, space_map: Map) -> tuple[str, ...]:
     """The spaces whose merged units a map has separate rows for."""
     within = spec.spaces[name].within
-    assert space_map.labels.dim() == 2 + len(within), f"the map of {name} needs one axis for each of {within}"
+    axes = space_map.matrices.dim() - 3 if isinstance(space_map, LinearMap) else space_map.labels.dim() - 2
+    assert axes == len(within), f"the map of {name} needs one axis for each of {within}"
     return within
 
 
-def merged_sizes(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec) -> list[int]:
+def merged_sizes(key: ProductKey, maps: Alignment, spec: MergeSpec) -> list[int]:
     """The number of merged units of every factor."""
     return [maps[name].size if name in maps else spec.spaces[name].size for name in key]
 
 
-def merged_index(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int) -> Tensor:
+def merged_index(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     """For every unit of a product, the merged unit of the merged product: int64 `[size of the product]`."""
     indices = factor_indices(key, maps, spec, expert)
     index = torch.zeros(spec.size(key), dtype=torch.int64)
@@ -64,8 +65,36 @@ def merged_index(key: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec,
     return index
 
 
+def turn(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
+    """One expert's tensor after the changes of basis of one axis: g_t on factors it holds, g_t^-T on those it reads.
+
+    Args:
+        tensor: the axis is in merged units already but for its factors with a `LinearMap`.
+        axis: which axis.
+        label: its factors; the spaces that one with a `LinearMap` lives within must be among them.
+        maps, spec, expert: as in `factor_indices`.
+    """
+    key = product_key(label)
+    if not any(isinstance(maps.get(name), LinearMap) for name in key):
+        return tensor
+    x = tensor.movedim(axis, -1).unflatten(-1, merged_sizes(key, maps, spec))
+    first = x.dim() - len(key)
+    for place, factor in enumerate(label, first):
+        found = maps.get(factor.space)
+        if isinstance(found, LinearMap):
+            if found.unchanged(expert):
+                continue
+            outer = [first + key.index(name) for name in rows_of(factor.space, spec, found)]
+            order = [*outer, *(i for i in range(x.dim()) if i not in (*outer, place)), place]
+            matrix = found.inverses[expert].mT if factor.dual else found.matrices[expert]
+            y = x.permute(order)
+            turned = y.reshape(*y.shape[: len(outer)], -1, y.shape[-1]) @ matrix.to(x).mT
+            x = turned.reshape(y.shape).permute([order.index(i) for i in range(x.dim())])
+    return x.flatten(first).movedim(-1, axis)
+
+
 def trace_out(
-    correlation: Tensor, key: ProductKey, keep: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec, experts: int
+    correlation: Tensor, key: ProductKey, keep: ProductKey, maps: Alignment, spec: MergeSpec, experts: int
 ) -> Tensor:
     """The correlations of some factors of a product, averaged over the others where their maps bring units together.
 
@@ -104,7 +133,7 @@ def trace_out(
     return traced.reshape(*lead, experts, kept, experts, kept)
 
 
-def _row_of_merged(rest: ProductKey, within: ProductKey, maps: Mapping[str, SpaceMap], spec: MergeSpec) -> Tensor:
+def _row_of_merged(rest: ProductKey, within: ProductKey, maps: Alignment, spec: MergeSpec) -> Tensor:
     """For every merged unit of `rest`, the merged unit of `within`, some of its factors."""
     sizes = merged_sizes(rest, maps, spec)
     grids = dict(zip(rest, _grid(sizes), strict=True))

@@ -2,14 +2,16 @@
 
 A method is either a *matcher* of one space, a pure function of the correlations of the experts' units,
 
-    matcher(correlation, experts, *, option=default, ...) -> SpaceMap
+    matcher(correlation, experts, *, option=default, ...) -> Map
 
 with `correlation` a float64 `[experts * d, experts * d]`, or an *aligner* of the whole network, for methods in which
 the spaces depend on each other's maps (weight matching),
 
-    aligner(network, *, option=default, ...) -> dict[str, SpaceMap]
+    aligner(network, *, option=default, ...) -> dict[str, Map]
 
-What a method `needs` tells the earlier stages what to gather: `"moments"`, `"weights"`, or neither.
+What a method `needs` tells the earlier stages what to gather: `"moments"`, `"weights"`, `"widths"` (which spaces may
+be wider than an expert's), or nothing. Before any data is read a method is rehearsed with its options on a space of
+a few units (`solver.py`), so that values out of range show there.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
+from hf_zipit.align.maps import Map
 from hf_zipit.registry import Registry
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
 Scope = Literal["space", "network"]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,14 +37,19 @@ class Method:
     Attributes:
         name: what recipes call it.
         function: the matcher or aligner; its keyword-only parameters are the method's options.
-        needs: what it looks at: a subset of `{"moments", "weights"}`.
+        needs: what it looks at: a subset of `{"moments", "covariances", "weights", "widths"}`. A matcher that needs
+            covariances is given them in place of correlations.
         scope: `"space"` for a matcher of one space, `"network"` for an aligner of all spaces at once.
+        least: the smallest symmetry of the spaces that a matcher is for; others are matched by `permute`.
+        folds: whether it wants the norms folded into their readers, so that streams can be rotated.
     """
 
     name: str
     function: Callable[..., Any]
     needs: frozenset[str]
     scope: Scope = "space"
+    least: Symmetry = Symmetry.PERMUTATION
+    folds: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,25 +62,37 @@ class Network:
         correlations: per observed product of spaces, float64 `[T * size, T * size]`; empty if the method needs none.
         weights: one state dict per expert; empty unless the method needs weights.
         settled: maps that are decided already (a residual stream left at identity, overrides); not to be changed.
+        widenable: the spaces that may have more merged units than an expert has; empty unless the method needs it.
+        covariances: as `correlations`, for the products of spaces that allow more than permutations, from where their
+            units are held and not read; empty unless the method needs them.
     """
 
     spec: MergeSpec
     experts: int
     correlations: Mapping[ProductKey, Tensor] = field(default_factory=dict)
     weights: Sequence[Mapping[str, Tensor]] = ()
-    settled: Mapping[str, SpaceMap] = field(default_factory=dict)
+    settled: Mapping[str, Map] = field(default_factory=dict)
+    widenable: frozenset[str] = frozenset()
+    covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
 
 
 METHODS: Registry[Method] = Registry("method", room="hf_zipit.align")
 
 
-def register(name: str, *, needs: set[str], scope: Scope = "space") -> Callable[[Function], Function]:
+def register(
+    name: str,
+    *,
+    needs: set[str],
+    scope: Scope = "space",
+    least: Symmetry = Symmetry.PERMUTATION,
+    folds: bool = False,
+) -> Callable[[Function], Function]:
     """Decorator that makes a function a method; a matcher sees correlations only, so it cannot need weights."""
     if scope == "space" and "weights" in needs:
         raise ValueError(f"{name!r} needs weights, which depend on other spaces' maps; make its scope 'network'.")
 
     def decorate(function: Function) -> Function:
-        METHODS.add(name, Method(name, function, frozenset(needs), scope))
+        METHODS.add(name, Method(name, function, frozenset(needs), scope, least, folds))
         return function
 
     return decorate

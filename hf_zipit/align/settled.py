@@ -7,15 +7,15 @@ they are fixed spaces like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.products import factor_indices, merged_index, merged_sizes
+from hf_zipit.align.maps import Alignment, SpaceMap
+from hf_zipit.align.products import factor_indices, merged_index, merged_sizes, turn
 from hf_zipit.align.registry import Network
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry, product_key
 
@@ -26,13 +26,15 @@ STATISTICS = ("running_mean", "running_var")
 def comparable(network: Network) -> tuple[str, ...]:
     """The names of the weights that say something about how alike the experts' units are.
 
-    Left out are a task's own head, whose classes mean something else in every expert; running statistics; integers;
-    tensors that some expert lacks or has in another shape; and second names of tied tensors.
+    Left out are a task's own head, whose classes mean something else in every expert; the scales of folded norms, all
+    ones; running statistics; integers; tensors that some expert lacks or has in another shape; and second names of
+    tied tensors.
     """
     first, *others = network.weights
     names: dict[tuple[object, ...], str] = {}
+    folded = {norm.weight for norm in network.spec.folds}
     for name, labels in network.spec.axes.items():
-        if name not in first or not any(labels) or not first[name].is_floating_point():
+        if name not in first or name in folded or not any(labels) or not first[name].is_floating_point():
             continue
         in_head = any(name == prefix or name.startswith(f"{prefix}.") for prefix in network.spec.head)
         shape = first[name].shape
@@ -67,7 +69,7 @@ def settle(network: Network) -> tuple[MergeSpec, list[Expert]]:
     return replace(network.spec, spaces=spaces), [Expert(network, t, names) for t in range(network.experts)]
 
 
-def resolvable(labels: Sequence[AxisLabel], maps: Mapping[str, SpaceMap], spec: MergeSpec) -> bool:
+def resolvable(labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) -> bool:
     """Whether every axis can be mapped alone: a space's map has rows for the units that the space lives within, and a
     grouped convolution has those on another axis."""
     return all(
@@ -77,7 +79,7 @@ def resolvable(labels: Sequence[AxisLabel], maps: Mapping[str, SpaceMap], spec: 
 
 
 def in_merged_units(
-    tensor: Tensor, labels: Sequence[AxisLabel], maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int
+    tensor: Tensor, labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec, expert: int
 ) -> Tensor:
     """One expert's tensor in merged units, M_t on axes that hold a space (times T, so that one-to-one maps only move
     units) and U_t on axes that read it; axes without a map stay as they are."""
@@ -90,15 +92,16 @@ def in_merged_units(
         share = _share(label, maps, spec, expert).to(tensor).reshape(-1, *(1 for _ in shape[axis + 1 :]))
         index = merged_index(key, maps, spec, expert).to(tensor.device)
         tensor = tensor.new_zeros(shape).index_add_(axis, index, tensor * share)
+        tensor = turn(tensor, axis, label, maps, spec, expert)
     return tensor
 
 
-def _share(label: AxisLabel, maps: Mapping[str, SpaceMap], spec: MergeSpec, expert: int) -> Tensor:
+def _share(label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     """T / |group| of every unit on an axis, 1 for what only reads."""
     indices = factor_indices(product_key(label), maps, spec, expert)
     share = torch.ones(spec.size(product_key(label)), dtype=torch.float64)
     for factor in label:
-        if factor.space in maps and not factor.dual:
+        if isinstance(maps.get(factor.space), SpaceMap) and not factor.dual:
             rows = (*(indices[outer] for outer in spec.spaces[factor.space].within), indices[factor.space])
             share *= maps[factor.space].experts / maps[factor.space].counts()[rows]
     return share

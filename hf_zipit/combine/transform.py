@@ -1,10 +1,10 @@
-"""The merge and unmerge maps applied to tensors: sum_t M_t W_t U_t without a matrix product.
+"""The merge and unmerge maps applied to tensors: sum_t M_t W_t U_t.
 
 An axis that holds a space's units (a vector axis) is merged by M_t, one that reads them (a dual axis) is entered
-through U_t. Both only group units, so both are one `index_add_` along the axis; on a vector axis the units are
-weighted by 1 / |group|. T M_t rather than M_t is applied to every expert, and the mean is taken over the experts:
-then a one-to-one map only moves numbers, and every axis that has no map (a class, a position, a kernel's width) is
-averaged as it should be.
+through U_t. Where both only group units, both are one `index_add_` along the axis and no matrix product; on a vector
+axis the units are weighted by 1 / |group|. Changes of basis (`LinearMap`) are multiplied in afterwards. T M_t rather
+than M_t is applied to every expert, and the mean is taken over the experts: then a one-to-one map only moves numbers,
+and every axis that has no map (a class, a position, a kernel's width) is averaged as it should be.
 
 Everything is summed in float64, in which the mean of T equal float32 numbers is that number, for every T.
 """
@@ -16,10 +16,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.align.products import factor_indices, merged_index, merged_sizes
+from hf_zipit.align.maps import Alignment, LinearMap, SpaceMap
+from hf_zipit.align.products import factor_indices, merged_index, merged_sizes, turn
+from hf_zipit.combine.rows import axes_to_merge, row_by_row
 from hf_zipit.errors import SpecError
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, product_key
+from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, ProductKey, product_key
 
 
 def merge_tensor(
@@ -65,9 +66,8 @@ def to_merged(
         raise SpecError(
             f"Expert {expert}'s tensor is {list(tensor.shape)} where the spec expects {expected}; trace it anew."
         )
-    for axis, label in enumerate(label_axes):
-        if any(factor.space in alignment for factor in label):
-            tensor = _along(tensor, axis, label, alignment, spec, expert)
+    for axis in axes_to_merge(label_axes, alignment, spec):
+        tensor = row_by_row(tensor, axis, label_axes, alignment, spec, expert, _along)
     return tensor
 
 
@@ -80,12 +80,35 @@ def features_to_merged(
     return _along(features, axis % features.dim(), label, alignment, spec, expert)
 
 
+def shares_held(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
+    """How much of every merged unit on a vector axis is one expert's, as T M_t of ones: float64 `[k]`.
+
+    A change of basis mixes one expert's units with nobody else's: there it is 1.
+    """
+    groups = {name: space_map for name, space_map in alignment.items() if isinstance(space_map, SpaceMap)}
+    ones = torch.ones(spec.size(product_key(label)), dtype=torch.float64)
+    return features_to_merged(ones, 0, label, groups, spec, expert)
+
+
+def only_groups(alignment: Alignment, key: ProductKey) -> bool:
+    """Whether U_t of a product is one-hot, so that an index does for it."""
+    return not any(isinstance(alignment.get(name), LinearMap) for name in key)
+
+
 def unmerge_index(alignment: Alignment, key: ProductKey, expert: int, spec: MergeSpec) -> Tensor:
     """For each of an expert's units of a product the merged unit that it reads: int64 `[size of the product]`.
 
-    U_t x is `x[..., unmerge_index(...)]`. (The spec tells the sizes of fixed factors, which have no map.)
+    U_t x is `x[..., unmerge_index(...)]`, where `only_groups`. (The spec tells the sizes of fixed factors, which have
+    no map.)
     """
     return merged_index(key, alignment, spec, expert)
+
+
+def unmerge_matrix(alignment: Alignment, key: ProductKey, expert: int, spec: MergeSpec) -> Tensor:
+    """U_t of a product: float64 `[size of the product, merged size]`."""
+    reading = tuple(Factor(name, dual=True) for name in key)
+    eye = torch.eye(spec.size(key), dtype=torch.float64)
+    return features_to_merged(eye, 0, reading, alignment, spec, expert).T
 
 
 def _along(tensor: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
@@ -98,7 +121,8 @@ def _along(tensor: Tensor, axis: int, label: AxisLabel, alignment: Alignment, sp
     shape[axis] = 1
     for size in merged_sizes(key, alignment, spec):
         shape[axis] *= size
-    return tensor.new_zeros(shape).index_add_(axis, index, tensor)
+    grouped = tensor.new_zeros(shape).index_add_(axis, index, tensor)
+    return turn(grouped, axis, label, alignment, spec, expert)
 
 
 def _vector_weight(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor | None:
@@ -106,9 +130,10 @@ def _vector_weight(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expe
     weight = None
     indices = factor_indices(product_key(label), alignment, spec, expert)
     for factor in label:
-        if factor.dual or factor.space not in alignment:
+        space_map = alignment.get(factor.space)
+        if factor.dual or not isinstance(space_map, SpaceMap):
             continue
-        space_map, within = alignment[factor.space], spec.spaces[factor.space].within
+        within = spec.spaces[factor.space].within
         counts = space_map.counts()[(*(indices[outer] for outer in within), indices[factor.space])]
         share = space_map.experts / counts.double()
         weight = share if weight is None else weight * share

@@ -16,7 +16,9 @@ left alone, too: no single rescaling suits all its passes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.transform import features_to_merged
+from hf_zipit.combine.transform import features_to_merged, only_groups
 from hf_zipit.correct.data import Batches, pieces, running
 from hf_zipit.correct.registry import register
 from hf_zipit.correct.sites import Site, is_batch_norm, layers
@@ -34,6 +36,7 @@ from hf_zipit.correct.statistics import (
     along,
     mask_of,
     measure,
+    mixed_in_merged,
     shared_statistics,
     towards,
     watching,
@@ -117,9 +120,10 @@ def _repair_measured(
 ) -> None:
     inputs = batches.together(None, samples)
     found = []
-    for expert in experts.values():
+    for t, expert in enumerate(experts.values()):
+        view = mixed_in_merged(alignment, planned.spec, t)
         with running([expert], batches.device):
-            found.append(measure(expert, sites, pieces(inputs, PIECE), batches.add_up))
+            found.append(measure(expert, sites, pieces(inputs, PIECE), batches.add_up, view=view))
     targets = {
         name: shared_statistics([own[name] for own in found], site, alignment, planned.spec)
         for name, site in sites.items()
@@ -163,7 +167,8 @@ def _repair_from_moments(
         own = []
         for t, expert in enumerate(experts.values()):
             units = slice(t * size, (t + 1) * size)
-            own.append(output_statistics(expert.get_submodule(path), mean[units], covariance[units, units]))
+            view = partial(mixed_in_merged(alignment, planned.spec, t), replace(site, axis=0))
+            own.append(output_statistics(expert.get_submodule(path), mean[units], covariance[units, units], view))
         target = shared_statistics(own, site, alignment, planned.spec)
         given = merged_input(probe, mean, covariance, alignment, planned.spec, len(experts))
         fold(module, *towards(target, output_statistics(module, *given), eps))
@@ -172,7 +177,7 @@ def _repair_from_moments(
 def probe_of(path: str, spec: MergeSpec) -> Probe | None:
     """The probe of a layer's input: its own, or a neighbour's that reads the same (query's for key and value)."""
     weight = spec.axes[f"{path}.weight"]
-    keys = [product_key(label) for label in weight]
+    keys = [product_key(label) for label in weight if any(factor.dual for factor in label)]  # not what it writes
     inputs = [p for p in spec.probes if p.where == "input" and p.key in keys]
     own = next((p for p in inputs if p.module == path), None)
     parent = path.rpartition(".")[0]
@@ -189,15 +194,24 @@ def merged_input(
     merge = torch.cat([features_to_merged(eye, 0, label, alignment, spec, t) for t in range(experts)], 1) / experts
     merged_covariance = merge @ covariance @ merge.T
     std = merged_covariance.diagonal().clamp_min(0).sqrt()
-    target = merge @ covariance.diagonal().clamp_min(0).sqrt()
+    if only_groups(alignment, probe.key):
+        target = merge @ covariance.diagonal().clamp_min(0).sqrt()
+    else:  # the mean over the experts of what their turned units vary by
+        own = [merge[:, i : i + size] * experts for i in range(0, len(mean), size)]
+        blocks = [covariance[i : i + size, i : i + size] for i in range(0, len(mean), size)]
+        variances = [((m @ block) * m).sum(1).clamp_min(0) for m, block in zip(own, blocks, strict=True)]
+        target = torch.stack([variance.sqrt() for variance in variances]).mean(0)
     ratio = torch.where(std > 0, target / std, torch.ones_like(std))
     return merge @ mean, merged_covariance * torch.outer(ratio, ratio)
 
 
-def output_statistics(module: nn.Module, mean: Tensor, covariance: Tensor) -> Statistics:
-    """Of a linear layer's output, from the mean `[d]` and covariance `[d, d]` of its input."""
+def output_statistics(
+    module: nn.Module, mean: Tensor, covariance: Tensor, view: Callable[[Tensor], Tensor] = lambda x: x
+) -> Statistics:
+    """Of a linear layer's output, in the units that `view` shows, from mean `[d]` and covariance of its input."""
     weight = module.weight.detach().double().cpu()
     weight = weight.T if isinstance(module, Conv1D) else weight
-    bias = 0 if module.bias is None else module.bias.detach().double().cpu()
+    bias = torch.zeros(len(weight)).double() if module.bias is None else module.bias.detach().double().cpu()
+    weight, bias = view(weight), view(bias)
     variance = ((weight @ covariance) * weight).sum(1).clamp_min(0)
     return Statistics(weight @ mean + bias, variance.sqrt())

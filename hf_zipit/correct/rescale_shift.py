@@ -36,8 +36,10 @@ from hf_zipit.correct.sites import Site, block_inputs, layers
 from hf_zipit.correct.statistics import (
     Statistics,
     UnitSums,
+    View,
     mask_of,
     measure,
+    mixed_in_merged,
     statistics_to_merged,
     towards,
     watching,
@@ -83,8 +85,9 @@ def rescale_shift(
     inputs = {task: batches.together(task, samples) for task in experts}
     targets = {}
     for task, expert in experts.items():
+        view = mixed_in_merged(alignment, planned.spec, planned.tasks.index(task))
         with running([expert], batches.device):
-            targets[task] = expert_statistics(expert, sites, planned, inputs[task], batches)
+            targets[task] = expert_statistics(expert, sites, planned, inputs[task], batches, view)
     sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
     first = targets[planned.tasks[0]]
     merged.add_rescales([setting(site, first[name], alignment, planned) for name, site in sites.items()])
@@ -120,12 +123,17 @@ def chosen_sites(model: PreTrainedModel, planned: Plan, patterns: Sequence[str])
 
 
 def expert_statistics(
-    expert: PreTrainedModel, sites: Mapping[str, Site], planned: Plan, inputs: Inputs, batches: Batches
+    expert: PreTrainedModel,
+    sites: Mapping[str, Site],
+    planned: Plan,
+    inputs: Inputs,
+    batches: Batches,
+    view: View = lambda site, value: value,
 ) -> dict[str, Statistics]:
-    """An expert's statistics in its own units at the sites and the doors."""
+    """An expert's statistics at the sites, as `view` shows them, and at the doors in its own units."""
     doors = {door_name("entries", i): Site(e.target, "input", e.axis, ()) for i, e in enumerate(planned.cut.entries)}
     fields = [(exit_.target, exit_.axis) for exit_ in planned.cut.exits]
-    found = measure(expert, {**sites, **doors}, pieces(inputs, PIECE), batches.add_up, fields)
+    found = measure(expert, {**sites, **doors}, pieces(inputs, PIECE), batches.add_up, fields, view)
     for i, exit_ in enumerate(planned.cut.exits):
         if exit_.target in found:
             found[door_name("exits", i)] = found.pop(exit_.target)

@@ -49,7 +49,7 @@ def layers(model: nn.Module, planned: Plan) -> Iterator[Site]:
         axes = output_axes(module)
         if axes is None:
             continue
-        site = Site(path, "output", axes[1], spec.axes[name][axes[0]])
+        site = Site(path, "output", axes[1], spec.output_label(name, axes[0]))
         if is_batch_norm(module) and found and found[-1].label == site.label:
             before = model.get_submodule(found[-1].module)
             if isinstance(before, nn.modules.conv._ConvNd) and before.bias is None:

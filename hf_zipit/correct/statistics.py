@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.transform import features_to_merged
+from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.correct.sites import Site
 from hf_zipit.modeling.entries import first_argument
-from hf_zipit.symmetry.spec import MergeSpec, fitted
+from hf_zipit.symmetry.spec import MergeSpec, fitted, product_key
 
 ROWS = 65536
 """Rows that are summed in float64 at once."""
@@ -63,6 +63,21 @@ See = Callable[[str, Tensor], Tensor | None]
 """`see(name of the site, its value)`: what to go on with, None for the value itself."""
 
 
+View = Callable[[Site, Tensor], Tensor]
+"""`view(site, its value)`: the value in the units that are measured."""
+
+
+def mixed_in_merged(alignment: Alignment, spec: MergeSpec, expert: int) -> View:
+    """Shows units that a change of basis mixes in merged units: what they vary by cannot be told from each alone."""
+
+    def view(site: Site, value: Tensor) -> Tensor:
+        if only_groups(alignment, product_key(site.label)):
+            return value
+        return features_to_merged(value, site.axis, site.label, alignment, spec, expert)
+
+    return view
+
+
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], sites: Mapping[str, Site], see: See) -> Iterator[None]:
     """Show the value at every site to `see` before any other hook does something to it.
@@ -102,6 +117,7 @@ def measure(
     inputs: Iterable[Mapping[str, Tensor]],
     add_up: Callable[[Tensor], Tensor],
     fields: Sequence[tuple[str, int]] = (),
+    view: View = lambda site, value: value,
 ) -> dict[str, Statistics]:
     """The statistics of a model's units at sites that it passes exactly once in a forward pass; others are left out.
 
@@ -111,6 +127,7 @@ def measure(
         inputs: batches.
         add_up: sums a tensor over the processes.
         fields: outputs to be measured, too: field (dotted) and axis; they are found under the field's name.
+        view: what is measured of a site's value: itself, or its `mixed_in_merged` units.
     """
     found: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
@@ -123,7 +140,7 @@ def measure(
         calls[name] += 1
 
     def see(name: str, value: Tensor) -> None:
-        add(name, value, sites[name].axis)
+        add(name, view(sites[name], value), sites[name].axis)
 
     with watching({name: model.get_submodule(site.module) for name, site in sites.items()}, sites, see):
         for batch in inputs:
@@ -162,10 +179,12 @@ def statistics_to_merged(
     """One expert's statistics under T M_t, and how much of every merged unit is the expert's: T M_t of ones.
 
     The mean over the experts of the first is the average over all units of a group; the first divided by the second
-    is the average over the expert's own.
+    is the average over the expert's own. Units that a change of basis mixes are measured in merged units already.
     """
-    parts = [features_to_merged(x, 0, site.label, alignment, spec, expert) for x in (*own, torch.ones_like(own.mean))]
-    return Statistics(*parts[:2]), parts[2]
+    held = shares_held(site.label, alignment, spec, expert)
+    if not only_groups(alignment, product_key(site.label)):
+        return own, held
+    return Statistics(*(features_to_merged(x, 0, site.label, alignment, spec, expert) for x in own)), held
 
 
 def towards(target: Statistics, found: Statistics, eps: float) -> tuple[Tensor, Tensor]:

@@ -175,12 +175,12 @@ class Naming:
             label = self._observable(axis, spaces)
             if label and source not in looked_at:
                 looked_at.add(source)
-                found[Probe(module, "input", position, product_key(label))] = None
+                found[Probe(module, "input", position, product_key(label), _read(label))] = None
         read = {probe.key for probe in found}
         for module, position, axis in self.run.writers:
             label = self._observable(axis, spaces)
             if label and product_key(label) not in read:
-                found[Probe(module, "output", position, product_key(label))] = None
+                found[Probe(module, "output", position, product_key(label), _read(label))] = None
         return tuple(found)
 
     def _observable(self, axis: Axis, spaces: Mapping[str, Space]) -> AxisLabel | None:
@@ -221,6 +221,10 @@ class Naming:
             macs=dict(self.run.macs),
             samples=samples,
         )
+
+
+def _read(label: AxisLabel) -> tuple[str, ...]:
+    return tuple(factor.space for factor in label if factor.dual)
 
 
 def last_place(places: Sequence[Place]) -> Place:

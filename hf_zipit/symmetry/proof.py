@@ -89,6 +89,7 @@ def prove(
     inputs = {name: _in_float32(x) for name, x in (inputs or adapter.inputs(model)).items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = perturb(model_tensors(model), generator)
+    tensors |= {norm.weight: torch.ones_like(tensors[norm.weight]) for norm in spec.folds}  # what it is a spec of
     element = random_element(spec, generator)
     fields = adapter.outputs(model)
     before = run_with(model, tensors, inputs, fields)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 
@@ -76,12 +76,14 @@ class Probe:
         where: `"input"` (first positional or keyword argument) or `"output"`.
         axis: the axis of that tensor.
         key: the names of the spaces whose product that axis is.
+        reads: those of them that the axis reads instead of holding (a key's dimensions, that move as a query's dual).
     """
 
     module: str
     where: str
     axis: int
     key: ProductKey
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,32 @@ class Crossing:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A linear layer that reads a folded norm: `axis` of its `weight` holds the norm's units; `bias` may be None."""
+
+    module: str
+    weight: str
+    bias: str | None
+    axis: int
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A norm whose affine part can be folded into the linear layers that read it.
+
+    Attributes:
+        weight: the name of its scale, which becomes ones.
+        bias: the name of its shift, None where it has none. It goes into the readers' biases where all of them have
+            one; else it stays, divided by the scale.
+        readers: all that reads the norm's output.
+    """
+
+    weight: str
+    bias: str | None
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True)
 class Trace:
     """Everything that merging needs to know about an architecture.
 
@@ -143,6 +171,7 @@ class Trace:
         unknown_ops: ops that the interpreter has no rule for, with the modules they ran in; they freeze what they
             touch.
         macs: multiply-accumulates of one forward pass, per module, and `samples`, the batch size they were counted at.
+        folds: the norms that have to be folded before this holds (`folding.fold`): their scales count as ones.
     """
 
     architecture: str
@@ -161,10 +190,22 @@ class Trace:
     unknown_ops: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     macs: Mapping[str, int] = field(default_factory=dict)
     samples: int = 1
+    folds: tuple[Fold, ...] = ()
 
     def size(self, key: ProductKey) -> int:
         """Number of units of a product of spaces."""
         return prod(self.spaces[name].size for name in key)
+
+    def output_label(self, weight: str, axis: int) -> AxisLabel:
+        """The units that a module puts out along an axis of its weight.
+
+        The weight of a folded norm is all ones and has no units; its readers' weights tell them.
+        """
+        for norm in self.folds:
+            if norm.weight == weight:
+                reader = norm.readers[0]
+                return tuple(replace(f, dual=not f.dual) for f in self.axes[reader.weight][reader.axis])
+        return self.axes[weight][axis]
 
     def movable(self, name: str) -> bool:
         return self.spaces[name].symmetry is not Symmetry.FIXED

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Hashable, Mapping
 from dataclasses import fields
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from hf_zipit.symmetry.spaces import (
     Trace,
     product_key,
 )
-from hf_zipit.symmetry.trace import trace
+from hf_zipit.symmetry.trace import tied_names, trace
 
 __all__ = [
     "AxisLabel",
@@ -43,7 +44,12 @@ class MergeSpec(Trace):
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, inputs: Mapping[str, Tensor] | None = None, adapter: Adapter | None = None
+        cls,
+        model: nn.Module,
+        inputs: Mapping[str, Tensor] | None = None,
+        adapter: Adapter | None = None,
+        *,
+        folding: bool = False,
     ) -> MergeSpec:
         """Infer the spec of a model, with the adapter of its family (`auto` where none is registered).
 
@@ -51,11 +57,26 @@ class MergeSpec(Trace):
             model: a `PreTrainedModel`, or any module if `inputs` are given, in any dtype, on any device. Its weights
                 are neither read nor copied.
             inputs: example keyword inputs, batch first and larger than one; the adapter's by default.
+            folding: infer what holds of `folding.fold(model, spec.folds)`, whose residual stream can be rotated.
 
         Raises:
             SpecError: if the forward pass cannot be traced.
         """
-        adapter = adapter or adapter_for(model)
+        if inputs is not None or adapter is not None:
+            return cls._traced(model, inputs, adapter or adapter_for(model), folding)
+        like = likeness(model)
+        key = None if like is None else (like, folding)
+        found = _TRACED.pop(key, None) or cls._traced(model, None, adapter_for(model), folding)
+        if key is not None:
+            _TRACED[key] = found
+            while len(_TRACED) > REMEMBERED:
+                del _TRACED[next(iter(_TRACED))]
+        return found
+
+    @classmethod
+    def _traced(
+        cls, model: nn.Module, inputs: Mapping[str, Tensor] | None, adapter: Adapter, folding: bool
+    ) -> MergeSpec:
         found = trace(
             model,
             fitted(adapter.inputs(model) if inputs is None else inputs, model),
@@ -63,8 +84,36 @@ class MergeSpec(Trace):
             head=adapter.head(model),
             fields=adapter.outputs(model),
             features=adapter.features(model),
+            folding=folding,
         )
         return cls(**{field.name: getattr(found, field.name) for field in fields(found)})
+
+
+REMEMBERED = 8
+"""How many architectures are remembered: a search or a sweep merges the same experts many times."""
+
+_TRACED: dict[Hashable, MergeSpec] = {}
+
+
+def likeness(model: nn.Module) -> Hashable | None:
+    """What two models have in common if one's trace is the other's: class, modules, tensors, configuration.
+
+    None for a model whose trace cannot be known by that: it has no configuration, or something was hung onto it (a
+    replaced `forward`, as by accelerate, or a hook).
+    """
+    config = getattr(model, "config", None)
+    changed = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    if changed or not hasattr(config, "to_dict"):
+        return None
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    shapes = tuple((name, tuple(tensor.shape), tensor.dtype.is_floating_point) for name, tensor in tensors)
+    ties = tuple(map(tuple, tied_names(model)))
+    return type(model), repr(model), _settings(config), shapes, ties
+
+
+def _settings(config: object) -> str:
+    """A configuration in full, with what `to_dict` leaves out (how attention is computed), nested ones as well."""
+    return json.dumps(vars(config), default=lambda x: vars(x) if hasattr(x, "to_dict") else str(x))
 
 
 def fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

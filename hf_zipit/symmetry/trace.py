@@ -12,7 +12,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import ops, rules
 from hf_zipit.symmetry.atoms import Atoms, Axis
+from hf_zipit.symmetry.folding import find_folds
 from hf_zipit.symmetry.naming import Naming
-from hf_zipit.symmetry.ops import Value, op_name
-from hf_zipit.symmetry.spaces import Place, Symmetry, Trace
+from hf_zipit.symmetry.ops import Value, op_name, shape_of
+from hf_zipit.symmetry.spaces import Fold, Place, Symmetry, Trace
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
 """Modules whose input and output are exactly those of the one op they call, so that a hook sees what the rule saw."""
@@ -133,6 +134,13 @@ class Interpreter:
             self.tensors |= dict.fromkeys(self.ties.get(tensor, [tensor]), value)
         self._tensor_of[node] = tensor
         return self.tensors[tensor]
+
+    def bind_ones(self, node: fx.Node, tensor: str) -> float:
+        """A folded norm's scale. To the walk it is the number one; merged, it stays as it is."""
+        value = Value(self.atoms.fresh(n, Symmetry.FIXED, "a folded norm has ones") for n in shape_of(node))
+        self.tensors |= dict.fromkeys(self.ties.get(tensor, [tensor]), value)
+        self._tensor_of[node] = tensor
+        return 1.0
 
     def run(self, graph: fx.Graph, inputs: Sequence[Any], owner: nn.Module) -> Any:
         """Interpret a graph whose placeholders hold `inputs`; returns the values of its output."""
@@ -280,6 +288,7 @@ def trace(
     head: Sequence[str] = (),
     fields: Sequence[str] | None = None,
     features: Sequence[str] = (),
+    folding: bool = False,
 ) -> Trace:
     """Infer a model's `MergeSpec`.
 
@@ -290,23 +299,54 @@ def trace(
         head: path prefixes of the task head.
         fields: output fields that count; see `select_outputs`.
         features: output fields that may change basis, because the merged model reads them through U_t.
+        folding: whether to infer what holds once the norms are folded (`Trace.folds`). Norms whose space gains nothing
+            by it are left as they are.
 
     Raises:
         SpecError: if the model cannot be traced.
     """
     program = export(model, inputs, fields)
-    run = Interpreter(model, towers, head)
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    values = []
-    for node in placeholders:
-        tensor = named.get(node.name)
-        if tensor is None and node.name not in signature.inputs_to_lifted_tensor_constants:
-            reason = f"the model's input {node.name}"
-        else:
-            reason = "a constant"
-        values.append(run.bind(node, tensor.removeprefix("model.") if tensor else None, reason))
+    nodes = program.graph.nodes
+    tensor_of = {n: named[n.name].removeprefix("model.") for n in nodes if n.op == "placeholder" and n.name in named}
+    module_of = {node: (module_stack(node) or ("",))[-1] for node in nodes}
+    folds = tuple(find_folds(program.graph, tensor_of, module_of, model)) if folding else ()
+    while True:
+        found = _walk(program, tensor_of, model, inputs, towers, head, features, folds)
+        useful = tuple(norm for norm in folds if _rotates(norm, found))
+        if useful == folds:
+            return replace(found, folds=folds)
+        folds = useful
+
+
+def _rotates(norm: Fold, found: Trace) -> bool:
+    """Whether the space that a norm runs over allows more than permutations."""
+    labels = (found.axes[reader.weight][reader.axis] for reader in norm.readers)
+    return all(label and found.spaces[label[-1].space].symmetry > Symmetry.PERMUTATION for label in labels)
+
+
+def _walk(
+    program: Any,
+    tensor_of: Mapping[fx.Node, str],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    towers: Sequence[Sequence[str]],
+    head: Sequence[str],
+    features: Sequence[str],
+    folds: Sequence[Fold],
+) -> Trace:
+    """What the graph says, the scales of `folds` being ones."""
+    run = Interpreter(model, towers, head)
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    ones = {norm.weight for norm in folds}
+    values: list[Any] = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        tensor = tensor_of.get(node)
+        reason = f"the model's input {node.name}" if tensor is None and node.name not in constants else "a constant"
+        values.append(run.bind_ones(node, tensor) if tensor in ones else run.bind(node, tensor, reason))
     results = run.run(program.graph, values, program.graph_module)
     names = list(program.call_spec.out_spec.context)
     outputs = dict(zip(names, [r for r in results if isinstance(r, Value)], strict=True))

@@ -226,7 +226,7 @@ def test_what_is_wrong_is_said():
     for arguments, message in [
         ({"method": "zap"}, "did you mean 'zip'"),
         ({"method": "zip", "options": {"alhpa": 1}}, "did you mean 'alpha'"),
-        ({"residual": "keep"}, "'match' or 'identity'"),
+        ({"residual": "keep"}, "'match', 'identity' or 'orthogonal'"),
         ({"overrides": {"strem*": "identity"}}, "matches no movable space"),
         ({"overrides": {"*": {"alpha": 1}}}, "names no method"),
     ]:

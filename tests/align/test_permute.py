@@ -41,6 +41,19 @@ def test_the_order_of_the_experts_changes_names_only(seed):
         assert len(found.labels.unique()) == found.size == 8
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("experts", [2, 3])
+def test_dead_units_are_matched_the_same_from_every_side(experts, seed):
+    """They tie with every unit that is left over, of which every expert has others."""
+    x = features(seed, experts, units=12, noise=2.0)
+    for t in range(experts):
+        x[t, torch.randperm(12, generator=torch.Generator().manual_seed(10 * seed + t))[: 3 + t]] = 0
+    expected = partition(permute(correlation(*x), experts).labels)
+    for order in permutations(range(experts)):
+        found = permute(correlation(*x[list(order)]), experts)
+        assert partition(found.labels[torch.tensor(order).argsort()]) == expected
+
+
 def test_two_experts_are_matched_to_the_first():
     assert torch.equal(permute(correlation(*features(0, 2)), 2).labels[0], torch.arange(8))
 

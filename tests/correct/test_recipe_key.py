@@ -9,7 +9,8 @@ import yaml
 
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe import load_recipe
-from hf_zipit.running import load_merged, run_recipe
+from hf_zipit.running import run_recipe
+from hf_zipit.saved import load_merged
 
 from ..test_recipe import tiny
 

@@ -1,0 +1,319 @@
+"""Circuits compared: which heads of two experts are alike, and the change of basis inside a pair of heads.
+
+For a space inside a head, let A hold all that writes it and B all that reads it, `[d, everything else]`, so that the
+circuit is A^T B and a basis g takes A to g A and B to g^-T B. Biases belong to it: a bias is one more column, read by
+a constant.
+
+- Circuits of any two heads are compared without being formed: <A^T B, A'^T B'> = sum (A A'^T) * (B B'^T). The sum of
+  the cosines over query-key and output-value circuits scores the pair, and ONE assignment on the scores pairs the
+  heads of a layer. Grouped queries: the copies inside two key/value groups are assigned first, and score the groups.
+- Inside paired heads both sides are brought into *balanced* coordinates h, in which A A^T = B B^T; what is left is a
+  rotation O, by Procrustes on A and B together. So g = h_a^-1 O h_b, which a copy in another basis fulfils exactly,
+  and which is inverted when the experts are exchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from hf_zipit.align.maps import LinearMap, Map, SpaceMap
+from hf_zipit.align.permute import assign
+from hf_zipit.align.procrustes import rotation
+from hf_zipit.align.registry import Network
+from hf_zipit.align.settled import comparable, in_merged_units, resolvable
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry
+
+SMALLEST = 1e-12
+"""Squared singular values of A and B below this share of their mean are noise to the balanced coordinates."""
+
+
+@dataclass(frozen=True)
+class CircuitFamily:
+    """Spaces in which any invertible map is a symmetry, with the heads that they live within.
+
+    Attributes:
+        heads: the space of the heads; None for linear spaces that stand alone.
+        linear: the spaces between two linear maps.
+        copies: the space of the queries inside a key/value group, where there is one.
+        paired: whether the heads are to be paired; else they are fixed or settled.
+    """
+
+    heads: str | None
+    linear: tuple[str, ...]
+    copies: str | None = None
+    paired: bool = True
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The spaces that this family decides."""
+        own = (self.heads,) if self.paired and self.heads else ()
+        return (*own, *self.linear, *((self.copies,) if self.copies else ()))
+
+
+def circuit_families(spec: MergeSpec, settled: Mapping[str, Map]) -> list[CircuitFamily]:
+    """The families that circuits can decide: heads with at most one other movable space inside.
+
+    What is settled is not touched; a family whose heads are open but something inside them is settled is left alone.
+    """
+    found = []
+    for root, inner in spec.families():
+        if not inner:
+            if root.symmetry is Symmetry.LINEAR and root.name not in settled:
+                found.append(CircuitFamily(None, (root.name,)))
+            continue
+        linear = tuple(s.name for s in inner if s.symmetry is Symmetry.LINEAR)
+        others = [s.name for s in inner if s.symmetry is not Symmetry.LINEAR]
+        nested = any(s.within != (root.name,) for s in inner) or root.symmetry > Symmetry.PERMUTATION
+        if linear and len(others) <= 1 and not nested and not any(s.name in settled for s in inner):
+            paired = spec.movable(root.name) and root.name not in settled
+            found.append(CircuitFamily(root.name, linear, others[0] if others else None, paired))
+    return found
+
+
+def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map]) -> dict[str, Map]:
+    """Pair the heads of a layer and find the bases inside them.
+
+    Args:
+        family: the spaces.
+        network: the experts' weights.
+        maps: of all other spaces.
+
+    Returns:
+        The maps of the family's members, to the expert whose circuits are most like the others', in its balanced
+        coordinates: those do not depend on the basis that any expert came in.
+    """
+    sides = Sides.of(family, network, maps)
+    experts = range(network.experts)
+    own = [sides.norms(t) for t in experts]
+    pairings = {(a, b): sides.pair(a, b, own) for a, b in combinations(experts, 2)}
+    total = [sum(found.score for pair, found in pairings.items() if t in pair) for t in experts]
+    reference = max(experts, key=lambda t: (total[t], -t))
+    # The reference with itself is paired head by head, and its bases stay.
+    to = []
+    for t in experts:
+        known = Pairing.unchanged(sides.shape) if t == reference else pairings.get((reference, t))
+        to.append(known or sides.pair(reference, t, own))
+    found: dict[str, Map] = {}
+    if family.heads and family.paired:
+        found[family.heads] = SpaceMap(sides.shape[0], torch.stack([pairing.heads.argsort() for pairing in to]))
+    if family.copies:
+        found[family.copies] = SpaceMap(sides.shape[1], torch.stack([pairing.copies.argsort(-1) for pairing in to]))
+    for name in family.linear:
+        bases = [sides.bases(name, reference, t, to[t]) for t in experts]
+        matrices, inverses = (torch.stack(part) for part in zip(*bases, strict=True))
+        lead = (sides.shape[0],) if family.heads else ()
+        size = matrices.shape[-1]
+        found[name] = LinearMap(*(x.reshape(len(to), *lead, size, size) for x in (matrices, inverses)))
+    return found
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which of expert b's heads is each of a's, `[heads]`, which copy inside it, `[heads, copies]`, and how alike."""
+
+    heads: Tensor
+    copies: Tensor
+    score: float = 0.0
+
+    @classmethod
+    def unchanged(cls, shape: tuple[int, int]) -> Pairing:
+        return cls(torch.arange(shape[0]), torch.arange(shape[1]).expand(shape).contiguous())
+
+
+@dataclass
+class Sides:
+    """The weights of one family by expert: what writes and what reads every linear space, and what knows only heads.
+
+    Attributes:
+        shape: the numbers of heads and of copies inside each, 1 where there are none.
+        paired: whether the heads may move.
+        linear: by space and expert the two sides A and B, float64 `[heads, copies or 1, d, everything else]`.
+        direct: by expert, weights without a linear space, `[heads, copies or 1, everything else]`.
+    """
+
+    shape: tuple[int, int]
+    paired: bool
+    linear: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    direct: list[list[Tensor]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, family: CircuitFamily, network: Network, maps: Mapping[str, Map]) -> Sides:
+        spec = network.spec
+        sizes = [spec.spaces[name].size if name else 1 for name in (family.heads, family.copies)]
+        sides = cls((sizes[0], sizes[1]), family.paired)
+        parts: dict[tuple[str | None, bool, bool], list[list[Tensor]]] = {}
+        for name in comparable(network):
+            labels = spec.axes[name]
+            factors = [factor for label in labels for factor in label]
+            names = [factor.space for factor in factors]
+            inner = [n for n in names if n in family.linear]
+            lead = [n for n in (family.heads, family.copies, *inner) if n in names]
+            if not lead or any(names.count(n) > 1 for n in lead) or len(inner) > 1:
+                continue
+            if not known_around(labels, maps, spec, family.members) or (family.heads and family.heads not in lead):
+                continue
+            copied = family.copies in lead if family.copies else False
+            dual = bool(inner) and factors[names.index(inner[0])].dual
+            for t in range(network.experts):
+                rows = unit_rows(network, name, maps, t, lead)
+                shape = [sizes[0] if family.heads else 1, sizes[1] if copied else 1]
+                shape += [spec.spaces[inner[0]].size] if inner else []
+                kind = (inner[0] if inner else None, dual, copied)
+                parts.setdefault(kind, [[] for _ in range(network.experts)])[t].append(rows.reshape(*shape, -1))
+        for name in family.linear:
+            sides.linear[name] = [
+                tuple(_side(parts, name, dual, t, sides.shape, spec.spaces[name].size) for dual in (False, True))
+                for t in range(network.experts)
+            ]  # type: ignore[misc]
+        sides.direct = [
+            [torch.cat(found[t], -1) for (name, _, _), found in parts.items() if name is None]
+            for t in range(network.experts)
+        ]
+        return sides
+
+    def norms(self, t: int) -> list[Tensor]:
+        """The length of every head's circuits, `[heads]` each."""
+        terms = self._terms(t, t)
+        squares = [torch.stack([term[h, :, h].trace() for h in range(self.shape[0])]) for term in terms]
+        return [square.clamp_min(1e-300).sqrt() for square in squares]
+
+    def pair(self, a: int, b: int, own: Sequence[Sequence[Tensor]]) -> Pairing:
+        """The best pairing of two experts' heads; `own` are the norms of all experts."""
+        heads, copies = self.shape
+        scores = torch.zeros(heads, heads, dtype=torch.float64)
+        inner = torch.zeros(heads, copies, heads, copies, dtype=torch.float64)
+        for term, x, y in zip(self._terms(a, b), own[a], own[b], strict=True):
+            cosines = term / torch.outer(x, y)[:, None, :, None]
+            if term.shape[1] == copies and copies > 1:
+                inner += cosines
+            else:
+                scores += cosines[:, 0, :, 0]
+        order = torch.arange(copies).repeat(heads, heads, 1)
+        if copies > 1:
+            for i in range(heads):
+                for j in range(heads):
+                    block = inner[i, :, j].numpy()
+                    order[i, j] = torch.from_numpy(assign(block))
+                    scores[i, j] += float(block[range(copies), order[i, j]].sum())
+        partner = torch.from_numpy(assign(scores.numpy())) if self.paired else torch.arange(heads)
+        rows = torch.arange(heads)
+        return Pairing(partner, order[rows, partner], float(scores[rows, partner].sum()))
+
+    def bases(self, name: str, reference: int, t: int, pairing: Pairing) -> tuple[Tensor, Tensor]:
+        """g and g^-1 of every head, `[heads, d, d]`: see `basis`."""
+        ours = self.linear[name][reference]
+        theirs = [self._ordered(side, pairing) for side in self.linear[name][t]]
+        heads = zip(*(side.movedim(1, 2).flatten(2) for side in (*ours, *theirs)), strict=True)
+        matrices, inverses = zip(*(basis(*sides) for sides in heads), strict=True)
+        return torch.stack(matrices), torch.stack(inverses)
+
+    def _terms(self, a: int, b: int) -> list[Tensor]:
+        """Products of circuits (and of what knows only heads), `[heads, copies or 1, heads, copies or 1]` each."""
+        terms = []
+        for sides in self.linear.values():
+            (write_a, read_a), (write_b, read_b) = sides[a], sides[b]
+            if write_a.shape[-1] and read_a.shape[-1]:
+                writing, reading = _products(write_a, write_b), _products(read_a, read_b)
+                terms.append((writing * reading).sum((2, 5)))
+        for x, y in zip(self.direct[a], self.direct[b], strict=True):
+            product = x.flatten(0, 1) @ y.flatten(0, 1).T
+            terms.append(product.reshape(*x.shape[:2], *y.shape[:2]))
+        return terms
+
+    def _ordered(self, side: Tensor, pairing: Pairing) -> Tensor:
+        side = side[pairing.heads]
+        if side.shape[1] == 1:
+            return side
+        return torch.stack([head[order] for head, order in zip(side, pairing.copies, strict=True)])
+
+
+def basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
+    """O h_b and its inverse, float64 `[d, d]`: what takes b's circuit into a's balanced coordinates.
+
+    Args:
+        write_a, read_a, write_b, read_b: A and B of both, float64 `[d, everything else]`.
+    """
+    to_a, from_a = balance(write_a, read_a)
+    to_b, from_b = balance(write_b, read_b)
+    turned, _ = rotation(to_a @ write_a @ (to_b @ write_b).T + from_a.T @ read_a @ (from_b.T @ read_b).T)
+    return turned @ to_b, from_b @ turned.T
+
+
+def in_own_basis(found: Map) -> Map:
+    """The same changes of basis, but to the first expert's own basis: it keeps its weights as they are."""
+    if isinstance(found, SpaceMap):
+        return found
+    own, back = found.matrices[0], found.inverses[0]
+    return LinearMap(back @ found.matrices, found.inverses @ own)
+
+
+def balance(write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """h and h^-1, symmetric, with h A (h A)^T = h^-T B (h^-T B)^T: both sides of a circuit in equal coordinates.
+
+    h^2 = P^-1 # Q, the geometric mean of P^-1 = (A A^T)^-1 and Q = B B^T: the positive X with X P X = Q.
+    """
+    p, q = (_positive(side @ side.T) for side in (write, read))
+    root, inverse = _roots(p)
+    middle, _ = _roots(root @ q @ root)
+    return _roots(inverse @ middle @ inverse)
+
+
+def _positive(gram: Tensor) -> Tensor:
+    floor = SMALLEST * gram.diagonal().mean()
+    return gram + torch.where(floor > 0, floor, torch.ones_like(floor)) * torch.eye(len(gram)).to(gram)
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of a positive matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values = values.clamp_min(1e-300).sqrt()
+    return vectors * values @ vectors.T, vectors / values @ vectors.T
+
+
+def unit_rows(network: Network, name: str, maps: Mapping[str, Map], expert: int, lead: Sequence[str]) -> Tensor:
+    """One expert's tensor in the merged units of `maps`, float64 `[*lead, everything else]`."""
+    spec = network.spec
+    labels = spec.axes[name]
+    x = in_merged_units(network.weights[expert][name].double().cpu(), labels, maps, spec, expert)
+    names: list[str | None] = []
+    sizes: list[int] = []
+    for label, length in zip(labels, x.shape, strict=True):
+        names += [factor.space for factor in label] or [None]
+        sizes += [maps[f.space].size if f.space in maps else spec.spaces[f.space].size for f in label] or [length]
+    front = [names.index(n) for n in lead]
+    rest = [i for i in range(len(sizes)) if i not in front]
+    spread = x.reshape(sizes).permute(*front, *rest)
+    return spread.reshape(*spread.shape[: len(front)], -1)
+
+
+def known_around(labels: Sequence[AxisLabel], maps: Mapping[str, Map], spec: MergeSpec, own: Iterable[str]) -> bool:
+    """Whether every space of a tensor but `own` is fixed or has a map that can be applied to it."""
+    spaces = {factor.space for label in labels for factor in label} - set(own)
+    return all(name in maps or not spec.movable(name) for name in spaces) and resolvable(labels, maps, spec)
+
+
+def _side(
+    parts: Mapping[tuple[str | None, bool, bool], list[list[Tensor]]],
+    name: str,
+    dual: bool,
+    t: int,
+    shape: tuple[int, int],
+    units: int,
+) -> Tensor:
+    """All weights on one side of a linear space, `[heads, copies or 1, d, everything else]`."""
+    alone, copied = (parts.get((name, dual, many)) for many in (False, True))
+    found = [*(alone[t] if alone else []), *(copied[t] if copied else [])]
+    if not found:
+        return torch.zeros(shape[0], 1, units, 0, dtype=torch.float64)
+    most = max(tensor.shape[1] for tensor in found)
+    return torch.cat([tensor.expand(-1, most, -1, -1) for tensor in found], -1)
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """`[heads, copies, d, heads, copies, d]`, from two `[heads, copies, d, everything else]`."""
+    return (x.flatten(0, 2) @ y.flatten(0, 2).T).reshape(*x.shape[:3], *y.shape[:3])

@@ -1,0 +1,124 @@
+"""Heads as circuits: pair them, and find the change of basis inside them, from the weights alone.
+
+What an attention head computes depends on its query and key weights only through Q^T K, and on its value and output
+weights only through O V: any invertible map of the dimensions in between cancels (Elhage et al., A Mathematical
+Framework for Transformer Circuits, 2021). Compared weight by weight, two equal heads in different bases look unalike;
+their *circuits* are the same (arXiv 2506.22712).
+
+`circuit_pairs.py` pairs heads by that, and finds the bases inside.
+
+Streams that allow rotations (a folded model's residual) are rotated by Procrustes on all weights that read or write
+them; everything else is matched by `weights`. The three depend on each other, so they are visited in turn: first with
+the parameters that are aligned already (embeddings), then with all; the most similar end counts.
+
+Under rotary embeddings a head's query and key dimensions are fixed: heads move there, their dimensions do not. (They
+could be turned pair by pair; the spec knows no such symmetry.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+
+from hf_zipit.align.circuit_pairs import circuit_families, in_own_basis, known_around, match_family, unit_rows
+from hf_zipit.align.maps import LinearMap, Map
+from hf_zipit.align.procrustes import match_rotations, rotating
+from hf_zipit.align.registry import Network, register
+from hf_zipit.align.settled import comparable, resolvable
+from hf_zipit.align.weights import match_weights
+from hf_zipit.errors import RecipeError
+from hf_zipit.symmetry.spec import Symmetry
+
+LEAST_IMPROVEMENT = 1e-7
+
+
+@register("circuits", needs={"weights"}, scope="network", folds=True)
+def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[str, Map]:
+    """Align all open spaces from the weights: streams by rotations, heads by circuits, the rest by `weights`.
+
+    Args:
+        network: the spaces, the experts' weights and the maps that are settled already.
+        sweeps: at most so many rounds, 1 or more.
+        seed: of the order in which `weights` visits spaces.
+
+    Returns:
+        The maps of all movable spaces that are not settled.
+
+    Raises:
+        RecipeError: `sweeps` is less than 1.
+    """
+    if sweeps < 1:
+        raise RecipeError(f"circuits' option sweeps is {sweeps}; it must be 1 or more.")
+    spec = network.spec
+    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
+    families = circuit_families(spec, network.settled)
+    inside = {name for family in families for name in family.members}
+    streams = [name for name in rotating(spec) if name in opened]
+    rest = [name for name in opened if name not in inside and name not in streams]
+    maps: dict[str, Map] = dict(network.settled)
+    best, kept = -float("inf"), maps
+    for _ in range(sweeps):
+        for name in streams:
+            others = {other: m for other, m in maps.items() if other != name}
+            maps[name] = rotate_stream(name, network, others)
+        if rest:
+            maps |= _match_rest(network, rest, inside, {n: m for n, m in maps.items() if n not in rest}, seed)
+        for family in families:
+            maps |= match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
+        reached = likeness(network, maps)
+        if reached <= best + LEAST_IMPROVEMENT:
+            break
+        best, kept = reached, dict(maps)
+    return {name: in_own_basis(kept[name]) if name in inside else kept[name] for name in opened}
+
+
+def rotate_stream(name: str, network: Network, maps: Mapping[str, Map]) -> LinearMap:
+    """Procrustes on all weights that write or read a space and whose other axes are aligned."""
+    spec, experts = network.spec, network.experts
+    size = spec.spaces[name].size
+    products = torch.zeros(experts, size, experts, size, dtype=torch.float64)
+    for tensor in comparable(network):
+        labels = spec.axes[tensor]
+        factors = [factor.space for label in labels for factor in label]
+        if factors.count(name) != 1 or not known_around(labels, maps, spec, [name]):
+            continue
+        rows = torch.cat([unit_rows(network, tensor, maps, t, [name]) for t in range(experts)])
+        products += (rows @ rows.T).reshape(products.shape)
+    return match_rotations(products, ones=spec.spaces[name].symmetry is Symmetry.ORTHOGONAL_ONES)
+
+
+def _match_rest(
+    network: Network, rest: Sequence[str], inside: Iterable[str], settled: Mapping[str, Map], seed: int
+) -> dict[str, Map]:
+    """Weight matching of the spaces in `rest`; parameters of spaces that have no map yet are left out."""
+    spec = network.spec
+    waiting = {name for name in inside if name not in settled}
+    fixed = {
+        name: replace(spec.spaces[name], symmetry=Symmetry.FIXED, frozen_by="circuits match it") for name in waiting
+    }
+    known = {
+        name
+        for name, labels in spec.axes.items()
+        if not waiting.intersection(factor.space for label in labels for factor in label)
+    }
+    weights = [{name: tensor for name, tensor in own.items() if name in known} for own in network.weights]
+    alone = replace(network, spec=replace(spec, spaces={**spec.spaces, **fixed}), weights=weights, settled=settled)
+    found = match_weights(alone, seed=seed)
+    return {name: found[name] for name in rest}
+
+
+def likeness(network: Network, maps: Mapping[str, Map]) -> float:
+    """The mean cosine of two experts' weights in merged units."""
+    gram = torch.zeros(network.experts, network.experts, dtype=torch.float64)
+    for name in comparable(network):
+        labels = network.spec.axes[name]
+        if resolvable(labels, maps, network.spec):
+            rows = [unit_rows(network, name, maps, t, []).flatten() for t in range(network.experts)]
+            gram += torch.stack(rows) @ torch.stack(rows).T
+    scale = gram.diagonal().clamp_min(1e-300).rsqrt()
+    cosines = gram * torch.outer(scale, scale)
+    pairs = list(combinations(range(network.experts), 2))
+    return float(sum(cosines[pair] for pair in pairs)) / len(pairs)

@@ -1,0 +1,45 @@
+"""Orthogonal alignment: rotate the residual streams, match everything else within its own symmetry (Generalized Linear
+Mode Connectivity for Transformers, arXiv 2506.22712).
+
+A transformer's stream allows rotations once the norms' affine parts are folded into their readers. Procrustes on what
+the experts compute there (`procrustes.py`) is much freer than any order of the units, and the published runs on ViT
+and GPT-2 found lower barriers for it. What is inside the heads allows any invertible map; circuits decide it from the
+weights (`circuits.py`, which also is the data-free form of this method). Hidden units and channels have a nonlinearity
+of their own and are permuted, by their activations.
+
+Where a stream allows no rotation (post-LN models such as BERT, whose norm puts out the stream; BatchNorm) it is
+permuted like the rest.
+"""
+
+from __future__ import annotations
+
+from hf_zipit.align.circuit_pairs import circuit_families, in_own_basis, match_family
+from hf_zipit.align.maps import Map
+from hf_zipit.align.procrustes import rotate_streams, rotating
+from hf_zipit.align.registry import Network, register
+from hf_zipit.align.solver import Choice, Solver
+
+
+@register("orthogonal", needs={"moments", "covariances", "weights"}, scope="network", folds=True)
+def match_orthogonal(network: Network) -> dict[str, Map]:
+    """Align all open spaces: streams by Procrustes, heads by circuits, the rest by `permute`.
+
+    Args:
+        network: the spaces, the experts' correlations, covariances and weights, and the maps that are settled already.
+
+    Returns:
+        The maps of all movable spaces that are not settled.
+    """
+    spec = network.spec
+    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
+    maps: dict[str, Map] = dict(network.settled)
+    maps |= rotate_streams(spec, network.covariances, network.experts, [n for n in rotating(spec) if n in opened])
+    families = circuit_families(spec, network.settled)
+    inside = {name for family in families for name in family.members}
+    rest = [name for name in opened if name not in maps and name not in inside]
+    solver = Solver(spec, network.correlations, network.experts, maps)
+    solver.solve(dict.fromkeys(rest, Choice.of("permute", {})))
+    for family in families:
+        found = match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
+        maps |= {name: in_own_basis(m) for name, m in found.items()}
+    return {name: maps[name] for name in opened}

@@ -1,0 +1,154 @@
+"""The solver: runs matchers of one space over a whole spec, on the correlations of the products that were observed.
+
+Spaces are solved one after the other, those first whose evidence depends on the fewest unsolved ones. A space that
+stands alone goes straight to the matcher. Where only products were observed, the other factors are traced out under
+their maps (`products.py`); heads are scored over all their products and permuted (`heads.py`), then the matcher runs
+inside every group of paired heads. A space that nothing observed keeps its units, and is named in a warning.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_zipit.align.heads import block_scores, holds_blocks
+from hf_zipit.align.maps import LinearMap, Map, SpaceMap
+from hf_zipit.align.permute import match_to_reference
+from hf_zipit.align.products import merged_sizes, trace_out
+from hf_zipit.align.registry import METHODS, Method, Network
+from hf_zipit.registry import check_options
+from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey, Space, Symmetry
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method with its options."""
+
+    method: Method
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, name: str, options: Mapping[str, Any]) -> Choice:
+        method = METHODS.get(name)
+        return cls(method, check_options(name, method.function, options))
+
+    def rehearse(self, experts: int, units: int = 2) -> None:
+        """Run the method on one space of units that resemble nothing, for what it raises about its options."""
+        correlation = torch.eye(experts * units, dtype=torch.float64)
+        if self.method.scope == "space":
+            self.method.function(correlation, experts, **self.options)
+            return
+        spaces = {"units": Space("units", units, Symmetry.PERMUTATION), "inputs": Space("inputs", 2, Symmetry.FIXED)}
+        spec = MergeSpec("Rehearsal", spaces, {"weight": ((Factor("units"),), (Factor("inputs", dual=True),))})
+        weights = [{"weight": torch.eye(units, 2)}] * experts
+        network = Network(spec, experts, {("units",): correlation}, weights, widenable=frozenset({"units"}))
+        self.method.function(network, **self.options)
+
+
+@dataclass
+class Solver:
+    """Solves spaces one after the other; `maps` holds those that are solved."""
+
+    spec: MergeSpec
+    correlations: Mapping[ProductKey, Tensor]
+    experts: int
+    maps: dict[str, Map] = field(default_factory=dict)
+    covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
+
+    def solve(self, choices: Mapping[str, Choice]) -> None:
+        """Add the map of every space in `choices`."""
+        blind = [name for name, choice in choices.items() if "moments" not in choice.method.needs]
+        unseen = [name for name in choices if name not in blind and not self._seen(name, choices[name])]
+        if unseen:
+            logger.warning("Left as they are, for nothing observes them: %s.", ", ".join(unseen))
+        identity = METHODS.get("identity").function
+        for name in blind + unseen:
+            self.maps[name] = self._blind(name, identity if name in unseen else choices[name].method.function)
+        waiting = [name for name in choices if name not in self.maps]
+        while waiting:
+            ready = [name for name in waiting if not set(self.spec.spaces[name].within) & set(waiting)]
+            # Changes of basis come last: units that were mixed cannot be brought together one by one.
+            mixing = {name: "covariances" in choices[name].method.needs for name in ready}
+            name = min(ready, key=lambda name: (mixing[name], self._unsolved(name), not self._blocks(name)))
+            self.maps[name] = self._head_map(name) if self._blocks(name) else self._inner_map(name, choices[name])
+            waiting.remove(name)
+
+    def _seen(self, name: str, choice: Choice) -> bool:
+        keys = self._keys(name)
+        return any(key in self.covariances for key in keys) if "covariances" in choice.method.needs else bool(keys)
+
+    def _keys(self, name: str) -> list[ProductKey]:
+        """The observed products that say something about a space: they tell apart the spaces it lives within."""
+        needed = {name, *self.spec.spaces[name].within}
+        return [key for key in self.correlations if needed <= set(key)]
+
+    def _open(self, name: str, key: ProductKey) -> ProductKey:
+        """The other movable spaces of a product that have no map yet."""
+        return tuple(n for n in key if n != name and self.spec.movable(n) and n not in self.maps)
+
+    def _unsolved(self, name: str) -> int:
+        return min(len(self._open(name, key)) for key in self._keys(name))
+
+    def _blocks(self, name: str) -> bool:
+        return holds_blocks(name, self.spec, self.correlations)
+
+    def _blind(self, name: str, function: Any) -> SpaceMap:
+        """The map of a method that reads no correlation, only how many units there are."""
+        space = self.spec.spaces[name]
+        size = self.experts * space.size
+        found = function(torch.empty(size, size, device="meta"), self.experts)
+        lead = [self.spec.spaces[outer].size for outer in space.within]
+        labels = found.labels.reshape(self.experts, *(1 for _ in lead), -1).expand(self.experts, *lead, -1)
+        return SpaceMap(found.size, labels.contiguous())
+
+    def _head_map(self, name: str) -> SpaceMap:
+        """Permute blocks, by their scores summed over all products."""
+        scores = 0
+        for key in self._keys(name):
+            inside = self._open(name, key)
+            traced, lead = self._rows(key, (name, *inside), self.correlations)
+            for inner in reversed(inside):
+                traced = torch.stack([block_scores(row, self.spec.spaces[inner].size) for row in traced])
+            # The scores are sums over all units of a block: traced-out units were averaged.
+            averaged = [n for n in key if n not in (name, *inside, *self.spec.spaces[name].within)]
+            scores = scores + traced * self.spec.size(tuple(averaged))
+        return self._stack([match_to_reference(row) for row in scores], lead)
+
+    def _inner_map(self, name: str, choice: Choice) -> Map:
+        """Run the matcher, inside every merged unit of the spaces that this one lives within."""
+        mixing = "covariances" in choice.method.needs
+        products = self.covariances if mixing else self.correlations
+        keys = [key for key in self._keys(name) if key in products]
+        if (name,) in keys:
+            return choice.method.function(products[name,], self.experts, **choice.options)
+        least = min((len(self._open(name, key)), len(key)) for key in keys)
+        clearest = [key for key in keys if (len(self._open(name, key)), len(key)) == least]
+        found = [self._rows(key, (name,), products) for key in clearest]
+        rows = torch.stack([traced for traced, _ in found]).mean(0).flatten(1, 2).flatten(2, 3)
+        return self._stack([choice.method.function(row, self.experts, **choice.options) for row in rows], found[0][1])
+
+    def _rows(
+        self, key: ProductKey, keep: ProductKey, products: Mapping[ProductKey, Tensor]
+    ) -> tuple[Tensor, list[int]]:
+        """`trace_out` with the merged units that keep[0] lives within flattened to rows, and their sizes."""
+        rest = {name for name in key if name not in keep}
+        # A map that is known before its heads are can only be the identity, which needs no map.
+        known = {name: m for name, m in self.maps.items() if set(self.spec.spaces[name].within) <= rest}
+        traced = trace_out(products[key], key, keep, known, self.spec, self.experts)
+        lead = merged_sizes(self.spec.spaces[keep[0]].within, self.maps, self.spec)
+        return traced.reshape(-1, *traced.shape[-4:]), lead
+
+    def _stack(self, maps: Sequence[Map], lead: Sequence[int]) -> Map:
+        """One map of the rows' maps."""
+        if isinstance(maps[0], LinearMap):
+            parts = (torch.stack([getattr(m, part) for m in maps], dim=1) for part in ("matrices", "inverses"))
+            return LinearMap(*(x.reshape(self.experts, *lead, *x.shape[-2:]) for x in parts))
+        labels = torch.stack([m.labels for m in maps], dim=1)
+        return SpaceMap(maps[0].size, labels.reshape(self.experts, *lead, -1))

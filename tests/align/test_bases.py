@@ -1,0 +1,240 @@
+"""Procrustes, CCA and circuits on tensors alone: what they recover, and that exchanging the experts inverts them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_zipit.align.cca import canonical_correlations
+from hf_zipit.align.circuit_pairs import CircuitFamily, balance, basis, match_family
+from hf_zipit.align.maps import LinearMap, SpaceMap
+from hf_zipit.align.procrustes import match_rotations, rotation
+from hf_zipit.align.registry import Network
+from hf_zipit.align.settled import in_merged_units
+from hf_zipit.combine.transform import features_to_merged, to_merged, unmerge_matrix
+from hf_zipit.errors import RecipeError
+from hf_zipit.symmetry.group import _random_map, apply_element, random_element, transform
+from hf_zipit.symmetry.spec import Factor, Space, Symmetry, product_key
+from tests.align.toys import space, spec_of
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def drawn(size, symmetry, seed=5):
+    return _random_map(size, symmetry, torch.Generator().manual_seed(seed))
+
+
+def near(x, y, tolerance=1e-9):
+    torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+# Procrustes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("symmetry", [Symmetry.ORTHOGONAL, Symmetry.ORTHOGONAL_ONES])
+def test_a_rotation_is_undone(symmetry):
+    x, o = random(6, 50), drawn(6, symmetry)
+    found, likeness = rotation(x @ (o @ x).T, ones=symmetry is Symmetry.ORTHOGONAL_ONES)
+    near(found @ o, torch.eye(6).double(), 1e-7)
+    assert likeness == pytest.approx(float((x * x).sum()))
+
+
+def test_the_vector_of_ones_is_kept_whatever_the_products_say():
+    found, _ = rotation(random(6, 6), ones=True)
+    near(found @ torch.ones(6).double(), torch.ones(6).double())
+    near(found @ found.T, torch.eye(6).double())
+
+
+def test_it_is_the_best_rotation():
+    product = random(5, 5)
+    found, best = rotation(product)
+    for seed in range(20):
+        other = found @ torch.matrix_exp(0.3 * (random(5, 5, seed=seed) - random(5, 5, seed=seed).T))
+        assert float((product * other).sum()) <= best + 1e-12
+    near(rotation(product.T)[0], found.T)
+
+
+def test_where_nothing_varies_units_stay():
+    x = torch.cat([random(3, 40), torch.zeros(2, 40).double()])
+    o = torch.eye(5).double()
+    o[:3, :3] = drawn(3, Symmetry.ORTHOGONAL)
+    near(rotation(x @ (o @ x).T)[0] @ o, torch.eye(5).double(), 1e-6)
+    near(rotation(torch.zeros(4, 4).double())[0], torch.eye(4).double())
+
+
+def test_all_experts_are_rotated_to_the_one_that_resembles_the_others_most():
+    base = random(6, 200)
+    noisy = [base + share * random(6, 200, seed=9 + t) for t, share in enumerate((2, 0, 1))]
+    x = torch.cat([drawn(6, Symmetry.ORTHOGONAL, t) @ own for t, own in enumerate(noisy)])
+    maps = match_rotations((x @ x.T).reshape(3, 6, 3, 6))
+    assert torch.equal(maps.matrices[1], torch.eye(6).double())
+    near(maps.matrices @ maps.inverses, torch.eye(6).double().expand(3, 6, 6))
+
+
+# CCA -----------------------------------------------------------------------------------------------------------------
+
+
+def covariance(*features):
+    x = torch.cat(features)
+    return x @ x.T / x.shape[1]
+
+
+def test_cca_without_regularisation_undoes_any_invertible_map():
+    x, g = random(5, 300), drawn(5, Symmetry.LINEAR)
+    maps = canonical_correlations(covariance(x, g @ x), 2, regularisation=0)
+    near(maps.matrices[1] @ g, torch.eye(5).double(), 1e-6)
+    near(maps.matrices[0], torch.eye(5).double())
+
+
+def test_cca_with_regularisation_undoes_rotations_and_orders():
+    x, o = random(5, 300), drawn(5, Symmetry.ORTHOGONAL)
+    near(canonical_correlations(covariance(x, o @ x), 2).matrices[1] @ o, torch.eye(5).double(), 1e-6)
+
+
+def test_exchanging_the_experts_inverts_cca():
+    x, y = random(5, 300), 0.5 * random(5, 300) + random(5, 300, seed=1)
+    there, back = canonical_correlations(covariance(x, y), 2), canonical_correlations(covariance(y, x), 2)
+    near(there.matrices[1], back.inverses[1])
+    near(there.matrices[1] @ there.inverses[1], torch.eye(5).double())
+
+
+def test_cca_survives_dead_units_and_says_what_is_wrong():
+    x = torch.cat([random(3, 40), torch.zeros(2, 40).double()])
+    maps = canonical_correlations(covariance(x, x), 2, regularisation=0)
+    assert maps.matrices.isfinite().all()
+    near(maps.matrices[1], torch.eye(5).double(), 1e-6)
+    with pytest.raises(RecipeError, match="regularisation"):
+        canonical_correlations(covariance(x, x), 2, regularisation=-1)
+
+
+# Circuits ------------------------------------------------------------------------------------------------------------
+
+
+def test_balanced_sides_are_equal():
+    write, read = random(4, 20), random(4, 30, seed=1)
+    h, back = balance(write, read)
+    near(h @ write @ (h @ write).T, back.T @ read @ (back.T @ read).T)
+    near(h @ back, torch.eye(4).double())
+
+
+def test_a_circuit_in_another_basis_is_brought_back():
+    write, read, g = random(4, 20), random(4, 30, seed=1), drawn(4, Symmetry.LINEAR)
+    own, other = basis(write, read, write, read), basis(write, read, g @ write, torch.linalg.inv(g).T @ read)
+    near(own[1] @ other[0] @ g, torch.eye(4).double(), 1e-7)
+
+
+def test_a_circuit_of_low_rank_is_brought_back():
+    """As a head has whose queries use half of its dimensions: the circuit comes back, the rest does not matter."""
+    write, read, g = random(4, 2) @ random(2, 20), random(4, 30, seed=1), drawn(4, Symmetry.LINEAR)
+    copy = g @ write, torch.linalg.inv(g).T @ read
+    own, other = basis(write, read, write, read), basis(write, read, *copy)
+    mean_write = (own[0] @ write + other[0] @ copy[0]) / 2
+    mean_read = (own[1].T @ read + other[1].T @ copy[1]) / 2
+    near(mean_write.T @ mean_read, write.T @ read, 1e-4)
+
+
+GROUPED = spec_of(
+    space("kv", 3),
+    space("copies", 2, "kv"),
+    Space("value", 4, Symmetry.LINEAR, ("kv",)),
+    space("dim", 5, "kv", fixed=True),
+    space("stream", 7, fixed=True),
+    axes={
+        "q": ((Factor("kv"), Factor("copies"), Factor("dim")), (Factor("stream", True),)),
+        "k": ((Factor("kv"), Factor("dim", True)), (Factor("stream", True),)),
+        "v": ((Factor("kv"), Factor("value")), (Factor("stream", True),)),
+        "bias": ((Factor("kv"), Factor("value")),),
+        "o": ((Factor("stream"),), (Factor("kv", True), Factor("copies", True), Factor("value", True))),
+    },
+)
+
+
+def grouped_weights(seed=0):
+    shapes = [[GROUPED.size(product_key(label)) for label in labels] for labels in GROUPED.axes.values()]
+    return {
+        name: random(*shape, seed=seed + i) for i, (name, shape) in enumerate(zip(GROUPED.axes, shapes, strict=True))
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_grouped_heads_are_paired_with_their_copies_and_turned_back(seed):
+    weights = grouped_weights()
+    element = random_element(GROUPED, torch.Generator().manual_seed(seed))
+    copy = apply_element(weights, GROUPED, element)
+    network = Network(GROUPED, 2, weights=[weights, copy])
+    maps = match_family(CircuitFamily("kv", ("value",), "copies"), network, {})
+    for name, labels in GROUPED.axes.items():
+        ours, theirs = (in_merged_units(w[name], labels, maps, GROUPED, t) for t, w in enumerate((weights, copy)))
+        near(theirs, ours, 1e-6)
+
+
+def test_exchanging_the_experts_changes_no_circuit():
+    a, b = grouped_weights(), grouped_weights(50)
+
+    def circuits(first, second):
+        network = Network(GROUPED, 2, weights=[first, second])
+        maps = match_family(CircuitFamily("kv", ("value",), "copies"), network, {})
+        means = {
+            name: sum(in_merged_units(w[name], labels, maps, GROUPED, t) for t, w in enumerate((first, second)))
+            for name, labels in GROUPED.axes.items()
+        }
+        value, out = means["v"].reshape(3, 4, 7), means["o"].reshape(7, 3, 2, 4)
+        return torch.einsum("okcv,kvi->koi", out, value).sum(0)  # whatever the heads' order
+
+    near(circuits(a, b), circuits(b, a), 1e-7)
+
+
+# Applying changes of basis -------------------------------------------------------------------------------------------
+
+HEADS = spec_of(
+    Space("stream", 6, Symmetry.ORTHOGONAL), space("heads", 3), Space("dim", 4, Symmetry.LINEAR, ("heads",))
+)
+LABELS = ((Factor("stream"),), (Factor("heads", True), Factor("dim", True)))
+
+
+def alignment_of(element, experts=2):
+    """The element for every expert but the first, as maps."""
+    maps = {}
+    for name, g in element.items():
+        if g.dtype == torch.int64:
+            same = torch.arange(g.shape[-1]).expand(g.shape)
+            maps[name] = SpaceMap(g.shape[-1], torch.stack([same, *[g.argsort(-1)] * (experts - 1)]))
+        else:
+            eye = torch.eye(g.shape[-1]).double().expand(g.shape)
+            maps[name] = LinearMap.of(torch.stack([eye, *[g] * (experts - 1)]))
+    return maps
+
+
+def test_a_map_does_what_the_group_element_does():
+    element = random_element(HEADS, torch.Generator().manual_seed(2))
+    maps, x = alignment_of(element), random(6, 12)
+    expected = transform(x, LABELS, HEADS, element)
+    near(to_merged(x, LABELS, maps, HEADS, 1), expected)
+    near(in_merged_units(x, LABELS, maps, HEADS, 1), expected)
+    assert torch.equal(to_merged(x, LABELS, maps, HEADS, 0), x)
+    features = random(2, 12, 5)
+    held = tuple(Factor(f.space) for f in LABELS[1])
+    near(
+        features_to_merged(features, 1, held, maps, HEADS, 1),
+        transform(features.movedim(1, 2), ((), (), held), HEADS, element).movedim(2, 1),
+    )
+
+
+@pytest.mark.parametrize("key", [("stream",), ("heads", "dim")])
+def test_the_unmerge_matrix_inverts_the_merge(key):
+    element = random_element(HEADS, torch.Generator().manual_seed(2))
+    maps, size = alignment_of(element), HEADS.size(key)
+    merge = features_to_merged(torch.eye(size).double(), 0, tuple(map(Factor, key)), maps, HEADS, 1)
+    near(unmerge_matrix(maps, key, 1, HEADS) @ merge, torch.eye(size).double())
+
+
+def test_identity_matrices_do_what_identity_labels_do():
+    eye = {name: torch.eye(s.size).double() for name, s in HEADS.spaces.items()}
+    eye["dim"] = eye["dim"].repeat(3, 1, 1)
+    same = {name: torch.arange(g.shape[-1]).expand(g.shape[:-1]) for name, g in eye.items()}
+    x = random(6, 12).float()
+    for label in (LABELS, tuple(tuple(Factor(f.space, not f.dual) for f in axis) for axis in LABELS)):
+        found = [to_merged(x, label, alignment_of(g), HEADS, 1) for g in (eye, same)]
+        assert torch.equal(*found)

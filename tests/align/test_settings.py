@@ -1,0 +1,169 @@
+"""Settings of alignment: values out of range are told before anything is read, and overrides do what they say."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from hf_zipit import merge, plan
+from hf_zipit.align.align import check_settings, override_choice
+from hf_zipit.align.registry import METHODS, Network, register
+from hf_zipit.errors import RecipeError
+from hf_zipit.merging import align_trunk, moments_for
+from hf_zipit.observe import Moments
+from hf_zipit.planning import Plan
+from tests import tiny
+from tests.align.toys import space, spec_of
+
+IMAGES = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def experts() -> dict[str, nn.Module]:
+    return dict(zip("ab", tiny.pair("vit"), strict=True))
+
+
+class Unread:
+    def __iter__(self):
+        raise AssertionError("data was read")
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("zip", {"alpha": 2.0}, "alpha is 2.0"),
+    ("zip", {"beta": -0.1}, "beta is -0.1"),
+    ("zip", {"alpha": "much"}, "alpha of 'zip' is 'much'; it must be a number"),
+    ("zip", {"compat": 1}, "compat of 'zip' is 1; it must be true or false"),
+    ("weights", {"sweeps": 0}, "sweeps is 0"),
+    ("weights", {"sweeps": 2.5}, "sweeps of 'weights' is 2.5; it must be a whole number"),
+    ("weights", {"sweeps": True}, "sweeps of 'weights' is True"),
+    ("dual", {"balance": 1.5}, "balance is 1.5"),
+    ("dual", {"variant": "both"}, "variant is 'both'"),
+    ("dual", {"variant": "zip", "alpha": -1.0}, "alpha is -1.0"),
+    ("dual", {"patience": 0}, "patience"),
+    ("partial", {"budget": 0.5}, "budget is 0.5"),
+    ("partial", {"of": "seconds"}, "of is 'seconds'"),
+    ("partial", {"of": 3}, "of of 'partial' is 3; it must be a word"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "message"), WRONG)
+def test_values_of_options_are_told_before_data_is_read(method, options, message):
+    with pytest.raises(RecipeError, match=message) as told:
+        merge(experts(), Unread(), method=method, options=options, progress=False)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_every_method_can_be_rehearsed(method):
+    """On three experts and a network that has nothing of what methods look for, such as heads; also on none at all."""
+    for spec in (spec_of(space("units", 3)), spec_of(space("inputs", 3, fixed=True))):
+        assert check_settings(spec, 3, method) <= {"moments", "covariances", "weights", "widths"}
+
+
+def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
+    METHODS.names()
+    monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
+
+    @register("strict", needs={"weights"}, scope="network")
+    def strict(network: Network, *, level: int = 1):
+        if level > 2:
+            raise RecipeError(f"level is {level}")
+        return {}
+
+    spec = spec_of(space("units", 3))
+    assert check_settings(spec, 2, "strict", options={"level": 2}) == {"weights"}
+    with pytest.raises(RecipeError, match="level is 3"):
+        check_settings(spec, 2, "strict", options={"level": 3})
+
+
+# Overrides.
+
+
+@cache
+def gathered() -> tuple[Plan, Moments]:
+    planned = plan(experts(), method="zip")
+    found = moments_for(experts(), planned, IMAGES, None, None, share=1.0, progress=False)
+    assert found is not None
+    return planned, found
+
+
+def aligned(method: str, **settings: Any):
+    planned, moments = gathered()
+    planned = plan(experts(), method=method, **settings)
+    return align_trunk(experts(), planned, moments, method, **settings)
+
+
+def same(one, other) -> bool:
+    return one.size == other.size and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_an_override_decides_its_spaces_under_every_method(method):
+    plain, own = aligned(method), aligned("zip", options={"alpha": 0.9, "beta": 1.0})
+    found = aligned(method, overrides={"*.0.mlp.fc1": {"method": "zip", "alpha": 0.9, "beta": 1.0}})
+    assert same(found["vit.layers.0.mlp.fc1"], own["vit.layers.0.mlp.fc1"])
+    assert (found["vit.layers.0.mlp.fc1"].counts() > 2).any()
+    if METHODS.get(method).scope == "space":
+        assert same(found["vit.layers.1.mlp.fc1"], plain["vit.layers.1.mlp.fc1"])
+
+
+def test_options_of_the_method_are_not_those_of_the_override():
+    found = aligned("zip", options={"beta": 0.0}, overrides={"*.0.mlp.fc1": {"method": "zip", "beta": 1.0}})
+    assert (found["vit.layers.0.mlp.fc1"].counts() != 2).any()
+    assert (found["vit.layers.1.mlp.fc1"].counts() == 2).all()
+
+
+def test_an_override_of_another_width_makes_a_model_of_that_width():
+    whole = merge(
+        experts(), IMAGES, method="weights", overrides={"*.1.mlp.fc1": {"method": "zip", "size": 48}}, progress=False
+    )
+    assert whole.config.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [48, 32]
+    assert whole.config.method["overrides"] == {"*.1.mlp.fc1": {"method": "zip", "size": 48}}
+
+
+def test_an_override_asks_for_the_data_that_it_needs():
+    assert plan(experts(), method="weights").passes == 0
+    assert plan(experts(), method="weights", overrides={"*.mlp.fc1": "permute"}).passes == 1
+
+
+def test_an_override_for_what_only_branches_have_is_no_mistake():
+    """A recipe has one set of overrides for all its depths."""
+    planned = plan(experts(), method="zip", overrides={"*.layers.1.*": "permute"}, depth=0.5)
+    assert planned.cut.depth == 0.5
+    with pytest.raises(RecipeError, match="matches no movable space"):
+        plan(experts(), method="zip", overrides={"*.layers.2.*": "permute"}, depth=0.5)
+
+
+WRONG_OVERRIDES: list[tuple[Any, str]] = [
+    ({"*.mlp.*": "permut"}, "no method named 'permut'; did you mean 'permute'"),
+    ({"*.mlp.*": {"method": "zip", "alhpa": 0.1}}, "did you mean 'alpha'"),
+    ({"*.mlp.*": {"method": "zip", "alpha": 3.0}}, "alpha is 3.0"),
+    ({"*.mlp.*": {"alpha": 0.1}}, "names no method"),
+    ({"*.mlp.*": 0.3}, "is 0.3; it must be a method's name or a mapping"),
+    ({"*.mlp.*": None}, "is None; it must be"),
+    ({"*.mlp.*": "partial"}, "'partial' aligns whole networks"),
+    ({"*.pml.*": "zip"}, "matches no movable space"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WRONG_OVERRIDES)
+def test_wrong_overrides_are_told_before_data_is_read(overrides, message):
+    with pytest.raises(RecipeError, match=message) as told:
+        merge(experts(), Unread(), method="zip", overrides=overrides, progress=False)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("method", ["weights", "dual", "partial"])
+def test_what_lives_within_heads_cannot_be_matched_before_them(method):
+    with pytest.raises(RecipeError, match="cannot be matched before vit.layers.0.attention.heads"):
+        merge(experts(), Unread(), method=method, overrides={"*.v_proj": "permute"}, progress=False)
+    plan(experts(), method=method, overrides={"*.v_proj": "permute", "*.heads": "permute"})
+
+
+def test_an_override_as_a_choice():
+    choice = override_choice("*", {"method": "zip", "alpha": 0.2})
+    assert (choice.method.name, choice.options) == ("zip", {"alpha": 0.2})
