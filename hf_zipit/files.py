@@ -85,6 +85,8 @@ def adding_to(folder: str | Path) -> Iterator[Path]:
             yield beside
             names = {path.name for path in beside.iterdir()}
             for path in sorted(beside.iterdir()):
+                if path.is_dir():  # a folder cannot be renamed over one that holds something
+                    shutil.rmtree(folder / path.name, ignore_errors=True)
                 os.replace(path, folder / path.name)
             if any(name.startswith("model") and ".safetensors" in name for name in names):
                 for stale in folder.glob("model*.safetensors*"):

@@ -12,27 +12,40 @@ What must hold: every tensor is once in the state dict (`trunk.`, `branches.TASK
 
 from __future__ import annotations
 
-import difflib
+import copy
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from accelerate.hooks import add_hook_to_module
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..errors import ZipItError
 from ..files import adding_to
-from .configuration import ZipItConfig
+from ..processors import FOLDER as PROCESSORS
+from ..processors import Files, processor_files, write_files
+from .configuration import ZipItConfig, nearest
 from .entries import Entry, attach, leave, make_entries
-from .hub import auto_map, write_remote_module
+from .expert import plain_expert
+from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
 from .skeleton import skeleton
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 
+if TYPE_CHECKING:
+    from ..observe import Moments
+
 Task = str | Sequence[str] | Tensor | None
+
+PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
+"""Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
 
 
 class ZipItPreTrainedModel(PreTrainedModel):
@@ -44,6 +57,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
     config_class = ZipItConfig
     config: ZipItConfig
     auto_class: ClassVar[str] = "AutoModel"
+    known_processor_files: Files | None = None
     # What the source class cannot do, it refuses itself when the branches are built.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -57,6 +71,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if not config.tasks:
             raise ZipItError("The configuration names no tasks; a merged model needs at least one.")
+        if config.task is not None:  # given to `from_pretrained`, which sets the field alone
+            config.answer_for(config.task)
         self.branch_names = module_names(config.tasks)
         first = skeleton(config, config.tasks[0])
         check_shared(first, config.shared)
@@ -116,12 +132,37 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     # ------------------------------------------------------------------------------------------- tasks
 
+    def for_task(self, task: str | None) -> ZipItPreTrainedModel:
+        """This model, answering for one task where the caller names none; None: for all of them, jointly.
+
+            pipeline("image-classification", model=merged.for_task("shoes"), image_processor=processor)
+
+        A view: it has the same tensors, so that training or moving one moves the other; only its configuration is its
+        own, with the task's classes as `id2label`. Saved, it is the whole model that answers for that task, and
+        `from_pretrained(..., task="shoes")` loads any merged model so.
+
+        Raises:
+            ZipItError: the task is unknown.
+        """
+        view = copy.copy(self)
+        view.config = copy.deepcopy(self.config)
+        view.config.answer_for(task)
+        # Accelerate replaces `forward` on the instance by one that is bound to it: the view needs its own.
+        view.__dict__.pop("forward", None)
+        if (hook := view.__dict__.pop("_hf_hook", None)) is not None:
+            add_hook_to_module(view, hook)
+        return view
+
     def choose(self, task: Task) -> str | list[str] | None:
         """None (joint), one task, or, for a batch of several tasks, the task of every sample.
+
+        Where the caller names none, it is the one that this view answers for: see `for_task`.
 
         Raises:
             ZipItError: a task is unknown.
         """
+        if task is None:
+            task = self.config.task
         if task is None or isinstance(task, str):
             return task if task is None else self.known(task)
         names = task.flatten().tolist() if isinstance(task, Tensor) else task
@@ -134,13 +175,20 @@ class ZipItPreTrainedModel(PreTrainedModel):
             return self.config.tasks[task]
         if task in self.branch_names:
             return task
-        close = difflib.get_close_matches(str(task), self.config.tasks, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
-        raise ZipItError(f"The task '{task}' is unknown: {hint}The tasks of this model are {self.config.tasks}.")
+        raise ZipItError(f"The task '{task}' is unknown: {nearest(task, self.config.tasks)}")
 
     def branch(self, task: str) -> nn.Module:
         """The task's own modules; called directly, it runs the trunk, too."""
         return self.branches[self.branch_names[self.known(task)]]
+
+    def expert(self, task: str) -> PreTrainedModel:
+        """One task as a plain model of the experts' class, which can be saved, trained and merged like any other.
+
+        Raises:
+            ZipItError: the task is unknown.
+            ExpertError: no plain model can compute it; see `expert.py`.
+        """
+        return plain_expert(self, task)
 
     # --------------------------------------------------------------------------------------- computing
 
@@ -189,27 +237,112 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     # ------------------------------------------------------------------------------------------ saving
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As in transformers, plus the file that lets `trust_remote_code=True` load the folder.
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """As in transformers, plus all that belongs to the model: card, recipe, processor, and the file that lets
+        `trust_remote_code=True` load the folder.
 
         The tensors keep their names in memory: half a source model has no file format of its own to convert to. A
         model that is in the folder already stays whole until the new one is written.
 
+        Args:
+            save_directory: the folder.
+            push_to_hub: whether to push it, too; `repo_id` and the other arguments of `push_to_hub` may follow.
+            kwargs: as in transformers.
+
         Raises:
             OutputError: if the folder cannot be written, or the disk is full.
         """
-        self.config.auto_map = auto_map(self.auto_class, type(self).__name__)
-        kwargs |= {"save_original_format": False}
+        pushing = {name: kwargs.pop(name) for name in PUSHING if name in kwargs}
         if not kwargs.get("is_main_process", True):
-            super().save_pretrained(save_directory, **kwargs)
+            self._write(save_directory, **kwargs)
             return
         with adding_to(save_directory) as beside:
-            write_remote_module(beside, type(self).__name__)
-            super().save_pretrained(beside, **kwargs)
+            self._write(beside, **kwargs)
+            self._write_companions(beside, Path(save_directory).absolute().name)
+            per_task = (beside / PROCESSORS).exists()
+        if not per_task:  # an earlier model's
+            shutil.rmtree(Path(save_directory, PROCESSORS), ignore_errors=True)
+        if push_to_hub:
+            repo_id = pushing.pop("repo_id", None) or Path(save_directory).absolute().name
+            shard_size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+            self.push_to_hub(repo_id, **pushing, **shard_size)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str = "50GB",
+        tags: Sequence[str] | None = None,
+        moments: Moments | str | Path | None = None,
+    ) -> CommitInfo:
+        """Upload what `save_pretrained` writes in one commit: the repo is what it was, or complete.
+
+        Args:
+            repo_id: `user/name`, or `name` for the one who is logged in; made where there is none.
+            commit_message, commit_description: of the commit.
+            private: whether a new repo is private.
+            token: to log in with; the stored one by default.
+            revision: the branch, which is made where there is none.
+            create_pr: whether to open a pull request instead of writing to the branch.
+            max_shard_size: of a file with weights.
+            tags: more tags for the card.
+            moments: those of the merge, or their file, to go along as `moments.safetensors`: who has them can merge
+                again with other settings and without data.
+
+        Raises:
+            OutputError: if the Hub cannot be reached or refuses.
+        """
+        repo_id = open_repo(repo_id, private=private, token=token)  # first: who may not push need not wait
+        with tempfile.TemporaryDirectory() as room:
+            folder = Path(room, repo_id.rpartition("/")[-1])
+            folder.mkdir()
+            self._write(folder, max_shard_size=max_shard_size)
+            self._write_companions(folder, folder.name, repo_id, tags or ())
+            if moments is not None:
+                copy_moments(moments, folder / "moments.safetensors")
+            return push_folder(
+                folder,
+                repo_id,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=commit_message,
+                commit_description=commit_description,
+            )
+
+    def _write(self, folder: str | Path, **kwargs: Any) -> None:
+        self.config.auto_map = auto_map(self.auto_class, type(self).__name__)
+        super().save_pretrained(folder, **kwargs | {"save_original_format": False})
+
+    def _write_companions(self, folder: Path, name: str, repo_id: str | None = None, tags: Sequence[str] = ()) -> None:
+        write_remote_module(folder, type(self).__name__)
+        write_files(folder, self.processor_files())
+        for write in COMPANIONS:
+            write(folder, self, name, repo_id, list(tags))
+
+    def processor_files(self) -> Files:
+        """The files of the experts' processor: what the merge found, else what lies where this was loaded from."""
+        if self.known_processor_files is None:
+            return processor_files(self.name_or_path, getattr(self.config, "_commit_hash", None))
+        return self.known_processor_files
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
         """Nothing to do: transformers would copy this file alone, and it needs its package (see `hub.py`)."""
+
+
+def copy_moments(moments: Moments | str | Path, target: Path) -> None:
+    """Write moments, or copy their file."""
+    if isinstance(moments, (str, Path)):
+        shutil.copyfile(moments, target)
+    else:
+        moments.save(target)
 
 
 def module_names(tasks: Iterable[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ What must hold: a configuration that is written to JSON and read again builds th
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -47,6 +48,7 @@ class ZipItConfig(PreTrainedConfig):
         method: how the model was made, free-form.
         joint: how the joint logits come from the tasks': `"concatenate"` them, or `"vote"` (log of the mean
             probability) when all tasks have the very same classes. Chosen from the labels when not given.
+        task: the task that the model answers for when its caller names none; None is all of them, jointly.
     """
 
     model_type: ClassVar[str] = "zipit"
@@ -70,6 +72,7 @@ class ZipItConfig(PreTrainedConfig):
     cut: str | None = None
     method: dict[str, Any] | None = None
     joint: Literal["concatenate", "vote"] | None = None
+    task: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The base class writes into sub-configurations, and this one may belong to an expert that is in use.
@@ -86,13 +89,22 @@ class ZipItConfig(PreTrainedConfig):
         if self.joint is None:
             self.joint = joint_rule(self.tasks, self.task_labels)
         if self.id2label is None and self.task_labels:
-            self.id2label = joint_labels(self.tasks, self.task_labels, self.joint)
-            self.label2id = {name: key for key, name in self.id2label.items()}
+            self.answer_for(self.task)
         super().__post_init__(**kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """Nothing to do: `save_pretrained` of the models writes what `trust_remote_code` needs (see `hub.py`)."""
+
+    def answer_for(self, task: str | None) -> None:
+        """Make `task` (None: all, jointly) the one that is meant when none is named, and its classes the model's."""
+        if task is not None and task not in self.tasks:
+            raise ZipItError(f"The task '{task}' is unknown: {nearest(task, self.tasks)}")
+        self.task = task
+        if self.task_labels:
+            joint = joint_labels(self.tasks, self.task_labels, self.joint)
+            self.id2label = joint if task is None else dict(self.labels_of(task))
+            self.label2id = {name: key for key, name in self.id2label.items()}
 
     def labels_of(self, task: str) -> Labels:
         """The task's own classes by id; empty for models without labels."""
@@ -107,6 +119,12 @@ class ZipItConfig(PreTrainedConfig):
             found[task] = start
             start += len(self.labels_of(task))
         return found
+
+
+def nearest(task: object, tasks: list[str]) -> str:
+    """The end of the message about an unknown task."""
+    close = difflib.get_close_matches(str(task), tasks, n=1)
+    return (f"did you mean '{close[0]}'? " if close else "") + f"The tasks of this model are {tasks}."
 
 
 def check_tasks(tasks: list[str], task_labels: Mapping[str, Any]) -> None:

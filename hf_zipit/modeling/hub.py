@@ -1,14 +1,48 @@
-"""What a saved folder needs so that `trust_remote_code=True` loads it without `import hf_zipit` first.
+"""What stands beside the weights of a merged model, and how all of it reaches the Hub.
 
-`transformers` copies the files that `auto_map` names, flat, so a package cannot be copied; two lines that import it
-can. Where hf_zipit is not installed, `transformers` says so from the import line.
+`trust_remote_code=True`: `transformers` copies the files that `auto_map` names, flat, so a package cannot be copied;
+two lines that import it can. Where hf_zipit is not installed, `transformers` says so from the import line.
+
+Pushing is saving into a temporary folder and one commit of that folder: a repo is at every moment what it was or
+complete, whatever breaks in between. (`PreTrainedModel.push_to_hub` would write a card of its own over ours.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import filter_repo_objects
+
+from ..errors import OutputError
+from ..hub_errors import why
+
+if TYPE_CHECKING:
+    from .base import ZipItPreTrainedModel
 
 REMOTE_MODULE = "modeling_hf_zipit"
+
+STALE = ("model*.safetensors*", "processors/*")
+"""What an earlier push may have left that no longer belongs to the model: other shards, processors per task."""
+
+PRIVATE = (".*", "**/.*", "checkpoint-*/*", "runs/*", "*.pt", "*.bin", "*.pth")
+"""What a folder may hold beside a model that nobody wants on the Hub: hidden files, training states."""
+
+Companion = Callable[[Path, "ZipItPreTrainedModel", str, "str | None", list[str]], Any]
+"""Writes files beside the weights, given the folder, the model, its name, its repo id if known, and tags."""
+
+COMPANIONS: list[Companion] = []
+"""Filled by rooms above this one: the model card, the recipe."""
+
+
+def companion(writer: Companion) -> Companion:
+    """Have `writer` called whenever a merged model is saved."""
+    COMPANIONS.append(writer)
+    return writer
 
 
 def auto_map(auto_class: str, model_class: str) -> dict[str, str]:
@@ -24,3 +58,81 @@ def write_remote_module(folder: str | Path, model_class: str) -> None:
         f'"""Loads this merged model with the hf_zipit package."""\nfrom hf_zipit.modeling import {", ".join(names)}\n'
     )
     Path(folder, f"{REMOTE_MODULE}.py").write_text(text, encoding="utf-8")
+
+
+def open_repo(repo_id: str, *, private: bool | None = None, token: bool | str | None = None) -> str:
+    """Make a model repo where there is none.
+
+    Args:
+        repo_id: `user/name`, or `name` for the one who is logged in.
+        private: of a new repo.
+        token: to log in with; the stored one by default.
+
+    Returns:
+        The whole id, `user/name`.
+
+    Raises:
+        OutputError: if the Hub cannot be reached or refuses.
+    """
+    with _told(repo_id):
+        return _api(token).create_repo(repo_id, private=private, exist_ok=True).repo_id
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    replaced: Mapping[str, bytes] | None = None,
+) -> CommitInfo:
+    """Upload a saved model into a repo in one commit.
+
+    Args:
+        folder: of a saved merged model.
+        repo_id: of an existing repo.
+        token: to log in with; the stored one by default.
+        revision: the branch, which is made where there is none.
+        create_pr: whether to open a pull request instead of writing to the branch.
+        commit_message, commit_description: of the commit.
+        replaced: contents of files by name that are uploaded instead of the folder's.
+
+    Raises:
+        OutputError: if the Hub cannot be reached or refuses; the repo is then as it was.
+    """
+    folder, api = Path(folder), _api(token)
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = list(filter_repo_objects(paths, ignore_patterns=list(PRIVATE)))
+    files = {name: str(folder / name) for name in names} | dict(replaced or {})
+    with _told(repo_id, revision):
+        if revision is not None and not revision.startswith("refs/pr"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        there = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in filter_repo_objects(there, allow_patterns=list(STALE)) if name not in files]
+        return api.create_commit(
+            repo_id,
+            operations=[
+                *(CommitOperationDelete(name) for name in stale),
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+            ],
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message or "Upload merged model",
+            commit_description=commit_description,
+        )
+
+
+def _api(token: bool | str | None) -> HfApi:
+    return HfApi(token=token, library_name="hf_zipit")
+
+
+@contextmanager
+def _told(repo_id: str, revision: str | None = None) -> Iterator[None]:
+    """A failure of the Hub or the network as one sentence."""
+    try:
+        yield
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError: the upload of one file failed
+        raise OutputError(f"The model could not be pushed to {repo_id}: {why(error, repo_id, revision)}.") from error

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import ZipItError
 
@@ -202,5 +203,9 @@ def write_down_sizes(module: nn.Module) -> None:
         module.num_channels = weight.shape[0]
     elif isinstance(module, nn.Embedding):
         module.num_embeddings, module.embedding_dim = weight.shape
+    elif isinstance(module, Conv1D):
+        module.nx, module.nf = weight.shape
     elif isinstance(module, nn.modules.conv._ConvNd) and not module.transposed:
+        if module.groups == module.in_channels == module.out_channels:  # every channel has its own kernel
+            module.groups = weight.shape[0]
         module.out_channels, module.in_channels = weight.shape[0], weight.shape[1] * module.groups

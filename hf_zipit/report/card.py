@@ -1,17 +1,30 @@
-"""The model card: what was merged and how, how good it is, how to use it; with metadata that the Hub understands."""
+"""The model card: what was merged and how, how good it is, how to use it; with metadata that the Hub understands.
+
+Everything comes from the merged model itself: `config.method` remembers the experts, the settings, the refit's errors
+and, once `remember` was called, the measurements. So a model that was loaded and is pushed brings its card along.
+
+What must hold: the card claims nothing of weights that it does not have. If they are not those that the merge left
+(trained further, cast), it says so and leaves the measurements out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_zipit.evaluation import Accuracy
 from hf_zipit.files import write_text
+from hf_zipit.modeling.hub import companion
+from hf_zipit.observe.fingerprint import fingerprint_experts
+from hf_zipit.origins import common_licence, is_repo
+from hf_zipit.processors import FOLDER
 from hf_zipit.refit import RefitReport
-from hf_zipit.report.plots import refit_errors
+from hf_zipit.report.plots import accuracy_over_depth, refit_errors
+from hf_zipit.report.recorded import recipe_text
 from hf_zipit.report.tables import accuracies
 
 if TYPE_CHECKING:
@@ -27,22 +40,44 @@ PIPELINES = {
 }
 """The Hub's task of every merged class."""
 
+ZERO_SHOT = "zero-shot-image-classification"
 
 REFIT_PICTURE = "refit_errors.png"
+DEPTH_PICTURE = "accuracy_over_depth.png"
+RECIPE = "recipe.yaml"
+CARD = "README.md"
+
+SOMEWHERE = "path/or/id/of/"
+"""What stands before the model's name where its repo is not known yet."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One merge of a sweep, a point of the depth curve."""
+
+    method: str
+    depth: float
+    parameters: int
+    accuracy: Accuracy | None
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a card tells beside what the model knows itself.
+    """What a card tells beside what the model's configuration says.
 
     Attributes:
         name: of the merged model.
-        base_models: by task the expert's repo id or folder; None for one that was trained on the spot.
+        base_models: by task the expert's repo id or folder; None for one that was made on the spot.
         dataset: what was measured on, and its `split`.
         merged: the merged model's accuracies, if measured.
         experts: those of the experts side by side.
         parameters: of the merged model.
         expert_parameters: of all experts together.
+        calibration: the data set that the experts were observed on, if it has a name.
+        curve: merges of the same experts by other methods or at other depths.
+        licence: of all experts, as metadata; empty if they do not agree.
+        datasets: that the experts' cards name.
+        changed: whether the weights are others than those that were measured.
     """
 
     name: str
@@ -53,28 +88,94 @@ class Result:
     experts: Accuracy | None = None
     parameters: int = 0
     expert_parameters: int = 0
+    calibration: str | None = None
+    curve: Sequence[Point] = ()
+    licence: Mapping[str, str] = field(default_factory=dict)
+    datasets: Sequence[str] = ()
+    changed: bool = False
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, name: str) -> Result:
+        """What a merged model remembers."""
+        method = model.config.method
+        experts: Mapping[str, Any] = method.get("experts", {})
+        measured = method.get("results") or {}
+        changed = "sha256" in method and fingerprint_experts({"": model})[""] != method["sha256"]
+        found = {} if changed else measured
+        return cls(
+            name=name,
+            base_models={task: experts.get(task, {}).get("model") for task in model.config.tasks},
+            dataset=found.get("dataset"),
+            split=found.get("split"),
+            merged=_accuracy(found.get("merged"), model.config.tasks),
+            experts=_accuracy(measured.get("experts"), model.config.tasks),
+            parameters=model.num_parameters(),
+            expert_parameters=method.get("expert_parameters", 0),
+            calibration=measured.get("calibration"),
+            curve=[
+                Point(p["method"], p["depth"], p["parameters"], _accuracy(p["accuracy"], model.config.tasks))
+                for p in found.get("curve", [])
+            ],
+            licence=common_licence(experts) if len(experts) == len(model.config.tasks) else {},
+            datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
+            changed=changed,
+        )
 
 
-def card_metadata(model: PreTrainedModel, result: Result) -> ModelCardData:
+def remember(model: PreTrainedModel, result: Result) -> None:
+    """Write measurements into the model's configuration, from where every later card takes them."""
+    model.config.method["results"] = {
+        "dataset": result.dataset,
+        "split": result.split,
+        "merged": result.merged.to_dict() if result.merged else None,
+        "experts": result.experts.to_dict() if result.experts else None,
+        "calibration": result.calibration,
+        "curve": [
+            {
+                "method": point.method,
+                "depth": point.depth,
+                "parameters": point.parameters,
+                "accuracy": point.accuracy.to_dict() if point.accuracy else None,
+            }
+            for point in result.curve
+        ],
+    }
+
+
+def _accuracy(saved: Mapping[str, Any] | None, tasks: Sequence[str]) -> Accuracy | None:
+    """An `Accuracy` from what `to_dict` gave, its tasks in their order, which a configuration file does not keep."""
+    if not saved:
+        return None
+    parts = ("per_task", "joint_per_task", "samples")
+    return Accuracy(*({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts))
+
+
+def card_metadata(model: PreTrainedModel, result: Result, tags: Sequence[str] = ()) -> ModelCardData:
     """The card's YAML header. Folders are no base models: the Hub would look for a repo of that name."""
     from huggingface_hub import ModelCardData
 
-    repos = [source for source in result.base_models.values() if source and is_repo(source)]
+    measured = _eval_results(model, result)
+    repos = list(dict.fromkeys(source for source in result.base_models.values() if source and is_repo(source)))
+    datasets = dict.fromkeys([*result.datasets, *(d for d in (result.calibration, result.dataset) if d and "/" in d)])
+    family = model.config.source_config.model_type
     return ModelCardData(
+        **result.licence,
         base_model=repos or None,
         base_model_relation="merge" if repos else None,
-        datasets=[result.dataset] if result.dataset and "/" in result.dataset else None,
-        eval_results=_eval_results(model, result) or None,
+        datasets=[name for name in datasets if is_repo(name)] or None,
+        eval_results=measured or None,
         library_name="hf_zipit",
-        model_name=result.name,
-        pipeline_tag=PIPELINES.get(type(model).__name__),
-        tags=["merge", "model-merging", "multi-task", "zipit", model.config.source_config.model_type],
+        model_name=result.name if measured else None,
+        pipeline_tag=pipeline_tag(model),
+        tags=list(dict.fromkeys(["merge", "model-merging", "multi-task", "zipit", family, *tags])),
     )
 
 
-def is_repo(source: str) -> bool:
-    """Whether a model's source is a repo id and no folder."""
-    return not Path(source).expanduser().exists() and not source.startswith((".", "/", "~")) and source.count("/") <= 1
+def pipeline_tag(model: PreTrainedModel) -> str | None:
+    """The Hub's task of a merged model; models of images and texts that put out features compare the two."""
+    if model.config.source_architecture.endswith(("CLIPModel", "SiglipModel")):
+        return ZERO_SHOT
+    return PIPELINES.get(type(model).__name__)
 
 
 def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
@@ -82,13 +183,12 @@ def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
 
     if result.merged is None or result.dataset is None:
         return []
-    pipeline = PIPELINES.get(type(model).__name__, "other")
     measures = {f"accuracy on {task}": value for task, value in result.merged.per_task.items()}
     if result.merged.joint is not None:
         measures["joint accuracy"] = result.merged.joint
     return [
         EvalResult(
-            task_type=pipeline,
+            task_type=pipeline_tag(model) or "other",
             dataset_type=result.dataset,
             dataset_name=result.dataset,
             dataset_split=result.split,
@@ -100,8 +200,18 @@ def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
     ]
 
 
-def card_text(model: PreTrainedModel, result: Result, recipe: str = "") -> str:
-    """The whole card, as Markdown with a YAML header. For a refitted model it shows the picture `REFIT_PICTURE`."""
+def card_text(
+    model: PreTrainedModel, result: Result, recipe: str = "", repo_id: str | None = None, tags: Sequence[str] = ()
+) -> str:
+    """The whole card, as Markdown with a YAML header.
+
+    Args:
+        model: the merged model.
+        result: what is told of it.
+        recipe: the recipe's text.
+        repo_id: where the model will be, if that is known.
+        tags: more tags.
+    """
     from jinja2 import Environment, StrictUndefined
 
     template = resources.files("hf_zipit.report").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
@@ -109,19 +219,36 @@ def card_text(model: PreTrainedModel, result: Result, recipe: str = "") -> str:
     environment.filters["cells"] = lambda cells: (
         "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
     )
-    return environment.from_string(template).render(
-        metadata=card_metadata(model, result).to_yaml().strip(),
+    text = environment.from_string(template).render(
+        metadata=card_metadata(model, result, tags).to_yaml().strip(),
         result=result,
         config=model.config,
         classes=_classes(model),
         architecture=model.config.source_architecture,
         main_input=model.main_input_name,
-        auto_class="AutoModel" + type(model).__name__.removeprefix("ZipIt").removeprefix("Model"),
+        auto_class=getattr(model, "auto_class", "AutoModel"),
+        where=repo_id or f"{SOMEWHERE}{result.name}",
+        processor_folders=processor_folders(model),
         recipe=recipe.strip(),
         accuracies=accuracies,
-        refit=RefitReport.of(model),
-        picture=REFIT_PICTURE,
+        refit=None if result.changed else RefitReport.of(model),
+        refit_picture=REFIT_PICTURE,
+        depth_picture=DEPTH_PICTURE if draws_curve(result) else None,
     )
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def draws_curve(result: Result) -> bool:
+    """Whether there are several depths to draw."""
+    measured = [point for point in result.curve if point.accuracy is not None]
+    return result.experts is not None and len({point.depth for point in measured}) > 1
+
+
+def processor_folders(model: PreTrainedModel) -> dict[str, str]:
+    """By task the folder with its own image processor or tokenizer; empty where all tasks have the same."""
+    files = getattr(model, "processor_files", dict)()
+    names = getattr(model, "branch_names", {})
+    return {task: f"{FOLDER}/{key}" for task, key in names.items() if any(f"{FOLDER}/{key}/" in f for f in files)}
 
 
 def _classes(model: PreTrainedModel) -> dict[str, list[str]]:
@@ -129,10 +256,24 @@ def _classes(model: PreTrainedModel) -> dict[str, list[str]]:
     return {task: list(config.labels_of(task).values()) for task in config.tasks}
 
 
-def write_card(folder: str | Path, model: PreTrainedModel, result: Result, recipe: str = "") -> Path:
-    """Write the card as the folder's README.md, and the recipe and the picture of the refit's errors beside it."""
-    if report := RefitReport.of(model):
-        refit_errors(report, Path(folder) / REFIT_PICTURE, f"{result.name}: where the refit stays off the experts")
+@companion
+def write_card(
+    folder: Path, model: PreTrainedModel, name: str, repo_id: str | None = None, tags: Sequence[str] = ()
+) -> Path:
+    """Write the card as the folder's README.md, its pictures and the recipe beside it."""
+    title = name if repo_id else model.config.method.get("recipe", {}).get("name", name)
+    result, recipe = Result.of(model, title), recipe_text(model, title)
+    report = None if result.changed else RefitReport.of(model)
+    if report:
+        refit_errors(report, folder / REFIT_PICTURE, f"{title}: error of the refit, by module")
+    if draws_curve(result):
+        figure = accuracy_over_depth(result.curve, result.experts, title=title)
+        figure.savefig(folder / DEPTH_PICTURE, dpi=130)
     if recipe:
-        write_text(Path(folder) / "recipe.yaml", recipe)
-    return write_text(Path(folder) / "README.md", card_text(model, result, recipe))
+        write_text(folder / RECIPE, recipe)
+    return write_text(folder / CARD, card_text(model, result, recipe, repo_id, tags))
+
+
+def text_for_repo(card: str, repo_id: str) -> str:
+    """A card that was written before its repo was known, with the repo's id where the model is loaded."""
+    return re.sub(re.escape(SOMEWHERE) + r"[\w.-]+", repo_id, card)

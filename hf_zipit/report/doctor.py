@@ -7,11 +7,21 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from hf_zipit.report.tables import new_table
+
+EXTRAS = (
+    ("peft", "peft", "experts that are LoRA adapters"),
+    ("optuna", "search", "search --sampler tpe"),
+)
+"""Packages that are no dependency: their name, the extra that brings them and what they are for."""
+
+EXTENSION = "~/.local/share/hf/extensions/hf-zipit/manifest.json"
+"""What `hf extensions install OWNER/hf-zipit` writes."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Check:
 
 def examine() -> list[Check]:
     """All checks, in the order in which a person would want to read them."""
-    return [*_versions(), *_devices(), *_network()]
+    return [*_versions(), *_extras(), *_devices(), *_processes(), *_network()]
 
 
 def _versions() -> Iterator[Check]:
@@ -68,14 +78,39 @@ def _devices() -> Iterator[Check]:
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     good = threads <= cores
     yield Check("threads", f"{threads} of {cores} cores", good, "" if good else f"set OMP_NUM_THREADS={cores} or less")
+
+
+def _extras() -> Iterator[Check]:
+    """Packages that only some things need: to be without one is no fault."""
+    for name, extra, purpose in EXTRAS:
+        try:
+            yield Check(name, version(name))
+        except PackageNotFoundError:
+            yield Check(name, f"not installed; needed only for {purpose}: pip install 'hf-zipit[{extra}]'")
+
+
+def _processes() -> Iterator[Check]:
+    import torch.distributed as distributed
+
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    yield Check("processes", f"{world}" + ("" if world > 1 else "; for more: torchrun --nproc_per_node N"))
+    # `accelerate launch --cpu --num_processes 2` runs one process without a word; torchrun runs two.
+    hint = "for more: torchrun --nproc_per_node N -m hf_zipit.cli run RECIPE"
+    yield Check("processes", f"{world}" if world > 1 else f"1; {hint}")
+    able = distributed.is_available() and (distributed.is_gloo_available() or distributed.is_nccl_available())
+    found = "gloo" if able and distributed.is_gloo_available() else "nccl" if able else "none"
+    yield Check("process groups", found, able, "" if able else "install a build of torch with distributed support")
 
 
 def _network() -> Iterator[Check]:
     from huggingface_hub import constants, get_token
 
     yield Check("Hub", "offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else constants.ENDPOINT)
+    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    parent = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    writable = os.access(parent, os.W_OK)
+    yield Check("Hub cache", str(cache), writable, "" if writable else "set HF_HOME to a folder that you may write to")
+    extension = Path(EXTENSION).expanduser().is_file()
+    yield Check("hf zipit", "yes" if extension else "no; hf-zipit does the same")
     yield Check(
         "Hub login", "yes" if get_token() else "no; needed only to push or to read private models: hf auth login"
     )

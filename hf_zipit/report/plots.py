@@ -131,9 +131,9 @@ def refit_errors(report: RefitReport, path: str | Path, title: str = "") -> Path
             _draw_errors(axis, [report.errors[name] for name in names[part]], labels[part], tasks)
             axis.set_ylim(rows - 0.4, -0.6)
             axis.set_xlim(0, highest * 1.06 or 1)
-        figure.supxlabel("squared error / variance of the target", fontsize=10, color="#222222")
+            axis.set_xlabel("squared error / variance of the target")
         lines, shown = axes[0].get_legend_handles_labels()
-        figure.legend(lines, shown, loc="outside upper right", ncols=min(len(shown), 6) or 1, frameon=False)
+        figure.legend(lines, shown, loc="outside lower center", ncols=min(len(shown), 6) or 1, frameon=False)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=12)
         with replacing(Path(path)) as beside:

@@ -66,6 +66,15 @@ def accuracy_table(models: Mapping[str, Accuracy], title: str = "") -> Table:
     return table
 
 
+def scores_table(scores: Mapping[str, Mapping[str, float]], title: str = "") -> Table:
+    """A line for every metric, a column for every task."""
+    names = dict.fromkeys(name for found in scores.values() for name in found)
+    table = new_table(title, ["metric"], list(scores))
+    for name in names:
+        table.add_row(name, *(f"{found[name]:.4g}" if name in found else "-" for found in scores.values()))
+    return table
+
+
 def space_rows(spec: MergeSpec, shapes: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
     """One entry for every space, in order of first use.
 

@@ -15,10 +15,12 @@ from rich.console import Console
 
 from hf_zipit.evaluation import Accuracy
 from hf_zipit.modeling import ZipItConfig
-from hf_zipit.report.card import Result, card_text, is_repo
+from hf_zipit.origins import common_licence, is_repo
+from hf_zipit.report.card import Point, Result, card_text
 from hf_zipit.report.doctor import Check, checks_table, examine, release
 from hf_zipit.report.plots import accuracy_over_depth
 from hf_zipit.report.tables import results_table, share
+from tests.hub.card_rules import problems
 
 EXPERTS = Accuracy({"clothes": 0.91, "shoes": 0.97}, {"clothes": 0.5, "shoes": 0.7}, {"clothes": 10, "shoes": 30})
 
@@ -54,6 +56,7 @@ class ZipItForImageClassification:
     """What a card reads of a merged model, without a model."""
 
     main_input_name = "pixel_values"
+    auto_class = "AutoModelForImageClassification"
 
     def __init__(self, depth: float = 0.5, **method) -> None:
         labels = {"clothes": {0: "shirt", 1: "pull|over"}, "shoes": {0: "boot", 1: "sandal"}}
@@ -163,6 +166,66 @@ def test_the_card_tells_of_the_refit_and_of_the_depth():
     assert "(refit)" in refitted and "All blocks are shared" in refitted
     apart = card(ZipItForImageClassification(depth=0.0)).text
     assert "(refit)" not in apart and "Nothing is shared" in apart
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"merged": None, "experts": None, "dataset": None},
+        {"base_models": {"clothes": None, "shoes": None}},
+        {"licence": {"license": "mit"}, "datasets": ["me/clothes", "me/shoes"], "calibration": "me/clothes"},
+        {"licence": {"license": "other", "license_name": "mine", "license_link": "LICENSE"}},
+        {"curve": [Point(row.method, row.depth, row.parameters, row.accuracy) for row in rows()]},
+        {"changed": True},
+    ],
+)
+def test_the_hub_accepts_the_metadata(changes):
+    made = card(**changes)
+    assert not problems(str(made))
+    assert "\n\n\n" not in str(made)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("base_model: [/home/me/vit]\nbase_model_relation: merge", "no repo id"),
+        ("base_model: [me/vit]\nbase_model_relation: merged", "base_model_relation"),
+        ("base_model_relation: merge", "go together"),
+        ("pipeline_tag: image-classifier", "pipeline_tag"),
+        ("license: other", "license_name"),
+        ("datasets: []", "empty"),
+        ("model-index: [{name: a, results: [{task: {type: x}, dataset: {type: y}, metrics: []}]}]", "dataset.name"),
+        ("tags: [a, a]", "different"),
+        ("a: b: c", "no YAML"),
+    ],
+)
+def test_the_rules_refuse_what_the_hub_would(wrong, told):
+    assert any(told in problem for problem in problems(f"---\n{wrong}\n---\n# x\n"))
+
+
+def test_licence_and_data_sets_are_the_experts():
+    data = card(licence={"license": "mit"}, datasets=["me/a"], calibration="me/b").data
+    assert data.license == "mit"
+    assert data.datasets == ["me/a", "me/b", "me/pictures"]
+    assert common_licence({"a": {"licence": {"license": "mit"}}, "b": {"licence": {"license": "mit"}}}) == {
+        "license": "mit"
+    }
+    assert common_licence({"a": {"licence": {"license": "mit"}}, "b": {}}) == {}
+    assert common_licence({}) == {}
+
+
+def test_other_depths_and_methods_are_told_where_they_were_measured():
+    points = [Point(row.method, row.depth, row.parameters, row.accuracy) for row in rows()]
+    text = card(curve=points).text
+    assert "accuracy_over_depth.png" in text
+    assert "| zip | 0.50 | 1,234,567 | .840 | .550 |" in text
+    assert "accuracy_over_depth.png" not in card(curve=points[:1]).text
+
+
+def test_changed_weights_claim_nothing():
+    text = card(merged=None, changed=True).text
+    assert "weights were changed after the merge" in text and "## Results" not in text
 
 
 def test_a_card_without_measurements_claims_none():

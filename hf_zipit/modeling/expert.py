@@ -1,0 +1,189 @@
+"""One task of a merged model as a plain model of the experts' class, so that merged models can be merged again.
+
+The trunk is the model's first part, the branch the rest. In between stands the entry, `x_t = U_t x`, for which a plain
+model has no place. Two ways lead it away:
+
+- where U_t only orders units, the trunk itself is put into the task's order (a symmetry of the trunk);
+- where the modules that read the trunk are linear, as heads are, `W (U x + b) = (W U) x + W b`.
+
+A branch that starts with a whole block (depth below 1) whose U_t merges units of one expert leaves neither: adding to
+the residual stream and normalising it do not commute with U_t. That is an error, and so is any difference of the
+outputs: what is returned was run beside the merged model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..adapters import adapter_for
+from ..cut import Cut, cut_model
+from ..cut import Entry as Door
+from ..errors import ExpertError
+from ..symmetry.group import transform
+from ..symmetry.proof import model_tensors
+from ..symmetry.spec import MergeSpec, ProductKey, product_key
+from .entries import DenseEntry, Entry
+from .skeleton import skeleton
+
+if TYPE_CHECKING:
+    from .base import ZipItPreTrainedModel
+
+TOLERANCE = 1e-4
+"""Largest relative difference to the outputs of the merged model."""
+
+
+@torch.no_grad()
+def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
+    """The model of the experts' class that computes what the merged one computes for a task.
+
+    The output's own fields are the same; features inside nested outputs (CLIP's towers) may be in the merged basis.
+
+    Args:
+        merged: a merged model.
+        task: one of its tasks.
+
+    Returns:
+        A model in eval mode, on the CPU, that shares no memory with the merged one.
+
+    Raises:
+        ExpertError: if no plain model can compute the task.
+    """
+    config, key = merged.config, merged.branch_names[merged.known(task)]
+    if config.trunk_shapes:
+        raise ExpertError(_cannot(merged, task, "its merged layers are wider or narrower than an expert's"))
+    if config.rescaled is not None:
+        raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
+    model = skeleton(config, task).eval()
+    trunk, branch = model_tensors(merged.trunk), model_tensors(merged.branches[key])
+    found = {name: (trunk if name in trunk else branch)[name] for name in model_tensors(model)}
+    found = {name: tensor.detach().cpu() for name, tensor in found.items()}
+    if config.entries or config.exits:
+        found = _without_doors(merged, task, model, found, set(trunk))
+    for name, tensor in model_tensors(model).items():
+        tensor.copy_(found[name])
+    error = difference(merged, model, task)
+    if error > TOLERANCE:
+        raise ExpertError(
+            _cannot(
+                merged, task, "units of one expert were merged before its branch; merge at depth 1, or by 'permute'"
+            )
+        )
+    model.config.architectures = [type(model).__name__]
+    model.name_or_path = merged.name_or_path
+    model.config._commit_hash = getattr(config, "_commit_hash", None)
+    model.merged_task = task  # for the recipe of the next merge
+    return model
+
+
+def _cannot(merged: ZipItPreTrainedModel, task: str, reason: str) -> str:
+    return f"the task {task!r} of this merged model cannot be a plain {merged.config.source_architecture}: {reason}"
+
+
+def _without_doors(
+    merged: ZipItPreTrainedModel, task: str, model: PreTrainedModel, tensors: dict[str, Tensor], trunk: set[str]
+) -> dict[str, Tensor]:
+    """The plain model's tensors with the entries and exits led away."""
+    config, key = merged.config, merged.branch_names[task]
+    spec = MergeSpec.from_model(model)
+    cut = _cut_of(config.cut, config.depth, model, spec)
+    settings = [*config.entries, *config.exits]
+    doors = [*cut.entries, *cut.exits]
+    targets = [setting.get("module", setting.get("field")) for setting in settings]
+    if [door.target for door in doors] != targets:
+        raise ExpertError(_cannot(merged, task, "its configuration does not say where it was cut"))
+    maps = dict(zip(doors, [*merged.entries[key], *merged.exits[key]], strict=True))
+    tensors = dict(tensors)
+    orders = _orders(maps, spec)
+    for name in trunk & tensors.keys() & spec.axes.keys():
+        tensors[name] = transform(tensors[name], spec.axes[name], spec, orders)
+    for door in cut.entries:
+        if door.key[0] not in orders:
+            _fold(door, maps[door], model, tensors, trunk, spec)
+    return tensors
+
+
+def _cut_of(block: str | None, depth: float | None, model: nn.Module, spec: MergeSpec) -> Cut:
+    return cut_model(model, spec, block if block is not None else 1.0 if depth is None else depth)
+
+
+def _orders(maps: Mapping[Door, Entry], spec: MergeSpec) -> dict[str, Tensor]:
+    """By space the order of units, int64 `[units]`, where every door of the space only orders them."""
+    found: dict[str, Tensor] = {}
+    mixed: set[str] = set()
+    for door, entry in maps.items():
+        order = _order(entry)
+        space = door.key[0]
+        if (
+            len(door.key) > 1
+            or order is None
+            or spec.spaces[space].within
+            or not torch.equal(found.setdefault(space, order), order)
+        ):
+            mixed.update(door.key)
+    return {space: order for space, order in found.items() if space not in mixed}
+
+
+def _order(entry: Entry) -> Tensor | None:
+    """The order that an entry puts units into; None if it does more."""
+    if isinstance(entry, DenseEntry):
+        return None
+    index = entry.index.cpu()
+    return index if torch.equal(index.sort().values, torch.arange(entry.size)) else None
+
+
+def _fold(
+    door: Door, entry: Entry, model: nn.Module, tensors: dict[str, Tensor], trunk: set[str], spec: MergeSpec
+) -> None:
+    """Put U_t, and where it has one its bias, into the linear layers of the branch that read the trunk here.
+
+    Where such a layer has no bias (CLIP's projections), the trunk's last one is shifted by s with W U_t s = W b.
+    """
+    weight, bias = as_matrix(entry)
+    for name in sorted(tensors.keys() & spec.axes.keys() - trunk):
+        owner, _, leaf = name.rpartition(".")
+        reads = [axis for axis, label in enumerate(spec.axes[name]) if product_key(label) == door.key]
+        if reads != [1] or leaf != "weight" or not isinstance(model.get_submodule(owner), nn.Linear):
+            continue  # if it matters, the outputs will differ
+        matrix, own, last = tensors[name].double(), f"{owner}.bias", _last_bias(door.key, trunk, spec)
+        tensors[name] = (matrix @ weight).to(tensors[name].dtype)
+        if own in tensors:
+            tensors[own] = (tensors[own].double() + matrix @ bias).to(tensors[own].dtype)
+        elif bias.any() and last is not None:
+            shift = torch.linalg.pinv(matrix @ weight) @ (matrix @ bias)
+            tensors[last] = (tensors[last].double() + shift).to(tensors[last].dtype)
+
+
+def _last_bias(key: ProductKey, trunk: set[str], spec: MergeSpec) -> str | None:
+    """The bias of the trunk's last module that writes the units of `key`."""
+    names = [f"{module}.bias" for module in reversed(spec.modules)]
+    return next((n for n in names if n in trunk and [product_key(a) for a in spec.axes.get(n, ())] == [key]), None)
+
+
+def as_matrix(entry: Entry) -> tuple[Tensor, Tensor]:
+    """U_t, float64 `[d, k]`, and its bias `[d]`."""
+    if isinstance(entry, DenseEntry):
+        return entry.weight.detach().cpu().double(), entry.bias.detach().cpu().double()
+    one_hot = torch.eye(entry.size, dtype=torch.float64)[entry.index.cpu()]
+    return one_hot, torch.zeros(entry.units, dtype=torch.float64)
+
+
+@torch.no_grad()
+def difference(merged: ZipItPreTrainedModel, model: PreTrainedModel, task: str) -> float:
+    """The largest relative difference of the outputs' own tensors, on the adapter's example inputs."""
+    inputs = adapter_for(model).inputs(model)
+    place = next(merged.parameters())
+    sent = {k: v.to(place.device, place.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+    mode = merged.training
+    expected, got = merged.eval()(**sent, task=task), model(**inputs)
+    merged.train(mode)
+    worst = 0.0
+    for name, value in expected.items():
+        if isinstance(value, Tensor):
+            error = (got[name] - value.cpu()).abs().max() / value.abs().max().clamp_min(1e-12).cpu()
+            worst = max(worst, float(error))
+    return worst

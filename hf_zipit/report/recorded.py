@@ -1,0 +1,106 @@
+"""What a merged model remembers of its making, as a recipe: the `recipe.yaml` beside the weights.
+
+`config.method` holds it: the settings of `merge`, where every expert came from, the versions of the packages and,
+where a recipe was run, that recipe. What is written can be run again (`hf-zipit run recipe.yaml`); it pins the
+experts' revisions and weights. A merge that was called from Python got its calibration data as an object, which no
+file can name; the recipe then says so in its first line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+REFIT = "+refit"
+
+ORDER = (
+    "name", "experts", "calibration", "method", "depth", "options", "refit", "corrections", "residual", "overrides",
+    "evaluation", "save", "train", "seed", "threads", "versions",
+)  # fmt: skip
+"""The keys of a recipe as people write them; a configuration file sorts them by letter."""
+
+ORDERED = ("experts", "corrections")
+"""Sections whose order means something."""
+
+PINS = ("model", "task", "revision", "sha256")
+"""What a recipe says of an expert, beside what its author wrote."""
+
+NO_DATA = "# Merged from Python: add `calibration` (see the documentation) to run this again.\n"
+
+
+def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """The recipe of a merged model as plain values; empty for one that `hf_zipit.merge` did not make.
+
+    Args:
+        model: the merged model.
+        name: what it is called, where no recipe named it.
+    """
+    method = model.config.method
+    if "experts" not in method:
+        return {}
+    recipe = dict(method["recipe"]) if "recipe" in method else _from_settings(method, name)
+    written = recipe.get("experts", {})
+    recipe["experts"] = {
+        task: _pinned(_entry(written, task), method["experts"].get(task, {})) for task in model.config.tasks
+    }
+    recipe["versions"] = method.get("versions", {})
+    if isinstance(recipe.get("corrections"), Mapping):  # they are made one after the other
+        recipe["corrections"] = {name: recipe["corrections"][name] for name in method["correction_order"]}
+    order = {key: position for position, key in enumerate(ORDER)}
+    keys = sorted(recipe, key=lambda key: order.get(key, len(order)))
+    return {key: recipe[key] if key in ORDERED else _sorted(recipe[key]) for key in keys}
+
+
+def _sorted(value: Any) -> Any:
+    """Nested mappings by letter, as a configuration file has them: a card that is made again is the same."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _sorted(item) for key, item in sorted(value.items())}
+
+
+def recipe_text(model: PreTrainedModel, name: str) -> str:
+    """The same as YAML; empty if there is none."""
+    recipe = recorded_recipe(model, name)
+    if not recipe:
+        return ""
+    head = NO_DATA if "recipe" not in model.config.method and "calibration" not in recipe else ""
+    return head + yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+
+
+def _from_settings(method: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings of a call of `merge` under the keys of a recipe."""
+    refitted = method.get("refit") is not None
+    kind = method["method"] + (REFIT if refitted else "")
+    found = {
+        "name": name,
+        "method": kind,
+        "depth": method["depth"],
+        "options": {kind: method["options"]} if method.get("options") else None,
+        "refit": method["refit"] if refitted else None,
+        "corrections": method.get("corrections") or None,
+        "residual": method.get("residual"),
+        "overrides": method.get("overrides") or None,
+        "seed": method.get("seed"),
+    }
+    return {key: _set(value) for key, value in found.items() if value is not None}
+
+
+def _set(value: Any) -> Any:
+    """Nested values without those that are not set."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _set(item) for key, item in value.items() if item is not None}
+
+
+def _entry(written: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """What a recipe wrote of a task's expert; the tasks of a merged model that it named together are `NAME/TASK`."""
+    return dict(written.get(task) or written.get(task.rpartition("/")[0]) or {})
+
+
+def _pinned(entry: dict[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
+    return entry | {key: origin[key] for key in PINS if key in origin}

@@ -1,0 +1,139 @@
+"""A merged model remembers how it was made: its recipe runs again, and its card can be made again from it alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import ViTConfig, ViTForImageClassification
+
+import hf_zipit
+from hf_zipit.evaluation import Accuracy
+from hf_zipit.recipe import Calibration, Data, ExpertEntry, Recipe, load_recipe
+from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
+from hf_zipit.report.recorded import recorded_recipe
+from hf_zipit.running import run_recipe
+from hf_zipit.saved import load_merged
+from tests.hub.card_rules import problems
+
+DIGITS = {"low": "01", "high": "789"}
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("experts")
+    for seed, (task, digits) in enumerate(DIGITS.items()):
+        labels = dict(enumerate(digits))
+        config = ViTConfig(
+            image_size=8, patch_size=4, num_channels=1, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, id2label=labels, label2id={label: i for i, label in labels.items()},
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        ViTForImageClassification(config).save_pretrained(folder / task)
+    return {task: folder / task for task in DIGITS}
+
+
+@pytest.fixture(scope="module")
+def run(experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
+    """A recipe of two methods and depths, measured, with a refitted model that is kept."""
+    recipe = Recipe(
+        name="digits",
+        experts={task: ExpertEntry(model=str(folder)) for task, folder in experts.items()},
+        calibration=Calibration(dataset="sklearn-digits", samples=32),
+        evaluation=Data(dataset="sklearn-digits", samples=32),
+        method=("permute+refit", "permute"),
+        depth=(1.0, 0.0),
+        threads=1,
+        output=tmp_path_factory.mktemp("run") / "out",
+    )
+    return run_recipe(recipe, progress=False)
+
+
+def test_the_recipe_of_a_run_runs_again_to_the_same_file(run, tmp_path: Path):
+    recipe = load_recipe(run.model / "recipe.yaml")
+    assert all(entry.sha256 for entry in recipe.experts.values())
+    again = run_recipe(replace(recipe, output=tmp_path / "again"), progress=False)
+    assert (again.model / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
+    assert (again.model / "README.md").read_bytes() == (run.model / "README.md").read_bytes()
+
+
+def test_a_model_that_is_loaded_and_saved_brings_its_card_along(run, tmp_path: Path):
+    load_merged(str(run.model)).save_pretrained(tmp_path / "model")
+    first, second = ({path.name: path for path in folder.iterdir()} for folder in (run.model, tmp_path / "model"))
+    assert first.keys() == second.keys() >= {REFIT_PICTURE, DEPTH_PICTURE}
+    for name in ("README.md", "recipe.yaml", "modeling_hf_zipit.py", "model.safetensors"):
+        assert first[name].read_bytes() == second[name].read_bytes()
+
+
+def test_the_card_tells_what_was_measured(run):
+    card = (run.model / "README.md").read_text()
+    assert not problems(card)
+    data = yaml.safe_load(card.split("---\n")[1])
+    (entry,) = data["model-index"]
+    values = {m["name"]: m["value"] for result in entry["results"] for m in result["metrics"]}
+    kept = run.kept.accuracy
+    expected = {f"accuracy on {task}": value for task, value in kept.per_task.items()} | {"joint accuracy": kept.joint}
+    assert values == pytest.approx(expected, abs=1e-5)
+    assert list(values) == ["accuracy on low", "accuracy on high", "joint accuracy"]
+    for text in ("# digits", "experts side by side", DEPTH_PICTURE, REFIT_PICTURE, "| permute | 0.00 |", "```yaml"):
+        assert text in card
+    assert "observed on unlabelled data from sklearn-digits" in card
+
+
+def test_a_card_of_other_weights_claims_nothing(run, tmp_path: Path):
+    model = load_merged(str(run.model))
+    with torch.no_grad():
+        model.branch("low").classifier.bias.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    card = (tmp_path / "tuned" / "README.md").read_text()
+    assert "weights were changed after the merge" in card
+    assert "## Results" not in card and "model-index" not in card and "refit left" not in card
+    assert not (tmp_path / "tuned" / REFIT_PICTURE).exists()
+
+
+def test_results_survive_the_configuration_in_the_order_of_the_tasks(run):
+    model = load_merged(str(run.model))
+    found = Result.of(model, "digits")
+    assert found.merged == run.kept.accuracy and found.experts == run.experts
+    assert isinstance(found.merged, Accuracy) and list(found.merged.per_task) == list(DIGITS)
+    assert [(p.method, p.depth) for p in found.curve] == [(row.method, row.depth) for row in run.rows]
+    assert not found.changed
+
+
+def test_a_merge_from_python_gives_a_recipe_that_lacks_only_the_data(experts: dict[str, Path], tmp_path: Path):
+    images = torch.randn(16, 1, 8, 8)
+    settings = {"options": {"alpha": 0.3}, "refit": {"ridge": 1e-3}, "corrections": ["repair"]}
+    merged = hf_zipit.merge(experts, images, method="zip", progress=False, **settings)
+    merged.save_pretrained(tmp_path / "both")
+    text = (tmp_path / "both" / "recipe.yaml").read_text()
+    assert text.startswith("# Merged from Python")
+    written = recorded_recipe(load_merged(str(tmp_path / "both")), "both")
+    assert written == yaml.safe_load(text)
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written | {"calibration": {"dataset": "sklearn-digits"}}))
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.method == ("zip+refit",) and recipe.options == {"zip+refit": {"alpha": 0.3}}
+    assert recipe.refit.ridge == 1e-3 and recipe.seed == 0
+    assert list(recipe.corrections) == ["repair"]
+    assert {task: entry.model for task, entry in recipe.experts.items()} == {t: str(f) for t, f in experts.items()}
+
+
+def test_corrections_keep_their_order_through_a_configuration_file(run, tmp_path: Path):
+    model = load_merged(str(run.model))
+    order = ["repair", "batchnorm-reset"]
+    model.config.method |= {"corrections": dict.fromkeys(order, {}), "correction_order": order}
+    model.config.method["recipe"]["corrections"] = dict.fromkeys(order, {})
+    model.save_pretrained(tmp_path)
+    assert list(yaml.safe_load((tmp_path / "recipe.yaml").read_text())["corrections"]) == order
+    loaded = load_merged(str(tmp_path))
+    assert list(loaded.config.method["corrections"]) != order  # what this is about
+    assert list(recorded_recipe(loaded, "x")["corrections"]) == order
+
+
+def test_a_model_that_was_put_together_by_hand_has_no_recipe():
+    from tests.modeling.by_hand import FAMILIES, make_experts, merge_by_hand
+
+    shared = FAMILIES["vit"].part
+    assert recorded_recipe(merge_by_hand(make_experts("vit", shared), shared), "x") == {}
