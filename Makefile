@@ -22,7 +22,7 @@ venv: $(INSTALLED) ## create .venv and install the package in it
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt $(TORCH)
-	$(PIP) install -c constraints.txt -e '.[test,lint,peft,optuna]'
+	$(PIP) install -c constraints.txt -e '.[test,lint,peft,search]'
 	touch $@
 
 quickstart: $(INSTALLED) ## train two small experts, merge them, print the table (no download)

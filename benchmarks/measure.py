@@ -73,6 +73,10 @@ REFERENCES = {
 METHODS = {
     "average": Method({"method": "identity"}, data=False, about="the mean of the weights as they are"),
     "permute": Method({"method": "permute"}, about="units paired by their activations"),
+    "partial 1.5": Method(
+        {"method": "partial", "options": {"budget": 1.5}},
+        about="PLeaS: permute, the worst pairs kept apart, at most half an expert's parameters more",
+    ),
     "zip": Method({"method": "zip"}, about="ZipIt!: alike units joined, within and across experts"),
     "weights": Method({"method": "weights"}, data=False, about="Git Re-Basin: units paired by their weights, no data"),
     "zip + BatchNorm reset": Method(
@@ -90,6 +94,14 @@ METHODS = {
         fits=concatenates,
     ),
     "permute + refit": Method({"method": "permute", "refit": True}, about="the same after permute"),
+    "partial 1.5 + refit": Method(
+        {"method": "partial", "options": {"budget": 1.5}, "refit": True}, about="the same after partial"
+    ),
+    "partial 1.5 + BatchNorm reset": Method(
+        {"method": "partial", "options": {"budget": 1.5}, "corrections": ["batchnorm-reset"]},
+        about="partial, then the merged model's own running statistics",
+        fits=has_batch_norm,
+    ),
     "zip + refit": Method(
         {"method": "zip", "options": {"beta": 1.0}, "residual": "identity", "refit": True},
         about="the same after zip with beta 1, the residual stream left at identity",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 try:
     __version__ = version("hf-zipit")
@@ -11,6 +13,7 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 # The face needs the version (what is saved says what saved it), so it comes after it.
 from hf_zipit.evaluation import evaluate  # noqa: E402
+from hf_zipit.landscapes import landscape  # noqa: E402
 from hf_zipit.merging import merge, plan  # noqa: E402
 from hf_zipit.modeling import (  # noqa: E402
     ZipItConfig,
@@ -23,7 +26,9 @@ from hf_zipit.modeling import (  # noqa: E402
 from hf_zipit.recipe import load_recipe  # noqa: E402
 from hf_zipit.refit import RefitConfig  # noqa: E402
 from hf_zipit.running import run_recipe  # noqa: E402
+from hf_zipit.searching import search  # noqa: E402
 from hf_zipit.symmetry import MergeSpec, prove  # noqa: E402
+from hf_zipit.task_data import task_datasets  # noqa: E402
 
 __all__ = [
     "MergeSpec",
@@ -35,9 +40,20 @@ __all__ = [
     "ZipItForTokenClassification",
     "ZipItModel",
     "evaluate",
+    "landscape",
     "load_recipe",
     "merge",
+    "metrics",
     "plan",
     "prove",
     "run_recipe",
+    "search",
+    "task_datasets",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`hf_zipit.metrics`, imported when it is first asked for: `evaluate`, on which it stands, takes seconds."""
+    if name == "metrics":
+        return import_module("hf_zipit.metrics")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

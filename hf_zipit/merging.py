@@ -7,6 +7,7 @@ Each stage can be called alone: it takes the frozen result of the one before and
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_zipit import __version__
-from hf_zipit.align.align import align, check_settings
+from hf_zipit.align.align import align, check_settings, residual_spaces, wants_folding
 from hf_zipit.align.maps import Alignment
+from hf_zipit.align.procrustes import rotating
 from hf_zipit.align.registry import METHODS
 from hf_zipit.assembly import assemble
 from hf_zipit.combine.registry import COMBINERS
@@ -28,9 +29,13 @@ from hf_zipit.correct.stage import correct
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts import Experts, load_experts
 from hf_zipit.files import check_writable
+from hf_zipit.modeling import module_names
 from hf_zipit.observe import Moments, fingerprint_experts, observe
+from hf_zipit.observe.data import Renamed
 from hf_zipit.observe.record import probe_name
-from hf_zipit.planning import Plan, make_plan
+from hf_zipit.origins import origins, source_of, versions
+from hf_zipit.planning import Plan, fold_experts, make_plan
+from hf_zipit.processors import Files, own_files, processor_files, saved_files, together
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.joint import calibrate_joint
 from hf_zipit.refit.stage import prepared
@@ -38,6 +43,10 @@ from hf_zipit.refit.stage import refit as refit_trunk
 from hf_zipit.registry import check_options
 from hf_zipit.schema import build as build_section
 from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
+from hf_zipit.widening import widenable_spaces
+
+logger = logging.getLogger(__name__)
 
 
 def plan(
@@ -59,9 +68,16 @@ def plan(
     check_options(method, entry.function, options or {})
     COMBINERS.get(combine)
     loaded = load_experts(experts)
-    planned = make_plan(loaded, depth)
+    planned = make_plan(loaded, depth, folding=wants_folding(method, residual, overrides))
+    if residual == "orthogonal" and not set(rotating(planned.spec)) & set(residual_spaces(planned.spec)):
+        logger.info(
+            "residual='orthogonal': %s has no norm that could be folded out of its residual stream, which is matched "
+            "unit by unit instead.",
+            planned.architecture,
+        )
     needs = check_settings(planned.spec, len(loaded), method, options=options, residual=residual, overrides=overrides)
-    return replace(planned, passes=int("moments" in needs))
+    wide = widenable_spaces(next(iter(loaded.values())), planned.spec) if "widths" in needs else frozenset()
+    return replace(planned, passes=int("moments" in needs), widenable=wide)
 
 
 def merge(
@@ -77,6 +93,7 @@ def merge(
     refit: bool | RefitConfig | Mapping[str, Any] = False,
     corrections: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
     processor: Any = None,
+    columns: Mapping[str, str] | None = None,
     batch_size: int = 32,
     moments: Moments | str | Path | None = None,
     save_moments: str | Path | None = None,
@@ -89,14 +106,17 @@ def merge(
 
     Args:
         experts: the models by task name: loaded ones, repo ids or folders. They may come from different
-            initialisations and may have different numbers of labels.
+            initialisations and may have different numbers of labels. A LoRA adapter is the model it makes of its base;
+            a merged model is its tasks, named `NAME/TASK`.
         calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset` (with an image processor
             or a tokenizer as `processor`), a `DataLoader`, a tensor, or an iterable of batches. Not needed by methods
             that look at the weights only.
         method: how units are matched; see `hf_zipit.align`. `"identity"` is plain averaging.
         options: the method's own options, such as `{"alpha": 0.3}`.
         depth: the share of blocks that is merged, or the path of the block before which the trunk ends.
-        residual: `"match"` or `"identity"`: whether the residual stream is matched too.
+        residual: what happens to the residual stream: `"match"` it like the rest, leave it at `"identity"`, or rotate
+            it by the best `"orthogonal"` map, for which the norms are folded into their readers; where a model's norms
+            cannot be folded (BERT, ResNet) it is matched.
         overrides: another method for spaces whose name fits a pattern, `{"*.mlp.*": "permute"}`.
         combine: how aligned weights become one.
         refit: True, a `RefitConfig` or its settings: regress every merged module on what the experts compute on the
@@ -104,6 +124,7 @@ def merge(
         corrections: what is mended afterwards, in this order, by name or as `{name: options}`: `"batchnorm-reset"`,
             `"repair"`, `"rescale-shift"`; see `hf_zipit.correct`.
         processor: image processor or tokenizer for raw calibration data.
+        columns: names in the calibration data -> names of the model's inputs, `image` or `text`.
         batch_size: samples per forward pass.
         moments: moments of an earlier merge of the same experts, or their file; no data is read then.
         save_moments: where to save the moments that were gathered; those of a deep merge serve shallower ones, too.
@@ -134,9 +155,12 @@ def merge(
     if save_moments is not None:
         check_writable(Path(save_moments).parent)
     loaded = load_experts(experts)
+    calibration = for_tasks(calibration, list(loaded))
+    calibration = Renamed(calibration, columns) if columns and calibration is not None else calibration
     planned = plan(loaded, method=method, depth=depth, combine=combine, **settings)
-    found = _moments(
-        loaded,
+    folded = fold_experts(loaded, planned)
+    found = moments_for(
+        folded,
         planned,
         calibration,
         moments,
@@ -148,12 +172,12 @@ def merge(
         seed=seed,
         progress=progress,
     )
-    alignment = align_trunk(loaded, planned, found, method, **settings)
-    trunk = combine_trunk(loaded, planned, alignment, combine)
+    alignment = align_trunk(folded, planned, found, method, **settings)
+    trunk = combine_trunk(folded, planned, alignment, combine)
     doors = report = None
     if refitting is not None and planned.cut.trunk:
         refitted = refit_trunk(
-            loaded,
+            folded,
             planned,
             trunk,
             alignment,
@@ -166,7 +190,6 @@ def merge(
         )
         trunk, doors, report = refitted.tensors, refitted.doors, refitted.report
     recipe = {
-        "hf_zipit": __version__,
         "method": method,
         "options": dict(options or {}),
         "residual": residual,
@@ -174,16 +197,19 @@ def merge(
         "combine": combine,
         "refit": asdict(refitting) if refitting is not None else None,
         "corrections": wanted,
+        "correction_order": list(wanted),  # a configuration file sorts the keys of dicts
         "depth": depth,
         "seed": seed,
-        "experts": {task: getattr(model, "name_or_path", "") for task, model in loaded.items()},
+        "experts": {task: origin.to_dict() for task, origin in origins(loaded).items()},
+        "expert_parameters": sum(model.num_parameters() for model in loaded.values()),
+        "versions": versions(),
     }
     if report is not None:
         recipe["refit_errors"] = report.to_dict()
-    merged = assemble(loaded, planned.spec, planned.cut, trunk, alignment, doors=doors, method=recipe)
+    merged = assemble(folded, planned.spec, planned.cut, trunk, alignment, doors=doors, method=recipe)
     correct(
         merged,
-        loaded,
+        folded,
         planned,
         alignment,
         calibration,
@@ -195,7 +221,31 @@ def merge(
     )
     if refitting is not None and refitting.joint_heads:
         calibrate_joint(merged, prepared(calibration, next(iter(loaded.values())), list(loaded), refitting, processor))
+    merged.config.method["sha256"] = fingerprint_experts({"": merged})[""]
+    merged.known_processor_files = processors_of(loaded, merged.branch_names, processor)
     return merged
+
+
+def for_tasks(calibration: Any, tasks: Sequence[str]) -> Any:
+    """Calibration data by task; what was given for a merged model among the experts is for each of its tasks."""
+    if not isinstance(calibration, Mapping):
+        return calibration
+    found = {}
+    for name, data in calibration.items():
+        parts = [task for task in tasks if task.startswith(f"{name}/")]
+        found |= dict.fromkeys(parts, data) if parts and name not in tasks else {name: data}
+    return found
+
+
+def processors_of(experts: Mapping[str, nn.Module], folders: Mapping[str, str], processor: Any = None) -> Files:
+    """The files of the processor that belongs to a merged model: the one that was given, or the experts' own."""
+    if given := saved_files(processor):
+        return given
+    by_task = {}
+    for task, model in experts.items():
+        files, part = processor_files(*source_of(model)), getattr(model, "merged_task", None)
+        by_task[task] = files if part is None else own_files(files, module_names([part])[part])
+    return together(by_task, folders)
 
 
 def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig | None:
@@ -211,7 +261,7 @@ def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig
     return RefitConfig() if refit else None
 
 
-def _moments(
+def moments_for(
     experts: Mapping[str, nn.Module],
     planned: Plan,
     calibration: Any,
@@ -248,6 +298,7 @@ def align_trunk(
 ) -> Alignment:
     """Maps of the movable spaces in the trunk."""
     correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
+    covariances = {} if moments is None else covariances_of(moments, planned.spec)
     return align(
         planned.spec,
         correlations,
@@ -256,8 +307,24 @@ def align_trunk(
         options=options,
         residual=residual,
         overrides=overrides,
-        weights=[model_tensors(model) for model in experts.values()],
+        weights=[{n: t for n, t in model_tensors(m).items() if n in planned.cut.trunk} for m in experts.values()],
+        widenable=planned.widenable,
+        covariances=covariances,
     )
+
+
+def covariances_of(moments: Moments, spec: MergeSpec) -> dict[ProductKey, Tensor]:
+    """The covariances of the products with spaces that allow more than permutations, where their units are held.
+
+    Dual units, such as those of a key, move by the inverse: pooled with the queries they would say nothing.
+    """
+    mixed = {name for name, space in spec.spaces.items() if space.symmetry > Symmetry.PERMUTATION}
+    found = {}
+    for key, probes in spec.products().items():
+        held = [probe for probe in probes if not mixed & set(probe.reads)]
+        if mixed & set(key) and held:
+            found[key] = sum(moments.covariance(key, probe_name(probe)) for probe in held) / len(held)
+    return found
 
 
 def combine_trunk(

@@ -18,6 +18,14 @@ from hf_zipit.errors import RecipeError
 
 T = TypeVar("T")
 
+KINDS: dict[type, tuple[str, Any]] = {
+    bool: ("true or false", bool),
+    int: ("a whole number", int),
+    float: ("a number", (int, float)),
+    str: ("a word", str),
+}
+"""By the type of an option's default what its values must be."""
+
 
 class Registry(Generic[T]):
     """Names and what they stand for, found in the modules of one package.
@@ -79,12 +87,16 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` as a dict; raises RecipeError for one that `function`, registered as `name`, does not have."""
+    """`options` as a dict; raises RecipeError for one that `function`, registered as `name`, does not have, and for a
+    value of another kind than the default."""
     known = options_of(function)
-    for option in options:
+    for option, value in options.items():
         if option not in known:
             hint = suggestion(option, known) if known else "it takes none."
             raise RecipeError(f"{name!r} has no option {option!r}; {hint}")
+        kind = KINDS.get(type(known[option].default))
+        if kind is not None and not (isinstance(value, kind[1]) and isinstance(value, bool) == (kind[1] is bool)):
+            raise RecipeError(f"The option {option} of {name!r} is {value!r}; it must be {kind[0]}.")
     return dict(options)
 
 

@@ -10,17 +10,19 @@ matched by the classes' names, so that an expert is never measured with the labe
 from __future__ import annotations
 
 import gzip
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hf_zipit.errors import DataError
+from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, in_channels
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
 
 Arrays = tuple[np.ndarray, np.ndarray]
 Class = int | str
@@ -31,25 +33,60 @@ FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 LABEL_COLUMNS = ("labels", "label")
-IMAGE_COLUMNS = ("image", "img", "images")
-TEXT_COLUMNS = ("text", "sentence")
+
+SHUFFLE_BUFFER = 10_000
+"""Samples of a stream among which the next one is drawn. A data set that is sorted by class is shuffled no further."""
 
 
-def load_source(name: str, split: str = "train", *, folder: Path | None = None, config: str | None = None) -> Dataset:
-    """A labelled data set: its inputs, and the column `labels` whose feature names the classes.
+def load_source(
+    name: str,
+    split: str = "train",
+    *,
+    folder: Path | None = None,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    labelled: bool = True,
+) -> Dataset | IterableDataset:
+    """A data set: its inputs, and the column `labels` whose feature names the classes.
 
     Args:
         name: `sklearn-digits`, `fashion-mnist`, a folder or a data set of the Hub.
         split: `train`, `validation` or `test`; for others what they call their splits.
         folder: where `fashion-mnist`'s idx files are, if not in the usual place.
         config: the configuration of a data set of the Hub.
+        columns: new names of columns.
+        streaming: read it as it is asked for, instead of downloading all of it first.
+        labelled: whether there has to be a label; without, one that is there stays as it is.
 
     Raises:
         DataError: if there is no such data set, split or column.
     """
     if name in BUILT_IN:
-        return BUILT_IN[name](split, folder)
-    return _with_labels(_from_datasets(name, split, config), name)
+        return rename(BUILT_IN[name](split, folder), columns or {}, name)
+    found = rename(_from_datasets(name, split, config, streaming), columns or {}, name)
+    return _with_labels(found, name) if labelled else found
+
+
+def rename(dataset: Dataset | IterableDataset, columns: Mapping[str, str], name: str) -> Dataset | IterableDataset:
+    """The data set with other names of columns; those that are in the way are dropped.
+
+    Raises:
+        DataError: if none of the columns is there.
+    """
+    if not columns:
+        return dataset
+    there = dataset.column_names or list(next(iter(dataset)))
+    known = {old: new for old, new in columns.items() if old in there and old != new}
+    if not any(old in there for old in columns):
+        raise DataError(f"The data set {name!r} has none of the columns {list(columns)} to rename, only {there}.")
+    taken = [new for new in known.values() if new in there and new not in known]
+    return dataset.remove_columns(taken).rename_columns(known)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a model or data set can only be a folder: what is on the Hub is `name` or `user/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def check_source(name: str, folder: Path | None = None) -> None:
@@ -60,10 +97,9 @@ def check_source(name: str, folder: Path | None = None) -> None:
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist.")
-    looks_local = name.startswith((".", "/", "~"))
-    if looks_local and not Path(name).expanduser().is_dir():
+    if looks_local(name) and not Path(name).expanduser().is_dir():
         raise DataError(f"The data set folder {name} does not exist.")
-    if name not in BUILT_IN and not looks_local and "/" not in name and not Path(name).is_dir():
+    if name not in BUILT_IN and not looks_local(name) and "/" not in name and not Path(name).is_dir():
         raise DataError(f"There is no data set {name!r}; {suggestion(name, BUILT_IN)}")
 
 
@@ -117,7 +153,7 @@ def _fashion_from_hub(part: str) -> Arrays:
 BUILT_IN: dict[str, Callable[[str, Path | None], Any]] = {"sklearn-digits": digits, "fashion-mnist": fashion_mnist}
 
 
-def _from_datasets(name: str, split: str, config: str | None) -> Dataset:
+def _from_datasets(name: str, split: str, config: str | None, streaming: bool = False) -> Dataset | IterableDataset:
     """One split of a folder that `save_to_disk` wrote, or of what `datasets.load_dataset` finds."""
     import datasets
 
@@ -125,10 +161,11 @@ def _from_datasets(name: str, split: str, config: str | None) -> Dataset:
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
             saved = datasets.load_from_disk(str(folder))
-            if isinstance(saved, datasets.Dataset):
-                return saved
-            return saved[_split({key: key for key in saved}, split, name)]
-        return datasets.load_dataset(str(folder) if folder.is_dir() else name, config, split=split)
+            if not isinstance(saved, datasets.Dataset):
+                saved = saved[_split({key: key for key in saved}, split, name)]
+            return saved.to_iterable_dataset() if streaming else saved
+        path = str(folder) if folder.is_dir() else name
+        return datasets.load_dataset(path, config, split=split, streaming=streaming)
     except DataError:
         raise
     except (OSError, ValueError) as error:  # not found, offline, a damaged file, an unknown split or configuration
@@ -149,17 +186,19 @@ def _dataset(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> Datase
     return Dataset.from_dict({"pixel_values": pixels, "labels": labels}, features=features).with_format("torch")
 
 
-def _with_labels(dataset: Dataset, name: str) -> Dataset:
+def _with_labels(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
     """The label column named `labels`, with a feature that names its classes."""
-    column = next((column for column in LABEL_COLUMNS if column in dataset.column_names), None)
+    there = dataset.column_names or list(next(iter(dataset)))
+    column = next((column for column in LABEL_COLUMNS if column in there), None)
     if column is None:
-        raise DataError(
-            f"The data set {name!r} has no column {' or '.join(LABEL_COLUMNS)}, only {dataset.column_names}."
-        )
+        wanted = " or ".join(LABEL_COLUMNS)
+        raise DataError(f"The data set {name!r} has no column {wanted}, only {there}; say in `columns` which it is.")
     if column != "labels":
         dataset = dataset.rename_column(column, "labels")
-    if hasattr(dataset.features["labels"], "names"):
+    if hasattr((dataset.features or {}).get("labels"), "names"):
         return dataset
+    if not hasattr(dataset, "class_encode_column"):
+        raise DataError(f"The labels of the streamed data set {name!r} have no names of classes; read it unstreamed.")
     return dataset.class_encode_column("labels")
 
 
@@ -209,8 +248,26 @@ def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int
     )
 
 
+def read(stream: IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
+    """Samples of a stream, shuffled as far as its buffer goes, as a data set in memory; the order of reading stays."""
+    from datasets import Dataset
+
+    if samples is not None:
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples)
+    return Dataset.from_list(list(stream), features=stream.features)
+
+
+def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
+    """At most so many rows, drawn without replacement; all of them for None."""
+    if not hasattr(dataset, "select"):
+        return read(dataset, samples, seed)
+    if samples is None or samples >= len(dataset):
+        return dataset
+    return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:samples]))
+
+
 def part_of(
-    dataset: Dataset,
+    dataset: Dataset | IterableDataset,
     ids: Sequence[int],
     names: Sequence[str] | None = None,
     *,
@@ -229,6 +286,9 @@ def part_of(
     from datasets import ClassLabel
 
     names = names or [class_names(dataset)[i] for i in ids]
+    if not hasattr(dataset, "select"):
+        wanted = set(ids)
+        dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed)
     labels = np.asarray(dataset.with_format("numpy")["labels"])
     rows = np.flatnonzero(np.isin(labels, ids))
     if samples is not None and samples < len(rows):
@@ -242,14 +302,19 @@ def part_of(
     )
 
 
-def ready(dataset: Dataset, processor: Any) -> Dataset:
+def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Dataset:
     """What a model reads (`pixel_values`, `input_ids`, ...), made by the experts' processor where it is not there yet.
+
+    Args:
+        dataset: with such columns, or with images or texts.
+        processor: image processor, tokenizer or both in one.
+        channels: that the model's images have; they become RGB unless it is one.
 
     Raises:
         DataError: if there is neither a ready column nor a processor for the raw ones.
     """
     if {"pixel_values", "input_ids"} & set(dataset.column_names):
-        return dataset
+        return dataset.with_format("torch")
     image = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
     text = next((column for column in TEXT_COLUMNS if column in dataset.column_names), None)
     if processor is None or not (image or text):
@@ -257,11 +322,15 @@ def ready(dataset: Dataset, processor: Any) -> Dataset:
             f"The data has the columns {dataset.column_names}, and the experts bring no processor that prepares them; "
             "save the experts with their image processor or tokenizer, or give data with pixel_values or input_ids."
         )
+    accepted = inspect.signature(processor).parameters
 
     def process(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        if image:
-            return dict(processor(images=[picture.convert("RGB") for picture in rows[image]], return_tensors="np"))
-        return dict(processor(text=rows[text], truncation=True, padding=True))
+        given: dict[str, Any] = {}
+        if image and "images" in accepted:
+            given |= {"images": [in_channels(picture, channels) for picture in rows[image]]}
+        if text and "text" in accepted:
+            given |= {"text": rows[text], "truncation": True, "padding": True}
+        return dict(processor(**given, return_tensors="np"))
 
     others = [column for column in dataset.column_names if column != "labels"]
     return dataset.map(process, batched=True, remove_columns=others).with_format("torch")

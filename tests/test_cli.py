@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_zipit.cli import main, parse_experts
+from hf_zipit.cli import app, main, parse_columns, parse_experts
 from hf_zipit.errors import RecipeError
 
 
@@ -45,17 +45,57 @@ def call(monkeypatch, capsys):
     return run
 
 
+COMMANDS = sorted(app.group.commands)
+
+
 def test_help_names_every_command(call):
     code, out, _ = call("--help")
     assert code == 0
-    assert all(name in out for name in ("run", "merge", "inspect", "sweep", "evaluate", "doctor"))
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert "  $ hf-zipit doctor" in out
 
 
-@pytest.mark.parametrize("arguments", [["rum"], ["run"], ["run", "a.yaml", "--nope"], ["merge", "a", "b"]])
-def test_a_wrong_use_ends_with_two(call, arguments):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does(call, name):
+    code, out, err = call(name, "--help")
+    usage, _, text = out.partition("\n\n")
+    assert code == 0 and not err
+    assert usage.startswith(f"Usage: hf-zipit {name} ")
+    first = text.splitlines()[0].strip()
+    assert first.endswith(".") and len(first) < 60
+    assert "--json" in out and "--format [table|json]" in out
+    assert "Examples\n" in out and f"$ hf-zipit {name}" in out
+    for parameter in app.group.commands[name].params:
+        assert parameter.help and parameter.help.endswith((".", "...", "?")), parameter.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rum"], "Did you mean 'run'"),
+        (["run", "a.yaml", "--nope"], "No such option '--nope'"),
+        (["merge", "a", "b"], "Missing option '--out'"),
+        (["evaluate", "a"], "Missing option '--dataset'"),
+        (["doctor", "--format", "xml"], "'xml' is not one of"),
+        (["merge", "a", "b", "--out", "m", "--samples", "0"], "0 is not in the range"),
+    ],
+)
+def test_a_wrong_use_ends_with_two(call, arguments, message):
     code, out, err = call(*arguments)
     assert code == 2
-    assert err and not out
+    assert message in err and not out
+
+
+def test_a_command_without_its_arguments_prints_its_help(call):
+    code, out, _ = call("run")
+    assert code == 0
+    assert out.startswith("Usage: hf-zipit run [OPTIONS] RECIPE")
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--format", "json"], ["--format=json"]])
+def test_json_has_two_spellings(call, flags):
+    _, out, _ = call("doctor", *flags)
+    assert json.loads(out)[0]["what"] == "hf-zipit"
 
 
 def error(answer: tuple[int, str, str]) -> str:
@@ -79,6 +119,9 @@ def test_bad_input_is_one_sentence(call, tmp_path, vits):
     assert "from 0 to 1" in error(call("merge", *two, "-d", "2"))
     assert "is no block" in error(call("merge", *two, "-d", "vit.layers.7"))
     assert "no merged model" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits"))
+    assert "did you mean 'sklearn-digits'" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digit"))
+    assert "OLD=NEW" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--column", "a"))
+    assert "--samples" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--streaming"))
     assert not (tmp_path / "m").exists()
 
 
@@ -112,6 +155,14 @@ def test_merge_then_evaluate(call, vits, tmp_path):
     found = json.loads(out)
     assert list(found["per_task"]) == ["small", "large"]
     assert all(0 <= value <= 1 for value in found["joint_per_task"].values())
+    assert found["scores"] == {}
+    measuring = ("evaluate", out_folder, "--dataset", "sklearn-digits", "--metric", "f1", "--samples", 30)
+    code, out, _ = call(*measuring, "--json")
+    scores = json.loads(out)
+    assert scores["samples"] == {"small": 30, "large": 30}
+    assert all(0 <= scores["scores"][task]["f1"] <= 1 for task in ("small", "large"))
+    code, out, _ = call(*measuring)
+    assert code == 0 and "f1" in out and "joint" in out
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(call, vits, tmp_path):
@@ -132,6 +183,15 @@ def test_doctor_finds_this_installation_in_order(call):
     assert code == (0 if all(check["good"] for check in found.values()) else 1)
     assert found["torch"]["found"] == torch.__version__
     assert all(check["remedy"] for check in found.values() if not check["good"])
+    assert {"devices", "processes", "process groups", "Hub cache", "hf zipit"} <= set(found)
+
+
+def test_columns_are_pairs():
+    assert parse_columns(["img=image", "fine=labels"]) == {"img": "image", "fine": "labels"}
+    assert parse_columns(None) == {}
+    for wrong in ("img", "=image", "img="):
+        with pytest.raises(RecipeError, match="should be OLD=NEW"):
+            parse_columns([wrong])
 
 
 def test_task_names_are_given_or_taken_from_the_path():

@@ -87,6 +87,9 @@ def test_the_training_mode_is_left_as_it_was():
     model = SideBySide(experts()).train()
     accuracy(model, {"a": A})
     assert model.training
+    own = {"a": Told(0, 2).eval(), "b": Told(2, 3).train()}
+    accuracy(own, {"a": A, "b": B})
+    assert [expert.training for expert in own.values()] == [False, True]
 
 
 def test_the_experts_stand_beside_the_model(tmp_path):

@@ -55,10 +55,10 @@ class TracedOnce:
     specs: dict[str, MergeSpec] = {}  # noqa: RUF012  # shared on purpose
 
     @classmethod
-    def from_model(cls, model: PreTrainedModel) -> MergeSpec:
-        key = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)}"
+    def from_model(cls, model: PreTrainedModel, folding: bool = False) -> MergeSpec:
+        key = f"{folding} {type(model).__name__} {model.config.to_json_string(use_diff=False)}"
         if key not in cls.specs:
-            cls.specs[key] = MergeSpec.from_model(model)
+            cls.specs[key] = MergeSpec.from_model(model, folding=folding)
         return cls.specs[key]
 
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from hf_zipit.errors import DataError, OutputError, RecipeError
+from hf_zipit import running
+from hf_zipit.errors import DataError, OutputError, RecipeError, ZipItError
 from hf_zipit.evaluation import accuracy
-from hf_zipit.recipe import Recipe, load_recipe
-from hf_zipit.running import load_merged, merged_task_data, plan_recipe, run_recipe
+from hf_zipit.recipe import Data, Recipe, load_recipe
+from hf_zipit.running import merged_task_data, plan_recipe, run_recipe
+from hf_zipit.saved import load_merged
 from hf_zipit.schema import build, read_yaml
+from hf_zipit.sources import looks_local
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -96,10 +100,22 @@ WRONG = {
     ),
     "unknown residual": ({"residual": "macht"}, RecipeError, "residual should be"),
     "save what is not made": ({"save": {"method": "zip", "depth": 0.5}}, RecipeError, "does not make"),
+    "unknown override": ({"overrides": {"*.mlp.*": "permut"}}, RecipeError, "did you mean 'permute'"),
+    "unknown option of an override": (
+        {"overrides": {"*.mlp.*": {"method": "zip", "alfa": 0.3}}},
+        RecipeError,
+        "did you mean 'alpha'",
+    ),
+    "override by a whole-network method": ({"overrides": {"*": "dual"}}, RecipeError, "aligns whole networks"),
+    "override without a method": ({"overrides": {"*": {"alpha": 0.3}}}, RecipeError, "names no method"),
+    "override that is no method": ({"overrides": {"*": 3}}, RecipeError, "must be a method's name or a mapping"),
+    "option of a wrong type": ({"options": {"zip": {"alpha": "much"}}}, RecipeError, "must be a number"),
     "no samples": ({"calibration": {"dataset": "sklearn-digits", "samples": 0}}, RecipeError, "at least 1"),
     "unknown data": ({"evaluation": {"dataset": "sklearn-digit"}}, DataError, "did you mean 'sklearn-digits'"),
     "missing data folder": ({"evaluation": {"dataset": "./nowhere"}}, DataError, "does not exist"),
     "a name that is a path": ({"name": "../up"}, RecipeError, "name should be"),
+    "no place to push to": ({"push": {"private": True}}, RecipeError, "push.repo_id is missing"),
+    "a place that is none": ({"push": {"repo_id": "a/b/c"}}, RecipeError, "push.repo_id should be user/name"),
     "no threads": ({"threads": 0}, RecipeError, "threads should be at least 1"),
 }
 
@@ -144,14 +160,38 @@ def test_a_recipe_survives_being_written_and_read(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_that_we_ship_are_well_formed(path):
+def test_the_recipes_that_we_ship_are_right_but_for_what_they_name(path, tmp_path, monkeypatch):
+    """All of a recipe is checked, where the folders that it names are there (here empty ones)."""
     recipe = build(Recipe, read_yaml(path))
-    assert recipe.name == path.stem
-    missing = [
-        e.model for e in recipe.experts.values() if e.model and e.model[0] == "." and not Path(e.model).is_dir()
-    ]
-    if not missing:
-        assert load_recipe(path) == recipe
+    assert recipe.folder == Path("out") / recipe.name
+    assert path.read_text().startswith("# ")
+    folders = [(entry.model, "config.json") for entry in recipe.experts.values() if entry.model]
+    folders += [(entry.data.dataset, "dataset_info.json") for entry in recipe.experts.values() if entry.data]
+    monkeypatch.chdir(tmp_path)
+    if local := [name for name, _ in folders if looks_local(name)]:
+        with pytest.raises(ZipItError, match=f"{local[0]}.* does not exist"):
+            load_recipe(path)
+    for name, file in folders:
+        if looks_local(name):
+            Path(name).mkdir(parents=True, exist_ok=True)
+            Path(name, file).write_text("{}")
+    assert load_recipe(path) == recipe
+
+
+def test_the_families_have_recipes():
+    kinds = {path.stem for path in RECIPES}
+    assert {"quickstart", "fashion-vit", "fashion-resnet", "wordnet-bert", "captions-clip", "hub-to-hub"} <= kinds
+    assert build(Recipe, read_yaml(RECIPES[0].parent / "hub-to-hub.yaml")).push is not None
+
+
+def test_overrides_of_a_recipe_reach_its_merges(tmp_path):
+    override = {"*.layers.1.mlp.fc1": {"method": "zip", "size": 24}}
+    recipe = tiny(tmp_path, overrides=override, method=["weights", "partial"], depth=[1, 0.5], save=None)
+    assert set(plan_recipe(recipe)) == {(m, d) for m in ("weights", "partial") for d in (1.0, 0.5)}
+    result = run_recipe(recipe, progress=False)
+    kept = load_merged(str(result.model)).config
+    assert kept.method["overrides"] == override
+    assert kept.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [24, 16]
 
 
 def test_a_plan_writes_nothing(tmp_path):
@@ -196,7 +236,7 @@ def test_the_results_file_holds_what_was_returned(result):
 def test_the_kept_model_measures_as_its_row_says(result):
     assert (result.kept.method, result.kept.depth) == ("zip", 1.0)
     model = load_merged(str(result.model))
-    data = merged_task_data(model, str(result.model), "sklearn-digits", "validation")
+    data = merged_task_data(model, str(result.model), Data("sklearn-digits", "validation"))
     assert accuracy(model, data) == result.kept.accuracy
     # Labels follow the recipe's order of classes, not the data's.
     assert list(model.config.id2label.values()) == ["0", "1", "4", "3", "2"]
@@ -218,7 +258,11 @@ def test_the_same_recipe_gives_the_same_file(result, tmp_path):
 
 
 def test_the_recipe_beside_the_model_is_the_one_that_ran(result):
-    assert load_recipe(result.model / "recipe.yaml") == replace(result.recipe, output=None)
+    written = load_recipe(result.model / "recipe.yaml")
+    assert {"hf-zipit", "torch", "transformers"} <= set(written.versions)
+    assert all(len(entry.sha256) == 64 for entry in written.experts.values())
+    experts = {task: replace(entry, sha256=None) for task, entry in written.experts.items()}
+    assert replace(written, experts=experts, versions={}) == replace(result.recipe, output=None)
 
 
 def test_foreign_files_stop_a_run_before_it_starts(tmp_path):
@@ -226,3 +270,25 @@ def test_foreign_files_stop_a_run_before_it_starts(tmp_path):
     (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match="no saved model"):
         tiny(tmp_path)
+
+
+def test_a_run_pushes_the_kept_model_when_all_is_written(tmp_path, monkeypatch):
+    pushed = []
+
+    def push(folder, **settings):
+        assert (folder / "model.safetensors").is_file() and (tmp_path / "out" / "results.json").is_file()
+        pushed.append(settings)
+        return SimpleNamespace(pr_url=None, repo_url="https://hub/me/digits")
+
+    monkeypatch.setattr(running, "push_saved", push)
+    recipe = tiny(tmp_path, push={"repo_id": "me/digits", "private": True}, method="average", depth=1, save=None)
+    assert recipe.push == load_recipe(written(tmp_path, recipe.to_yaml())).push
+    plan_recipe(recipe)
+    assert run_recipe(recipe, save="nothing", progress=False).pushed is None and not pushed
+    result = run_recipe(recipe, progress=False)
+    wanted = {"repo_id": "me/digits", "private": True, "revision": None, "create_pr": False, "commit_message": None}
+    assert pushed == [wanted]
+    assert result.pushed == "https://hub/me/digits"
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["pushed"] == result.pushed
+    # Whoever runs the recipe beside the model does not push into the maker's repo.
+    assert load_recipe(result.model / "recipe.yaml").push is None

@@ -7,7 +7,8 @@ What is taken, per task (`{"clothes": data, "shoes": data}`) or as one collectio
 - a `torch.utils.data.DataLoader`, or any other iterable of batches (dicts of tensors, tensors, or tuples of which the
   first is the input);
 - a tensor or numpy array of the model's main input, or a dict of tensors;
-- a list, or a `torch` dataset, of samples (dicts, tensors, or tuples of which the first is the input).
+- a list, or a `torch` dataset, of samples (dicts, tensors, or tuples of which the first is the input);
+- any of these as `Renamed(data, {"img": "image"})`, where the columns have other names.
 
 What must hold: the order is the same in every pass and every process. The tasks take turns, so that any first part of
 the batches covers all of them. A batch is prepared when its inputs are read: a process that skips it pays nothing for
@@ -34,6 +35,28 @@ from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, Columns, ModelI
 
 # How many axes a batch of these inputs has: tells a list of batches from a list of samples.
 _BATCH_AXES = {"pixel_values": 4, "input_ids": 2, "input_values": 2, "input_features": 3, "inputs_embeds": 3}
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """Data whose columns have other names: `columns` maps a name in the data to what the model or processor reads.
+
+    Columns that a data set lacks are passed over, so that one mapping serves tasks whose data differ.
+    """
+
+    data: Any
+    columns: Mapping[str, str]
+
+    def rename(self, row: Columns) -> Columns:
+        """The columns of a row or batch under their new names; a renamed column takes the place of its namesake."""
+        kept = {name: value for name, value in row.items() if name not in self.columns}
+        return kept | {new: row[old] for old, new in self.columns.items() if old in row}
+
+    def rows(self) -> Any:
+        """The data; of a list the renamed rows, whose names tell batches from samples."""
+        if not isinstance(self.data, (list, tuple)):
+            return self.data
+        return [self.rename(dict(row)) if isinstance(row, Mapping) else row for row in self.data]
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,7 @@ def calibration_batches(
     if batch_size < 1:
         raise DataError(f"The batch size must be at least 1, not {batch_size}.")
     inputs = ModelInputs.of(model)
-    sources = _by_task(calibration, inputs, tasks)
+    sources = by_task(calibration, inputs, tasks)
     streams = {task: _raw_batches(data, inputs.main, batch_size, _name(task)) for task, data in sources.items()}
     started = set()
     while streams:
@@ -98,7 +121,7 @@ def calibration_batches(
 def count_batches(calibration: Any, model: nn.Module, tasks: Sequence[str], batch_size: int) -> int | None:
     """How many batches there will be, where that can be told without reading them."""
     inputs = ModelInputs.of(model)
-    counts = [_count(data, inputs.main, batch_size) for data in _by_task(calibration, inputs, tasks).values()]
+    counts = [_count(data, inputs.main, batch_size) for data in by_task(calibration, inputs, tasks).values()]
     return None if None in counts else sum(counts)
 
 
@@ -106,9 +129,12 @@ def _name(task: str | None) -> str:
     return "" if task is None else f" for the task {task!r}"
 
 
-def _by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
+def by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
+    """The collections by task; under None the one for all tasks. Raises DataError if tasks are missing or unknown."""
     if calibration is None:
         raise DataError("There is no calibration data: give some unlabelled inputs of every task.")
+    if isinstance(calibration, Renamed):
+        return _by_task_renamed(calibration, inputs, tasks)
     if not isinstance(calibration, Mapping):
         return {None: calibration}
     raw = (*IMAGE_COLUMNS, *TEXT_COLUMNS)
@@ -127,6 +153,16 @@ def _by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dic
     return {task: calibration[task] for task in tasks}
 
 
+def _by_task_renamed(calibration: Renamed, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
+    data = calibration.data
+    if isinstance(data, Mapping) and not any(task in data for task in tasks):  # columns, by name
+        return by_task(calibration.rename(dict(data)), inputs, tasks)
+    return {
+        task: None if part is None else Renamed(part, calibration.columns)
+        for task, part in by_task(data, inputs, tasks).items()
+    }
+
+
 def _is_input(name: str, inputs: ModelInputs, raw: Sequence[str]) -> bool:
     return name in raw or (name in inputs.accepted if inputs.accepted is not None else name == inputs.main)
 
@@ -135,6 +171,9 @@ def _is_input(name: str, inputs: ModelInputs, raw: Sequence[str]) -> bool:
 
 
 def _raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable[[], Columns]]:
+    if isinstance(data, Renamed):
+        loads = _raw_batches(data.rows(), main, size, name)
+        return (partial(_renamed, data, load) for load in loads)
     if isinstance(data, (Tensor, np.ndarray)):
         data = {main: data}
     if isinstance(data, Mapping):
@@ -152,15 +191,21 @@ def _raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callabl
             f"The calibration data{name} is of type {type(data).__name__}; give a Dataset, a DataLoader, tensors, "
             "samples or batches."
         )
-    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not (len(data) and _is_batch(data[0], main)):
+    if hasattr(data, "__len__") and hasattr(data, "__getitem__") and not (len(data) and is_batch(data[0], main)):
         return _slices(lambda start, stop: _collate([data[i] for i in range(start, stop)], main), len(data), size)
     return _split(data, main, size, name)
 
 
+def _renamed(data: Renamed, load: Callable[[], Columns]) -> Columns:
+    return data.rename(load())
+
+
 def _count(data: Any, main: str, size: int) -> int | None:
+    if isinstance(data, Renamed):
+        data = data.rows()
     if isinstance(data, Mapping):
         data = next(iter(data.values()), ())
-    if isinstance(data, (list, tuple)) and data and _is_batch(data[0], main):
+    if isinstance(data, (list, tuple)) and data and is_batch(data[0], main):
         return None
     if isinstance(data, DataLoader):
         return len(data) if hasattr(data.dataset, "__len__") and (data.batch_size or size + 1) <= size else None
@@ -248,7 +293,7 @@ def _collate(samples: Sequence[Any], main: str) -> Columns:
     return {main: list(samples)}
 
 
-def _is_batch(first: Any, main: str) -> bool:
+def is_batch(first: Any, main: str) -> bool:
     """Whether the first element of a list is a batch already. An input of unknown shape counts as a sample."""
     columns = first if isinstance(first, Mapping) else {main: first}
     return any(np.ndim(columns[n]) >= axes for n, axes in _BATCH_AXES.items() if hasattr(columns.get(n), "ndim"))

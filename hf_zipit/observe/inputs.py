@@ -1,4 +1,4 @@
-"""Columns of calibration data -> the tensors that a model's forward takes.
+"""Columns of calibration or evaluation data -> the tensors that a model's forward takes.
 
 What a model takes is read from its signature, its `main_input_name` and its configuration. Columns that it does not
 take are dropped, labels among them: nothing here may learn from labels. Raw images and texts go through the processor;
@@ -26,7 +26,7 @@ TEXT_COLUMNS = ("text", "sentence")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model's forward takes. `accepted` is None where it takes any keyword."""
+    """What a model's forward takes. `accepted` is None where it takes any keyword; `purpose`: what data is for."""
 
     architecture: str
     main: str
@@ -34,20 +34,27 @@ class ModelInputs:
     required: tuple[str, ...]
     pad: int
     channels: int | None
+    purpose: str = "calibration"
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelInputs:
+        main = getattr(model, "main_input_name", None)
+        return cls.of_class(type(model), getattr(model, "config", None), main)
+
+    @classmethod
+    def of_class(cls, model_class: type[nn.Module], config: Any, main: str | None = None) -> ModelInputs:
+        """What models of a class take that have this configuration."""
         # The class's forward: accelerate wraps the instance's.
-        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        parameters = list(inspect.signature(model_class.forward).parameters.values())[1:]
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and not is_label(p.name)]
-        config = getattr(model, "config", None)
+        text, vision = (getattr(config, name, None) or config for name in ("text_config", "vision_config"))
         return cls(
-            architecture=type(model).__name__,
-            main=getattr(model, "main_input_name", None) or (named[0].name if named else "inputs"),
+            architecture=model_class.__name__,
+            main=main or (named[0].name if named else "inputs"),
             accepted=frozenset(p.name for p in named) or None,
             required=tuple(p.name for p in named if p.default is p.empty),
-            pad=getattr(config, "pad_token_id", None) or 0,
-            channels=getattr(config, "num_channels", None),
+            pad=getattr(text, "pad_token_id", None) or 0,
+            channels=getattr(vision, "num_channels", None),
         )
 
     def takes(self, name: str) -> bool:
@@ -74,7 +81,7 @@ def prepare(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, na
         ready |= {column: values for column, values in processed.items() if inputs.takes(column)}
     if not ready or any(required not in ready for required in inputs.required):
         raise DataError(
-            f"The calibration data{name} has the columns {sorted(columns)}, but {inputs.architecture} reads "
+            f"The {inputs.purpose} data{name} has the columns {sorted(columns)}, but {inputs.architecture} reads "
             f"{inputs.expected()}: rename a column, or give an 'image' or 'text' column and its processor."
         )
     return _tensors(ready, inputs, name)
@@ -85,7 +92,7 @@ def _process(columns: Columns, processor: Any, inputs: ModelInputs, name: str) -
     parameters = inspect.signature(processor).parameters
     arguments: Columns = {}
     if "images" in parameters and (column := _first(columns, IMAGE_COLUMNS)):
-        arguments["images"] = [_in_channels(image, inputs.channels) for image in columns[column]]
+        arguments["images"] = [in_channels(image, inputs.channels) for image in columns[column]]
     if "text" in parameters and (column := _first(columns, TEXT_COLUMNS)):
         arguments |= {"text": list(columns[column]), "padding": True, "truncation": True}
     if not arguments:
@@ -93,14 +100,16 @@ def _process(columns: Columns, processor: Any, inputs: ModelInputs, name: str) -
     try:
         return processor(**arguments, return_tensors="pt")
     except (TypeError, ValueError) as error:
-        raise DataError(f"{type(processor).__name__} cannot prepare the calibration data{name}: {error}") from error
+        raise DataError(
+            f"{type(processor).__name__} cannot prepare the {inputs.purpose} data{name}: {error}"
+        ) from error
 
 
 def _first(columns: Columns, names: Sequence[str]) -> str | None:
     return next((name for name in names if name in columns), None)
 
 
-def _in_channels(image: Any, channels: int | None) -> Any:
+def in_channels(image: Any, channels: int | None) -> Any:
     """Grey or palette images as RGB, unless the model reads one channel: image processors take them as they are."""
     return image.convert("RGB") if channels != 1 and getattr(image, "mode", "RGB") != "RGB" else image
 
@@ -110,9 +119,11 @@ def _tensors(columns: Columns, inputs: ModelInputs, name: str) -> dict[str, Tens
     for column, values in columns.items():
         pad = inputs.pad if column == "input_ids" else 0
         try:
-            tensor, lengths = _tensor(values, pad)
+            tensor, lengths = tensor_of(values, pad)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise DataError(f"The column {column!r} of the calibration data{name} is no tensor: {error}") from error
+            raise DataError(
+                f"The column {column!r} of the {inputs.purpose} data{name} is no tensor: {error}"
+            ) from error
         tensors[column] = tensor
         if column == "input_ids" and lengths is not None and inputs.takes("attention_mask"):
             mask = torch.arange(tensor.shape[1]) < torch.tensor(lengths)[:, None]
@@ -120,7 +131,7 @@ def _tensors(columns: Columns, inputs: ModelInputs, name: str) -> dict[str, Tens
     return tensors
 
 
-def _tensor(values: Any, pad: int) -> tuple[Tensor, list[int] | None]:
+def tensor_of(values: Any, pad: int) -> tuple[Tensor, list[int] | None]:
     """Values as one tensor; sequences of different length are padded, and their lengths are told."""
     lengths = None
     if isinstance(values, Tensor):

@@ -1,0 +1,83 @@
+"""The models and data that the documentation names, small and made here: `me/vit-clothes` is a folder, not a repo."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Picture
+from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
+
+import hf_zipit
+
+from .processors import WORDS, image_processor, tokenizer
+
+ROOT = Path(__file__).parents[1]
+CLASSES = {"clothes": ["shirt", "coat", "dress"], "shoes": ["boot", "sandal"]}
+
+
+def vit(task: str, seed: int) -> ViTForImageClassification:
+    """A tiny image classifier with the classes of a task."""
+    labels = dict(enumerate(CLASSES[task]))
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=8,
+        id2label=labels, label2id={label: i for i, label in labels.items()},
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
+
+
+def bert(seed: int) -> BertForSequenceClassification:
+    torch.manual_seed(seed)
+    config = BertConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=len(WORDS),
+        max_position_embeddings=32, num_labels=2 + seed,
+    )  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+def pictures(count: int, seed: int) -> Dataset:
+    """Pictures of noise, of all classes in turn."""
+    generator = np.random.default_rng(seed)
+    names = [name for own in CLASSES.values() for name in own]
+    noise = [Picture.fromarray(generator.integers(0, 256, (20, 20, 3), dtype=np.uint8)) for _ in range(count)]
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": noise, "label": [i % len(names) for i in range(count)]}, features=features)
+
+
+def make_world(folder: Path) -> Path:
+    """Fill a folder; returns it."""
+    for seed, task in enumerate(CLASSES):
+        vit(task, seed).save_pretrained(folder / "me" / f"vit-{task}")
+        image_processor().save_pretrained(folder / "me" / f"vit-{task}")
+    for seed, task in enumerate(("mood", "topic")):
+        bert(seed).save_pretrained(folder / "me" / f"bert-{task}")
+        tokenizer().save_pretrained(folder / "me" / f"bert-{task}")
+    data = folder / "me" / "pictures" / "data"
+    data.mkdir(parents=True)
+    for seed, split in enumerate(("train", "test")):
+        pictures(40, seed).to_parquet(str(data / f"{split}-00000-of-00001.parquet"))
+    experts = {task: str(folder / "me" / f"vit-{task}") for task in CLASSES}
+    merged = hf_zipit.merge(experts, prepared(), method="permute", progress=False)
+    merged.save_pretrained(folder / "me" / "merged")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shutil.copyfile(ROOT / "tests" / "docs_recipe.yaml", folder / "recipe.yaml")
+    return folder
+
+
+def prepared() -> dict[str, torch.Tensor]:
+    """Unlabelled inputs of both tasks, ready for the models."""
+    generator = torch.Generator().manual_seed(0)
+    return {task: torch.randn(24, 3, 16, 16, generator=generator) for task in CLASSES}
+
+
+def names_of(page: str, folder: Path) -> dict[str, Any]:
+    """What a page takes for granted: the experts by task, and calibration data."""
+    if page in ("README", "quickstart"):  # what is to be pasted must bring all that it needs
+        return {}
+    experts = {task: vit(task, seed) for seed, task in enumerate(CLASSES)}
+    return {"hf_zipit": hf_zipit, "experts": experts, "calibration": prepared(), **experts}
