@@ -45,12 +45,23 @@ class Method:
         data: whether it is given the calibration data.
         about: one line for the table's legend.
         fits: whether a pair can have this row at all.
+        by_pair: further arguments, which differ between the pairs.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     data: bool = True
     about: str = ""
     fits: Callable[[Pair], bool] = lambda pair: True
+    by_pair: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def settings_for(self, pair: str) -> dict[str, Any]:
+        """The arguments of `merge` for a pair."""
+        own = self.by_pair.get(pair, {})
+        together = {**own, **self.settings}
+        if isinstance(own.get("refit"), Mapping):
+            wanted = self.settings.get("refit")
+            together["refit"] = {**own["refit"], **(wanted if isinstance(wanted, Mapping) else {})}
+        return together
 
 
 def concatenates(pair: Pair) -> bool:
@@ -70,41 +81,70 @@ REFERENCES = {
     ENSEMBLE: Method(data=False, about="both experts on every sample, their outputs joined; twice the size"),
 }
 
+ZIP_ALL = {"method": "zip", "options": {"beta": 1.0}}
+"""Zip with as many joins inside an expert as across."""
+
+CHOSEN: dict[str, dict[str, Any]] = {
+    "fashion-vit": {"method": "permute", "residual": "identity", "refit": {"own_weight": 0.5}},
+    "fashion-resnet": ZIP_ALL,
+    "captions-clip": {**ZIP_ALL, "residual": "identity"},
+    "wordnet-bert": ZIP_ALL,
+    "glosses-prelayernorm-mlm": {**ZIP_ALL, "residual": "identity"},
+    "glosses-roberta-mlm": {
+        "method": "orthogonal",
+        "refit": {"own_weight": 0.6, "read_weight": 10, "rows_per_input": 0},
+    },
+}
+"""Which alignment a refit starts from: the best on the pair's validation split (`--split validation`) among permute,
+zip with beta 1 (residual streams matched or left at identity) and orthogonal; for two pairs other weights, too."""
+
 METHODS = {
     "average": Method({"method": "identity"}, data=False, about="the mean of the weights as they are"),
     "permute": Method({"method": "permute"}, about="units paired by their activations"),
+    "zip": Method({"method": "zip"}, about="ZipIt!: alike units joined, within and across experts"),
+    "weights": Method({"method": "weights"}, data=False, about="Git Re-Basin: units paired by their weights, no data"),
+    "dual": Method({"method": "dual"}, about="MuDSC: units paired by activations and weights together"),
+    "cca": Method({"method": "cca"}, about="permute, and canonical correlations inside heads"),
+    "orthogonal": Method(
+        {"method": "orthogonal"}, about="residual streams rotated (Procrustes), heads by circuits, the rest paired"
+    ),
+    "circuits": Method(
+        {"method": "circuits"}, data=False, about="heads paired and turned by their circuits, the rest by weights"
+    ),
     "partial 1.5": Method(
         {"method": "partial", "options": {"budget": 1.5}},
         about="PLeaS: permute, the worst pairs kept apart, at most half an expert's parameters more",
     ),
-    "zip": Method({"method": "zip"}, about="ZipIt!: alike units joined, within and across experts"),
-    "weights": Method({"method": "weights"}, data=False, about="Git Re-Basin: units paired by their weights, no data"),
     "zip + BatchNorm reset": Method(
         {"method": "zip", "corrections": ["batchnorm-reset"]},
         about="zip, then the merged model's own running statistics",
         fits=has_batch_norm,
     ),
+    "zip + REPAIR": Method(
+        {"method": "zip", "corrections": ["repair"]}, about="zip, then means and deviations as the experts have them"
+    ),
     "zip + rescale-shift": Method(
         {"method": "zip", "corrections": ["rescale-shift"]}, about="zip, then features rescaled and shifted per task"
     ),
-    "refit": Method({"method": "identity", "refit": True}, about="average, then layers regressed on the experts'"),
-    "refit + joint heads": Method(
-        {"method": "identity", "refit": {"joint_heads": True}},
-        about="refit, and logits comparable between the tasks",
-        fits=concatenates,
-    ),
+    "average + refit": Method({"method": "identity", "refit": True}, about="average, then regressed on the experts"),
     "permute + refit": Method({"method": "permute", "refit": True}, about="the same after permute"),
+    "zip + refit": Method(
+        {**ZIP_ALL, "residual": "identity", "refit": True},
+        about="the same after zip with beta 1, the residual stream left at identity",
+    ),
+    "chosen + refit": Method(
+        {"refit": True},
+        about="the same after the alignment that was best on the pair's validation split",
+        by_pair=CHOSEN,
+    ),
+    "chosen + refit + joint heads": Method(
+        {"refit": {"joint_heads": True}},
+        about="the same, and logits comparable between the tasks",
+        fits=concatenates,
+        by_pair=CHOSEN,
+    ),
     "partial 1.5 + refit": Method(
         {"method": "partial", "options": {"budget": 1.5}, "refit": True}, about="the same after partial"
-    ),
-    "partial 1.5 + BatchNorm reset": Method(
-        {"method": "partial", "options": {"budget": 1.5}, "corrections": ["batchnorm-reset"]},
-        about="partial, then the merged model's own running statistics",
-        fits=has_batch_norm,
-    ),
-    "zip + refit": Method(
-        {"method": "zip", "options": {"beta": 1.0}, "residual": "identity", "refit": True},
-        about="the same after zip with beta 1, the residual stream left at identity",
     ),
 }
 
@@ -176,7 +216,7 @@ def measure(zoo: str, pair: str, method: str, depth: float | None, split: str, s
         size = sum(map(parameters, loaded.experts.values())) / one if method == ENSEMBLE else 1.0
         return Row(**about, samples=None, scores=scores, joint=joint, size=size)
     calibration = {task: loaded.calibration(task, samples, SEED) for task in loaded.experts} if chosen.data else None
-    merged, cost = merged_with_cost(loaded, calibration, {**chosen.settings, "depth": depth})
+    merged, cost = merged_with_cost(loaded, calibration, {**chosen.settings_for(pair), "depth": depth})
     return Row(
         **about,
         **cost,

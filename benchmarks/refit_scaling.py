@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.zoo import RECIPES, Pair, load
-from hf_zipit.merging import align_trunk, combine_trunk, plan
+from hf_zipit.align.trunk import align_trunk
+from hf_zipit.combine.trunk import combine_trunk
+from hf_zipit.merging import plan
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.stage import prepared, refit
 from hf_zipit.refit.walk import MicroBatch

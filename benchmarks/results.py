@@ -107,12 +107,21 @@ Machine: {machines}. hf_zipit {__version__}, sources {versions}.
 
 def legend(methods: Iterable[str]) -> str:
     """What each row is, and the arguments that make it."""
+    names = list(methods)
     lines = ["| row | what it is | arguments of `merge` |", "| --- | --- | --- |"]
-    for name in methods:
+    for name in names:
         method = (REFERENCES | METHODS)[name]
-        arguments = ", ".join(f"{key}={json_like(value)}" for key, value in method.settings.items())
+        arguments = typed(method.settings)
         lines.append(f"| {name} | {method.about} | {f'`{arguments}`' if arguments else '-'} |")
+    for pair, settings in (item for name in names for item in (REFERENCES | METHODS)[name].by_pair.items()):
+        line = f"For {pair}, *chosen* is `{typed(settings)}`."
+        lines += ["", line] if line not in lines else []
     return "\n".join(lines)
+
+
+def typed(settings: Mapping[str, Any]) -> str:
+    """Arguments as one types them."""
+    return ", ".join(f"{key}={json_like(value)}" for key, value in settings.items())
 
 
 def json_like(value: Any) -> str:
@@ -175,6 +184,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples per task.")] = SAMPLES,
     numbers: Annotated[Path | None, typer.Option("--json", help="Where to keep the exact numbers.")] = None,
     reuse: Annotated[list[Path] | None, typer.Option(help="Take rows from such a file; may be repeated.")] = None,
+    only_reused: Annotated[bool, typer.Option(help="Measure nothing: leave out what no such file has.")] = False,
 ) -> None:
     """Merge the zoo's pairs by every method, and print the table."""
     chosen = {"pairs": pairs or [], "methods": methods or [], "depths": depths or []}
@@ -185,7 +195,7 @@ def main(
     rows: list[Row] = []
     for request in requests(pairs, methods, depths or DEPTHS):
         asked = {**request, "split": split.value, "samples": samples}
-        row = reused(known, asked) or measure_apart(zoo=str(zoo), **asked)
+        row = reused(known, asked) or (None if only_reused else measure_apart(zoo=str(zoo), **asked))
         if row is None:
             continue
         rows.append(row)

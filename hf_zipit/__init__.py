@@ -12,8 +12,9 @@ except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "0.0.0"
 
 # The face needs the version (what is saved says what saved it), so it comes after it.
-from hf_zipit.evaluation import evaluate  # noqa: E402
-from hf_zipit.landscapes import landscape  # noqa: E402
+from hf_zipit.evaluation.measure import evaluate  # noqa: E402
+from hf_zipit.evaluation.task_data import task_datasets  # noqa: E402
+from hf_zipit.landscapes.landscape import landscape  # noqa: E402
 from hf_zipit.merging import merge, plan  # noqa: E402
 from hf_zipit.modeling import (  # noqa: E402
     ZipItConfig,
@@ -23,12 +24,11 @@ from hf_zipit.modeling import (  # noqa: E402
     ZipItForTokenClassification,
     ZipItModel,
 )
-from hf_zipit.recipe import load_recipe  # noqa: E402
+from hf_zipit.recipe.loading import load_recipe  # noqa: E402
 from hf_zipit.refit import RefitConfig  # noqa: E402
-from hf_zipit.running import run_recipe  # noqa: E402
+from hf_zipit.running.run import run_recipe  # noqa: E402
 from hf_zipit.searching import search  # noqa: E402
 from hf_zipit.symmetry import MergeSpec, prove  # noqa: E402
-from hf_zipit.task_data import task_datasets  # noqa: E402
 
 __all__ = [
     "MergeSpec",
@@ -55,5 +55,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`hf_zipit.metrics`, imported when it is first asked for: `evaluate`, on which it stands, takes seconds."""
     if name == "metrics":
-        return import_module("hf_zipit.metrics")
+        return import_module("hf_zipit.evaluation.metrics")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,37 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_zipit.align.align import align, check_settings, residual_spaces, wants_folding
-from hf_zipit.align.maps import Alignment
+from hf_zipit.align.align import check_settings, residual_spaces, wants_folding
 from hf_zipit.align.procrustes import rotating
 from hf_zipit.align.registry import METHODS
-from hf_zipit.assembly import assemble
+from hf_zipit.align.trunk import align_trunk
+from hf_zipit.assembly.assemble import assemble
+from hf_zipit.assembly.widening import widenable_spaces
 from hf_zipit.combine.registry import COMBINERS
-from hf_zipit.combine.transform import plain_average
+from hf_zipit.combine.trunk import combine_trunk
 from hf_zipit.correct.registry import check_corrections
 from hf_zipit.correct.stage import correct
-from hf_zipit.errors import DataError, SpecError
-from hf_zipit.experts import Experts, load_experts
+from hf_zipit.errors import DataError
+from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.experts.loading import Experts, load_experts
+from hf_zipit.experts.origins import origins, versions
+from hf_zipit.experts.processors import processors_of
 from hf_zipit.files import check_writable
-from hf_zipit.modeling import module_names
-from hf_zipit.observe import Moments, fingerprint_experts, observe
+from hf_zipit.observe import Moments
 from hf_zipit.observe.data import Renamed
-from hf_zipit.observe.record import probe_name
-from hf_zipit.origins import origins, source_of, versions
-from hf_zipit.planning import Plan, fold_experts, make_plan
-from hf_zipit.processors import Files, own_files, processor_files, saved_files, together
+from hf_zipit.observe.observed import moments_for
+from hf_zipit.planning.plan import Plan, fold_experts, make_plan
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.joint import calibrate_joint
 from hf_zipit.refit.stage import prepared
 from hf_zipit.refit.stage import refit as refit_trunk
 from hf_zipit.registry import check_options
 from hf_zipit.schema import build as build_section
-from hf_zipit.symmetry.proof import model_tensors
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
-from hf_zipit.widening import widenable_spaces
 
 logger = logging.getLogger(__name__)
 
@@ -237,17 +234,6 @@ def for_tasks(calibration: Any, tasks: Sequence[str]) -> Any:
     return found
 
 
-def processors_of(experts: Mapping[str, nn.Module], folders: Mapping[str, str], processor: Any = None) -> Files:
-    """The files of the processor that belongs to a merged model: the one that was given, or the experts' own."""
-    if given := saved_files(processor):
-        return given
-    by_task = {}
-    for task, model in experts.items():
-        files, part = processor_files(*source_of(model)), getattr(model, "merged_task", None)
-        by_task[task] = files if part is None else own_files(files, module_names([part])[part])
-    return together(by_task, folders)
-
-
 def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig | None:
     """The settings of the refit; None where there is none.
 
@@ -259,92 +245,3 @@ def refit_settings(refit: bool | RefitConfig | Mapping[str, Any]) -> RefitConfig
     if isinstance(refit, Mapping):
         return build_section(RefitConfig, refit, "refit")
     return RefitConfig() if refit else None
-
-
-def moments_for(
-    experts: Mapping[str, nn.Module],
-    planned: Plan,
-    calibration: Any,
-    known: Moments | str | Path | None,
-    save: str | Path | None,
-    **settings: Any,
-) -> Moments | None:
-    """Moments where the method needs them: known ones if given, else gathered from the calibration data."""
-    if not planned.passes or not planned.spec.probes:
-        return None
-    if known is not None:
-        loaded = known if isinstance(known, Moments) else Moments.load(known)
-        own = loaded.of(fingerprint_experts(experts), "The moments" if loaded is known else f"The moments in {known}")
-        # Those of a deeper merge serve, too: this one looks at fewer places.
-        products = planned.spec.products()
-        return own.at({key: [probe_name(probe) for probe in probes] for key, probes in products.items()})
-    if calibration is None:
-        raise DataError("this method looks at what the experts compute: pass a little unlabelled data as calibration=")
-    found = observe(planned.spec, experts, calibration, **settings)
-    if save is not None:
-        found.save(save)
-    return found
-
-
-def align_trunk(
-    experts: Mapping[str, nn.Module],
-    planned: Plan,
-    moments: Moments | None,
-    method: str,
-    *,
-    options: Mapping[str, Any] | None = None,
-    residual: str = "match",
-    overrides: Mapping[str, Any] | None = None,
-) -> Alignment:
-    """Maps of the movable spaces in the trunk."""
-    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
-    covariances = {} if moments is None else covariances_of(moments, planned.spec)
-    return align(
-        planned.spec,
-        correlations,
-        len(experts),
-        method,
-        options=options,
-        residual=residual,
-        overrides=overrides,
-        weights=[{n: t for n, t in model_tensors(m).items() if n in planned.cut.trunk} for m in experts.values()],
-        widenable=planned.widenable,
-        covariances=covariances,
-    )
-
-
-def covariances_of(moments: Moments, spec: MergeSpec) -> dict[ProductKey, Tensor]:
-    """The covariances of the products with spaces that allow more than permutations, where their units are held.
-
-    Dual units, such as those of a key, move by the inverse: pooled with the queries they would say nothing.
-    """
-    mixed = {name for name, space in spec.spaces.items() if space.symmetry > Symmetry.PERMUTATION}
-    found = {}
-    for key, probes in spec.products().items():
-        held = [probe for probe in probes if not mixed & set(probe.reads)]
-        if mixed & set(key) and held:
-            found[key] = sum(moments.covariance(key, probe_name(probe)) for probe in held) / len(held)
-    return found
-
-
-def combine_trunk(
-    experts: Mapping[str, nn.Module], planned: Plan, alignment: Alignment, combine: str = "average"
-) -> dict[str, Tensor]:
-    """The merged tensors of the trunk, by their names in the source model."""
-    rule = COMBINERS.get(combine).function
-    spec = planned.spec
-    experts_tensors = [model_tensors(model) for model in experts.values()]
-    merged = {}
-    for name in sorted(planned.cut.trunk):
-        tensors = [in_float32(own[name]) for own in experts_tensors]
-        labels = spec.axes.get(name)  # what the forward pass does not read has none
-        try:
-            merged[name] = rule(tensors, labels, alignment, spec) if labels is not None else plain_average(tensors)
-        except SpecError as error:
-            raise SpecError(f"the tensor {name} cannot be merged: {error}") from error
-    return merged
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """What is merged is not rounded to the experts' dtype, which may be coarse."""
-    return tensor.float() if tensor.is_floating_point() else tensor

@@ -23,10 +23,11 @@ import pytest
 import yaml
 
 import hf_zipit
-from hf_zipit.cli import app, main
-from hf_zipit.recipe import Recipe, check_recipe
+from hf_zipit.cli.app import app, main
+from hf_zipit.hub.cache import looks_local
+from hf_zipit.recipe.loading import check_recipe
+from hf_zipit.recipe.sections import Recipe
 from hf_zipit.schema import build
-from hf_zipit.sources import looks_local
 
 from .docs_world import make_world, names_of
 

@@ -19,12 +19,12 @@ import transformers.modeling_utils
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import hf_zipit.planning
+import hf_zipit.planning.plan
 from hf_zipit import merge, plan
 from hf_zipit.adapters import adapter_for
 from hf_zipit.align.registry import METHODS
 from hf_zipit.errors import OutputError, SpecError
-from hf_zipit.planning import check_coverage
+from hf_zipit.planning.plan import check_coverage
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors, perturb
@@ -48,7 +48,7 @@ each_method = pytest.mark.parametrize("method", METHODS.names())
 @pytest.fixture(autouse=True)
 def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The spec depends on class and configuration only, so that one trace of each serves all tests."""
-    monkeypatch.setattr(hf_zipit.planning, "MergeSpec", TracedOnce)
+    monkeypatch.setattr(hf_zipit.planning.plan, "MergeSpec", TracedOnce)
 
 
 class TracedOnce:

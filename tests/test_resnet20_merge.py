@@ -24,9 +24,9 @@ from hf_zipit.align.align import align
 from hf_zipit.align.maps import Alignment
 from hf_zipit.combine.average import average
 from hf_zipit.combine.transform import unmerge_index
-from hf_zipit.cut import cut_model
 from hf_zipit.modeling.entries import IndexEntry
 from hf_zipit.observe import Moments, observe
+from hf_zipit.planning.cut import cut_model
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import Probe, ProductKey

@@ -19,8 +19,8 @@ from hf_zipit.align.maps import Map
 from hf_zipit.align.procrustes import rotate_streams, rotating
 from hf_zipit.align.registry import METHODS, Network
 from hf_zipit.align.solver import Choice, Solver
-from hf_zipit.cut import NOT_IN_TRUNK
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.planning.cut import NOT_IN_TRUNK
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space
 
 Residual = Literal["match", "identity", "orthogonal"]

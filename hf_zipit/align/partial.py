@@ -10,7 +10,7 @@ parameter (or multiplication) that it costs, until the budget is spent. The gain
 lacks to that of a unit with itself. PLeaS solves a quadratic program on measured accuracies for the shares instead.
 
 Heads are kept apart whole, with their own attention pattern. Which spaces may be wider at all is a matter of the
-architecture, which the caller finds out (`hf_zipit.widening`): the others are matched one-to-one.
+architecture, which the caller finds out (`hf_zipit.assembly.widening`): the others are matched one-to-one.
 
 What must hold: units that are the same, as in a model and its permuted copy, are not kept apart.
 """

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from hf_zipit.errors import DataError
 from hf_zipit.observe import Moments, calibration_batches
 from hf_zipit.observe.data import CalibrationBatch
+from hf_zipit.observe.processes import placed, summed
 
 Inputs = dict[str, Tensor]
 
@@ -73,13 +75,10 @@ class Batches:
         model = next(iter(experts.values()))
         batches = calibration_batches(calibration, model, list(experts), processor=processor, batch_size=batch_size)
 
-        def add_up(tensor: Tensor) -> Tensor:
-            return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)
-
         pad = getattr(model.config, "pad_token_id", None) or 0
         number, count = accelerator.process_index, accelerator.num_processes
-        several = add_up if count > 1 else unchanged
-        return cls(tuple(batches), pad, number, count, several, accelerator.device, moments)
+        add_up = partial(summed, accelerator=accelerator)
+        return cls(tuple(batches), pad, number, count, add_up, accelerator.device, moments)
 
     def together(self, task: str | None, samples: int) -> Inputs:
         """This process's share of a task's first `samples` samples as one batch; of every task's, if `task` is None.
@@ -150,22 +149,6 @@ def pieces(inputs: Mapping[str, Tensor], size: int) -> Iterator[Inputs]:
 
 @contextmanager
 def running(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """Models in eval mode on a device, unless a `device_map` has placed them; as they were on leaving."""
-    models = {id(model): model for model in models}.values()
-    training = {module: module.training for model in models for module in model.modules()}
-    homes = {
-        model: next(iter(model.parameters())).device for model in models if not getattr(model, "hf_device_map", None)
-    }
-    try:
-        for model in models:
-            model.eval()
-        for model, home in homes.items():
-            if home != device:
-                model.to(device)
-        with torch.no_grad():
-            yield
-    finally:
-        for model, home in homes.items():
-            model.to(home)
-        for module, mode in training.items():
-            module.training = mode
+    """Models in eval mode on a device, without gradients; as they were on leaving."""
+    with placed(models, device), torch.no_grad():
+        yield

@@ -43,7 +43,7 @@ from hf_zipit.correct.statistics import (
 )
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.observe.record import probe_name
-from hf_zipit.planning import Plan
+from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, fitted, product_key
 
 PIECE = 64

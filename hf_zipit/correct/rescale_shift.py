@@ -47,7 +47,7 @@ from hf_zipit.correct.statistics import (
 from hf_zipit.errors import RecipeError
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
-from hf_zipit.planning import Plan
+from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_zipit.cut import Cut
-from hf_zipit.planning import Plan
+from hf_zipit.planning.cut import Cut
+from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
 
 

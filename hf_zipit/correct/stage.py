@@ -13,7 +13,7 @@ from hf_zipit.correct.data import Batches
 from hf_zipit.correct.registry import CORRECTIONS, check_corrections
 from hf_zipit.errors import DataError
 from hf_zipit.observe import Moments
-from hf_zipit.planning import Plan
+from hf_zipit.planning.plan import Plan
 
 
 def correct(

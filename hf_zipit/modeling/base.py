@@ -28,8 +28,8 @@ from transformers.utils import ModelOutput
 
 from ..errors import ZipItError
 from ..files import adding_to
-from ..processors import FOLDER as PROCESSORS
-from ..processors import Files, processor_files, write_files
+from ..hub.processors import FOLDER as PROCESSORS
+from ..hub.processors import Files, processor_files, write_files
 from .configuration import ZipItConfig, nearest
 from .entries import Entry, attach, leave, make_entries
 from .expert import plain_expert

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..adapters import adapter_for
-from ..cut import Cut, cut_model
-from ..cut import Entry as Door
 from ..errors import ExpertError
+from ..planning.cut import Cut, cut_model
+from ..planning.cut import Entry as Door
 from ..symmetry.group import transform
 from ..symmetry.proof import model_tensors
 from ..symmetry.spec import MergeSpec, ProductKey, product_key

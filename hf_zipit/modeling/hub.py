@@ -19,7 +19,7 @@ from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
 from ..errors import OutputError
-from ..hub_errors import why
+from ..hub.reasons import why
 
 if TYPE_CHECKING:
     from .base import ZipItPreTrainedModel

@@ -1,8 +1,7 @@
 """Looking at what the experts' units do on a little unlabelled data: probes -> `Moments`, in one streaming pass."""
 
 from hf_zipit.observe.data import CalibrationBatch, calibration_batches
-from hf_zipit.observe.fingerprint import fingerprint_experts
 from hf_zipit.observe.moments import Moments
 from hf_zipit.observe.observe import observe
 
-__all__ = ["CalibrationBatch", "Moments", "calibration_batches", "fingerprint_experts", "observe"]
+__all__ = ["CalibrationBatch", "Moments", "calibration_batches", "observe"]

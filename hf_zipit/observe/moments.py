@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
-from hf_zipit.observe.fingerprint import digest_strings
+from hf_zipit.experts.fingerprint import digest_strings
 from hf_zipit.symmetry.spec import ProductKey
 
 BLOCK_ROWS = 4096

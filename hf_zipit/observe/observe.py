@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from typing import Any, Literal
@@ -26,9 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError, ZipItError
+from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.observe.data import CalibrationBatch, calibration_batches, count_batches
-from hf_zipit.observe.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.observe.moments import Moments, Sums
+from hf_zipit.observe.processes import placed, summed
 from hf_zipit.observe.record import Choose, Recorder, choose_share, keep_all, probe_name
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
 
@@ -92,7 +94,7 @@ def observe(
     total = count_batches(calibration, reader, tasks, batch_size)
     recorder = Recorder({probe: spec.size(key) for key, found in products.items() for probe in found})
     # Not inference_mode: buffers that a model makes on its first pass would be of no use to a later training.
-    with _placed(experts, accelerator.device), recorder.attached(experts), torch.no_grad():
+    with placed(experts.values(), accelerator.device), recorder.attached(experts), torch.no_grad():
         first = next(batches)  # an empty collection raises here
         affordable = _rehearse(recorder, experts, first, accelerator.device)
         used, minimum = (affordable, MINIMUM_ROWS) if share == "auto" else (float(share), 1)
@@ -246,27 +248,6 @@ class _Waiting:
             self.features[name] = []
 
 
-@contextmanager
-def _placed(experts: Mapping[str, nn.Module], device: torch.device) -> Iterator[None]:
-    """Experts in eval mode and on the device, unless a `device_map` has placed them; as they were on leaving."""
-    models = {id(expert): expert for expert in experts.values()}.values()
-    training = {module: module.training for model in models for module in model.modules()}
-    homes: dict[nn.Module, torch.device] = {}
-    try:
-        for model in models:
-            model.eval()
-            home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), device)
-            if not getattr(model, "hf_device_map", None) and home != device:
-                homes[model] = home
-                model.to(device)
-        yield
-    finally:
-        for model, home in homes.items():
-            model.to(home)
-        for module, mode in training.items():
-            module.training = mode
-
-
 def _moments_device(recorder: Recorder, experts: int, device: torch.device) -> torch.device | str:
     """The sums live on a CUDA device where they take less than half of its free memory, else on the CPU.
 
@@ -310,9 +291,7 @@ def _reduce(
 def _reduce_sums(sums: Sums, accelerator: Accelerator) -> Sums:
     """First the mean of all processes' rows, then the sums about it, so that no digits are lost to a large mean."""
 
-    def add(tensor: Tensor) -> Tensor:
-        return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)
-
+    add = partial(summed, accelerator=accelerator)
     count = int(add(torch.tensor([sums.count])))
     mean = add(sums.total + sums.count * sums.shift) / count
     about = sums.about(mean)

@@ -23,10 +23,10 @@ class RefitConfig:
             lowered on the others', all by the same amount, so that the order within a task stays as it is.
     """
 
-    own_weight: float = 0.5
+    own_weight: float = 0.55
     read_weight: float = 30.0
     ridge: float = 1e-4
-    rows_per_input: int = 0
+    rows_per_input: int = 48
     micro_batch: int = 64
     memory_gb: float = 4.0
     joint_heads: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from hf_zipit.adapters import adapter_for
 from hf_zipit.align.maps import Alignment
 from hf_zipit.errors import DataError
 from hf_zipit.observe import calibration_batches
-from hf_zipit.planning import Plan
+from hf_zipit.observe.processes import summed
+from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.walk import MicroBatch, Refitted, Walk, micro_batches
@@ -63,11 +65,6 @@ def refit(
             "processes; give more data or a smaller micro_batch"
         )
 
-    def add_up(tensor: Tensor) -> Tensor:
-        if accelerator.num_processes == 1:
-            return tensor
-        return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)  # type: ignore[union-attr]
-
     walk = Walk(
         in_float32(model),
         [model_tensors(in_float32(expert)) for expert in experts.values()],
@@ -80,7 +77,7 @@ def refit(
         config=config,
         positions=read_positions(model, processor, config),
         fields=adapter_for(model).outputs(model),
-        add_up=add_up,
+        add_up=partial(summed, accelerator=accelerator),
         seed=seed,
         progress=progress and accelerator.is_main_process,
     )

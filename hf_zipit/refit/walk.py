@@ -35,9 +35,9 @@ from tqdm.auto import tqdm
 from hf_zipit.align.maps import Alignment
 from hf_zipit.align.products import merged_sizes
 from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held, unmerge_matrix
-from hf_zipit.cut import Cut, Entry
 from hf_zipit.errors import SpecError
 from hf_zipit.modeling.trunk import resize
+from hf_zipit.planning.cut import Cut, Entry
 from hf_zipit.refit.attention import MERGED, Attention, AttentionSolver, find_attention
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.graph import Program, Site, find_sites
@@ -406,14 +406,22 @@ class Walk:
         self.tensors[MERGED][site.weight] = (total / self.add_up(torch.tensor(float(count)))).to(offset.dtype)
 
     def sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor | slice, Tensor]:
-        """Which rows enter a Gram matrix, and their weights: all that count, or a seeded share of them."""
-        if not self.config.rows_per_input and bool(weights.all()):
-            return slice(None), weights
-        rows = weights.nonzero().squeeze(1)
+        """Which rows enter a Gram matrix, and their weights.
+
+        All that the head reads, and of the others at most a seeded share, which then counts for all of them.
+        """
         limit = -(-self.config.rows_per_input * inputs // self.all_batches)
-        if limit and len(rows) > limit:
+        rows = weights.nonzero().squeeze(1)
+        if not limit or len(rows) <= limit:
+            return (slice(None) if len(rows) == len(weights) else rows), weights[rows]
+        read = weights[rows] > 1
+        others = rows[~read]
+        if len(others) > limit:
             generator = torch.Generator().manual_seed(self.seed + self.batches[b].number)
-            rows = rows[torch.randperm(len(rows), generator=generator)[:limit]].sort().values
+            drawn = others[torch.randperm(len(others), generator=generator)[:limit]]
+            weights = weights.clone()
+            weights[drawn] *= len(others) / limit
+            rows = torch.cat([rows[read], drawn]).sort().values
         return rows, weights[rows]
 
     # Writing ---------------------------------------------------------------------------------------------------------

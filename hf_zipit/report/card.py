@@ -16,12 +16,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_zipit.evaluation import Accuracy
+from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.experts.origins import common_licence
 from hf_zipit.files import write_text
+from hf_zipit.hub.cache import is_repo
+from hf_zipit.hub.processors import FOLDER
 from hf_zipit.modeling.hub import companion
-from hf_zipit.observe.fingerprint import fingerprint_experts
-from hf_zipit.origins import common_licence, is_repo
-from hf_zipit.processors import FOLDER
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.plots import accuracy_over_depth, refit_errors
 from hf_zipit.report.recorded import recipe_text

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hf_zipit.landscapes import Curve, Landscape, Plane
+    from hf_zipit.landscapes.results import Curve, Landscape, Plane
 
 LEVELS = 14
 FLOOR = 1e-3

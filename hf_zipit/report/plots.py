@@ -7,7 +7,7 @@ from os.path import commonprefix
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_zipit.evaluation import Accuracy
+from hf_zipit.evaluation.results import Accuracy
 from hf_zipit.files import replacing
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hf_zipit.refit import RefitReport
-    from hf_zipit.running import Row
+    from hf_zipit.running.results import Row
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

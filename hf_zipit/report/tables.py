@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
-from hf_zipit.evaluation import Accuracy
+from hf_zipit.evaluation.results import Accuracy
 
 if TYPE_CHECKING:
-    from hf_zipit.planning import Plan
-    from hf_zipit.running import Row
-    from hf_zipit.symmetry import MergeSpec
+    from hf_zipit.planning.plan import Plan
+    from hf_zipit.running.results import Row
 
 EXPERTS = "experts side by side"
 
@@ -75,38 +72,8 @@ def scores_table(scores: Mapping[str, Mapping[str, float]], title: str = "") -> 
     return table
 
 
-def space_rows(spec: MergeSpec, shapes: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
-    """One entry for every space, in order of first use.
-
-    Args:
-        spec: the model's spec.
-        shapes: of every parameter and buffer, by name.
-
-    Returns:
-        `name`, `symmetry`, `size` (units, per unit of the spaces it lives within), `within` (the names of those),
-        `heads` (their number of units, None where there are none), `parameters` (elements of all tensors that have the
-        space on an axis) and `frozen_by` (for a fixed space).
-    """
-    elements: dict[str, int] = defaultdict(int)
-    for name, labels in spec.axes.items():
-        for space in {factor.space for label in labels for factor in label}:
-            elements[space] += prod(shapes[name])
-    return [
-        {
-            "name": space.name,
-            "symmetry": str(space.symmetry),
-            "size": space.size,
-            "within": list(space.within),
-            "heads": prod(spec.spaces[name].size for name in space.within) if space.within else None,
-            "parameters": elements[space.name],
-            "frozen_by": space.frozen_by,
-        }
-        for space in spec.spaces.values()
-    ]
-
-
 def spaces_table(rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
-    """The spaces of a model; see `space_rows`."""
+    """The spaces of a model; see `hf_zipit.symmetry.summary.space_rows`."""
     table = new_table(title, ["space", "symmetry", "fixed by"], ["heads", "size", "parameters"])
     table.columns[0].no_wrap = True
     for row in rows:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hf_zipit.errors import RecipeError
-from hf_zipit.evaluation import Accuracy
+from hf_zipit.evaluation.results import Accuracy
 from hf_zipit.files import replacing, write_json, write_text
-from hf_zipit.recipe import Recipe
+from hf_zipit.recipe.sections import Recipe
 from hf_zipit.refit import RefitConfig
 from hf_zipit.schema import build
 from hf_zipit.searching.space import Setting

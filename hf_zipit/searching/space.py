@@ -20,7 +20,7 @@ from typing import Any
 
 from hf_zipit.align.registry import METHODS
 from hf_zipit.errors import RecipeError
-from hf_zipit.recipe import REFIT, real_method
+from hf_zipit.recipe.sections import REFIT, real_method
 from hf_zipit.refit import RefitConfig
 from hf_zipit.registry import check_options, suggestion
 

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.zoo.export import export
 from benchmarks.zoo.pair import Metric, Pair
-from hf_zipit.sources import class_names, load_source
+from hf_zipit.recipe.sources import class_names, load_source
 
 
 def pair(classes: dict[str, tuple[str, ...]] | None) -> Pair:

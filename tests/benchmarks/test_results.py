@@ -102,7 +102,7 @@ def test_the_page_has_a_section_a_pair_and_says_what_was_run() -> None:
 
 def test_the_legend_shows_arguments_that_evaluate_to_the_settings() -> None:
     for name, method in METHODS.items():
-        typed = re.search(r"`([^`]*)` \|$", results.legend([name])).group(1)
+        typed = re.search(r"`([^`]*)` \|$", results.legend([name]), re.MULTILINE).group(1)
         assert eval(f"dict({typed})") == dict(method.settings)
 
 
@@ -130,8 +130,8 @@ def test_rows_are_taken_over_from_a_file_only_where_they_answer_what_is_asked(tm
 
 
 def test_the_command_can_be_typed_again() -> None:
-    typed = results.command_line(pairs=[PAIR], methods=["refit + joint heads"], depths=[], split="validation")
-    assert typed.endswith(f'--pairs {PAIR} --methods "refit + joint heads" --split validation')
+    typed = results.command_line(pairs=[PAIR], methods=["chosen + refit + joint heads"], depths=[], split="validation")
+    assert typed.endswith(f'--pairs {PAIR} --methods "chosen + refit + joint heads" --split validation')
 
 
 @pytest.mark.parametrize(("kind", "names"), [("pair", ["wordnet"]), ("method", ["zip", "zap"])])

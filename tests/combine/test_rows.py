@@ -9,10 +9,10 @@ import torch
 
 from hf_zipit import merge, plan
 from hf_zipit.align.maps import LinearMap, SpaceMap
-from hf_zipit.combine.rows import check_axes, outer_elsewhere
 from hf_zipit.combine.transform import to_merged
 from hf_zipit.errors import SpecError
-from hf_zipit.planning import check_coverage
+from hf_zipit.planning.axes import check_axes, outer_elsewhere
+from hf_zipit.planning.plan import check_coverage
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors, perturb
 from hf_zipit.symmetry.spec import Factor

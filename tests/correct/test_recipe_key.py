@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from hf_zipit.errors import RecipeError
-from hf_zipit.recipe import load_recipe
-from hf_zipit.running import run_recipe
-from hf_zipit.saved import load_merged
+from hf_zipit.recipe.loading import load_recipe
+from hf_zipit.running.run import run_recipe
+from hf_zipit.running.saved import load_merged
 
-from ..test_recipe import tiny
+from ..recipe.test_recipe import tiny
 
 BY_NAME = ["repair", "rescale-shift"]
 WITH_OPTIONS = {"repair": {}, "rescale-shift": {"samples": 16}}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import hf_zipit
 from hf_zipit.errors import ExpertError
-from hf_zipit.experts import load_expert
+from hf_zipit.experts.loading import load_expert
 from tests import tiny
 
 peft = pytest.importorskip("peft")

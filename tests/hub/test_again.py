@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 import hf_zipit
 from hf_zipit.errors import ExpertError
-from hf_zipit.recipe import load_recipe
-from hf_zipit.running import run_recipe
+from hf_zipit.recipe.loading import load_recipe
+from hf_zipit.running.run import run_recipe
 from tests import tiny
 
 FAMILIES = ("vit", "bert-sequence", "bert-masked", "roberta-sequence", "distilbert-masked", "resnet-basic", "clip")

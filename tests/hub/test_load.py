@@ -16,8 +16,13 @@ from .conftest import CARD, Client
 from .server import Hub
 from .test_push import OFFLINE, ONLINE
 
+ORIGIN = """
+from hf_zipit.experts.origins import source_of
+result = source_of(load_expert('a', source, revision))
+"""
+
 LOAD = """
-from hf_zipit.experts import load_expert
+from hf_zipit.experts.loading import load_expert
 result = type(load_expert("clothes", source, revision)).__name__
 """
 
@@ -73,7 +78,7 @@ def test_a_revision_is_loaded_and_pinned(hub: Hub, client: Client, experts: dict
     repo = hub.add_folder("me/clothes", experts["clothes"])
     old = repo.branches["main"]
     repo.commit("main", {".gitattributes": b""})
-    code = LOAD + "from hf_zipit.origins import source_of\nresult = source_of(load_expert('a', source, revision))"
+    code = LOAD + ORIGIN
     assert client(code, source="me/clothes", revision=old)["result"] == ["me/clothes", old]
     assert "could not be loaded" in load(client, "me/clothes")["error"]
 
@@ -114,7 +119,8 @@ def test_a_wrong_revision_a_damaged_file_and_no_repo_id(
     assert "the repo has no revision 'v2'" in load(client, "me/clothes", "v2")["error"]
     repo.commit("main", {**repo.files, "model.safetensors": b"\x08\0\0\0\0\0\0\0{broken}"})
     assert load(client, "me/clothes")["kind"] == "ExpertError"
-    assert "no such folder, and it is no repo id" in load(client, "a/b/c")["error"]
+    assert "no such folder, and it is no repo id" in load(client, "a--b")["error"]
+    assert "the folder a/b/c, which does not exist" in load(client, "a/b/c")["error"]
 
 
 def test_offline(hub: Hub, client: Client, experts: dict[str, Path]):
@@ -161,7 +167,7 @@ def test_an_adapter_and_its_base_come_from_the_hub(hub: Hub, client: Client, exp
     told = load(client, "me/lora")
     assert "the base me/base of the expert 'clothes' could not be loaded: there is no folder and no" in told["error"]
     hub.add_folder("me/base", experts["clothes"])
-    code = LOAD + "from hf_zipit.origins import source_of\nresult = source_of(load_expert('a', source, revision))"
+    code = LOAD + ORIGIN
     assert client(code, source="me/lora", revision=None)["result"] == ["me/lora", repo.branches["main"]]
 
 

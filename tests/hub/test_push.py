@@ -12,20 +12,20 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
-from hf_zipit.processors import same
-from hf_zipit.saved import load_merged
+from hf_zipit.hub.processors import same
+from hf_zipit.running.saved import load_merged
 
 from .card_rules import problems
 from .conftest import Client, fresh, images
 from .server import Hub
 
 PUSH = """
-from hf_zipit.saved import load_merged
+from hf_zipit.running.saved import load_merged
 info = load_merged(folder).push_to_hub(repo, **settings)
 result = {"commit": info.oid, "pr": info.pr_url}
 """
 
-LOADS = "from hf_zipit.saved import load_merged; load_merged(repo); result = True"
+LOADS = "from hf_zipit.running.saved import load_merged; load_merged(repo); result = True"
 
 LOAD = """
 import sys, torch, transformers
@@ -37,7 +37,7 @@ x = torch.load("x.pt", weights_only=True)
 with torch.no_grad():
     torch.save([model(pixel_values=x, task=task).logits for task in (None, *model.config.tasks)], "y.pt")
 processor = transformers.AutoImageProcessor.from_pretrained(repo)
-from hf_zipit.cache import commit_of
+from hf_zipit.hub.cache import commit_of
 print(commit_of(repo), type(model).__name__, processor.size["height"])
 """
 
@@ -187,7 +187,8 @@ def test_a_saved_folder_is_pushed_as_it_is(hub: Hub, client: Client, merged_fold
     (folder / "checkpoint-1").mkdir()
     for name in (".hidden", "checkpoint-1/model.safetensors", "optimizer.pt"):
         (folder / name).write_text("not for the Hub")
-    code = "from hf_zipit.saved import push_saved; result = str(push_saved(folder, 'both', private=True).repo_url)"
+    code = "from hf_zipit.running.saved import push_saved\n"
+    code += "result = str(push_saved(folder, 'both', private=True).repo_url)"
     assert client(code, folder=folder)["result"] == f"{hub.endpoint}/me/both"
     files = hub.repos["me/both"].files
     pushed = files["README.md"].decode()

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
-from hf_zipit.observe import Moments, fingerprint_experts
+from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.observe import Moments
 from hf_zipit.observe import moments as moments_module
 from tests.observe.models import HIDDEN, covariance, mlps
 

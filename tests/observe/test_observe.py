@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError
-from hf_zipit.observe import Moments, fingerprint_experts, observe, record
+from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.observe import Moments, observe, record
 from hf_zipit.observe import observe as observe_function
 from hf_zipit.symmetry.spec import Probe
 from tests.observe.models import (

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import SpecError
-from hf_zipit.planning import Plan, make_plan
+from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.walk import patches
 from hf_zipit.symmetry.proof import model_tensors

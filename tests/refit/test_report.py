@@ -10,15 +10,16 @@ from matplotlib.image import imread
 
 from hf_zipit import merge
 from hf_zipit.errors import RecipeError
-from hf_zipit.recipe import Recipe, is_refitted, load_recipe, refit_settings
+from hf_zipit.recipe.loading import load_recipe
+from hf_zipit.recipe.sections import Recipe, is_refitted, refit_settings
 from hf_zipit.refit import RefitConfig, RefitReport
 from hf_zipit.report.card import REFIT_PICTURE, Result, card_text
 from hf_zipit.report.plots import refit_errors, short_names
-from hf_zipit.running import run_recipe
+from hf_zipit.running.run import run_recipe
 
-from ..test_cli import call, vits  # noqa: F401  # fixtures
+from ..cli.test_cli import call, vits  # noqa: F401  # fixtures
+from ..recipe.test_recipe import TINY, tiny, written
 from ..test_invariants import calibration, experts
-from ..test_recipe import TINY, tiny, written
 
 REPORT = RefitReport(
     ("a", "b"), {"vit.one": {"a": 0.1, "b": 0.3}, "vit.two": {"a": 0.5}, "vit.a.x": {}}, ("vit.token",)

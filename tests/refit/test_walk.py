@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from hf_zipit import merge
 from hf_zipit.align.maps import SpaceMap
+from hf_zipit.align.trunk import align_trunk
+from hf_zipit.combine.trunk import combine_trunk
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.merging import align_trunk, combine_trunk
-from hf_zipit.planning import make_plan
+from hf_zipit.planning.plan import make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, stage
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.walk import MERGED, UNKNOWN_TASK, Walk, micro_batches, patches
@@ -452,3 +453,14 @@ def test_sampled_rows_are_those_of_one_process():
     assert not torch.equal(rows[0], rows[1])
     walk.batches = [replace(batch) for batch in walk.batches[1::2]]
     assert torch.equal(walk.sample(weights, 32, 0)[0], rows[1])
+
+
+def test_what_the_head_reads_is_never_left_out_and_the_rest_counts_as_before():
+    models = experts("vit")
+    walk = small_walk(models, by_task(calibration(models[0])), rows_per_input=2)
+    weights = torch.ones(500)
+    weights[::50], weights[-20:] = 30.0, 0.0
+    rows, picked = walk.sample(weights, 32, 0)
+    assert set(range(0, 480, 50)) <= set(rows.tolist()) and int(rows.max()) < 480
+    assert len(rows) == 10 + -(-2 * 32 // len(walk.batches)) and picked.sum() == pytest.approx(float(weights.sum()))
+    assert picked[rows % 50 == 0].eq(30).all()

@@ -11,12 +11,13 @@ import yaml
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_zipit
-from hf_zipit.evaluation import Accuracy
-from hf_zipit.recipe import Calibration, Data, ExpertEntry, Recipe, load_recipe
+from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.recipe.loading import load_recipe
+from hf_zipit.recipe.sections import Calibration, Data, ExpertEntry, Recipe
 from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
 from hf_zipit.report.recorded import recorded_recipe
-from hf_zipit.running import run_recipe
-from hf_zipit.saved import load_merged
+from hf_zipit.running.run import run_recipe
+from hf_zipit.running.saved import load_merged
 from tests.hub.card_rules import problems
 
 DIGITS = {"low": "01", "high": "789"}

@@ -13,9 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from hf_zipit.evaluation import Accuracy
+from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.experts.origins import common_licence
+from hf_zipit.hub.cache import is_repo
 from hf_zipit.modeling import ZipItConfig
-from hf_zipit.origins import common_licence, is_repo
 from hf_zipit.report.card import Point, Result, card_text
 from hf_zipit.report.doctor import Check, checks_table, examine, release
 from hf_zipit.report.plots import accuracy_over_depth

@@ -1,0 +1,118 @@
+"""Assembly: merged trunk, the experts' own branches and the maps between them become one Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.align.products import merged_sizes
+from hf_zipit.combine.transform import only_groups, unmerge_index, unmerge_matrix
+from hf_zipit.errors import ExpertError
+from hf_zipit.modeling import ZipItConfig, build
+from hf_zipit.planning.cut import Cut, Entry
+from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.spec import MergeSpec
+
+
+def assemble(
+    experts: Mapping[str, PreTrainedModel],
+    spec: MergeSpec,
+    cut: Cut,
+    trunk: Mapping[str, Tensor],
+    alignment: Alignment,
+    *,
+    doors: Mapping[Entry, Sequence[tuple[Tensor, Tensor]]] | None = None,
+    method: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The merged model.
+
+    Args:
+        experts: the experts by task; the tensors outside the trunk are copied.
+        spec: their spec.
+        cut: what is in the trunk.
+        trunk: the merged tensors by their name in the source model.
+        alignment: the maps of the movable spaces in the trunk.
+        doors: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
+        method: what to remember about how the model was made; JSON-serialisable.
+
+    Returns:
+        A model in eval mode of the class for the experts' kind of head.
+    """
+    first = next(iter(experts.values()))
+    sources = {task: model_tensors(model) for task, model in experts.items()}
+    config = ZipItConfig(
+        source_architecture=type(first).__name__,
+        source_config=first.config,
+        tasks=list(experts),
+        task_labels=labels_of(experts),
+        shared=list(cut.shared),
+        entries=[_setting("module", entry, spec, alignment, doors) for entry in cut.entries],
+        exits=[_setting("field", entry, spec, alignment, doors) for entry in cut.exits],
+        trunk_shapes=other_shapes(trunk, next(iter(sources.values()))),
+        depth=cut.depth,
+        cut=first_own_block(spec, cut),
+        method=dict(method or {}),
+    )
+    merged = build(config)
+    fill(merged, sources, trunk)
+    for number, task in enumerate(experts):
+        key = merged.branch_names[task]
+        modules = [*zip(cut.entries, merged.entries[key], strict=True)]
+        modules += zip(cut.exits, merged.exits[key], strict=True)
+        for entry, module in modules:
+            if doors is not None:
+                module.load_state_dict(dict(zip(("weight", "bias"), doors[entry][number], strict=True)))
+            elif only_groups(alignment, entry.key):
+                module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
+            else:
+                module.weight.data.copy_(unmerge_matrix(alignment, entry.key, number, spec))
+    return merged.eval()
+
+
+def first_own_block(spec: MergeSpec, cut: Cut) -> str | None:
+    """The path of the first block outside the trunk, None where all blocks are in it."""
+    for tower, count in enumerate(cut.blocks):
+        paths = [block.path for block in spec.blocks if block.tower == tower]
+        if count < len(paths):
+            return paths[count]
+    return None
+
+
+def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str]]:
+    """Every task's own classes; empty for models whose output has none."""
+    kinds = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
+    if not type(next(iter(experts.values()))).__name__.endswith(kinds):
+        return {}
+    return {task: dict(model.config.id2label) for task, model in experts.items()}
+
+
+def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Shapes of the merged tensors that are wider or narrower than an expert's."""
+    return {name: list(t.shape) for name, t in trunk.items() if t.shape != source[name].shape}
+
+
+def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment, doors: Any) -> dict[str, Any]:
+    units = spec.size(entry.key)
+    size = prod(merged_sizes(entry.key, alignment, spec))
+    kind = "index" if doors is None and only_groups(alignment, entry.key) else "dense"
+    return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
+
+
+@torch.no_grad()
+def fill(merged: nn.Module, sources: Mapping[str, Mapping[str, Tensor]], trunk: Mapping[str, Tensor]) -> None:
+    """Copy the merged tensors into the trunk and the experts' own into the branches, each tensor exactly once."""
+    for name, tensor in model_tensors(merged.trunk).items():
+        tensor.copy_(trunk[name])
+    for task, own in sources.items():
+        for name, tensor in model_tensors(merged.branch(task)).items():
+            # A tensor of the trunk that hangs beside blocks, in no module of its own, is held by every branch.
+            source = trunk[name] if name in trunk else own.get(name)
+            if source is None:
+                raise ExpertError(f"the tensor {name} of the merged model is missing in the expert {task!r}")
+            tensor.copy_(source)

@@ -1,0 +1,40 @@
+"""The command line: `hf-zipit run`, `merge`, `evaluate` and so on, or `hf zipit run` as an extension of `hf`.
+
+Results go to stdout, progress to stderr. Bad input is told in one sentence and ends with exit code 1, a wrong use of
+the command with 2; nobody should see a traceback for either. Importing the package takes some seconds, for it
+registers the merged classes with transformers; what only some commands need is imported inside them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import nullcontext
+
+from rich.text import Text
+
+from hf_zipit.cli.house import Commands
+from hf_zipit.cli.printing import silence, stderr
+from hf_zipit.errors import ZipItError
+
+app = Commands(
+    help="Merge Hugging Face models of different tasks and initialisations into one model, without training.",
+    epilog="""First steps
+  $ hf-zipit doctor
+  $ hf-zipit run recipes/quickstart.yaml
+  $ hf-zipit merge --help
+""",
+)
+
+
+def main() -> None:
+    """The console script. Of several processes the first one speaks."""
+    try:
+        with nullcontext() if int(os.environ.get("RANK", "0")) == 0 else silence():
+            app("hf-zipit")
+    except ZipItError as error:
+        stderr().print(Text(f"Error: {' '.join(str(error).split())}", style="red"), soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stderr().print("Stopped.", style="red")
+        sys.exit(130)

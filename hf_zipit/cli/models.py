@@ -1,0 +1,253 @@
+"""Commands that work on models: merge, inspect, evaluate, push, card, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hf_zipit.cli.app import app
+from hf_zipit.cli.options import Columns, Json, Quiet, parse_columns, parse_depth, parse_experts
+from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, watched, working
+from hf_zipit.errors import RecipeError
+
+
+@app.command(
+    "hf-zipit merge clothes=me/vit-clothes shoes=me/vit-shoes -c me/pictures -o out/merged --refit",
+    "hf-zipit merge low=out/quickstart/experts/low high=out/quickstart/experts/high -c sklearn-digits -o out/digits",
+)
+def merge(
+    experts: Annotated[
+        list[str],
+        typer.Argument(metavar="EXPERT...", help="Repo ids or folders, each as TASK=MODEL or as MODEL alone."),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
+    calibration: Annotated[
+        str | None,
+        typer.Option("--calibration", "-c", help="A data set: a name on the Hub, a folder or sklearn-digits."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
+    samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
+    column: Columns = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="How units are matched: zip, permute, weights, ...")
+    ] = "zip",
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Regress merged modules on what the experts compute.")
+    ] = False,
+    depth: Annotated[str, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block's path.")] = "1.0",
+    seed: Annotated[int, typer.Option(help="Of all random draws.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge two or more experts into one model.
+
+    It is saved with its card and with the recipe that makes it again; `run` does the same for a recipe of your own.
+    """
+    with working(quiet) as say:
+        from hf_zipit.files import check_result_folder
+        from hf_zipit.recipe.loading import check_recipe
+        from hf_zipit.recipe.sections import REFIT, Calibration, ExpertEntry, Recipe
+        from hf_zipit.running.run import run_recipe
+
+        say("checking")
+        entries = {task: ExpertEntry(model=source) for task, source in parse_experts(experts).items()}
+        columns = parse_columns(column)
+        data = None
+        if calibration:
+            data = Calibration(calibration, split, columns=columns, streaming=streaming, samples=samples)
+        method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
+        recipe = Recipe(
+            name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(parse_depth(depth),),
+            output=out, seed=seed,
+        )  # fmt: skip
+        check_recipe(recipe)
+        check_result_folder(out)
+        if dry_run:
+            print_plans(recipe, as_json, say)
+            return
+        result = run_recipe(recipe, save="model", progress=watched(quiet), say=say)
+    print_result(result, as_json)
+
+
+@app.command("hf-zipit inspect google/vit-base-patch16-224")
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A repo id or folder.")],
+    seed: Annotated[int, typer.Option(help="Of the random transformation in the proof.")] = 0,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show which units of a model may move, and prove it.
+
+    Prints every set of units that may be reordered or rotated without changing what the model computes, and the error
+    of the outputs after a random such change.
+    """
+    with working(quiet) as say:
+        from hf_zipit.experts.loading import load_expert
+        from hf_zipit.symmetry import MergeSpec, prove
+        from hf_zipit.symmetry.proof import TOLERANCE
+        from hf_zipit.symmetry.summary import space_rows
+
+        say(f"loading {model}")
+        loaded = load_expert(model, model)
+        say("tracing")
+        spec = MergeSpec.from_model(loaded)
+        say("proving")
+        error = prove(loaded, spec, seed=seed)
+        rows = space_rows(spec, loaded)
+    if as_json:
+        print_json(
+            {
+                "architecture": spec.architecture,
+                "spaces": rows,
+                "unknown_ops": {op: list(modules) for op, modules in spec.unknown_ops.items()},
+                "proof": {"error": error, "tolerance": TOLERANCE, "holds": error <= TOLERANCE},
+            }
+        )
+        return
+    from hf_zipit.report.tables import spaces_table
+
+    console = stdout()
+    console.print(spaces_table(rows, title=f"{spec.architecture}: {len(rows)} spaces"))
+    for op, modules in spec.unknown_ops.items():
+        console.print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
+    verdict = "proven" if error <= TOLERANCE else "NOT PROVEN"
+    console.print(f"{verdict}: relative error of the outputs {error:.1e}, at most {TOLERANCE:.0e} is allowed")
+
+
+@app.command(
+    "hf-zipit evaluate out/quickstart/model --dataset sklearn-digits",
+    "hf-zipit evaluate me/merged --dataset me/pictures --column img=image --metric f1",
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A merged model: a repo id or a folder.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A data set: a name on the Hub, a folder or sklearn-digits.")
+    ],
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="f1, perplexity, retrieval_recall or accuracy; may be repeated."),
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Only this task; may be repeated. All of them by default.")
+    ] = None,
+    column: Columns = None,
+    samples: Annotated[int | None, typer.Option(help="At most so many samples of each task.", min=1)] = None,
+    streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a merged model on a data set.
+
+    Prints the accuracy per task and jointly, and the metrics that are named. Classes are matched by their names.
+    Models without classes, such as CLIP, have no accuracy and need a metric.
+    """
+    with working(quiet) as say:
+        from hf_zipit.evaluation.measure import evaluate as measured
+        from hf_zipit.recipe.sections import Data
+        from hf_zipit.recipe.sources import check_source
+        from hf_zipit.running.data import merged_task_data
+        from hf_zipit.running.saved import load_merged
+
+        if streaming and samples is None:
+            raise RecipeError("--streaming reads only what is asked for; say how many samples with --samples.")
+        check_source(dataset)
+        source = Data(dataset, split, columns=parse_columns(column), streaming=streaming, samples=samples)
+        say(f"loading {model}")
+        merged = load_merged(model)
+        data = merged_task_data(merged, model, source, task)
+        say("measuring")
+        found = measured(merged, data, metrics=metric or (), batch_size=batch_size)
+    if as_json:
+        print_json({**(found.model.to_dict() if found.model else {}), "scores": found.to_dict()["scores"]})
+        return
+    from hf_zipit.report.tables import accuracy_table, scores_table
+
+    console = stdout()
+    if found.model:
+        console.print(accuracy_table({model: found.model}, title=f"accuracy on {dataset}, split {split}"))
+    if found.scores:
+        console.print(scores_table(found.scores, title=f"{model} on {dataset}, split {split}"))
+
+
+@app.command("hf-zipit push out/merged me/vit-clothes-shoes --private")
+def push(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER|RECIPE", help="A merged model, or the recipe that made it.")
+    ],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to: user/name, or a name of your own.")],
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who may see a new repo.", show_default=False)
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="The branch; made if there is none.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead of writing.")] = False,
+    message: Annotated[
+        str | None, typer.Option("--message", "-m", help="The commit's first line.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Push a merged model to the Hub, in one commit.
+
+    Its card, its recipe and the processor of its experts go with it.
+    """
+    with working(quiet) as say:
+        from hf_zipit.running.saved import push_saved
+
+        say(f"pushing to {repo_id}")
+        pushed = push_saved(
+            source, repo_id, private=private, revision=revision, create_pr=create_pr, commit_message=message
+        )
+    if as_json:
+        print_json({"url": str(pushed.repo_url), "commit": pushed.oid, "pull_request": pushed.pr_url})
+    else:
+        print(pushed.pr_url or pushed.repo_url)
+
+
+@app.command("hf-zipit card out/merged")
+def card(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A merged model: repo id or folder.")],
+    write: Annotated[
+        bool, typer.Option("--write", "-w", help="Write it with its pictures into the model's folder.")
+    ] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Print a merged model's card, or write it anew."""
+    with working(quiet) as say:
+        from hf_zipit.running.saved import card_of
+
+        say(f"loading {model}")
+        text, path = card_of(model, write=write)
+    if as_json:
+        print_json({"card": text, "path": str(path) if path else None})
+    else:
+        print(path or text)
+
+
+@app.command("hf-zipit doctor")
+def doctor(as_json: Json = False) -> None:
+    """Say what works here, and how to mend what does not.
+
+    Looks at the versions of packages, devices, processes and the connection to the Hub. Ends with 1 if something needs
+    mending.
+    """
+    from hf_zipit.report.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print_json([check.to_dict() for check in checks])
+    else:
+        from hf_zipit.report.doctor import checks_table
+
+        stdout().print(checks_table(checks))
+    if any(not check.good for check in checks):
+        sys.exit(1)

@@ -1,0 +1,108 @@
+"""What commands print: results on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from hf_zipit.recipe.sections import Recipe
+    from hf_zipit.running.results import RunResult
+
+
+def print_plans(recipe: Recipe, as_json: bool, say: Any) -> None:
+    from hf_zipit.report.tables import plans_table
+    from hf_zipit.running.run import plan_recipe
+
+    plans = plan_recipe(recipe, say)
+    if as_json:
+        print_json([{"method": method, **plan.to_dict()} for (method, _), plan in plans.items()])
+        return
+    first = next(iter(plans.values()))
+    console = stdout()
+    console.print(plans_table(plans, title=f"{recipe.name}: {first.architecture}, tasks {', '.join(first.tasks)}"))
+    if recipe.calibration and any(plan.passes for plan in plans.values()):
+        number = recipe.calibration.samples
+        console.print(
+            f"Observes {f'at most {number:,}' if number else 'all'} samples of each task, once for all merges."
+        )
+    for op, modules in first.spec.unknown_ops.items():
+        console.print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
+
+
+def print_result(result: RunResult, as_json: bool) -> None:
+    if as_json:
+        print_json(result.to_dict())
+        return
+    from hf_zipit.report.tables import results_table
+
+    console = stdout()
+    console.print(results_table(result.rows, result.experts, result.expert_parameters, title=result.recipe.name))
+    if result.kept and result.model:
+        console.print(f"model    {result.model}  ({result.kept.method}, depth {result.kept.depth:g})", soft_wrap=True)
+    if result.refit:
+        module, error = result.refit.worst(1)[0]
+        console.print(
+            f"refit    relative error {result.refit.mean:.3f} in the mean, most in {module} ({error:.3f})",
+            soft_wrap=True,
+        )
+    if result.plot:
+        console.print(f"picture  {result.plot}", soft_wrap=True)
+    if result.pushed:
+        console.print(f"pushed   {result.pushed}", soft_wrap=True)
+
+
+def watched(quiet: bool) -> bool:
+    """Whether to draw progress bars: in a log they are only noise."""
+    return not quiet and sys.stderr.isatty()
+
+
+def print_json(content: Any) -> None:
+    print(json.dumps(content, indent=2, ensure_ascii=False))
+
+
+def stdout() -> Console:
+    """Tables as wide as the terminal; where there is none, wide enough to be read whole."""
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Print nothing on stdout."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+@contextmanager
+def working(quiet: bool) -> Iterator[Any]:
+    """Gives a function that says on stderr what is being done, and keeps other libraries' chatter away."""
+    import logging
+
+    console = stderr()
+
+    def say(what: str) -> None:
+        if not quiet and int(os.environ.get("RANK", "0")) == 0:
+            console.print(f"· {what}", style="dim", soft_wrap=True)
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|accelerate|datasets")
+    say("starting")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    yield say

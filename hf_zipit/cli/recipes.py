@@ -1,0 +1,178 @@
+"""Commands that work on a recipe: run, sweep, search, landscape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hf_zipit.cli.app import app
+from hf_zipit.cli.options import Json, Out, Quiet, RecipePath, parse_depth, read_recipe
+from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, watched, working
+from hf_zipit.errors import RecipeError
+
+
+@app.command(
+    "hf-zipit run recipes/quickstart.yaml",
+    "hf-zipit run recipe.yaml --dry-run   # check everything, print sizes and memory",
+)
+def run(
+    recipe: RecipePath,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
+    ] = False,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run a recipe: merge, measure, save.
+
+    Every method is run at every depth; of the merged models the one under `save` is kept, with its card.
+    """
+    with working(quiet) as say:
+        loaded = read_recipe(recipe, out, say)
+        if dry_run:
+            print_plans(loaded, as_json, say)
+            return
+        from hf_zipit.running.run import run_recipe
+
+        result = run_recipe(loaded, progress=watched(quiet), say=say)
+    print_result(result, as_json)
+
+
+@app.command("hf-zipit sweep recipes/quickstart.yaml -m permute -m zip+refit -d 1 -d 0.5 --plot depths.png")
+def sweep(
+    recipe: RecipePath,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "-m", help="Instead of the recipe's methods.")
+    ] = None,
+    depth: Annotated[list[str] | None, typer.Option("--depth", "-d", help="Instead of the recipe's depths.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw accuracy over depth into this PNG file.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure a recipe under several methods and depths.
+
+    Saves no model; the table, and the picture if one is asked for, are all that comes out.
+    """
+    with working(quiet) as say:
+        from dataclasses import replace
+
+        from hf_zipit.recipe.loading import check_recipe
+        from hf_zipit.recipe.sections import REFIT
+        from hf_zipit.running.run import run_recipe
+
+        loaded = read_recipe(recipe, None, say)
+        if loaded.evaluation is None:
+            raise RecipeError(f"The recipe {recipe} has no evaluation section; a sweep needs something to measure on.")
+        methods = tuple(method) if method else loaded.method
+        depths = tuple(parse_depth(value) for value in depth) if depth else loaded.depth
+        options = {name: given for name, given in loaded.options.items() if name in methods}
+        marked = [any(name.endswith(REFIT) for name in names) for names in (loaded.method, methods)]
+        refit = None if marked == [True, False] else loaded.refit  # its settings were for methods that are left out
+        loaded = replace(loaded, method=methods, depth=depths, options=options, refit=refit, save=None)
+        check_recipe(loaded)
+        result = run_recipe(loaded, save="nothing", progress=watched(quiet), say=say)
+        if plot is not None:
+            from hf_zipit.files import replacing
+            from hf_zipit.report.plots import accuracy_over_depth
+
+            with replacing(plot) as beside:
+                accuracy_over_depth(result.rows, result.experts, title=loaded.name).savefig(
+                    beside, format="png", dpi=160
+                )
+    print_result(result, as_json)
+
+
+@app.command("hf-zipit search recipes/quickstart.yaml --trials 20")
+def search(
+    recipe: RecipePath,
+    sampler: Annotated[str | None, typer.Option(help="grid or tpe, instead of the recipe's.")] = None,
+    trials: Annotated[int | None, typer.Option(help="At most so many merges.", min=1)] = None,
+    max_size: Annotated[
+        float | None, typer.Option(help="The best merge has at most so many times one expert's parameters.")
+    ] = None,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Search for the settings that merge best.
+
+    They are judged on held-out calibration data, never on test data.
+
+    Tries the space in the recipe's `search` section, or else every method at every depth of the recipe. Writes all
+    trials, the picture of the frontier and the best recipe into OUT.
+    """
+    with working(quiet) as say:
+        from dataclasses import replace
+
+        from hf_zipit.files import check_writable
+        from hf_zipit.recipe.sections import Search
+        from hf_zipit.running.exploring import search_recipe
+
+        loaded = read_recipe(recipe, None, say)
+        given = {"sampler": sampler, "trials": trials, "max_size": max_size}
+        given = {name: value for name, value in given.items() if value is not None}
+        loaded = replace(loaded, search=replace(loaded.search or Search(), **given))
+        folder = check_writable(out or loaded.folder / "search")
+
+        def watch(trial: Any) -> None:
+            say(f"{trial.number + 1}: {trial.setting}: {trial.error or format(trial.score, '.3f')}")
+
+        result = search_recipe(loaded, progress=watched(quiet), say=say, watch=watch)
+        if result.best_or_none is None:
+            result.best  # noqa: B018 - raises the sentence that says why
+        result.save(folder, recipe=loaded, title=loaded.name)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    from hf_zipit.report.frontier import search_notes, search_table
+
+    console = stdout()
+    console.print(search_table(result, title=f"{loaded.name}: {len(result.trials)} merges"))
+    for note in search_notes(result):
+        console.print(note, soft_wrap=True)
+    console.print(f"written  {folder}  (hf-zipit run {folder / 'best.yaml'})", soft_wrap=True)
+
+
+@app.command("hf-zipit landscape recipes/quickstart.yaml -m permute -d 1")
+def landscape(
+    recipe: RecipePath,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", "-m", help="How units are matched; as the recipe's kept model by default."),
+    ] = None,
+    depth: Annotated[str | None, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block.")] = None,
+    grid: Annotated[int, typer.Option(help="Points on each axis of the plane; 0 for curves alone.", min=0)] = 13,
+    steps: Annotated[int, typer.Option(help="Points on the line between the experts.", min=3)] = 11,
+    samples: Annotated[int, typer.Option(help="Held-out samples of each task.", min=1)] = 128,
+    out: Out = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the loss around two experts and their merge.
+
+    It is measured on held-out calibration data.
+
+    Writes the contours in the plane through them, the curves on the line between them and all numbers into OUT.
+    """
+    with working(quiet) as say:
+        from hf_zipit.files import check_writable
+        from hf_zipit.running.exploring import landscape_recipe
+
+        loaded = read_recipe(recipe, None, say)
+        folder = check_writable(out or loaded.folder / "landscape")
+        found = landscape_recipe(
+            loaded, method=method, depth=parse_depth(depth) if depth else None, grid=grid, steps=steps,
+            samples=samples, progress=watched(quiet), say=say,
+        )  # fmt: skip
+        found.save(folder, title=loaded.name)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    from hf_zipit.report.landscape import barriers_table
+
+    console = stdout()
+    console.print(barriers_table(found, title=f"{loaded.name}: {found.pair[0]} to {found.pair[1]}"))
+    console.print(f"written  {folder}", soft_wrap=True)

@@ -1,0 +1,69 @@
+"""What an evaluation found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_zipit.files import write_json
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of right answers of one model, in 0..1.
+
+    Attributes:
+        per_task: by task, within the task's own classes.
+        joint_per_task: by task, over the classes of all tasks; empty where the tasks share their classes.
+        samples: by task, the number of answers counted.
+    """
+
+    per_task: Mapping[str, float]
+    joint_per_task: Mapping[str, float]
+    samples: Mapping[str, int]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the per-task accuracies."""
+        return float(np.mean(list(self.per_task.values())))
+
+    @property
+    def joint(self) -> float | None:
+        """Joint accuracy over the samples of all tasks together."""
+        if not self.joint_per_task:
+            return None
+        return float(np.average(list(self.joint_per_task.values()), weights=list(self.samples.values())))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": self.mean, "joint": self.joint}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model and, where they were given, of its experts side by side.
+
+    Attributes:
+        model, experts: their accuracies; None for models without classes, such as CLIP.
+        scores, expert_scores: further metrics, `{task: {name: value}}`.
+    """
+
+    model: Accuracy | None
+    experts: Accuracy | None = None
+    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    expert_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model.to_dict() if self.model else None,
+            "experts": self.experts.to_dict() if self.experts else None,
+            "scores": {task: dict(found) for task, found in self.scores.items()},
+            "expert_scores": {task: dict(found) for task, found in self.expert_scores.items()},
+        }
+
+    def to_json(self, path: str | Path) -> Path:
+        """Write the accuracies; an earlier file is replaced only by a complete one."""
+        return write_json(path, self.to_dict())

@@ -1,0 +1,1 @@
+"""The experts: loaded, adapters made plain, and where they came from."""

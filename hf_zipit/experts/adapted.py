@@ -1,0 +1,174 @@
+"""Experts that are adapters: LoRA weights on a base model, which become a plain model before they are merged.
+
+An adapter is no network of its own, so its update is added to the base first (`merge_and_unload`; LoRA,
+arXiv:2106.09685), and modules that were trained beside it (`modules_to_save`, mostly the classifier) take the place of
+the base's. What comes out is an expert like any other.
+
+What must hold: the expert computes what the adapted model computes, and a model that the user passed stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from hf_zipit.errors import ExpertError, ZipItError
+from hf_zipit.hub.reasons import why
+
+HEADS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+"""The Auto class of PEFT's task types; an adapter for images names its base's class itself."""
+
+INSTALL = "install it with `pip install 'hf-zipit[peft]'`"
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a loaded model is one of PEFT's."""
+    return type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "peft_config")
+
+
+def adapter_config(source: str, revision: str | None = None) -> dict[str, Any] | None:
+    """The configuration of the adapter in a folder or repo; None where there is no adapter."""
+    found = find_adapter_config_file(source, revision=revision)
+    return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+
+
+def plain(task: str, model: nn.Module) -> PreTrainedModel:
+    """The plain model that a `PeftModel` computes; a copy, for PEFT takes its own apart.
+
+    Raises:
+        ExpertError: for adapters that cannot become weights of the base, such as prompts.
+    """
+    return _merged(task, copy.deepcopy(model), "")  # a PeftModel does not know where its adapter came from
+
+
+def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str | None = None) -> PreTrainedModel:
+    """An adapter from a folder or repo, merged into its base, in float32.
+
+    Args:
+        task: the expert's, for errors.
+        source: the folder or repo id of the adapter.
+        settings: what `adapter_config` found.
+        revision: of the adapter's repo.
+
+    Raises:
+        ExpertError: if PEFT is not installed, the base's class is unknown, or the adapter cannot become weights.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ExpertError(
+            f"the expert {task!r} ({source}) is an adapter, and PEFT is not installed; {INSTALL}"
+        ) from error
+    base_source, base_revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    if not base_source:
+        raise ExpertError(f"the adapter of the expert {task!r} ({source}) names no base model; merge it first")
+    saved = _saved_shapes(source, revision)
+    try:
+        base = _load_base(task, source, settings, saved)
+    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+        if isinstance(error, ZipItError):
+            raise
+        reason = why(error, base_source, base_revision)
+        raise ExpertError(f"the base {base_source} of the expert {task!r} could not be loaded: {reason}") from error
+    model = PeftModel.from_pretrained(base, source, **({"revision": revision} if revision else {}))
+    return _merged(task, model, source)
+
+
+def _load_base(task: str, source: str, settings: dict[str, Any], saved: Mapping[str, list[int]]) -> PreTrainedModel:
+    """The base, with a head of the adapter's size."""
+    base_source, base_revision = settings["base_model_name_or_path"], settings.get("revision")
+    own = AutoConfig.from_pretrained(base_source, revision=base_revision)
+    model_class = base_class(task, settings, own)
+    base, report = model_class.from_pretrained(
+        base_source,
+        config=_labelled(model_class, own, source, saved),
+        revision=base_revision,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # the base's classifier, which the adapter brings its own for
+        output_loading_info=True,
+    )
+    drawn = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])} - saved.keys()
+    if drawn:
+        raise ExpertError(
+            f"the tensor {min(drawn)} of the expert {task!r} is neither in the adapter {source} nor in its base "
+            f"{base_source}; save it with the adapter (modules_to_save)"
+        )
+    return base
+
+
+def base_class(task: str, settings: dict[str, Any], config: PreTrainedConfig) -> Any:
+    """The class of the base with the head that the adapter was trained for."""
+    named = (settings.get("auto_mapping") or {}).get("base_model_class")
+    name = named or HEADS.get(settings.get("task_type") or "") or (config.architectures or [""])[0]
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise ExpertError(
+            f"the adapter of the expert {task!r} is for the class {name or 'nothing'!r}, which transformers does not "
+            "have; load it with PEFT yourself and pass the model"
+        )
+    return found
+
+
+def _labelled(
+    model_class: Any, config: PreTrainedConfig, source: str, saved: Mapping[str, list[int]]
+) -> PreTrainedConfig:
+    """The base's configuration with the adapter's labels: from a configuration saved beside it, else their number.
+
+    An adapter does not say how many labels its classifier has. So the classifier's shape in the base is compared with
+    that in the adapter's file.
+    """
+    beside = Path(source).expanduser() / "config.json"
+    if beside.is_file():
+        labels = json.loads(beside.read_text(encoding="utf-8")).get("id2label")
+        if labels:
+            config.id2label = {int(key): name for key, name in labels.items()}
+            config.label2id = {name: key for key, name in config.id2label.items()}
+            return config
+    with torch.device("meta"):
+        empty = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
+    for name, tensor in empty.state_dict().items():
+        shape = saved.get(name)
+        if shape and tensor.dim() and shape[0] != tensor.shape[0] == config.num_labels:
+            config.num_labels = shape[0]
+            break
+    return config
+
+
+def _saved_shapes(source: str, revision: str | None) -> dict[str, list[int]]:
+    """Shapes of the tensors in an adapter's file, by their names in the base model."""
+    from peft.utils.save_and_load import load_peft_weights
+
+    prefix = "base_model.model."
+    weights = load_peft_weights(source, device="cpu", **({"revision": revision} if revision else {}))
+    return {name.removeprefix(prefix): list(tensor.shape) for name, tensor in weights.items()}
+
+
+def _merged(task: str, model: nn.Module, source: str) -> PreTrainedModel:
+    if not hasattr(model, "merge_and_unload") or not hasattr(model.base_model, "merge_and_unload"):
+        kind = str(model.peft_config[model.active_adapter].peft_type).rpartition(".")[2]
+        raise ExpertError(
+            f"the adapter of the expert {task!r} ({kind}) does not change weights, so it cannot be merged into its "
+            "base; merging takes adapters such as LoRA"
+        )
+    merged = model.merge_and_unload(safe_merge=True)
+    merged.name_or_path = source
+    merged.config._commit_hash = None  # the base's
+    return merged.eval().requires_grad_(True)

@@ -1,0 +1,122 @@
+"""The experts, loaded where they are given by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_zipit import modeling
+from hf_zipit.errors import ExpertError, ZipItError
+from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
+from hf_zipit.hub.cache import commit_of, looks_local
+from hf_zipit.hub.processors import processor_files
+from hf_zipit.hub.reasons import why
+from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
+
+Expert = PreTrainedModel | nn.Module | str | Path
+
+Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]]
+
+
+def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
+    """The experts by task name: repo ids and folders loaded in float32 and eval mode, models as they are.
+
+    A LoRA adapter becomes the model that it makes of its base. A merged model becomes several experts, one for each of
+    its tasks, named `NAME/TASK`.
+
+    Raises:
+        ExpertError: for fewer than two experts, an empty or repeated task name, or a model that cannot be loaded.
+    """
+    pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
+    names = [name for name, _ in pairs]
+    if not pairs:
+        raise ExpertError("merging needs at least two experts, but none was given")
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")
+        if names.count(name) > 1:
+            count = names.count(name)
+            raise ExpertError(f"the task name {name!r} is given to {count} experts; task names must differ")
+    found: dict[str, PreTrainedModel] = {}
+    for name, expert in pairs:
+        loaded = load_expert(name, expert, (revisions or {}).get(name))
+        parts = by_task(name, loaded) if isinstance(loaded, ZipItPreTrainedModel) else {name: loaded}
+        if twice := next((task for task in parts if task in found), None):
+            raise ExpertError(f"the task name {twice!r} is given to 2 experts; task names must differ")
+        found |= parts
+    if len(found) < 2:
+        raise ExpertError(f"merging needs at least two experts, but only {names[0]!r} was given")
+    return found
+
+
+def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:
+    """The tasks of a merged model as experts of their own, `NAME/TASK`.
+
+    Raises:
+        ExpertError: if a task cannot be a plain model.
+    """
+    try:
+        return {f"{name}/{task}": merged.expert(task) for task in merged.config.tasks}
+    except ExpertError as error:
+        raise ExpertError(f"the expert {name!r} is a merged model that cannot be merged again: {error}") from error
+
+
+def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTrainedModel:
+    """One expert; a repo id or a folder is loaded in float32 with the class that its configuration names.
+
+    With a repo id its image processor or tokenizer and its card come along into the cache, for the merged model's.
+
+    Raises:
+        ExpertError: if it cannot be loaded, in one sentence that says why.
+    """
+    if isinstance(expert, nn.Module):
+        return as_expert(task, expert)
+    source = str(expert)
+    folder = Path(source).expanduser()
+    if (isinstance(expert, Path) or looks_local(source)) and not folder.is_dir():
+        raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
+    source = str(folder) if folder.is_dir() else source
+    try:
+        settings = adapter_config(source, revision)
+        model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
+    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+        if isinstance(error, ZipItError):
+            raise
+        reason = why(error, source, revision)
+        raise ExpertError(f"the expert {task!r} could not be loaded from {source}: {reason}") from error
+    if not folder.is_dir():
+        commit = commit_of(source, revision or "main")
+        processor_files(source, commit, fetch=True)
+        model.config._commit_hash = commit
+    return model.eval()
+
+
+def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
+    """A loaded model as an expert: itself, or what an adapter makes of its base."""
+    if is_adapted(model):
+        return plain(task, model)
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ExpertError(
+            f"the expert {task!r} carries adapters beside its weights; give the adapter's folder or repo id instead, "
+            "or a PeftModel"
+        )
+    return model  # type: ignore[return-value]
+
+
+def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    architecture = (config.architectures or [""])[0]
+    model_class = getattr(modeling if isinstance(config, ZipItConfig) else transformers, architecture, None)
+    if model_class is None:
+        raise ExpertError(
+            f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, "
+            "which transformers does not have; load the model yourself and pass it"
+        )
+    return model_class.from_pretrained(source, config=config, revision=revision, dtype=torch.float32)

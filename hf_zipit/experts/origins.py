@@ -1,0 +1,110 @@
+"""Where the experts came from: what a recipe and a model card must say so that a merge can be made and checked again.
+
+An expert's `sha256` is taken over the names, dtypes, shapes and bytes of its parameters and persistent buffers as they
+were merged (`observe.fingerprint`), not over a file: it is the same for one file and for shards, for a model that was
+loaded and for one that was built.
+
+What must hold: nothing here uses the network; cards of repos are read from what loading left on this machine.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import yaml
+from torch import nn
+
+from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.hub.cache import commit_of, local_folder
+
+PACKAGES = ("hf-zipit", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "numpy", "scipy")
+
+CARD = "README.md"
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where one expert came from.
+
+    Attributes:
+        model: its repo id or folder; None for a model that was built in memory.
+        task: of a merged model, the task whose expert this was.
+        revision: the commit of the repo.
+        sha256: of its weights.
+        licence: `license`, and for others than the known ones `license_name` and `license_link`, from its card.
+        datasets: data sets of the Hub that its card names.
+    """
+
+    model: str | None
+    task: str | None
+    revision: str | None
+    sha256: str
+    licence: Mapping[str, str]
+    datasets: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values; what is not known is left out."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}
+
+
+def origins(experts: Mapping[str, nn.Module]) -> dict[str, Origin]:
+    """The origins of loaded experts, by task."""
+    prints = fingerprint_experts(experts)
+    return {task: origin(model, prints[task]) for task, model in experts.items()}
+
+
+def origin(model: nn.Module, sha256: str) -> Origin:
+    name, revision = source_of(model)
+    card = card_data(name, revision)
+    licence = {key: str(card[key]) for key in LICENCE_KEYS if isinstance(card.get(key), str)}
+    datasets = card.get("datasets") or []
+    datasets = [datasets] if isinstance(datasets, str) else datasets
+    task = getattr(model, "merged_task", None)
+    return Origin(name, task, revision, sha256, licence, tuple(str(d) for d in datasets))
+
+
+def source_of(model: nn.Module) -> tuple[str | None, str | None]:
+    """The repo id or folder that a model was loaded from, and the repo's commit; None where there is none."""
+    name = getattr(model, "name_or_path", "") or None
+    return name, getattr(getattr(model, "config", None), "_commit_hash", None) or commit_of(name)
+
+
+def card_data(source: str | None, revision: str | None = None) -> dict[str, Any]:
+    """The metadata of a model's card, as far as the card is on this machine; empty if it is not, or is damaged."""
+    folder = local_folder(source, revision)
+    card = folder / CARD if folder else None
+    if card is None or not card.is_file():
+        return {}
+    _, *parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
+    try:
+        found = yaml.safe_load(parts[0]) if len(parts) == 2 else None
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def common_licence(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The licence of all experts, as metadata of a card; empty if one has another or none.
+
+    Args:
+        experts: by task what `Origin.to_dict` gave.
+    """
+    licences = [dict(expert.get("licence", {})) for expert in experts.values()]
+    return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the packages that a merge depends on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # a source tree that was not installed
+            continue
+    return found

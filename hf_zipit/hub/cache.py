@@ -1,0 +1,61 @@
+"""What loading a model from the Hub left on this machine: the folder of its files, and which commit they are of.
+
+What must hold: nothing is downloaded unless the caller names what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download, try_to_load_from_cache
+
+CONFIGS = ("config.json", "adapter_config.json")
+"""One of them is there wherever a model was loaded."""
+
+
+def local_folder(source: str | Path | None, revision: str | None = None, fetch: Sequence[str] = ()) -> Path | None:
+    """The folder in which the files of a model lie: the one that was named, or the cache's; None if there is neither.
+
+    Args:
+        source: a folder or a repo id.
+        revision: of the repo.
+        fetch: patterns of the files to download first.
+    """
+    if not source:
+        return None
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    try:
+        if fetch:
+            return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(fetch)))
+        # A snapshot of all files need not be there, so it is found by one of them.
+        found = [try_to_load_from_cache(str(source), name, revision=revision) for name in CONFIGS]
+    except (OSError, ValueError):  # the Hub does not answer, or it is no repo id: there is nothing to take
+        return None
+    return next((Path(path).parent for path in found if isinstance(path, str)), None)
+
+
+def commit_of(source: str | None, revision: str | None = None) -> str | None:
+    """The commit of a repo that was loaded with `revision`; None for folders.
+
+    Without a revision it is only told where there is no doubt, the cache holding a single commit of the repo: a loaded
+    model does not say which one it came from.
+    """
+    if not source or Path(source).expanduser().is_dir():
+        return None
+    folder = local_folder(source, revision)
+    if folder is None or (revision is None and len(list(folder.parent.iterdir())) > 1):
+        return None
+    return folder.name
+
+
+def looks_local(source: str) -> bool:
+    """Whether a model or data set can only be a folder: what is on the Hub is `name` or `user/name`."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
+
+
+def is_repo(source: str) -> bool:
+    """Whether a source is a repo id and no folder."""
+    return not looks_local(source) and not Path(source).expanduser().exists()

@@ -1,0 +1,119 @@
+"""Image processors, tokenizers and processors as what they are on disk: a few files beside a model.
+
+A merged model is saved with its experts' processor: at the top of the folder where all experts have the same, else one
+per task in `processors/TASK/`. They are compared and copied as files, so nothing has to be installed to read them, and
+a folder without any never yields an empty tokenizer (`AutoTokenizer` makes one from the configuration alone).
+
+What must hold: the network is only used for a repo id that the user named.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_zipit.hub.cache import local_folder
+
+Files = dict[str, bytes]
+"""Contents by path, relative to the model's folder."""
+
+PATTERNS = (
+    "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "*.model", "*.bpe", "chat_template*",
+)  # fmt: skip
+"""Names of the files that a processor may consist of."""
+
+FOLDER = "processors"
+
+NOISE = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version")
+"""Keys that tell where a processor was loaded from, and by what."""
+
+
+def processor_files(source: str | Path | None, revision: str | None = None, *, fetch: bool = False) -> Files:
+    """The processor files of a model, those under `processors/` included; none where it has none.
+
+    Args:
+        source: a folder or a repo id.
+        revision: of the repo.
+        fetch: whether files of a repo (and its card) may be downloaded; else those that are on this machine are read.
+    """
+    folder = local_folder(source, revision, [*PATTERNS, f"{FOLDER}/*", "README.md"] if fetch else [])
+    if folder is None:
+        return {}
+    found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.iterdir()) if is_processor_file(path)}
+    inner = sorted((folder / FOLDER).glob("*/*"))
+    found |= {path.relative_to(folder).as_posix(): path for path in inner if is_processor_file(path)}
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+def is_processor_file(path: Path) -> bool:
+    return path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in PATTERNS)
+
+
+def saved_files(processor: Any) -> Files:
+    """What an image processor, tokenizer or processor writes into a folder."""
+    if not hasattr(processor, "save_pretrained"):  # a plain function
+        return {}
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir()) if path.is_file()}
+
+
+def together(by_task: Mapping[str, Files], folders: Mapping[str, str]) -> Files:
+    """The experts' processor files as those of one model.
+
+    Args:
+        by_task: each expert's files; experts without any do not count.
+        folders: for every task a name that a folder may have.
+
+    Returns:
+        The files of one expert if all are equal, else each expert's in `processors/FOLDER/`.
+    """
+    known = {task: files for task, files in by_task.items() if files}
+    if not known:
+        return {}
+    first = next(iter(known.values()))
+    if all(same(first, files) for files in known.values()):
+        return dict(first)
+    return {
+        f"{FOLDER}/{folders[task]}/{name}": content for task, files in known.items() for name, content in files.items()
+    }
+
+
+def own_files(files: Files, folder: str) -> Files:
+    """One task's files of a merged model that has them per task; else all."""
+    start = f"{FOLDER}/{folder}/"
+    own = {name.removeprefix(start): content for name, content in files.items() if name.startswith(start)}
+    return own or {name: content for name, content in files.items() if not name.startswith(f"{FOLDER}/")}
+
+
+def same(left: Files, right: Files) -> bool:
+    """Whether two processors do the same: equal files, but for where they were loaded from."""
+    return left.keys() == right.keys() and all(_content(n, left[n]) == _content(n, right[n]) for n in left)
+
+
+def _content(name: str, raw: bytes) -> Any:
+    if not name.endswith("_config.json"):
+        return raw
+    try:
+        return _without_noise(json.loads(raw))
+    except ValueError:  # damaged
+        return raw
+
+
+def _without_noise(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_noise(item) for key, item in value.items() if key not in NOISE}
+    return value
+
+
+def write_files(folder: str | Path, files: Files) -> None:
+    """Write the files into an existing folder."""
+    for name, content in files.items():
+        path = Path(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

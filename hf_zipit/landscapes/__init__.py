@@ -1,0 +1,1 @@
+"""The loss around two experts and their merge."""

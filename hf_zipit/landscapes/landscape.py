@@ -1,0 +1,111 @@
+"""The loss around two experts and their merge: on the line between the aligned experts, and in a plane with the merge.
+
+Two experts that were trained apart lie in different basins; averaging their weights lands on the barrier between them.
+Alignment brings expert b's units into a's places, and if the experts are alike up to a symmetry the barrier is gone
+(Git Re-Basin, arXiv 2209.04836; for experts of different tasks MuDSC, CVPR 2024). Here the weights of the trunk are
+moved and every task's loss is measured through that task's own branch, at its own entry.
+
+*Aligned expert*: its trunk in the merged units, T M_t W_t U_t. One-to-one maps and changes of basis only move it: it
+computes what the expert computes. Where units were joined (zip) it does not, and the ends of the line are what the
+experts' weights become in merged units, not the experts themselves; `exact` tells.
+
+*Barrier* of a task: the largest excess, on the line, of its loss over the straight line between the losses at the
+ends. *Plane*: through both aligned experts and the merge, the axes orthogonal, in units of the experts' distance. An
+average lies on the line between them; then the second axis is a seeded random direction, with the size of b - a
+tensor by tensor (after Li et al., Visualizing the Loss Landscape of Neural Nets, NeurIPS 2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from hf_zipit.errors import RecipeError
+from hf_zipit.evaluation.held_out import Answers
+from hf_zipit.experts.loading import Experts
+from hf_zipit.landscapes.results import Landscape
+from hf_zipit.landscapes.survey import Survey
+from hf_zipit.merging import refit_settings
+from hf_zipit.observe import Moments
+from hf_zipit.recipe.sections import REFIT
+from hf_zipit.refit import RefitConfig
+
+
+def landscape(
+    experts: Experts,
+    calibration: Any,
+    *,
+    validation: Any = None,
+    method: str = "weights",
+    options: Mapping[str, Any] | None = None,
+    depth: float | str = 1.0,
+    residual: str = "match",
+    overrides: Mapping[str, Any] | None = None,
+    combine: str = "average",
+    refit: bool | RefitConfig | Mapping[str, Any] = False,
+    pair: Sequence[str] | None = None,
+    grid: int = 13,
+    margin: float = 0.35,
+    steps: int = 11,
+    samples: int = 128,
+    hold_out: float = 0.25,
+    answers: Answers = "auto",
+    processor: Any = None,
+    batch_size: int = 64,
+    moments: Moments | str | Path | None = None,
+    accelerator: Accelerator | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Landscape:
+    """Measure the loss around two experts and their merge.
+
+    Args:
+        experts: the models by task name, as for `merge`.
+        calibration: a little data: one part is what the merge looks at, if it needs data, another is measured on.
+        validation: data to measure on, in place of a part of the calibration data.
+        method, options, depth, residual, overrides, combine, refit: of the merge, as for `merge`. Corrections belong
+            to one point, not to a plane, and are left out.
+        pair: the tasks of the two experts; the first two by default.
+        grid: points on each axis of the plane, 2 or more; 0 for no plane. Every point runs all samples once.
+        margin: how far the plane goes beyond the points, in distances of the experts.
+        steps: points on the line, 3 or more; an odd number includes the middle.
+        samples: of each task, at most, that are measured on.
+        hold_out: the share of the calibration data that is measured on.
+        answers: `"labels"`, `"experts"` or `"auto"`: see `hf_zipit.search`.
+        processor: image processor or tokenizer for raw data.
+        batch_size: samples per forward pass.
+        moments: of the same experts, as for `merge`.
+        accelerator: where the experts are observed; the losses are measured where `merge` leaves the model.
+        seed: of everything that is drawn.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ExpertError: if the experts do not fit each other, or their aligned trunks are the same.
+        DataError, RecipeError, SpecError: as `merge` and `search` do.
+    """
+    if steps < 3 or grid < 0 or grid == 1 or samples < 1:
+        raise RecipeError(
+            f"steps, grid and samples are {steps}, {grid} and {samples}; there must be 3 or more steps, 2 or more "
+            "points on an axis (or 0, for no plane), and 1 or more samples."
+        )
+    survey = Survey.of(
+        experts, calibration, validation, samples=samples, hold_out=hold_out, answers=answers, processor=processor,
+        batch_size=batch_size, moments=moments, accelerator=accelerator, seed=seed, progress=progress,
+    )  # fmt: skip
+    chosen = survey.pair(pair)
+    surface = survey.surface(
+        chosen, method=method, options=options, depth=depth, residual=residual, overrides=overrides, combine=combine,
+        refit=refit,
+    )  # fmt: skip
+    aligned = survey.curve(surface, steps)
+    plane = survey.plane(surface, grid, margin) if grid else None
+    naive = None
+    if method != "identity":
+        naive = survey.curve(survey.surface(chosen, method="identity", depth=depth), steps)
+    name = f"{method}{REFIT}" if refit_settings(refit) else method
+    return Landscape(
+        chosen, name, surface.depth, survey.held.answers, survey.held.counts, aligned, naive, plane
+    )  # fmt: skip

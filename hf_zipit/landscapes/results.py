@@ -1,0 +1,156 @@
+"""What was measured around two experts and their merge: losses on lines and in a plane, and their barriers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_zipit.files import replacing, write_json
+
+RESULTS, CONTOURS, CURVES = "landscape.json", "landscape.png", "interpolation.png"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses (mean cross-entropy) and errors (shares of wrong answers) at the points of a line or grid, by task."""
+
+    loss: Mapping[str, tuple[Any, ...]]
+    error: Mapping[str, tuple[Any, ...]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"loss": _plain(self.loss), "error": _plain(self.error)}
+
+
+@dataclass(frozen=True)
+class Curve(Measured):
+    """What is measured on the line between two aligned experts.
+
+    Attributes:
+        method: how they were aligned; `"identity"` is naive interpolation.
+        at: the places on the line, from 0, the first expert, to 1, the second.
+        exact: whether the aligned experts compute what the experts compute.
+    """
+
+    method: str
+    at: tuple[float, ...]
+    exact: bool
+
+    def barrier(self, task: str) -> float:
+        """The largest excess of the task's loss over the straight line between the ends; 0 or more."""
+        return barrier(self.at, self.loss[task])
+
+    @property
+    def mean_barrier(self) -> float:
+        """The barrier of the tasks' mean loss."""
+        return barrier(self.at, [sum(values) / len(values) for values in zip(*self.loss.values(), strict=True)])
+
+    def to_dict(self) -> dict[str, Any]:
+        barriers = {task: self.barrier(task) for task in self.loss}
+        return {
+            "method": self.method,
+            "exact": self.exact,
+            "at": list(self.at),
+            **super().to_dict(),
+            "barrier": _plain(barriers),
+            "mean_barrier": _plain(self.mean_barrier),
+        }
+
+
+@dataclass(frozen=True)
+class Plane(Measured):
+    """What is measured in a plane; `loss[task][row][column]` is the loss at `(x[column], y[row])`.
+
+    Attributes:
+        points: the aligned experts and the merge, by name; in units of the distance between the aligned experts.
+        x, y: the grid's places on both axes.
+        through_merge: whether the merge spans the second axis; else it is a random direction.
+    """
+
+    points: Mapping[str, tuple[float, float]]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    through_merge: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "points": {name: list(point) for name, point in self.points.items()},
+            "x": list(self.x),
+            "y": list(self.y),
+            "through_merge": self.through_merge,
+            **super().to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Landscape:
+    """The loss around two experts and a merge.
+
+    Attributes:
+        pair: the two experts' tasks.
+        method, depth: of the merge; the method as recipes name it, with `+refit` where it was refitted.
+        answers, samples: who said what is right, and the number of samples by task.
+        aligned: the line between the aligned experts.
+        naive: the line between the experts as they are; None where the method is plain averaging.
+        plane: None where no grid was asked for.
+    """
+
+    pair: tuple[str, str]
+    method: str
+    depth: float
+    answers: str
+    samples: Mapping[str, int]
+    aligned: Curve
+    naive: Curve | None
+    plane: Plane | None
+
+    @property
+    def curves(self) -> list[Curve]:
+        """The lines that were measured."""
+        return [self.aligned, *([self.naive] if self.naive else [])]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "pair": list(self.pair),
+            "method": self.method,
+            "depth": self.depth,
+            "answers": self.answers,
+            "samples": dict(self.samples),
+            "interpolation": [curve.to_dict() for curve in self.curves],
+            "plane": self.plane.to_dict() if self.plane else None,
+        }
+
+    def save(self, folder: str | Path, *, title: str = "") -> Path:
+        """Write the numbers (`landscape.json`), the curves (`interpolation.png`) and the contours (`landscape.png`).
+
+        Raises:
+            OutputError: if the folder cannot be written.
+        """
+        from hf_zipit.report.landscape import contours, interpolation
+
+        folder = Path(folder)
+        write_json(folder / RESULTS, self.to_dict())
+        pictures = {CURVES: interpolation} | ({CONTOURS: contours} if self.plane else {})
+        for name, draw in pictures.items():
+            with replacing(folder / name) as beside:
+                draw(self, title=title).savefig(beside, format="png", dpi=160)
+        return folder
+
+
+def barrier(at: Sequence[float], loss: Sequence[float]) -> float:
+    """The largest excess of a curve from `at[0]` = 0 to `at[-1]` = 1 over the straight line between its ends.
+
+    0 or more, because the ends have none; Git Re-Basin, arXiv 2209.04836, definition 2.2.
+    """
+    return max(value - ((1 - x) * loss[0] + x * loss[-1]) for x, value in zip(at, loss, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON knows them: what is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return value if math.isfinite(value) else None

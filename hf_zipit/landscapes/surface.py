@@ -1,0 +1,212 @@
+"""The plane through two aligned experts and their merge: one model whose weights move, point by point."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_zipit.align.maps import Alignment, SpaceMap
+from hf_zipit.combine.transform import to_merged, unmerge_matrix
+from hf_zipit.combine.trunk import in_float32
+from hf_zipit.errors import ExpertError
+from hf_zipit.modeling.entries import DenseEntry
+from hf_zipit.planning.plan import Plan
+from hf_zipit.symmetry.proof import model_tensors
+
+ON_THE_LINE = 1e-4
+"""A merge that is nearer to the line between the experts than this share of their distance spans no plane with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A tensor of the merged model, `targets` being all its copies there, and how it moves with x and y.
+
+    Attributes:
+        positive: whether it must not become negative, as a running variance.
+    """
+
+    targets: Sequence[Tensor]
+    base: Tensor
+    east: Tensor
+    north: Tensor
+    positive: bool
+
+    def put(self, x: float, y: float) -> None:
+        moved = self.base + x * self.east + y * self.north
+        for target in self.targets:
+            target.copy_(moved.clamp_min(0) if self.positive else moved)
+
+
+@dataclass(frozen=True, eq=False)
+class Surface:
+    """One merged model whose weights are overwritten, point by point.
+
+    Attributes:
+        method, depth: of the merge.
+        model: the model; `move` changes it.
+        places: what `move` changes.
+        points: the aligned experts and the merge, by name.
+        exact: whether the aligned experts compute what the experts compute.
+        through_merge: whether the merge spans the second axis.
+    """
+
+    method: str
+    depth: float
+    model: PreTrainedModel
+    places: Sequence[Place]
+    points: Mapping[str, tuple[float, float]]
+    exact: bool
+    through_merge: bool
+
+    @torch.no_grad()
+    def move(self, x: float, y: float = 0.0) -> PreTrainedModel:
+        """The model at a point: `a + x (b - a) + y * north`."""
+        for place in self.places:
+            place.put(x, y)
+        return self.model
+
+
+@torch.no_grad()
+def make_surface(
+    experts: Mapping[str, PreTrainedModel],
+    planned: Plan,
+    alignment: Alignment,
+    merged: PreTrainedModel,
+    pair: tuple[str, str],
+    *,
+    method: str,
+    seed: int = 0,
+) -> Surface:
+    """The plane through two aligned experts and a merge.
+
+    Args:
+        experts: the experts by task, with their norms folded where the plan says so.
+        planned, alignment: of the merge.
+        merged: what came out; it is changed from now on.
+        pair: the tasks of the two experts.
+        method: the name of the method.
+        seed: of the random direction where the merge is on the line between the experts.
+
+    Raises:
+        ExpertError: if the aligned trunks are the same.
+    """
+    moves = [*_trunk(experts, planned, alignment, merged, pair), *_doors(planned, alignment, merged)]
+    length = _inner((move.east, move.east) for move in moves if move.counts)
+    if not length > 0:
+        raise ExpertError(
+            f"the aligned trunks of the experts {pair[0]!r} and {pair[1]!r} are the same, with no line between them; "
+            "choose other experts"
+        )
+    share = _inner((move.to_merge, move.east) for move in moves if move.counts) / length
+    norths = [move.to_merge - share * move.east for move in moves]
+    off = math.sqrt(_inner((n, n) for n, move in zip(norths, moves, strict=True) if move.counts) / length)
+    through_merge = off > ON_THE_LINE
+    if through_merge:
+        norths = [north / off for north in norths]
+    else:
+        norths, off = _random_norths(moves, length, seed), 0.0
+    places = [
+        Place(move.targets, move.base, move.east, north, not move.counts and move.never_negative())
+        for move, north in zip(moves, norths, strict=True)
+    ]
+    points = {pair[0]: (0.0, 0.0), pair[1]: (1.0, 0.0), "merge": (share, off)}
+    return Surface(method, planned.cut.depth, merged, places, points, _is_exact(alignment), through_merge)
+
+
+@dataclass(frozen=True, eq=False)
+class _Move:
+    """A tensor's value at the first expert, and from there the way to the second and to the merge.
+
+    Attributes:
+        targets: all its copies in the merged model.
+        counts: whether it has a part in distances: parameters have, statistics have not.
+    """
+
+    targets: Sequence[Tensor]
+    base: Tensor
+    east: Tensor
+    to_merge: Tensor
+    counts: bool
+
+    @classmethod
+    def between(cls, targets: Sequence[Tensor], a: Tensor, b: Tensor, counts: bool = True) -> _Move:
+        return cls(targets, a, b - a, targets[0] - a, counts)
+
+    def never_negative(self) -> bool:
+        """Whether it is positive at all three, as a running variance is."""
+        ends = (self.base, self.base + self.east, self.base + self.to_merge)
+        return all(bool((value >= 0).all()) for value in ends)
+
+
+def _trunk(
+    experts: Mapping[str, PreTrainedModel], planned: Plan, alignment: Alignment, merged: PreTrainedModel, pair: Any
+) -> Iterator[_Move]:
+    """Every tensor of the trunk that something reads."""
+    spec, tasks = planned.spec, list(experts)
+    numbers = [tasks.index(task) for task in pair]
+    sources = [model_tensors(experts[task]) for task in pair]
+    parameters = {name for name, _ in experts[pair[0]].named_parameters(remove_duplicate=False)}
+    trunk = model_tensors(merged.trunk)
+    branches = [model_tensors(merged.branch(task)) for task in tasks]
+    for name in sorted(planned.cut.trunk):
+        labels = spec.axes.get(name)
+        if labels is None or not sources[0][name].is_floating_point():
+            continue
+        # A tensor of the trunk that hangs beside blocks, in no module of its own, is held by every branch.
+        targets = [trunk[name]] if name in trunk else [branch[name] for branch in branches]
+        ends = (
+            to_merged(in_float32(source[name]), labels, alignment, spec, number).to(targets[0])
+            for source, number in zip(sources, numbers, strict=True)
+        )
+        yield _Move.between(targets, *ends, counts=name in parameters)
+
+
+def _doors(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> Iterator[_Move]:
+    """Fitted doors belong to the merge; the aligned experts are read through U_t."""
+    for number, task in enumerate(planned.tasks):
+        key = merged.branch_names[task]
+        pairs = [*zip(planned.cut.entries, merged.entries[key], strict=True)]
+        pairs += zip(planned.cut.exits, merged.exits[key], strict=True)
+        for entry, door in pairs:
+            if isinstance(door, DenseEntry):
+                plain = unmerge_matrix(alignment, entry.key, number, planned.spec).to(door.weight)
+                zeros = torch.zeros_like(door.bias)
+                yield _Move.between([door.weight], plain, plain)
+                yield _Move.between([door.bias], zeros, zeros)
+
+
+def _random_norths(moves: Sequence[_Move], length: float, seed: int) -> list[Tensor]:
+    """A random direction at a right angle to east, as long as it, in every tensor about as long as it is there."""
+    generator = torch.Generator().manual_seed(seed)
+    norths = []
+    for move in moves:
+        drawn = torch.randn(move.east.shape, generator=generator).to(move.east)
+        norths.append(drawn * (move.counts * move.east.norm() / drawn.norm().clamp_min(1e-12)))
+    slant = _inner(zip(norths, (move.east for move in moves), strict=True)) / length
+    norths = [north - move.counts * slant * move.east for north, move in zip(norths, moves, strict=True)]
+    scale = math.sqrt(length / _inner((north, north) for north in norths))
+    return [north * scale for north in norths]
+
+
+def _inner(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The inner product of two directions, summed over their tensors."""
+    return sum(float((a.double() * b.double()).sum()) for a, b in pairs)
+
+
+def _is_exact(alignment: Alignment) -> bool:
+    """Whether every map moves an expert's units without joining or dropping any."""
+
+    def one_to_one(space_map: Any) -> bool:
+        if not isinstance(space_map, SpaceMap):
+            return True  # an invertible change of basis
+        labels = space_map.labels
+        every = torch.arange(space_map.size).expand(*labels.shape[:-1], -1)
+        return labels.shape[-1] == space_map.size and torch.equal(labels.sort(-1).values, every)
+
+    return all(one_to_one(space_map) for space_map in alignment.values())

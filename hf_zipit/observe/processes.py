@@ -1,0 +1,39 @@
+"""Models where they are to run, and sums over the processes that run them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+
+@contextmanager
+def placed(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Models in eval mode and on the device, unless a `device_map` has placed them; as they were on leaving."""
+    models = {id(model): model for model in models}.values()
+    training = {module: module.training for model in models for module in model.modules()}
+    homes: dict[nn.Module, torch.device] = {}
+    try:
+        for model in models:
+            model.eval()
+            home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), device)
+            if not getattr(model, "hf_device_map", None) and home != device:
+                homes[model] = home
+                model.to(device)
+        yield
+    finally:
+        for model, home in homes.items():
+            model.to(home)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def summed(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+    """The sum of a tensor over all processes, where the tensor is."""
+    if accelerator.num_processes == 1:
+        return tensor
+    return accelerator.reduce(tensor.to(accelerator.device), "sum").to(tensor.device)

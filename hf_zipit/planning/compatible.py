@@ -1,0 +1,89 @@
+"""Whether experts fit each other: one architecture, the same sizes in everything but the head, finite weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_zipit.errors import ExpertError
+from hf_zipit.symmetry.proof import model_tensors
+
+# Not "token_id": the forward pass looks for `pad_token_id` (RoBERTa's positions) and `eos_token_id` (what CLIP pools).
+BEHAVIOUR_ONLY = (
+    "drop", "initializer", "bos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id", "problem_type",
+    "output_", "use_cache", "return_dict", "label", "classifier", "mask", "apply_spec", "gradient_checkpointing",
+    "summary", "loss", "tie_",
+)  # fmt: skip
+"""Parts of the names of configuration fields that experts may differ in: they change training, not the network."""
+
+BOOKKEEPING = {
+    "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type", "auto_map",
+    "finetuning_task", "task_specific_params", "pruned_heads", "_attn_implementation", "logit_scale_init_value",
+    "chunk_size_feed_forward", "encoder_stride", "is_decoder",
+}  # fmt: skip
+
+
+def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) -> None:
+    """Experts must be copies of one architecture in everything but the head, with finite weights.
+
+    Args:
+        experts: the models by task.
+        head: path prefixes of the task head, whose sizes may differ.
+
+    Raises:
+        ExpertError: naming the expert, the configuration field or the tensor, and both values.
+    """
+    (first_task, first), *others = experts.items()
+    for task, other in others:
+        if type(other) is not type(first):
+            raise ExpertError(
+                f"the expert {task!r} is a {type(other).__name__}, but {first_task!r} is a {type(first).__name__}; "
+                "experts must have the same architecture"
+            )
+        difference = first_difference(_config(first), _config(other))
+        if difference:
+            field, left, right = difference
+            hint = "; their position tables have different lengths" if "position" in field else ""
+            raise ExpertError(
+                f"the experts differ in the configuration field {field}: {left!r} for {first_task!r}, {right!r} for "
+                f"{task!r}{hint}; experts must have the same architecture and sizes"
+            )
+        mine, theirs = model_tensors(first), model_tensors(other)
+        for name in (*mine, *(n for n in theirs if n not in mine)):
+            if any(name == prefix or name.startswith(f"{prefix}.") for prefix in head):
+                continue
+            left, right = (tuple(t[name].shape) if name in t else "missing" for t in (mine, theirs))
+            if left != right:
+                raise ExpertError(
+                    f"the tensor {name} has shape {left} in the expert {first_task!r} but {right} in {task!r}; "
+                    "experts must have the same sizes in everything but the task head"
+                )
+    for task, model in experts.items():
+        for name, tensor in model_tensors(model).items():
+            if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
+                raise ExpertError(
+                    f"the tensor {name} of the expert {task!r} holds NaN or infinite values; check its training"
+                )
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    return config.to_dict() if config is not None else {}
+
+
+def first_difference(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
+    """The first structural field in which two configurations differ, with both values; dotted where nested."""
+    for field in sorted({*left, *right}):
+        if field in BOOKKEEPING or any(part in field for part in BEHAVIOUR_ONLY):
+            continue
+        a, b = left.get(field), right.get(field)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            inner = first_difference(a, b, f"{path}{field}.")
+            if inner:
+                return inner
+        elif a != b:
+            return f"{path}{field}", a, b
+    return None

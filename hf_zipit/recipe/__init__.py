@@ -1,0 +1,1 @@
+"""Recipes: their sections, their files, and the data and small experts that they name."""

@@ -1,0 +1,157 @@
+"""Reading a recipe, and checking everything that can be known before work starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.files import check_result_folder, check_writable
+from hf_zipit.hub.cache import looks_local
+from hf_zipit.recipe.sections import ALIASES, REFIT, Data, Push, Recipe, is_refitted, real_method
+from hf_zipit.recipe.sources import BUILT_IN, check_source
+from hf_zipit.registry import check_options, suggestion
+from hf_zipit.schema import build, read_yaml
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe.
+
+    Raises:
+        RecipeError: if it is no YAML, or anything in it is unknown, missing or of a wrong type.
+        DataError: if a data set or folder does not exist.
+        OutputError: if the output folder cannot be written.
+    """
+    recipe = build(Recipe, read_yaml(path))
+    check_recipe(recipe)
+    return recipe
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Everything that can be known before work starts; raises as `load_recipe` does."""
+    if not recipe.name.strip() or Path(recipe.name).name != recipe.name:
+        raise RecipeError(f"name should be a word that can name a folder, but is {recipe.name!r}.")
+    _check_experts(recipe)
+    _check_merging(recipe)
+    _check_data(recipe)
+    if recipe.push is not None:
+        _check_push(recipe.push)
+    check_writable(recipe.folder)
+    check_result_folder(recipe.folder / "model")
+
+
+def _check_experts(recipe: Recipe) -> None:
+    tasks = list(recipe.experts)
+    if len(tasks) < 2:
+        raise RecipeError(
+            f"experts names {'only ' + repr(tasks[0]) if tasks else 'none'}; merging needs at least two experts."
+        )
+    for task, expert in recipe.experts.items():
+        if not task.strip():
+            raise RecipeError(f"The task name {task!r} in experts is empty; give every expert the name of its task.")
+        if expert.model is None and recipe.train is None:
+            raise RecipeError(f"experts.{task} has no model and the recipe no train section; give one of them.")
+        if expert.model is None and not expert.classes:
+            raise RecipeError(f"experts.{task} is to be trained here; give the classes it learns.")
+        if expert.model is not None:
+            check_model_source(expert.model, task)
+
+
+def check_model_source(source: str, task: str) -> None:
+    """A model given as a folder must be there; a repo id is taken on trust.
+
+    Raises:
+        RecipeError: if a folder does not exist or holds no model.
+    """
+    folder = Path(source).expanduser()
+    if looks_local(source) and not folder.is_dir():
+        raise RecipeError(f"The expert {task!r} is to come from the folder {source}, which does not exist.")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"The folder {source} of the expert {task!r} has no config.json; name the folder of a saved model."
+        )
+
+
+def _check_merging(recipe: Recipe) -> None:
+    from hf_zipit.align.align import override_choice  # imports torch
+    from hf_zipit.align.registry import METHODS
+    from hf_zipit.correct.registry import check_corrections
+
+    for key in ("method", "depth"):
+        values = getattr(recipe, key)
+        if not values:
+            raise RecipeError(f"{key} is an empty list; give at least one.")
+        if len(set(values)) < len(values):
+            raise RecipeError(f"{key} holds a value twice in {list(values)}.")
+    for method in recipe.method:
+        if real_method(method) not in METHODS:
+            raise RecipeError(f"There is no method {method!r}; {suggestion(method, (*METHODS.names(), *ALIASES))}")
+    for depth in recipe.depth:
+        if isinstance(depth, float) and not 0 <= depth <= 1:
+            raise RecipeError(f"depth should be a share from 0 to 1 or the path of a block, but is {depth!r}.")
+    for method, options in recipe.options.items():
+        if method not in recipe.method:
+            raise RecipeError(f"options.{method} is for no method of this recipe; {suggestion(method, recipe.method)}")
+        check_options(method, METHODS.get(real_method(method)).function, options)
+    for pattern, override in recipe.overrides.items():
+        override_choice(pattern, override)
+    if recipe.refit is False and any(method.endswith(REFIT) for method in recipe.method):
+        raise RecipeError(f"refit is false, but method asks for it with {REFIT}; leave out one of them.")
+    check_corrections(recipe.corrections)
+    if recipe.threads is not None and recipe.threads < 1:
+        raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
+    if recipe.residual not in ("match", "identity", "orthogonal"):
+        raise RecipeError(f"residual should be 'match', 'identity' or 'orthogonal', but is {recipe.residual!r}.")
+    kept = recipe.kept
+    if kept.method not in recipe.method or kept.depth not in recipe.depth:
+        raise RecipeError(
+            f"save asks for {kept.method} at depth {kept.depth}, which this recipe does not make; choose one of the "
+            f"methods {list(recipe.method)} and depths {list(recipe.depth)}."
+        )
+
+
+def _check_data(recipe: Recipe) -> None:
+    needs_none = all(real_method(m) == "identity" and not is_refitted(recipe, m) for m in recipe.method)
+    if recipe.calibration is None and (not needs_none or recipe.corrections):
+        raise RecipeError("calibration is missing; name a data set on which the experts can be observed.")
+    sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation, "train": recipe.train}
+    for name, section in sections.items():
+        if section is None:
+            continue
+        if name == "train" and section.dataset not in BUILT_IN:
+            raise RecipeError(f"train.dataset should be one of {', '.join(BUILT_IN)}, but is {section.dataset!r}.")
+        for number in ("samples", "batch_size", "epochs"):
+            value = getattr(section, number, None)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}.{number} should be at least 1, but is {value}.")
+        if isinstance(section, Data):
+            _check_section(recipe, name, section)
+        else:
+            _check_source(name, section.dataset, section.folder)
+
+
+def _check_push(push: Push) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(push.repo_id)
+    except HFValidationError as error:
+        raise RecipeError(f"push.repo_id should be user/name, but is {push.repo_id!r}: {error}") from error
+
+
+def _check_section(recipe: Recipe, name: str, section: Data) -> None:
+    """Every task must have data that can be found."""
+    if section.streaming and section.samples is None:
+        raise RecipeError(f"{name}.streaming reads only what is asked for; say how many samples with {name}.samples.")
+    for task, expert in recipe.experts.items():
+        data = section.of(expert)
+        if data.dataset is None:
+            raise RecipeError(f"{name}.dataset is missing; give it, or experts.{task}.data.dataset.")
+        _check_source(name, data.dataset, data.folder)
+
+
+def _check_source(name: str, dataset: str, folder: Path | None) -> None:
+    try:
+        check_source(dataset, folder)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from error

@@ -1,0 +1,274 @@
+"""A recipe: a YAML file that says what to merge, how, and how to measure it. Checked as a whole before work starts.
+
+    name: clothes-and-shoes
+    experts:
+      clothes: {model: me/vit-clothes}
+      shoes: {model: me/vit-shoes}
+    calibration: {dataset: me/pictures, samples: 512}      # unlabelled: labels only tell which task a sample is of
+    method: [average, permute, zip]
+    depth: [1, 0.5, 0]
+    evaluation: {dataset: me/pictures, split: test}
+    save: {method: zip, depth: 0.5}
+    push: {repo_id: me/vit-clothes-shoes}                  # to the Hub, when everything else is done
+
+Every method is run at every depth; the one under `save` is kept. A method that ends in `+refit` is followed by the
+closed-form regression of `hf_zipit.refit`; with `refit: true`, or settings of it, and no such name, every method is.
+Paths are taken from the folder that the command runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_zipit.recipe.training import Training
+from hf_zipit.refit import RefitConfig
+
+ALIASES = {"average": "identity"}
+"""Names that recipes may use for methods: averaging is what merging with identity maps is."""
+
+REFIT = "+refit"
+"""The end of a method's name in a recipe that asks for the refit after it."""
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Where the data of one task is, where that is not the same for all.
+
+    Attributes:
+        dataset, config: as in `Data`; together they replace those of the section.
+        splits: what this data set calls a section's split, `{"test": "validation"}`.
+        columns: beside those of the section.
+    """
+
+    dataset: str | None = None
+    config: str | None = None
+    splits: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExpertEntry:
+    """One expert of a recipe.
+
+    Attributes:
+        model: a repo id or folder; left out for an expert that the recipe's `train` section trains.
+        revision: of a repo.
+        task: of a merged model the one task that is meant; without it all of them are, as `NAME/TASK`.
+        sha256: of its weights (see `hf_zipit.experts.origins`); a model with others is refused.
+        classes: the data's classes of its task, by id or name, in the order of the expert's labels. Not needed
+            where the expert's label names are those of the data.
+        seed: of an expert that is trained here; the recipe's seed plus the expert's position by default.
+        data: where the data of its task is, if not where the sections say.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    task: str | None = None
+    sha256: str | None = None
+    classes: tuple[int | str, ...] = ()
+    seed: int | None = None
+    data: TaskData | None = None
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled data set: see `hf_zipit.recipe.sources.load_source`.
+
+    Attributes:
+        dataset: a built-in name, a folder or a data set of the Hub; left out where every expert has its own `data`.
+        split: of the data set.
+        folder: where the files of `fashion-mnist` are.
+        config: the configuration of a data set of the Hub.
+        columns: names in the data -> `image`, `text`, `labels` or names of the model's inputs.
+        streaming: read from the Hub only as many samples as are asked for.
+        samples: at most so many of each task.
+        batch_size: samples per forward pass.
+    """
+
+    dataset: str | None = None
+    split: str = "test"
+    folder: Path | None = None
+    config: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    streaming: bool = False
+    samples: int | None = None
+    batch_size: int = 64
+
+    def of(self, expert: ExpertEntry) -> Data:
+        """The data of one expert's task."""
+        own = expert.data
+        if own is None:
+            return self
+        split = own.splits.get(self.split, self.split)
+        columns = {**self.columns, **own.columns}
+        if own.dataset is None:
+            return replace(self, split=split, columns=columns)
+        return replace(self, dataset=own.dataset, config=own.config, folder=None, split=split, columns=columns)
+
+
+@dataclass(frozen=True)
+class Calibration(Data):
+    """The data that the experts are observed on. Its labels only say which task a sample belongs to."""
+
+    split: str = "train"
+    samples: int | None = 512
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Train(Training):
+    """How the experts that have no `model` are trained, and on what: for demonstrations."""
+
+    dataset: str = "sklearn-digits"
+    split: str = "train"
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Save:
+    """Which of the merges is kept."""
+
+    method: str
+    depth: float | str
+
+
+@dataclass(frozen=True)
+class Push:
+    """Where on the Hub the kept model goes, when everything else is done.
+
+    Attributes:
+        repo_id: `user/name`, or `name` for the one who is logged in; made where there is none.
+        private: whether a new repo is private.
+        revision: the branch; made where there is none.
+        create_pr: open a pull request instead of writing to the branch.
+        commit_message: of the commit.
+    """
+
+    repo_id: str
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    commit_message: str | None = None
+
+
+@dataclass(frozen=True)
+class Search:
+    """What `hf-zipit search` tries, and how: see `hf_zipit.search`.
+
+    Attributes:
+        space: as in `hf_zipit.searching.space`; the recipe's own methods, depths and settings by default.
+        sampler: `grid` or `tpe`.
+        trials: at most so many merges.
+        hold_out: the share of the calibration samples that only scores.
+        validation: data to score on, in place of a part of the calibration data.
+        score: `mean` or `joint`.
+        answers: who says what is right: `labels`, the `experts`, or `auto`.
+        max_size: the best merge has at most so many times the parameters of one expert.
+    """
+
+    space: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str = "grid"
+    trials: int | None = None
+    hold_out: float = 0.25
+    validation: Data | None = None
+    score: str = "mean"
+    answers: str = "auto"
+    max_size: float | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; the fields are the keys of the file. See the module's docstring.
+
+    Attributes:
+        name: of the merged model.
+        experts: by task, in the order of their classes in the joint logits.
+        calibration, evaluation: the data; without evaluation nothing is measured.
+        method: one or several of `hf_zipit.align`'s methods, or `average`; with `+refit` behind it, refitted.
+        depth: one or several shares of the blocks that are merged, or paths of blocks.
+        options: by method, that method's own options.
+        refit: true, or settings of the refit: for the methods with `+refit` behind their names; where none has it, for
+            all.
+        corrections: `hf_zipit.correct`'s corrections of every merge, in order, by name or as `{name: options}`.
+        residual: `match`, `identity` or `orthogonal`: what happens to the residual stream.
+        overrides: methods for spaces whose name fits a pattern.
+        save: which merge is kept; the first method at the first depth by default.
+        push: where the kept model is pushed to.
+        train: how experts without a model are trained.
+        search: what `hf-zipit search` tries; the other commands do without.
+        output: where results go; `out/NAME` by default.
+        seed: of everything that is drawn.
+        threads: CPU threads; small models are faster with one. The same number gives the same file, bit by bit.
+        versions: of the packages that a merge was made with, a record that nothing depends on.
+    """
+
+    name: str
+    experts: Mapping[str, ExpertEntry]
+    calibration: Calibration | None = None
+    evaluation: Data | None = None
+    method: tuple[str, ...] = ("zip",)
+    depth: tuple[float | str, ...] = (1.0,)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    refit: RefitConfig | bool | None = None
+    corrections: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
+    residual: str = "match"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    save: Save | None = None
+    push: Push | None = None
+    train: Train | None = None
+    search: Search | None = None
+    output: Path | None = None
+    seed: int = 0
+    threads: int | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return self.output or Path("out") / self.name
+
+    @property
+    def kept(self) -> Save:
+        """Which merge is kept."""
+        return self.save or Save(self.method[0], self.depth[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recipe as plain values that `load_recipe` reads again; what is not set is left out."""
+        plain = _plain(asdict(self))
+        if isinstance(self.corrections, Mapping):  # one without options is wanted all the same
+            plain["corrections"] = {name: dict(options) for name, options in self.corrections.items()}
+        return plain
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100, default_flow_style=None)
+
+
+def real_method(method: str) -> str:
+    """The registered name of a method that a recipe names."""
+    plain = method.removesuffix(REFIT)
+    return ALIASES.get(plain, plain)
+
+
+def is_refitted(recipe: Recipe, method: str) -> bool:
+    """Whether the refit follows a method: it is named with `+refit`, or `refit` is set and none is named so."""
+    return method.endswith(REFIT) or (bool(recipe.refit) and not any(m.endswith(REFIT) for m in recipe.method))
+
+
+def refit_settings(recipe: Recipe, method: str) -> RefitConfig | bool:
+    """What `merge` is to be told about the refit after `method`."""
+    return (recipe.refit or True) if is_refitted(recipe, method) else False
+
+
+def _plain(value: Any) -> Any:
+    """Nested values as YAML knows them; a tuple of one becomes the one, and what is not set is left out."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None and item != () and item != {}}
+    if isinstance(value, tuple):
+        return _plain(value[0]) if len(value) == 1 else [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

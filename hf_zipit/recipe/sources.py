@@ -1,0 +1,332 @@
+"""Where recipes take their data from: a name -> a labelled `datasets.Dataset`, and of that each task's own part.
+
+Two sources need no network: `sklearn-digits`, which scikit-learn ships, and `fashion-mnist`, read from its idx files
+where they are installed. Any other name is a folder that `datasets.save_to_disk` wrote, or a data set of the Hub.
+
+What must hold: splits are disjoint and the same in every run; a task's part carries the expert's own label ids,
+matched by the classes' names, so that an expert is never measured with the labels of another data set.
+"""
+
+from __future__ import annotations
+
+import gzip
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hf_zipit.errors import DataError
+from hf_zipit.evaluation.labels import LABEL_COLUMNS
+from hf_zipit.hub.cache import looks_local
+from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, in_channels
+from hf_zipit.registry import suggestion
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+Arrays = tuple[np.ndarray, np.ndarray]
+Class = int | str
+
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+FASHION_HUB = "zalando-datasets/fashion_mnist"
+FASHION_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+SHUFFLE_BUFFER = 10_000
+"""Samples of a stream among which the next one is drawn. A data set that is sorted by class is shuffled no further."""
+
+
+def load_source(
+    name: str,
+    split: str = "train",
+    *,
+    folder: Path | None = None,
+    config: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    streaming: bool = False,
+    labelled: bool = True,
+) -> Dataset | IterableDataset:
+    """A data set: its inputs, and the column `labels` whose feature names the classes.
+
+    Args:
+        name: `sklearn-digits`, `fashion-mnist`, a folder or a data set of the Hub.
+        split: `train`, `validation` or `test`; for others what they call their splits.
+        folder: where `fashion-mnist`'s idx files are, if not in the usual place.
+        config: the configuration of a data set of the Hub.
+        columns: new names of columns.
+        streaming: read it as it is asked for, instead of downloading all of it first.
+        labelled: whether there has to be a label; without, one that is there stays as it is.
+
+    Raises:
+        DataError: if there is no such data set, split or column.
+    """
+    if name in BUILT_IN:
+        return rename(BUILT_IN[name](split, folder), columns or {}, name)
+    found = rename(_from_datasets(name, split, config, streaming), columns or {}, name)
+    return _with_labels(found, name) if labelled else found
+
+
+def rename(dataset: Dataset | IterableDataset, columns: Mapping[str, str], name: str) -> Dataset | IterableDataset:
+    """The data set with other names of columns; those that are in the way are dropped.
+
+    Raises:
+        DataError: if none of the columns is there.
+    """
+    if not columns:
+        return dataset
+    there = dataset.column_names or list(next(iter(dataset)))
+    known = {old: new for old, new in columns.items() if old in there and old != new}
+    if not any(old in there for old in columns):
+        raise DataError(f"The data set {name!r} has none of the columns {list(columns)} to rename, only {there}.")
+    taken = [new for new in known.values() if new in there and new not in known]
+    return dataset.remove_columns(taken).rename_columns(known)
+
+
+def check_source(name: str, folder: Path | None = None) -> None:
+    """Whether a source can be read at all, found out without reading it; Hub names are taken on trust.
+
+    Raises:
+        DataError: if not.
+    """
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"The data folder {folder} does not exist.")
+    if looks_local(name) and not Path(name).expanduser().is_dir():
+        raise DataError(f"The data set folder {name} does not exist.")
+    if name not in BUILT_IN and not looks_local(name) and "/" not in name and not Path(name).is_dir():
+        raise DataError(f"There is no data set {name!r}; {suggestion(name, BUILT_IN)}")
+
+
+# ---------------------------------------------------------------------------------------------------- the sources
+
+
+def digits(split: str, folder: Path | None = None) -> Dataset:
+    """1,797 handwritten digits of 8 x 8 pixels, standardised: `[1, 8, 8]`; 60 % train, 15 % validation, 25 % test."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    pixels = ((images.reshape(-1, 1, 8, 8) / 16 - 0.3053) / 0.3761).astype(np.float32)
+    rest, test = train_test_split(np.arange(len(labels)), test_size=0.25, random_state=0, stratify=labels)
+    train, validation = train_test_split(rest, test_size=0.2, random_state=0, stratify=labels[rest])
+    rows = _split({"train": train, "validation": validation, "test": test}, split, "sklearn-digits")
+    return _dataset(pixels[rows], labels[rows], [str(digit) for digit in range(10)])
+
+
+def fashion_mnist(split: str, folder: Path | None = None) -> Dataset:
+    """Fashion-MNIST, standardised: `[1, 28, 28]`; of the 60,000 training images the last 5,000 are `validation`."""
+    part = "test" if split == "test" else "train"
+    folder = folder or FASHION_FOLDER
+    pixels, labels = read_idx(folder, part) if folder.is_dir() else _fashion_from_hub(part)
+    rows = {"test": slice(None)} if part == "test" else {"train": slice(0, 55_000), "validation": slice(55_000, None)}
+    kept = _split(rows, split, "fashion-mnist", ("train", "validation", "test"))
+    standard = ((pixels[kept, None] / np.float32(255) - np.float32(0.2860)) / np.float32(0.3530)).astype(np.float32)
+    return _dataset(standard, labels[kept].astype(np.int64), list(FASHION_CLASSES))
+
+
+def read_idx(folder: Path, part: str) -> Arrays:
+    """Images `[n, 28, 28]` and labels `[n]`, both uint8, from MNIST's idx files (gzipped)."""
+    prefix = "t10k" if part == "test" else "train"
+    arrays = []
+    for kind, header in (("images-idx3", 16), ("labels-idx1", 8)):
+        path = folder / f"{prefix}-{kind}-ubyte.gz"
+        try:
+            with gzip.open(path) as file:
+                arrays.append(np.frombuffer(file.read(), np.uint8, offset=header))
+        except (OSError, EOFError, ValueError) as error:
+            raise DataError(f"The file {path} of fashion-mnist cannot be read ({error}).") from error
+    images, labels = arrays
+    return images.reshape(len(labels), 28, 28), labels
+
+
+def _fashion_from_hub(part: str) -> Arrays:
+    rows = _from_datasets(FASHION_HUB, part, None)
+    return np.stack([np.asarray(image) for image in rows["image"]]), np.asarray(rows["label"])
+
+
+BUILT_IN: dict[str, Callable[[str, Path | None], Any]] = {"sklearn-digits": digits, "fashion-mnist": fashion_mnist}
+
+
+def _from_datasets(name: str, split: str, config: str | None, streaming: bool = False) -> Dataset | IterableDataset:
+    """One split of a folder that `save_to_disk` wrote, or of what `datasets.load_dataset` finds."""
+    import datasets
+
+    folder = Path(name).expanduser()
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+            saved = datasets.load_from_disk(str(folder))
+            if not isinstance(saved, datasets.Dataset):
+                saved = saved[_split({key: key for key in saved}, split, name)]
+            return saved.to_iterable_dataset() if streaming else saved
+        path = str(folder) if folder.is_dir() else name
+        return datasets.load_dataset(path, config, split=split, streaming=streaming)
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:  # not found, offline, a damaged file, an unknown split or configuration
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"The data set {name!r} (split {split!r}) cannot be loaded: {first}") from error
+
+
+def _split(splits: dict[str, Any], split: str, name: str, known: Sequence[str] = ()) -> Any:
+    if split not in splits:
+        raise DataError(f"{name} has no split {split!r}; {suggestion(split, known or splits)}")
+    return splits[split]
+
+
+def _dataset(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> Dataset:
+    from datasets import Array3D, ClassLabel, Dataset, Features
+
+    features = Features({"pixel_values": Array3D(pixels.shape[1:], "float32"), "labels": ClassLabel(names=names)})
+    return Dataset.from_dict({"pixel_values": pixels, "labels": labels}, features=features).with_format("torch")
+
+
+def _with_labels(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+    """The label column named `labels`, with a feature that names its classes."""
+    there = dataset.column_names or list(next(iter(dataset)))
+    column = next((column for column in LABEL_COLUMNS if column in there), None)
+    if column is None:
+        wanted = " or ".join(LABEL_COLUMNS)
+        raise DataError(f"The data set {name!r} has no column {wanted}, only {there}; say in `columns` which it is.")
+    if column != "labels":
+        dataset = dataset.rename_column(column, "labels")
+    if hasattr((dataset.features or {}).get("labels"), "names"):
+        return dataset
+    if not hasattr(dataset, "class_encode_column"):
+        raise DataError(f"The labels of the streamed data set {name!r} have no names of classes; read it unstreamed.")
+    return dataset.class_encode_column("labels")
+
+
+# ------------------------------------------------------------------------------------------------ of a task's own
+
+
+def class_names(dataset: Dataset) -> list[str]:
+    """The names of the classes of a data set, by label id."""
+    return list(dataset.features["labels"].names)
+
+
+def choose_classes(dataset: Dataset, classes: Sequence[Class], task: str) -> list[int]:
+    """Label ids of classes given by id or name.
+
+    Raises:
+        DataError: if there is no such class, or one is given twice.
+    """
+    names = class_names(dataset)
+    ids = []
+    for wanted in classes:
+        found = wanted if isinstance(wanted, int) else names.index(wanted) if wanted in names else -1
+        if not 0 <= found < len(names):
+            raise DataError(f"The task {task!r} asks for the class {wanted!r}; {suggestion(str(wanted), names)}")
+        ids.append(found)
+    if len(set(ids)) < len(ids):
+        raise DataError(f"The task {task!r} names a class twice in {list(classes)}.")
+    return ids
+
+
+def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int]:
+    """For each of an expert's labels, in its own order, the data set's label id of the same name.
+
+    Labels that were never named (`LABEL_0`, ...) are taken as the data set's own, if there are as many.
+
+    Raises:
+        DataError: if a name is not among the data set's classes.
+    """
+    names = class_names(dataset)
+    if all(label in names for label in labels):
+        return [names.index(label) for label in labels]
+    if len(labels) == len(names) and all(label == f"LABEL_{i}" for i, label in enumerate(labels)):
+        return list(range(len(names)))
+    missing = next(label for label in labels if label not in names)
+    raise DataError(
+        f"The task {task!r} has the label {missing!r}, which is no class of the data set ({', '.join(names)}); "
+        "give the expert's classes in the order of its labels."
+    )
+
+
+def read(stream: IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
+    """Samples of a stream, shuffled as far as its buffer goes, as a data set in memory; the order of reading stays."""
+    from datasets import Dataset
+
+    if samples is not None:
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples)
+    return Dataset.from_list(list(stream), features=stream.features)
+
+
+def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
+    """At most so many rows, drawn without replacement; all of them for None."""
+    if not hasattr(dataset, "select"):
+        return read(dataset, samples, seed)
+    if samples is None or samples >= len(dataset):
+        return dataset
+    return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:samples]))
+
+
+def part_of(
+    dataset: Dataset | IterableDataset,
+    ids: Sequence[int],
+    names: Sequence[str] | None = None,
+    *,
+    samples: int | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Rows of the classes `ids`, whose labels become their positions in `ids`.
+
+    Args:
+        dataset: with the column `labels`.
+        ids: label ids of the data set.
+        names: what the classes are called from now on; their old names by default.
+        samples: at most so many rows, drawn without replacement; all of them for None.
+        seed: of the draw.
+    """
+    from datasets import ClassLabel
+
+    names = names or [class_names(dataset)[i] for i in ids]
+    if not hasattr(dataset, "select"):
+        wanted = set(ids)
+        dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed)
+    labels = np.asarray(dataset.with_format("numpy")["labels"])
+    rows = np.flatnonzero(np.isin(labels, ids))
+    if samples is not None and samples < len(rows):
+        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:samples])
+    position = {label: index for index, label in enumerate(ids)}
+    relabelled = [position[label] for label in labels[rows].tolist()]
+    return (
+        dataset.select(rows)
+        .remove_columns("labels")
+        .add_column("labels", relabelled, feature=ClassLabel(names=list(names)))
+    )
+
+
+def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Dataset:
+    """What a model reads (`pixel_values`, `input_ids`, ...), made by the experts' processor where it is not there yet.
+
+    Args:
+        dataset: with such columns, or with images or texts.
+        processor: image processor, tokenizer or both in one.
+        channels: that the model's images have; they become RGB unless it is one.
+
+    Raises:
+        DataError: if there is neither a ready column nor a processor for the raw ones.
+    """
+    if {"pixel_values", "input_ids"} & set(dataset.column_names):
+        return dataset.with_format("torch")
+    image = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
+    text = next((column for column in TEXT_COLUMNS if column in dataset.column_names), None)
+    if processor is None or not (image or text):
+        raise DataError(
+            f"The data has the columns {dataset.column_names}, and the experts bring no processor that prepares them; "
+            "save the experts with their image processor or tokenizer, or give data with pixel_values or input_ids."
+        )
+    accepted = inspect.signature(processor).parameters
+
+    def process(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        if image and "images" in accepted:
+            given |= {"images": [in_channels(picture, channels) for picture in rows[image]]}
+        if text and "text" in accepted:
+            given |= {"text": rows[text], "truncation": True, "padding": True}
+        return dict(processor(**given, return_tensors="np"))
+
+    others = [column for column in dataset.column_names if column != "labels"]
+    return dataset.map(process, batched=True, remove_columns=others).with_format("torch")

@@ -1,0 +1,118 @@
+"""The data that a recipe names, divided by task and ready for the models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel
+
+from hf_zipit.errors import ExpertError
+from hf_zipit.evaluation.labels import LABEL_COLUMNS
+from hf_zipit.hub.processors import FOLDER as PROCESSORS
+from hf_zipit.hub.processors import processor_files
+from hf_zipit.modeling import ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class
+from hf_zipit.recipe.sections import Data, Recipe
+from hf_zipit.recipe.sources import choose_classes, load_source, match_labels, part_of, ready, some_of
+from hf_zipit.running.experts import entry_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def recipe_data(recipe: Recipe, data: Data, experts: Mapping[str, PreTrainedModel]) -> dict[str, Dataset]:
+    """For every task its own part of its data, with the expert's own label ids, ready for the experts.
+
+    Experts without classes of their own (features, a vocabulary) take whatever samples their task's data has.
+    """
+    parts = {}
+    for task, expert in experts.items():
+        entry, labelled = entry_of(recipe, task), has_classes(expert)
+        own = data.of(entry)
+        whole = load_source(
+            own.dataset, own.split, folder=own.folder, config=own.config, columns=own.columns,
+            streaming=own.streaming, labelled=labelled,
+        )  # fmt: skip
+        if labelled:
+            part = _own_classes(whole, entry.classes, expert, task, own.samples, recipe.seed)
+        else:
+            part = some_of(whole, own.samples, recipe.seed)
+        raw = not {"pixel_values", "input_ids"} & set(part.column_names)
+        channels = getattr(expert.config, "num_channels", None)
+        parts[task] = ready(part, load_processor(entry.model) if raw else None, channels)
+    return parts
+
+
+def has_classes(expert: PreTrainedModel) -> bool:
+    """Whether an expert is a classifier, so that data have to be matched to its labels."""
+    return merged_class(type(expert).__name__) not in (ZipItModel, ZipItForMaskedLM)
+
+
+def _own_classes(
+    whole: Dataset, classes: Sequence[int | str], expert: PreTrainedModel, task: str, samples: int | None, seed: int
+) -> Dataset:
+    """The rows of an expert's classes, with its own label ids."""
+    labels = [expert.config.id2label[i] for i in range(expert.config.num_labels)]
+    ids = choose_classes(whole, classes, task) if classes else match_labels(whole, labels, task)
+    if len(ids) != len(labels):
+        raise ExpertError(
+            f"The expert {task!r} has {len(labels)} labels, but experts.{task}.classes names {len(ids)}."
+        )
+    return part_of(whole, ids, labels, samples=samples, seed=seed)
+
+
+def without_labels(data: Dataset) -> Dataset:
+    return data.remove_columns([name for name in LABEL_COLUMNS if name in data.column_names])
+
+
+def load_processor(source: str | None, task: str | None = None) -> Any:
+    """The processor, image processor or tokenizer that was saved with a model; None if there is none.
+
+    Args:
+        source: a folder or a repo id.
+        task: the module name of a task of a merged model whose tasks have processors of their own.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    files = processor_files(source, fetch=True)
+    if not files:  # without this, a tokenizer would be made of a configuration alone
+        return None
+    own = f"{PROCESSORS}/{task}"
+    where = {"subfolder": own} if any(name.startswith(f"{own}/") for name in files) else {}
+    for auto in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
+        try:
+            return auto.from_pretrained(source, **where)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):  # each family in its own way
+            continue
+    return None
+
+
+def merged_task_data(
+    model: ZipItPreTrainedModel, source: str, data: Data, tasks: Sequence[str] | None = None
+) -> dict[str, Dataset]:
+    """For every task of a merged model its own part of a data set, classes matched by name.
+
+    Models without classes of their own (features, a vocabulary) take all of it for every task.
+
+    Args:
+        model: loaded from `source`, where its processor is.
+        data: where the data is.
+        tasks: only these; all of them for None.
+    """
+    chosen = [model.known(task) for task in tasks or model.config.tasks]
+    labelled = bool(model.config.task_labels)
+    whole = load_source(
+        data.dataset, data.split, folder=data.folder, config=data.config, columns=data.columns,
+        streaming=data.streaming, labelled=labelled,
+    )  # fmt: skip
+    channels = getattr(model.config.source_config, "num_channels", None)
+    parts = {}
+    for task in chosen:
+        labels = list(model.config.labels_of(task).values())
+        if labelled:
+            part = part_of(whole, match_labels(whole, labels, task), labels, samples=data.samples)
+        else:
+            part = some_of(whole, data.samples)
+        raw = not {"pixel_values", "input_ids"} & set(part.column_names)
+        parts[task] = ready(part, load_processor(source, model.branch_names[task]) if raw else None, channels)
+    return parts

@@ -1,0 +1,132 @@
+"""Exploring with a recipe's experts and calibration data: which settings merge best, and what the loss looks like.
+
+The recipe's evaluation data is never read here: settings that were chosen on test data would make its numbers useless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from hf_zipit.errors import RecipeError
+from hf_zipit.landscapes.landscape import landscape
+from hf_zipit.landscapes.results import Landscape
+from hf_zipit.recipe.sections import Recipe, Search, is_refitted, real_method, refit_settings
+from hf_zipit.refit import RefitConfig
+from hf_zipit.running.data import recipe_data
+from hf_zipit.running.experts import Say, recipe_experts
+from hf_zipit.running.run import cpu_threads
+from hf_zipit.searching import SearchResult, Space, Trial, search
+
+
+def search_recipe(
+    recipe: Recipe,
+    *,
+    progress: bool = True,
+    say: Say = lambda _: None,
+    watch: Callable[[Trial], None] = lambda _: None,
+) -> SearchResult:
+    """Search the space of a recipe's `search` section, or else what the recipe lists.
+
+    Args:
+        recipe: from `load_recipe`.
+        progress: whether to show progress bars on stderr.
+        say: is told in a few words what is being done.
+        watch: is given every trial when it is done.
+
+    Raises:
+        ZipItError: as `hf_zipit.search` does, or if the recipe has no calibration data.
+    """
+    settings = recipe.search or Search()
+    space = recipe_space(recipe)
+    if recipe.calibration is None:
+        raise RecipeError("calibration is missing; a search holds out a part of it to score on.")
+    with cpu_threads(recipe.threads):
+        experts = recipe_experts(recipe, say, train=True)
+        calibration = recipe_data(recipe, recipe.calibration, experts)
+        validation = recipe_data(recipe, settings.validation, experts) if settings.validation else None
+        say("searching")
+        return search(
+            experts,
+            calibration,
+            validation=validation,
+            space=space,
+            sampler=settings.sampler,
+            trials=settings.trials,
+            hold_out=settings.hold_out,
+            score=settings.score,
+            answers=settings.answers,
+            max_size=settings.max_size,
+            overrides=recipe.overrides or None,
+            corrections=recipe.corrections,
+            batch_size=recipe.calibration.batch_size,
+            seed=recipe.seed,
+            progress=progress,
+            watch=watch,
+        )
+
+
+def recipe_space(recipe: Recipe) -> Space:
+    """The space of a recipe: its `search.space`, with the recipe's own values for everything that is not in there."""
+    own: dict[str, Any] = {"method": recipe.method, "depth": recipe.depth, "residual": recipe.residual}
+    given = dict(recipe.search.space) if recipe.search else {}
+    methods = given.get("method", recipe.method)
+    methods = {methods} if isinstance(methods, str) else set(methods)
+    options = {method: dict(values) for method, values in recipe.options.items() if method in methods}
+    for method, values in (given.get("options") or {}).items():
+        options[method] = {**options.get(method, {}), **values} if isinstance(values, Mapping) else values
+    if any(is_refitted(recipe, method) for method in recipe.method):
+        given_settings = asdict(recipe.refit) if isinstance(recipe.refit, RefitConfig) else {}
+        defaults = asdict(RefitConfig())
+        own["refit"] = {name: value for name, value in given_settings.items() if value != defaults[name]} or True
+    return Space.of({**own, **given, **({"options": options} if options else {})})
+
+
+def landscape_recipe(
+    recipe: Recipe,
+    *,
+    method: str | None = None,
+    depth: float | str | None = None,
+    grid: int = 13,
+    steps: int = 11,
+    samples: int = 128,
+    progress: bool = True,
+    say: Say = lambda _: None,
+) -> Landscape:
+    """The loss around a recipe's experts and one of its merges, on calibration data.
+
+    Args:
+        recipe: from `load_recipe`.
+        method, depth: of the merge; those under the recipe's `save` by default.
+        grid, steps, samples: see `hf_zipit.landscape`; the samples are not those that the merge looks at.
+        progress: whether to show progress bars on stderr.
+        say: is told in a few words what is being done.
+
+    Raises:
+        ZipItError: as `hf_zipit.landscape` does, or if the recipe has no calibration data to measure on.
+    """
+    if recipe.calibration is None:
+        raise RecipeError("calibration is missing; a part of it is held out to measure the losses on.")
+    method = method or recipe.kept.method
+    depth = recipe.kept.depth if depth is None else depth
+    with cpu_threads(recipe.threads):
+        experts = recipe_experts(recipe, say, train=True)
+        data = recipe_data(recipe, recipe.calibration, experts)
+        say(f"measuring around {method}, depth {depth}")
+        return landscape(
+            experts,
+            data,
+            method=real_method(method),
+            options=recipe.options.get(method),
+            depth=depth,
+            residual=recipe.residual,
+            overrides=recipe.overrides or None,
+            refit=refit_settings(recipe, method),
+            grid=grid,
+            steps=steps,
+            samples=samples,
+            batch_size=recipe.calibration.batch_size,
+            seed=recipe.seed,
+            progress=progress,
+        )

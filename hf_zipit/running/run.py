@@ -1,0 +1,126 @@
+"""Running a recipe: experts, one look at the data, every method at every depth, the measurements, the kept model.
+
+What must hold: nothing is written over an earlier result until the new one is complete, and the experts are observed
+once, however many merges follow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from hf_zipit.evaluation.measure import accuracy
+from hf_zipit.merging import merge, plan
+from hf_zipit.observe.observed import Observed
+from hf_zipit.planning.plan import Plan
+from hf_zipit.recipe.sections import Recipe, real_method, refit_settings
+from hf_zipit.running.data import recipe_data, without_labels
+from hf_zipit.running.experts import Say, recipe_experts
+from hf_zipit.running.results import Row, RunResult
+from hf_zipit.running.writing import write_all, write_model
+
+Save = Literal["all", "model", "nothing"]
+
+
+def plan_recipe(recipe: Recipe, say: Say = lambda _: None) -> dict[tuple[str, float | str], Plan]:
+    """What a run would do, for every method and depth. Experts that it would train are made, but not trained."""
+    return _plans(recipe, recipe_experts(recipe, say, train=False))
+
+
+def _plans(recipe: Recipe, experts: Mapping[str, PreTrainedModel]) -> dict[tuple[str, float | str], Plan]:
+    """What every merge of a recipe would do, by method and depth."""
+    settings = {"residual": recipe.residual, "overrides": recipe.overrides or None}
+    return {
+        (method, depth): plan(
+            experts, method=real_method(method), options=recipe.options.get(method), depth=depth, **settings
+        )
+        for method in recipe.method
+        for depth in recipe.depth
+    }
+
+
+def run_recipe(recipe: Recipe, *, save: Save = "all", progress: bool = True, say: Say = lambda _: None) -> RunResult:
+    """Run a recipe.
+
+    Args:
+        recipe: what to do, from `load_recipe`.
+        save: `"all"` writes the results, the picture, the trained experts and the kept model with its card into the
+            recipe's folder; `"model"` only the model, as that folder.
+        progress: whether to show progress bars on stderr.
+        say: is told in a few words what is being done.
+
+    Raises:
+        ZipItError: its subclasses say what is wrong with the experts, the data, the recipe or the output folder.
+    """
+    with cpu_threads(recipe.threads):
+        return _run(recipe, save, progress, say)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Run with `count` CPU threads; None leaves them as they are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
+    experts = recipe_experts(recipe, say, train=True)
+    calibration = recipe_data(recipe, recipe.calibration, experts) if recipe.calibration else None
+    if calibration:  # nothing after this can learn from labels
+        calibration = {task: without_labels(data) for task, data in calibration.items()}
+    evaluation = recipe_data(recipe, recipe.evaluation, experts) if recipe.evaluation else None
+    plans = _plans(recipe, experts)
+    size = recipe.calibration.batch_size if recipe.calibration else 32
+    observed = Observed(experts, calibration, recipe.depth, batch_size=size, seed=recipe.seed, progress=progress)
+    if any(planned.passes for planned in plans.values()):
+        say("observing the experts on the calibration data")
+    moments = {point: observed.moments(planned) for point, planned in plans.items()}
+    beside = None
+    if evaluation:
+        say("measuring the experts")
+        beside = accuracy(experts, evaluation, batch_size=recipe.evaluation.batch_size)
+    rows, kept_row, kept_model = [], None, None
+    for method in recipe.method:
+        for depth in recipe.depth:
+            say(f"merging: {method}, depth {depth}")
+            started = time.perf_counter()
+            merged = merge(
+                experts,
+                calibration,
+                method=real_method(method),
+                options=recipe.options.get(method),
+                depth=depth,
+                refit=refit_settings(recipe, method),
+                corrections=recipe.corrections,
+                batch_size=size,
+                residual=recipe.residual,
+                overrides=recipe.overrides or None,
+                moments=moments[method, depth],
+                seed=recipe.seed,
+                progress=progress,
+            )
+            seconds = time.perf_counter() - started
+            found = accuracy(merged, evaluation, batch_size=recipe.evaluation.batch_size) if evaluation else None
+            share = depth if merged.config.depth is None else merged.config.depth
+            row = Row(method, share, merged.num_parameters(), seconds, found)
+            rows.append(row)
+            if (method, depth) == (recipe.kept.method, recipe.kept.depth):
+                kept_row, kept_model = row, merged
+    total = sum(expert.num_parameters() for expert in experts.values())
+    result = RunResult(recipe, beside, total, tuple(rows), kept_row)
+    if save == "nothing" or not PartialState().is_main_process:  # all processes have the same result
+        return result
+    say(f"writing to {recipe.folder}")
+    if save == "model":
+        return write_model(result, kept_model, recipe.folder)
+    return write_all(result, kept_model, experts, say)

@@ -1,0 +1,93 @@
+"""Merged models that are saved already, in a folder or on the Hub: load one, push one, write its card anew."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_zipit import modeling
+from hf_zipit.errors import ExpertError, OutputError, ZipItError
+from hf_zipit.hub.reasons import why
+from hf_zipit.modeling import ZipItConfig
+from hf_zipit.modeling.hub import open_repo, push_folder
+from hf_zipit.recipe.loading import load_recipe
+from hf_zipit.report.card import CARD, text_for_repo, write_card
+
+
+def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
+    """A merged model from a repo id or folder, with the class that its configuration names.
+
+    Raises:
+        ExpertError: if it cannot be loaded, or is no merged model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        if not isinstance(config, modeling.ZipItConfig):
+            raise ExpertError(
+                f"{source} holds a model of type {config.model_type!r}, but no merged model; merge some first."
+            )
+        model_class = getattr(modeling, config.architectures[0])
+        return model_class.from_pretrained(source, config=config, revision=revision).eval()
+    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+        if isinstance(error, ZipItError):
+            raise
+        reason = why(error, source, revision)
+        raise ExpertError(f"The merged model {source} cannot be loaded: {reason}.") from error
+
+
+def push_saved(source: str | Path, repo_id: str, *, private: bool | None = None, **settings: Any) -> CommitInfo:
+    """Push a saved merged model as it is, files that were added to it included.
+
+    Args:
+        source: its folder, or the recipe whose results are in the recipe's folder.
+        repo_id: where to; made where there is no such repo.
+        private: of a new repo.
+        settings: of `hf_zipit.modeling.hub.push_folder`.
+
+    Raises:
+        ExpertError: if there is no merged model.
+        OutputError: if the Hub cannot be reached or refuses.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        folder = load_recipe(folder).folder / "model"
+        if not (folder / "config.json").is_file():
+            raise ExpertError(
+                f"The recipe {source} has no model in {folder} yet; run it first: hf-zipit run {source}."
+            )
+    if not (folder / "config.json").is_file():
+        raise ExpertError(f"There is no merged model in {source}; name the folder of one, or a recipe.")
+    if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") != ZipItConfig.model_type:
+        raise ExpertError(f"{source} holds a model, but no merged one; push it with its own push_to_hub.")
+    repo_id = open_repo(repo_id, private=private, token=settings.get("token"))
+    card = folder / CARD
+    text = text_for_repo(card.read_text(encoding="utf-8"), repo_id) if card.is_file() else None
+    return push_folder(folder, repo_id, replaced={CARD: text.encode()} if text else None, **settings)
+
+
+def card_of(source: str, *, write: bool = False) -> tuple[str, Path | None]:
+    """The model card of a merged model, and where it was written.
+
+    Args:
+        source: a folder or repo id.
+        write: whether to write it, with its pictures and the recipe, into the folder.
+
+    Raises:
+        ExpertError: if it cannot be loaded, or is no merged model.
+        OutputError: if it is to be written, but there is no folder.
+    """
+    folder = Path(source).expanduser()
+    if write and not folder.is_dir():
+        raise OutputError(f"{source} is no folder, so no card can be written there; leave --write out to print it.")
+    model = load_merged(str(folder) if folder.is_dir() else source)
+    repo_id = None if folder.is_dir() else source
+    with tempfile.TemporaryDirectory() as room:
+        path = write_card(folder if write else Path(room), model, folder.absolute().name, repo_id)
+        return path.read_text(encoding="utf-8"), path if write else None

@@ -1,0 +1,202 @@
+"""The command line: results on stdout, progress on stderr, one red sentence for bad input."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTForImageClassification
+
+from hf_zipit.cli.app import app, main
+from hf_zipit.cli.options import parse_columns, parse_experts
+from hf_zipit.errors import RecipeError
+
+
+@pytest.fixture(scope="module")
+def vits(tmp_path_factory):
+    """Two saved ViTs of different initialisation, for digits."""
+    folder = tmp_path_factory.mktemp("vits")
+    for seed, (name, digits) in enumerate({"low": "01", "high": "789"}.items()):
+        labels = dict(enumerate(digits))
+        config = ViTConfig(
+            image_size=8, patch_size=4, num_channels=1, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, id2label=labels, label2id={label: i for i, label in labels.items()},
+        )  # fmt: skip
+        torch.manual_seed(seed)
+        ViTForImageClassification(config).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run the console script: exit code, stdout, stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["hf-zipit", *map(str, arguments)])
+        try:
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+COMMANDS = sorted(app.group.commands)
+
+
+def test_help_names_every_command(call):
+    code, out, _ = call("--help")
+    assert code == 0
+    assert all(f"  {name} " in out for name in COMMANDS)
+    assert "  $ hf-zipit doctor" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_says_what_it_does(call, name):
+    code, out, err = call(name, "--help")
+    usage, _, text = out.partition("\n\n")
+    assert code == 0 and not err
+    assert usage.startswith(f"Usage: hf-zipit {name} ")
+    first = text.splitlines()[0].strip()
+    assert first.endswith(".") and len(first) < 60
+    assert "--json" in out and "--format [table|json]" in out
+    assert "Examples\n" in out and f"$ hf-zipit {name}" in out
+    for parameter in app.group.commands[name].params:
+        assert parameter.help and parameter.help.endswith((".", "...", "?")), parameter.name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rum"], "Did you mean 'run'"),
+        (["run", "a.yaml", "--nope"], "No such option '--nope'"),
+        (["merge", "a", "b"], "Missing option '--out'"),
+        (["evaluate", "a"], "Missing option '--dataset'"),
+        (["doctor", "--format", "xml"], "'xml' is not one of"),
+        (["merge", "a", "b", "--out", "m", "--samples", "0"], "0 is not in the range"),
+    ],
+)
+def test_a_wrong_use_ends_with_two(call, arguments, message):
+    code, out, err = call(*arguments)
+    assert code == 2
+    assert message in err and not out
+
+
+def test_a_command_without_its_arguments_prints_its_help(call):
+    code, out, _ = call("run")
+    assert code == 0
+    assert out.startswith("Usage: hf-zipit run [OPTIONS] RECIPE")
+
+
+@pytest.mark.parametrize("flags", [["--json"], ["--format", "json"], ["--format=json"]])
+def test_json_has_two_spellings(call, flags):
+    _, out, _ = call("doctor", *flags)
+    assert json.loads(out)[0]["what"] == "hf-zipit"
+
+
+def error(answer: tuple[int, str, str]) -> str:
+    """The one sentence of an answer that must be an error."""
+    code, out, err = answer
+    assert code == 1
+    assert out == ""
+    assert "Traceback" not in err
+    lines = [line for line in err.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_bad_input_is_one_sentence(call, tmp_path, vits):
+    assert "There is no recipe" in error(call("run", tmp_path / "none.yaml"))
+    assert "does not exist" in error(call("inspect", tmp_path / "none"))
+    assert "at least two" in error(call("merge", vits / "low", "--out", tmp_path / "m"))
+    assert "calibration is missing" in error(call("merge", vits / "low", vits / "high", "--out", tmp_path / "m"))
+    two = (vits / "low", vits / "high", "-c", "sklearn-digits", "--out", tmp_path / "m")
+    assert "did you mean 'zip'" in error(call("merge", *two, "-m", "zpi"))
+    assert "from 0 to 1" in error(call("merge", *two, "-d", "2"))
+    assert "is no block" in error(call("merge", *two, "-d", "vit.layers.7"))
+    assert "no merged model" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits"))
+    assert "did you mean 'sklearn-digits'" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digit"))
+    assert "OLD=NEW" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--column", "a"))
+    assert "--samples" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--streaming"))
+    assert not (tmp_path / "m").exists()
+
+
+def test_inspect_prints_the_spaces_and_the_proof(call, vits):
+    code, out, err = call("inspect", vits / "low", "--json")
+    assert code == 0
+    assert "proving" in err
+    found = json.loads(out)
+    assert found["proof"]["holds"] and found["proof"]["error"] <= 1e-5
+    spaces = {space["name"]: space for space in found["spaces"]}
+    heads = [space for name, space in spaces.items() if name.endswith("heads")]
+    assert [space["size"] for space in heads] == [2, 2]
+    assert {space["heads"] for space in spaces.values() if space["within"]} == {2}
+    assert any(space["symmetry"] == "fixed" and space["frozen_by"] for space in spaces.values())
+    _, table, _ = call("inspect", vits / "low")
+    assert "proven" in table and all(name in table for name in spaces)
+
+
+def test_merge_then_evaluate(call, vits, tmp_path):
+    experts = (f"small={vits / 'low'}", f"large={vits / 'high'}")
+    out_folder = tmp_path / "merged"
+    arguments = (*experts, "-c", "sklearn-digits", "--samples", 24, "--depth", 0.5, "--out", out_folder, "--json")
+    code, out, _ = call("merge", *arguments)
+    assert code == 0
+    merged = json.loads(out)
+    assert merged["kept"]["depth"] == 0.5
+    assert merged["model"] == str(out_folder)
+    assert {"config.json", "model.safetensors", "README.md", "recipe.yaml"} <= {p.name for p in out_folder.iterdir()}
+    code, out, _ = call("evaluate", out_folder, "--dataset", "sklearn-digits", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert list(found["per_task"]) == ["small", "large"]
+    assert all(0 <= value <= 1 for value in found["joint_per_task"].values())
+    assert found["scores"] == {}
+    measuring = ("evaluate", out_folder, "--dataset", "sklearn-digits", "--metric", "f1", "--samples", 30)
+    code, out, _ = call(*measuring, "--json")
+    scores = json.loads(out)
+    assert scores["samples"] == {"small": 30, "large": 30}
+    assert all(0 <= scores["scores"][task]["f1"] <= 1 for task in ("small", "large"))
+    code, out, _ = call(*measuring)
+    assert code == 0 and "f1" in out and "joint" in out
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(call, vits, tmp_path):
+    arguments = ("merge", vits / "low", vits / "high", "-c", "sklearn-digits", "--out", tmp_path / "m", "--dry-run")
+    code, out, _ = call(*arguments, "--json")
+    assert code == 0
+    (plan,) = json.loads(out)
+    assert plan["tasks"] == ["low", "high"]
+    assert plan["parameters"]["merged"] < plan["parameters"]["experts"]
+    code, out, _ = call(*arguments)
+    assert code == 0 and "at most 512 samples of each task" in out
+    assert not (tmp_path / "m").exists()
+
+
+def test_doctor_finds_this_installation_in_order(call):
+    code, out, _ = call("doctor", "--json")
+    found = {check["what"]: check for check in json.loads(out)}
+    assert code == (0 if all(check["good"] for check in found.values()) else 1)
+    assert found["torch"]["found"] == torch.__version__
+    assert all(check["remedy"] for check in found.values() if not check["good"])
+    assert {"devices", "processes", "process groups", "Hub cache", "hf zipit"} <= set(found)
+
+
+def test_columns_are_pairs():
+    assert parse_columns(["img=image", "fine=labels"]) == {"img": "image", "fine": "labels"}
+    assert parse_columns(None) == {}
+    for wrong in ("img", "=image", "img="):
+        with pytest.raises(RecipeError, match="should be OLD=NEW"):
+            parse_columns([wrong])
+
+
+def test_task_names_are_given_or_taken_from_the_path():
+    assert parse_experts(["shoes=me/vit", "./out/clothes/"]) == {"shoes": "me/vit", "clothes": "./out/clothes/"}
+    for wrong in (["a=x", "a=y"], ["x/a", "y/a"], ["=x"], ["a="]):
+        with pytest.raises(RecipeError):
+            parse_experts(wrong)
