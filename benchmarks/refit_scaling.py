@@ -29,8 +29,8 @@ from hf_zipit.align.trunk import align_trunk
 from hf_zipit.combine.trunk import combine_trunk
 from hf_zipit.merging import plan
 from hf_zipit.refit import RefitConfig
+from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.stage import prepared, refit
-from hf_zipit.refit.walk import MicroBatch
 from hf_zipit.report.tables import new_table
 
 SAMPLES = (64, 128, 256, 512, 1024)

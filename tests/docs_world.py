@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import Image as Picture
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
@@ -65,8 +66,18 @@ def make_world(folder: Path) -> Path:
     merged = hf_zipit.merge(experts, prepared(), method="permute", progress=False)
     merged.save_pretrained(folder / "me" / "merged")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
+    shorten(folder / "recipes" / "quickstart.yaml")
     shutil.copyfile(ROOT / "tests" / "docs_recipe.yaml", folder / "recipe.yaml")
     return folder
+
+
+def shorten(recipe: Path) -> None:
+    """A recipe that does everything that it did, but less often."""
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["train"]["epochs"] = 2
+    content["depth"] = [1.0, 0.5]
+    content["calibration"]["samples"] = 64
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
 
 
 def prepared() -> dict[str, torch.Tensor]:

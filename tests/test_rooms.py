@@ -6,6 +6,8 @@ Read from the source, so that imports inside functions count as well; those for 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -102,6 +104,14 @@ def test_imports_go_down_the_list_of_rooms() -> None:
 
 def test_no_module_imports_itself_in_a_circle() -> None:
     TopologicalSorter(graph()).prepare()  # raises a CycleError that names the modules
+
+
+def test_what_takes_seconds_is_imported_when_it_is_used() -> None:
+    code = (
+        "import sys, hf_zipit, hf_zipit.report.plots; print({'evaluate', 'matplotlib', 'optuna'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+    assert hf_zipit.metrics.__name__ == "hf_zipit.evaluation.metrics"
 
 
 def test_imports_are_found_wherever_they_stand() -> None:

@@ -1,8 +1,8 @@
 """Moments for merges: known ones, or those of one look at the data; for many merges of the same experts, too.
 
-Every look is taken once, for the deepest merge: shallower ones look at fewer of the same places (`Moments.at`). Methods
-that rotate the residual stream look at the experts with their norms folded, which compute the same but have other
-features inside; those are observed apart.
+Every look is taken once, for the deepest merge: shallower ones look at fewer of the same places (`Moments.at`).
+Methods that rotate the residual stream look at the experts with their norms folded, which compute the same but have
+other features inside; those are observed apart.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit.errors import RecipeError
+from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.regression import Gram, ridge
-from hf_zipit.refit.walk import MicroBatch
 
 RIDGE = 1e-2
 """Relative ridge of the discriminant: a few hundred samples must not be separated by heart."""

@@ -18,9 +18,10 @@ from hf_zipit.errors import DataError
 from hf_zipit.observe import calibration_batches
 from hf_zipit.observe.processes import summed
 from hf_zipit.planning.plan import Plan
+from hf_zipit.refit.batches import MicroBatch, micro_batches
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.walk import MicroBatch, Refitted, Walk, micro_batches
+from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.proof import model_tensors
 
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -39,7 +39,9 @@ from hf_zipit.errors import SpecError
 from hf_zipit.modeling.trunk import resize
 from hf_zipit.planning.cut import Cut, Entry
 from hf_zipit.refit.attention import MERGED, Attention, AttentionSolver, find_attention
+from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.config import RefitConfig
+from hf_zipit.refit.convolution import folded, patches
 from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
@@ -49,28 +51,6 @@ from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 UNKNOWN_TASK = "unknown task"
 """What a report calls samples of which nobody said the task."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Inputs of one shape.
-
-    Attributes:
-        inputs: the model's keyword arguments, samples first.
-        task: the expert that the samples belong to; None: unknown.
-        real: how many samples there are; the rest fills the batch up and counts nothing.
-        number: its place among all batches of all processes.
-    """
-
-    inputs: Mapping[str, Tensor]
-    task: int | None
-    real: int
-    number: int = 0
-
-    @property
-    def size(self) -> int:
-        """Samples, with those that fill up."""
-        return len(next(iter(self.inputs.values())))
 
 
 @dataclass(frozen=True)
@@ -537,7 +517,7 @@ class Walk:
         """For every task the map from the merged units to the expert's own, on the task's own samples."""
         found = []
         for t in range(len(self.tasks)):
-            prior = features_to_unmerge(entry, self.alignment, self.spec, t)
+            prior = unmerge_matrix(self.alignment, entry.key, t, self.spec)
             gram = Gram.empty(prior.shape[1], prior.shape[0], prior)
             for b, batch in enumerate(self.batches):
                 if batch.task not in (None, t):
@@ -557,74 +537,3 @@ def merged_shapes(spec: MergeSpec, alignment: Alignment) -> dict[str, list[int]]
         for name, labels in spec.axes.items()
         if any(factor.space in resized for label in labels for factor in label)
     }
-
-
-def features_to_unmerge(entry: Entry, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
-    """U_t as a matrix `[d, k]`."""
-    return unmerge_matrix(alignment, entry.key, expert, spec)
-
-
-def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
-    """A convolution's flat weight `[k, d]` and bias with the batch norm behind it multiplied in."""
-    bias = torch.zeros(len(weight)) if bias is None else bias
-    if norm is None:
-        return weight, bias
-    scale = norm["weight"] / (norm["variance"] + norm["eps"]).sqrt()
-    return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
-
-
-def patches(x: Tensor, weight: Tensor, node: fx.Node) -> Tensor:
-    """What a convolution's kernel sees at every place of `[n, c, h, w]`: `[n * places, c * kernel]`."""
-    given = dict(zip(("stride", "padding", "dilation"), node.args[3:6], strict=False))
-    given |= {name: value for name, value in node.kwargs.items() if name in ("stride", "padding", "dilation")}
-    geometry = {name: tuple(value) for name, value in given.items() if not isinstance(value, str)}
-    if given.get("padding") == "same":
-        x = functional.pad(x, same_padding(weight.shape[2:], geometry.get("dilation", (1, 1))))
-    return functional.unfold(x, weight.shape[2:], **geometry).mT.flatten(0, 1)
-
-
-def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """Zeros before and after each axis, the last axis first, that keep the size; an odd one goes behind."""
-    sides = []
-    for size, step in zip(reversed(kernel), reversed(dilation), strict=True):
-        total = step * (size - 1)
-        sides += [total // 2, total - total // 2]
-    return sides
-
-
-def micro_batches(
-    batches: Iterable[tuple[int | None, Mapping[str, Tensor]]], size: int, pad_ids: Mapping[str, int]
-) -> list[MicroBatch]:
-    """Batches of one number of samples and one length: short ones are filled up, and the fill is marked.
-
-    Args:
-        batches: (task, inputs) with at most `size` samples each.
-        size: samples per micro-batch; as many as the largest batch has, if that is smaller.
-        pad_ids: what fills up sequences, by input name; 0 where nothing is said.
-    """
-    found = [(task, dict(inputs)) for task, inputs in batches]
-    lengths = [inputs["input_ids"].shape[1] for _, inputs in found if "input_ids" in inputs]
-    longest = max(lengths, default=0)
-    size = min(size, max(len(next(iter(inputs.values()))) for _, inputs in found))
-    out = []
-    for task, inputs in found:
-        real = len(next(iter(inputs.values())))
-        sequence = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
-        filled = {}
-        if sequence and sequence < longest and "attention_mask" not in inputs:
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        for name, tensor in inputs.items():
-            if sequence and tensor.dim() > 1 and tensor.shape[1] == sequence:
-                tensor = functional.pad(tensor, (0, longest - sequence), value=pad_ids.get(name, 0))
-            if real < size:
-                tensor = torch.cat([tensor, tensor[:1].expand(size - real, *tensor.shape[1:])])
-            filled[name] = tensor
-        out.append(MicroBatch(filled, task, real, len(out)))
-    if len({frozenset(batch.inputs) for batch in out}) > 1:  # some batches needed a mask, so all get one
-        out = [
-            batch
-            if "attention_mask" in batch.inputs
-            else replace(batch, inputs={**batch.inputs, "attention_mask": torch.ones_like(batch.inputs["input_ids"])})
-            for batch in out
-        ]
-    return out

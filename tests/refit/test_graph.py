@@ -12,8 +12,8 @@ from torch.nn import functional
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import SpecError
 from hf_zipit.planning.plan import Plan, make_plan
+from hf_zipit.refit.convolution import patches
 from hf_zipit.refit.graph import Program, Site, find_sites
-from hf_zipit.refit.walk import patches
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.trace import select_outputs
 

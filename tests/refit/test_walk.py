@@ -21,8 +21,11 @@ from hf_zipit.combine.trunk import combine_trunk
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, stage
+from hf_zipit.refit.attention import MERGED
+from hf_zipit.refit.batches import micro_batches
+from hf_zipit.refit.convolution import patches
 from hf_zipit.refit.graph import Site
-from hf_zipit.refit.walk import MERGED, UNKNOWN_TASK, Walk, micro_batches, patches
+from hf_zipit.refit.walk import UNKNOWN_TASK, Walk
 from hf_zipit.symmetry.proof import model_tensors
 
 from .. import tiny
@@ -46,7 +49,7 @@ def by_task(inputs: Mapping[str, Tensor], tasks: str = "ab") -> dict[str, dict[s
 def refitted(models: tuple[PreTrainedModel, ...], data: object, *, method: str = "identity", **settings: object):
     depth = settings.pop("depth", 1.0)
     named = dict(zip("abc", models, strict=False))
-    config = {"micro_batch": 8, **settings}
+    config = {"micro_batch": 8, "rows_per_input": 0, **settings}
     return merge(named, data, method=method, depth=depth, refit=config, progress=False)
 
 
