@@ -29,6 +29,12 @@ DEPTHS = (1.0, 0.5)
 COLUMNS = ("mean", "of experts", "joint", "size", "seconds", "CPU s", "memory")
 
 
+PARTS = """
+
+The rows come from several runs of parts of this command, two at a time on two cores: CPU seconds say more than
+seconds. Rows that are missing have not been measured."""
+
+
 class Split(str, Enum):
     test = "test"
     validation = "validation"
@@ -204,7 +210,7 @@ def main(
             write_json(numbers, {"rows": [asdict(each) for each in rows]})
     differing = {"split": split.value} if split != Split.test else {}
     differing |= {"samples": samples} if samples != SAMPLES else {}
-    page = document(rows, introduction(rows, command_line(**chosen, **differing)))
+    page = document(rows, introduction(rows, command_line(**chosen, **differing)) + (PARTS if only_reused else ""))
     typer.echo(page)
     if out is not None:
         write_text(out, page)
