@@ -171,7 +171,7 @@ def merge(
     )
     alignment = align_trunk(folded, planned, found, method, **settings)
     trunk = combine_trunk(folded, planned, alignment, combine)
-    doors = report = None
+    doors = head_dims = report = None
     if refitting is not None and planned.cut.trunk:
         refitted = refit_trunk(
             folded,
@@ -186,6 +186,7 @@ def merge(
             progress=progress,
         )
         trunk, doors, report = refitted.tensors, refitted.doors, refitted.report
+        head_dims = refitted.head_dims
     recipe = {
         "method": method,
         "options": dict(options or {}),
@@ -203,7 +204,9 @@ def merge(
     }
     if report is not None:
         recipe["refit_errors"] = report.to_dict()
-    merged = assemble(folded, planned.spec, planned.cut, trunk, alignment, doors=doors, method=recipe)
+    merged = assemble(
+        folded, planned.spec, planned.cut, trunk, alignment, doors=doors, head_dims=head_dims, method=recipe
+    )
     correct(
         merged,
         folded,

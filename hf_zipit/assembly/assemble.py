@@ -28,6 +28,7 @@ def assemble(
     alignment: Alignment,
     *,
     doors: Mapping[Entry, Sequence[tuple[Tensor, Tensor]]] | None = None,
+    head_dims: Mapping[str, int] | None = None,
     method: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The merged model.
@@ -39,6 +40,7 @@ def assemble(
         trunk: the merged tensors by their name in the source model.
         alignment: the maps of the movable spaces in the trunk.
         doors: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
+        head_dims: by path the width of a head in attention layers that have more and narrower heads than an expert's.
         method: what to remember about how the model was made; JSON-serialisable.
 
     Returns:
@@ -55,6 +57,7 @@ def assemble(
         entries=[_setting("module", entry, spec, alignment, doors) for entry in cut.entries],
         exits=[_setting("field", entry, spec, alignment, doors) for entry in cut.exits],
         trunk_shapes=other_shapes(trunk, next(iter(sources.values()))),
+        head_dims=dict(head_dims or {}),
         depth=cut.depth,
         cut=first_own_block(spec, cut),
         method=dict(method or {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,8 @@ class Survey:
     def surface(self, pair: tuple[str, str], *, method: str, **settings: Any) -> Surface:
         """Merge, and lay the plane through two experts; `settings` are those of `merge`."""
         refit = refit_settings(settings.pop("refit", False))
+        if refit is not None:  # between models with different heads there is no line
+            refit = replace(refit, split_heads=False)
         planned = plan(self.experts, method=method, **settings)
         if not planned.cut.trunk:
             raise RecipeError("At this depth nothing is shared, so that there is nothing to move; take a larger one.")

@@ -33,6 +33,7 @@ from ..hub.processors import Files, processor_files, write_files
 from .configuration import ZipItConfig, nearest
 from .entries import Entry, attach, leave, make_entries
 from .expert import plain_expert
+from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
@@ -81,6 +82,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         # and settings made later (`set_attn_implementation`) reach the trunk, too.
         self.trunk = take_trunk(first, config.shared)
         resize(self.trunk, config.trunk_shapes)
+        cut_heads(self.trunk, config.head_dims)
         self.branches = nn.ModuleDict()
         for task, key in self.branch_names.items():  # one skeleton more is held whole at a time
             model = first if task == config.tasks[0] else skeleton(config, task)

@@ -43,6 +43,8 @@ class ZipItConfig(PreTrainedConfig):
             "where": "input" | "output", "axis": int, "size": k}`. With None nothing is corrected; with a list, entries
             and exits are, too.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
+        head_dims: the width of a head in the trunk's attention layers that have more and narrower heads than the
+            source's, by the layer's path in the source model.
         depth: the share of blocks in the trunk, if known.
         cut: the path of the first block outside the trunk, if any.
         method: how the model was made, free-form.
@@ -68,6 +70,7 @@ class ZipItConfig(PreTrainedConfig):
     exits: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None = None
     trunk_shapes: dict[str, list[int]] | None = None
+    head_dims: dict[str, int] | None = None
     depth: float | None = None
     cut: str | None = None
     method: dict[str, Any] | None = None
@@ -80,6 +83,7 @@ class ZipItConfig(PreTrainedConfig):
         for name in ("tasks", "shared", "entries", "exits"):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
+        self.head_dims = dict(self.head_dims or {})
         self.method = dict(self.method or {})
         check_tasks(self.tasks, self.task_labels or {})
         self.task_labels = {  # JSON has no integer keys

@@ -13,12 +13,13 @@ outputs: what is returned was run beside the merged model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..adapters import adapter_for
 from ..errors import ExpertError
@@ -27,7 +28,9 @@ from ..planning.cut import Entry as Door
 from ..symmetry.group import transform
 from ..symmetry.proof import model_tensors
 from ..symmetry.spec import MergeSpec, ProductKey, product_key
+from .configuration import ZipItConfig
 from .entries import DenseEntry, Entry
+from .head_dims import head_dim_name
 from .skeleton import skeleton
 
 if TYPE_CHECKING:
@@ -58,7 +61,7 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         raise ExpertError(_cannot(merged, task, "its merged layers are wider or narrower than an expert's"))
     if config.rescaled is not None:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
-    model = skeleton(config, task).eval()
+    model = skeleton(with_heads(config, merged, task), task).eval()
     trunk, branch = model_tensors(merged.trunk), model_tensors(merged.branches[key])
     found = {name: (trunk if name in trunk else branch)[name] for name in model_tensors(model)}
     found = {name: tensor.detach().cpu() for name, tensor in found.items()}
@@ -78,6 +81,32 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
     model.config._commit_hash = getattr(config, "_commit_hash", None)
     model.merged_task = task  # for the recipe of the next merge
     return model
+
+
+def with_heads(config: ZipItConfig, merged: ZipItPreTrainedModel, task: str) -> ZipItConfig:
+    """The configuration with the trunk's number of heads as the source's own.
+
+    Raises:
+        ExpertError: if layers of one tower have different numbers of heads, which no plain model can have.
+    """
+    if not config.head_dims:
+        return config
+    changed = copy.deepcopy(config)
+    plain = skeleton(changed, task)
+    towers: dict[int, tuple[PreTrainedConfig, set[int]]] = {}
+    for path, module in plain.named_modules():
+        if (name := head_dim_name(module)) is not None:
+            own = getattr(module, "config", plain.config)
+            old = getattr(module, name)
+            towers.setdefault(id(own), (own, set()))[1].add(old // config.head_dims.get(path, old))
+    for own, factors in towers.values():
+        if len(factors) > 1:
+            raise ExpertError(_cannot(merged, task, "its attention layers have different numbers of heads"))
+        own.num_attention_heads *= factors.pop()
+        if isinstance(getattr(own, "head_dim", None), int):
+            raise ExpertError(_cannot(merged, task, "its heads are narrower than its configuration's head_dim"))
+    changed.source_config = plain.config
+    return changed
 
 
 def _cannot(merged: ZipItPreTrainedModel, task: str, reason: str) -> str:

@@ -17,6 +17,8 @@ class RefitConfig:
         read_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the pull towards the combined weights, relative to the mean of the Gram matrix's diagonal.
         rows_per_input: at most this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
+        split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
+            where that is nearer to the experts than pairing them; the model stays as large and as fast.
         micro_batch: samples that go through a module at once.
         memory_gb: activations beyond this go to temporary files.
         joint_heads: make the tasks' logits comparable: every head's logits are raised on samples of its own task and
@@ -27,6 +29,7 @@ class RefitConfig:
     read_weight: float = 30.0
     ridge: float = 1e-4
     rows_per_input: int = 48
+    split_heads: bool = True
     micro_batch: int = 64
     memory_gb: float = 4.0
     joint_heads: bool = False

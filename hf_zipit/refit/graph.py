@@ -99,7 +99,7 @@ class Program:
         }
         self.nodes = [node for node in self._exported.graph.nodes if node.op in ("call_function", "get_attr")]
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self._wider: dict[fx.Node, fx.Node] = {}
+        self._merged: dict[fx.Node, fx.Node] = {}
         self._read_what_was_written()
         self.last_use = {
             used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes
@@ -128,15 +128,19 @@ class Program:
         """The name of the parameter or buffer that a graph input is."""
         return self.tensors.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
-    def adopt_sizes(self, other: Program) -> None:
-        """Know the sizes that are written down in the program of a wider model (`view(x, [8, 17, 96])`).
+    def twins(self, other: Program) -> dict[fx.Node, fx.Node]:
+        """For every op the same op in the program of a model with other sizes.
 
         Raises:
-            SpecError: if the wider model does not run the same ops.
+            SpecError: if that model does not run the same ops.
         """
         if [node.target for node in self.nodes] != [node.target for node in other.nodes]:
             raise SpecError("the wider merged model runs other ops than its experts, which refit cannot follow")
-        self._wider = dict(zip(self.nodes, other.nodes, strict=True))
+        return dict(zip(self.nodes, other.nodes, strict=True))
+
+    def adopt_sizes(self, twins: Mapping[fx.Node, fx.Node]) -> None:
+        """Know the sizes that are written down in the ops of the merged model (`view(x, [8, 17, 96])`)."""
+        self._merged |= twins
 
     def run(
         self,
@@ -144,12 +148,12 @@ class Program:
         lookup: Callable[[fx.Node], Any],
         tensors: Mapping[str, Tensor],
         inputs: Mapping[str, Any],
-        wide: bool = False,
+        merged: bool = False,
     ) -> Any:
-        """The value of one node. `lookup` gives the values of earlier nodes; `wide`: with the sizes adopted."""
+        """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
         if node.op == "get_attr":
             return getattr(self._exported.graph_module, str(node.target))
-        sizes = self._wider.get(node, node) if wide else node
+        sizes = self._merged.get(node, node) if merged else node
 
         def value(x: Any, size: Any) -> Any:
             if isinstance(x, fx.Node):

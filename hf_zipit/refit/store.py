@@ -10,6 +10,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+MERGED = -1
+"""Whose values: the merged model's place beside the experts 0 ... T - 1."""
+
 
 class Store:
     """One value per key: a tensor, or whatever a graph's node gives. Use it as a context manager."""

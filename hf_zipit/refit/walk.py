@@ -21,9 +21,9 @@ its permuted copy) are a fixed point.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -36,9 +36,9 @@ from hf_zipit.align.maps import Alignment
 from hf_zipit.align.products import merged_sizes
 from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held, unmerge_matrix
 from hf_zipit.errors import SpecError
-from hf_zipit.modeling.trunk import resize
 from hf_zipit.planning.cut import Cut, Entry
-from hf_zipit.refit.attention import MERGED, Attention, AttentionSolver, find_attention
+from hf_zipit.refit.attention import Attention, find_attention, heads_and_width
+from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.convolution import folded, patches
@@ -46,7 +46,8 @@ from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.store import Store
+from hf_zipit.refit.splitting import split_ops, variant
+from hf_zipit.refit.store import MERGED, Store
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 UNKNOWN_TASK = "unknown task"
@@ -60,12 +61,14 @@ class Refitted:
     Attributes:
         tensors: the trunk's new tensors.
         doors: per entry or exit and task `(weight [d, k], bias [d])`: from merged units to the expert's own.
+        head_dims: by path the width of a head in attention layers whose heads were split.
         report: the regression errors.
         peak_bytes: the most memory that activations took.
     """
 
     tensors: dict[str, Tensor]
     doors: dict[Entry, list[tuple[Tensor, Tensor]]]
+    head_dims: dict[str, int]
     report: RefitReport
     peak_bytes: int
 
@@ -92,11 +95,12 @@ class Walk:
         progress: bool = True,
     ) -> None:
         """See `stage.refit`; `add_up` sums a tensor over all processes, `fields` are the outputs that count."""
-        self.program = Program(model, batches[0].inputs, fields, cut.trunk)
-        if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
-            wide = copy.deepcopy(model)
-            resize(wide, merged_shapes(spec, alignment))
-            self.program.adopt_sizes(Program(wide, batches[0].inputs, fields, cut.trunk))
+        export = partial(Program, inputs=batches[0].inputs, fields=fields, trunk=cut.trunk)
+        self.program = export(model)
+        wide = any(tensor.shape != experts[0][name].shape for name, tensor in merged.items())
+        shapes = merged_shapes(spec, alignment) if wide else {}
+        if wide:
+            self.program.adopt_sizes(self.program.twins(export(variant(model, shapes, {}))))
         self.tensors = [*experts, {**experts[0], **merged}]  # the last one, at index MERGED, is the merged model
         self.batches = batches
         self.tasks, self.spec, self.cut, self.alignment = tuple(tasks), spec, cut, alignment
@@ -104,6 +108,10 @@ class Walk:
         self.seed, self.progress = seed, progress
         self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.attention = self._find_attention()
+        self.split_ops: dict[fx.Node, fx.Node] = {}
+        if config.split_heads:
+            self.split_ops = split_ops(self.program, self.attention.values(), model, shapes, len(tasks), export)
+        self.head_dims: dict[str, int] = {}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
         self.expiring = self._find_expiring()
         self.doors = self._find_doors()
@@ -134,7 +142,7 @@ class Walk:
                 elif node in self.attention:
                     output = self.attention[node].output
                     self._advance_experts(position[output.stream or output.output])
-                    AttentionSolver(self, self.attention[node]).solve()
+                    AttentionSolver(self, self.attention[node], self.split_ops.get(self.attention[node].node)).solve()
                 self._compute(node, MERGED)
                 for entry, source in self.doors.items():
                     if source is node:
@@ -146,7 +154,8 @@ class Walk:
                 self._forget(i)
             peak = store.peak
         changed = {name: self.tensors[MERGED][name] for name in self.cut.trunk}
-        return Refitted(changed, solved, RefitReport(self.tasks, self.errors, self._untouched()), peak)
+        report = RefitReport(self.tasks, self.errors, self._untouched())
+        return Refitted(changed, solved, self.head_dims, report, peak)
 
     def _untouched(self) -> tuple[str, ...]:
         """Tensors of the trunk that have no site and keep their combined values."""
@@ -200,6 +209,12 @@ class Walk:
             if node in stale or not stale.isdisjoint(node.all_input_nodes):
                 stale.add(node)
                 self._compute(node, MERGED)
+
+    def split(self, layer: Attention) -> None:
+        """Go on with narrower heads in an attention layer."""
+        assert layer.module is not None
+        self.program.adopt_sizes({node: self.split_ops[node] for node in layer.between})
+        self.head_dims[layer.module] = heads_and_width(self.split_ops[layer.node])[1]
 
     def _find_attention(self) -> dict[fx.Node, Attention]:
         """The attention layers that are solved as a whole, by the last of the three maps that their inputs enter."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
-from hf_zipit.refit import RefitConfig
-from hf_zipit.refit.attention import find_attention, logit_factors, value_factors
+from hf_zipit.modeling import head_dims
+from hf_zipit.refit import RefitConfig, RefitReport
+from hf_zipit.refit.attention import find_attention
 from hf_zipit.refit.graph import Program, find_sites
+from hf_zipit.refit.heads import Metric, logit_factors, value_factors
+from hf_zipit.refit.splitting import narrower
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, Symmetry, fitted
@@ -30,6 +34,10 @@ def moment(size: int, seed: int = 1) -> Tensor:
     return root @ root.mT / size
 
 
+def metrics() -> tuple[Metric, Metric]:
+    return Metric.of(moment(9), 0.0), Metric.of(moment(7), 0.0)
+
+
 def lost(product: Tensor, query: Tensor, key: Tensor, left: Tensor, right: Tensor) -> float:
     """The mean square error of the logits over independent pairs of inputs with the given moments."""
     off = product - query.mT @ key
@@ -41,30 +49,35 @@ def test_experts_with_the_same_logits_keep_them():
     query, key = drawn(HEAD_DIM, 9, seed=2), drawn(HEAD_DIM, 7, seed=3)
     basis = drawn(HEAD_DIM, HEAD_DIM, seed=4)
     other = basis @ query, torch.linalg.inv(basis).mT @ key
-    found = logit_factors([query, other[0]], [key, other[1]], moment(9), moment(7), HEAD_DIM)
-    torch.testing.assert_close(found[0].mT @ found[1], query.mT @ key)
+    found = logit_factors([query, other[0]], [key, other[1]], *metrics(), HEAD_DIM)
+    torch.testing.assert_close(found.query.mT @ found.key, query.mT @ key)
+    assert found.lost < 1e-20 * found.energy
 
 
 def test_no_other_factors_of_the_rank_lose_less():
     queries, keys = [drawn(HEAD_DIM, 9, seed=s) for s in (2, 3)], [drawn(HEAD_DIM, 7, seed=s) for s in (4, 5)]
     left, right = moment(9), moment(7)
     product = (queries[0].mT @ keys[0] + queries[1].mT @ keys[1]) / 2
-    query, key = logit_factors(queries, keys, left, right, HEAD_DIM)
+    found = logit_factors(queries, keys, *metrics(), HEAD_DIM)
+    query, key = found.query, found.key
     least = lost(product, query, key, left, right)
     assert least > 0
+    experts = [q.mT @ k for q, k in zip(queries, keys, strict=True)]
+    assert found.lost == pytest.approx(sum(lost(own, query, key, left, right) for own in experts) / 2)
+    assert found.energy == pytest.approx(sum(lost(own, query * 0, key, left, right) for own in experts) / 2)
     for seed in range(20):
         other = query + 0.05 * drawn(*query.shape, seed=seed), key + 0.05 * drawn(*key.shape, seed=seed + 99)
         assert lost(product, *other, left, right) > least
     # Twice the rank is enough for two experts.
-    wide = logit_factors(queries, keys, left, right, 2 * HEAD_DIM)
-    torch.testing.assert_close(wide[0].mT @ wide[1], product)
+    wide = logit_factors(queries, keys, *metrics(), 2 * HEAD_DIM)
+    torch.testing.assert_close(wide.query.mT @ wide.key, product)
 
 
 def test_values_of_full_rank_are_the_solution_and_of_less_the_nearest():
     slope, covariance = drawn(6, 8, seed=2), moment(8)
-    out, mix = value_factors(slope, covariance, 8)
+    out, mix = value_factors(slope, Metric.of(covariance, 0.0), 8)
     torch.testing.assert_close(out @ mix, slope)
-    out, mix = value_factors(slope, covariance, HEAD_DIM)
+    out, mix = value_factors(slope, Metric.of(covariance, 0.0), HEAD_DIM)
     off = slope - out @ mix
     least = float(torch.trace(off @ covariance @ off.mT))
     singular = torch.linalg.svdvals(slope @ torch.linalg.cholesky(covariance))
@@ -106,3 +119,55 @@ def test_a_change_of_basis_inside_heads_is_seen_through(name: str, refit: bool):
         )
     ]
     assert all(same) if refit else not all(same)
+
+
+@pytest.mark.parametrize(("width", "experts", "dim"), [(64, 2, 32), (64, 3, 16), (64, 4, 16), (5, 2, 1), (1, 2, None)])
+def test_every_experts_head_gets_its_share(width: int, experts: int, dim: int | None):
+    assert narrower(width, experts) == dim
+
+
+def apart(model: PreTrainedModel, count: int) -> list[PreTrainedModel]:
+    """Copies that differ in the first layer's attention alone, whose heads need a quarter of their width."""
+    width = model.config.hidden_size // model.config.num_attention_heads
+    found = []
+    for seed in range(count):
+        tensors = dict(model_tensors(model))
+        for name in ("q_proj", "k_proj", "v_proj"):
+            for leaf in ("weight", "bias"):
+                path = f"vit.layers.0.attention.{name}.{leaf}"
+                values = drawn(*tensors[path].shape, seed=10 * seed + len(path)).float()
+                values.unflatten(0, (-1, width))[:, width // 4 :] = 0
+                tensors[path] = values
+        found.append(with_tensors(model, tensors))
+    return found
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_heads_that_differ_stay_heads_of_their_own(count: int):
+    """Of low rank, so that nothing is lost: what the first layer writes is exactly the experts' mean."""
+    models = apart(case("vit").model, count)
+    tasks = "abcd"[:count]
+    data = dict.fromkeys(tasks, calibration(models[0]))
+    lost = {}
+    for split in (True, False):
+        settings = RefitConfig(own_weight=1 / count, ridge=1e-9, rows_per_input=0, split_heads=split)
+        experts = dict(zip(tasks, models, strict=True))
+        merged = merge(experts, data, method="identity", refit=settings, progress=False)
+        assert ("vit.layers.0.attention" in merged.config.head_dims) == split
+        report = RefitReport.of(merged)
+        assert report is not None
+        lost[split] = max(report.errors["vit.layers.0.attention.o_proj"].values())
+    assert lost[True] < 1e-6 < 1e-2 < lost[False]
+
+
+def test_heads_that_agree_are_not_split():
+    model = case("vit").model
+    merged = merge(dict.fromkeys("ab", model), calibration(model), method="permute", refit=True, progress=False)
+    assert merged.config.head_dims == {}
+
+
+def test_a_class_whose_heads_cannot_be_cut_keeps_them(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(head_dims, "HEAD_DIMS", ())
+    models = dict(zip("ab", tiny.pair("vit"), strict=True))
+    merged = merge(models, calibration(models["a"]), method="identity", refit=True, progress=False)
+    assert merged.config.head_dims == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.processes import run_in_two_processes
 
-from .worker import NAMES, refitted
+from .worker import NAMES, data, refitted
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,16 @@ def test_two_processes_refit_as_one(two_processes: Path, name: str):
         errors = found.pop("errors")
         torch.testing.assert_close(errors, torch.tensor(single.config.method["refit_errors"]["errors"]))
         assert found.keys() == single.state_dict().keys()
-        for key, tensor in single.state_dict().items():
+        both = copy.deepcopy(single)
+        both.load_state_dict(found)
+        for task, inputs in data(name).items():
+            expected, logits = (model(**inputs, task=task).logits for model in (single, both))
+            assert (logits - expected).abs().max() <= 1e-6 * expected.abs().max()
+        state = single.state_dict()
+        for key, tensor in state.items():
+            # Weights are less exact than what they compute where their inputs hardly vary: here attention is nearly
+            # uniform. A small bias is what is left of larger activations, and as exact as the weight beside it.
+            beside = state.get(f"{key.rpartition('.')[0]}.weight", tensor)
+            size = max(float(part.double().abs().max()) for part in (tensor, beside))
             difference = (found[key] - tensor).double().abs().max()
-            assert difference <= 1e-6 * tensor.double().abs().max(), f"{key}: {difference:.1e}"
+            assert difference <= 3e-5 * size, f"{key}: {difference / size:.1e}"

@@ -1,0 +1,61 @@
+"""Attention layers of the trunk with more and narrower heads than the source class builds.
+
+The weights of such a layer have their usual shapes; only how their outputs are cut into heads differs. The classes of
+`transformers` cut by an attribute of the attention module, `view(..., -1, self.head_dim)`, so that another number
+there is all it takes. Where a class does otherwise, nothing is cut: `refit/splitting.py` looks at what the class
+really computes before it plans with narrower heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import ZipItError
+
+HEAD_DIMS = ("head_dim", "attention_head_size")
+"""What attention modules call the width of a head,"""
+
+COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads")
+"""how many there are,"""
+
+SCALES = ("scaling", "scale")
+"""and what they multiply logits by, `head_dim ** -0.5`; where they keep it at all."""
+
+
+def head_dim_name(module: nn.Module) -> str | None:
+    """The attribute by which an attention module cuts heads; None where there is none."""
+    return next((name for name in HEAD_DIMS if isinstance(getattr(module, name, None), int)), None)
+
+
+def cut_heads(root: nn.Module, head_dims: Mapping[str, int]) -> None:
+    """Give attention layers narrower heads, and more of them, of the same width together.
+
+    Args:
+        root: holds the attention modules under their paths.
+        head_dims: the new width of a head, by path; divides the old one.
+
+    Raises:
+        ZipItError: there is no attention layer under a path, or its heads cannot be cut so.
+    """
+    for path, new in head_dims.items():
+        try:
+            module = root.get_submodule(path)
+        except AttributeError:
+            raise ZipItError(f"head_dims names '{path}', which is no module of the trunk.") from None
+        name = head_dim_name(module)
+        if name is None:
+            raise ZipItError(f"head_dims names '{path}', which does not say how wide its heads are.")
+        old = getattr(module, name)
+        if new < 1 or old % new:
+            raise ZipItError(
+                f"head_dims cuts the heads of '{path}' to {new}, which does not divide their width {old}."
+            )
+        setattr(module, name, new)
+        for count in COUNTS:
+            if isinstance(getattr(module, count, None), int):
+                setattr(module, count, getattr(module, count) * (old // new))
+        for scale in SCALES:
+            if isinstance(getattr(module, scale, None), float):
+                setattr(module, scale, getattr(module, scale) * (old / new) ** 0.5)

@@ -1,0 +1,322 @@
+"""Attention in the refit: heads are merged by what they compute, not by the units inside them.
+
+What a head computes is
+
+- logits, which are bilinear in the input: x_i^T B_t x_j with B_t = W_q^T W_k of expert t, its biases included, each
+  expert's queries and keys regressed on the merged model's input;
+- a weighted mean of values, under the *merged* model's weights. The experts' own values, regressed on the merged
+  model's input and averaged under those weights, are regressed on what the residual stream lacks; of each head's
+  solution the part of the head's rank that loses least becomes its values and its share of the output projection.
+
+Two ways to make the merged heads, of which each layer gets the one whose logits are nearer to the experts':
+
+- paired: one head for each of an expert's, as they were aligned, with the best factors of the mean of its experts'
+  B_t. Right for heads that agree;
+- split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank. Heads of
+  different experts rarely agree, but each is of low rank. The layer has as many weights and operations as before.
+
+Everything is closed-form: two regressions a layer and two singular value decompositions a head.
+
+Ours; comparing heads by circuits is from *A Mathematical Framework for Transformer Circuits* (2021).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from hf_zipit.align.products import factor_indices
+from hf_zipit.combine.transform import features_to_merged
+from hf_zipit.refit.attention import Attention, heads_and_width, logit_scale
+from hf_zipit.refit.graph import Site
+from hf_zipit.refit.heads import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
+from hf_zipit.refit.regression import Gram, ridge
+from hf_zipit.refit.store import MERGED
+from hf_zipit.symmetry.spec import product_key
+
+if TYPE_CHECKING:
+    from hf_zipit.refit.walk import Walk
+
+AGREED = 1e-3
+"""Heads that lose no more than this share of their logits' energy by being paired are not split."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An expert's head in a merged one: whose, and which of the expert's own outputs."""
+
+    expert: int
+    units: slice
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How a layer's merged heads are made.
+
+    Attributes:
+        queries, keys, values: per merged head the experts' heads in it.
+        count, width: of the merged heads; those beyond the given ones stay empty.
+        scale: what the experts' products of queries and keys are multiplied by, in units of the merged layer's.
+    """
+
+    queries: list[list[Member]]
+    keys: list[list[Member]]
+    values: list[list[Member]]
+    count: int
+    width: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the regression of a head starts, and which of its bases is taken.
+
+    Attributes:
+        slope: `[outputs, values]`, what the head's values are mapped to before anything is regressed.
+        out, mix: `[outputs, width]` and `[width, values]`, the output projection and the values to be nearest to.
+    """
+
+    slope: Tensor
+    out: Tensor
+    mix: Tensor
+
+
+class AttentionSolver:
+    """Solves one attention layer of a walk, which has the values and the weights."""
+
+    def __init__(self, walk: Walk, attention: Attention, split: fx.Node | None = None) -> None:
+        """`split`: the layer's op in a model with narrower heads, if it can have them."""
+        self.walk, self.attention, self.split_op = walk, attention, split
+        self.spec, self.alignment, self.tasks = walk.spec, walk.alignment, range(len(walk.tasks))
+        self.regressed: dict[Site, list[tuple[Tensor, Tensor]]] = {}
+        self.moments: dict[Site, Gram] = {}
+
+    def solve(self) -> bool:
+        """Write queries, keys, values and the start of the output projection into the merged model.
+
+        Returns:
+            Whether the heads were split.
+        """
+        attention, walk = self.attention, self.walk
+        projection = walk.tensors[MERGED][attention.output.weight]
+        self._regress()
+        heads = self._paired()
+        logits = self._logits(heads)
+        split = self._split()
+        if split is not None and lost_share(logits) > AGREED:
+            others = self._logits(split)
+            if lost_share(others) < lost_share(logits):
+                heads, logits = split, others
+        is_split = heads is split
+        starts = self._split_starts(heads) if is_split else self._paired_starts(heads, projection)
+        self._write_logits(heads, logits, is_split)
+        if is_split:
+            walk.split(attention)
+        last = max((site.node for site in attention.inputs), key=walk.program.position.__getitem__)
+        walk.run_again([attention.query.node, attention.key.node], last)
+        self._solve_values(heads, starts)
+        walk.run_again([attention.value.node], last)
+        return is_split
+
+    # Which heads -----------------------------------------------------------------------------------------------------
+
+    def _paired(self) -> Heads:
+        def members(site: Site) -> list[list[Member]]:
+            return [[Member(t, self._units(site, t, head)) for t in self.tasks] for head in range(attention.heads)]
+
+        attention = self.attention
+        parts = [members(site) for site in attention.inputs]
+        return Heads(*parts, attention.heads, attention.width)
+
+    def _units(self, site: Site, expert: int, head: int) -> slice:
+        """Where the outputs of a weight that belong to a merged head are among an expert's own."""
+        key = product_key(self.spec.axes[site.weight][0])
+        merged = factor_indices(key, self.alignment, self.spec, expert)[key[0]]
+        first = int((merged == head).int().argmax())
+        return slice(first, first + int((merged == head).sum()))
+
+    def _split(self) -> Heads | None:
+        if self.split_op is None:
+            return None
+        attention = self.attention
+        count, width = heads_and_width(self.split_op)
+        own = [
+            [Member(t, slice(first, first + attention.width))]
+            for t in self.tasks
+            for first in range(0, attention.heads * attention.width, attention.width)
+        ]
+        return Heads(own, own, own, count, width, logit_scale(attention.node) / logit_scale(self.split_op))
+
+    # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
+
+    def _regress(self) -> None:
+        """Every expert's queries, keys and values as linear maps of the merged model's inputs; one pass an input."""
+        by_input: dict[fx.Node, list[Site]] = {}
+        for site in self.attention.inputs:
+            by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
+        for x, sites in by_input.items():
+            start = torch.cat([self._own_weight(site, t) for site in sites for t in self.tasks])
+            gram = Gram.empty(start.shape[1], len(start), start)
+            for b in range(len(self.walk.batches)):
+                value = self.walk.value(x, MERGED, b)
+                y = torch.cat([self.walk.store[site.node, t, b] for site in sites for t in self.tasks], -1)
+                rows, picked = self.walk.sample(self.walk.rows_weight(value, b, -1), value.shape[-1], b)
+                gram.add(value.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
+            gram = gram.reduce(self.walk.add_up)
+            slope, shift = ridge(gram, start, self.walk.config.ridge)
+            parts = len(sites) * len(self.tasks)
+            maps = iter(zip(slope.chunk(parts), shift.chunk(parts), strict=True))
+            for site in sites:
+                self.regressed[site] = [next(maps) for _ in self.tasks]
+                self.moments[site] = gram
+
+    def _own_weight(self, site: Site, expert: int) -> Tensor:
+        """An expert's own weight that reads the merged units: W_t U_t."""
+        label = self.spec.axes[site.weight][1]
+        return features_to_merged(self.walk.tensors[expert][site.weight], 1, label, self.alignment, self.spec, expert)
+
+    # Queries and keys ------------------------------------------------------------------------------------------------
+
+    def _logits(self, heads: Heads) -> list[LogitFactors]:
+        metrics = self._metrics()
+        return [
+            logit_factors(
+                [self._query(member) * heads.scale for member in queries],
+                [self._key(member) for member in keys],
+                *metrics,
+                heads.width,
+            )
+            for queries, keys in zip(heads.queries, heads.keys, strict=True)
+        ]
+
+    def _metrics(self) -> tuple[Metric, Metric]:
+        """Of the query's input, with one more that is always one if it has a bias; and of the key's, centred.
+
+        What a key's bias adds to the logits is the same for all positions, and cancels.
+        """
+        q, k = self.moments[self.attention.query], self.moments[self.attention.key]
+        moment = q.xx / q.n
+        if self.attention.query.bias is not None:
+            mean = q.x / q.n
+            moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
+        pull = self.walk.config.ridge
+        return Metric.of(moment, pull), Metric.of(k.xx / k.n - torch.outer(k.x, k.x) / k.n.square(), pull)
+
+    def _query(self, member: Member) -> Tensor:
+        slope, shift = (part[member.units] for part in self.regressed[self.attention.query][member.expert])
+        return slope if self.attention.query.bias is None else torch.cat([slope, shift[:, None]], 1)
+
+    def _key(self, member: Member) -> Tensor:
+        return self.regressed[self.attention.key][member.expert][0][member.units]
+
+    def _write_logits(self, heads: Heads, logits: Sequence[LogitFactors], is_split: bool) -> None:
+        query, key = self.attention.query, self.attention.key
+        queries, keys = [], []
+        for number, found in enumerate(logits):
+            if is_split:
+                (asker,), (asked,) = heads.queries[number], heads.keys[number]
+                towards = self._query(asker)[: heads.width], self._key(asked)[: heads.width]
+            else:
+                rows = slice(number * heads.width, (number + 1) * heads.width)
+                towards = self._combined(query)[rows], self._combined(key)[rows, : found.key.shape[1]]
+            one, other = nearest_basis(found.query, found.key, towards)
+            queries.append(one)
+            keys.append(other)
+        rows, columns = (padded(torch.cat(part), heads.count * heads.width) for part in (queries, keys))
+        slope, shift = (rows, rows[:, 0] * 0) if query.bias is None else (rows[:, :-1], rows[:, -1])
+        self.walk.write(query, slope, shift)
+        self.walk.write(key, columns, columns[:, 0] * 0)
+
+    def _combined(self, site: Site) -> Tensor:
+        """The combined weight, with the bias as one more column if there is one."""
+        weight, bias = self.walk.tensors[MERGED][site.weight], self.walk.tensors[MERGED].get(site.bias)
+        return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+
+    # Values and the output projection --------------------------------------------------------------------------------
+
+    def _solve_values(self, heads: Heads, starts: Sequence[Start]) -> None:
+        """Mix the experts' values, head by head."""
+        value, output = self.attention.value, self.attention.output
+        slopes, shifts = self._values(heads)
+        before = torch.cat([start.slope for start in starts], 1)
+        gram = self._moments_of_means(heads, slopes, shifts, before)
+        slope, shift = ridge(gram, before, self.walk.config.ridge, output.bias is not None)
+        covariance = gram.xx / gram.n - torch.outer(gram.x, gram.x) / gram.n.square()
+        outs, weights, biases = [], [], []
+        for head, start in enumerate(starts):
+            own = slice(head * slopes.shape[1], (head + 1) * slopes.shape[1])
+            metric = Metric.of(covariance[own, own], self.walk.config.ridge)
+            out, mix = value_factors(slope[:, own], metric, heads.width)
+            out, mix = nearest_basis(out.mT, mix, (start.out.mT, start.mix))
+            outs.append(out)
+            weights.append(mix @ slopes[head])
+            biases.append((mix @ shifts[head])[:, None])
+        full = heads.count * heads.width
+        self.walk.write(value, padded(torch.cat(weights), full), padded(torch.cat(biases), full)[:, 0])
+        self.walk.write(output, padded(torch.cat(outs), full).mT, shift)
+
+    def _values(self, heads: Heads) -> tuple[Tensor, Tensor]:
+        """The values that enter each merged head: slopes `[heads, values, d]` and shifts `[heads, values]`."""
+        maps = self.regressed[self.attention.value]
+        slopes, shifts = (
+            torch.stack([torch.cat([maps[m.expert][part][m.units] for m in members]) for members in heads.values])
+            for part in (0, 1)
+        )
+        # Without a bias nothing may add a constant; the shift is then part of what the regression leaves.
+        return slopes, shifts if self.attention.value.bias is not None else torch.zeros_like(shifts)
+
+    def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Gram:
+        """Of the values' means under the merged model's weights, and of what the output projection aims at."""
+        attention, walk = self.attention, self.walk
+        label = self.spec.output_label(attention.output.weight, 0)
+        empty = heads.count - len(slopes)
+        gram = Gram.empty(start.shape[1], len(start), start)
+        for b in range(len(walk.batches)):
+            x = walk.value(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            values = torch.einsum("nsd,hwd->nhsw", x, slopes.to(x.dtype)) + shifts.to(x.dtype)[:, None]
+            values = functional.pad(values, (0, 0, 0, 0, 0, empty))
+            means = walk.peek(attention.node, b, {attention.node.args[2]: values})
+            means = means[:, : len(slopes)].transpose(1, 2).flatten(2)
+            y = walk.aim(attention.output, -1, label, b)
+            rows, picked = walk.sample(walk.rows_weight(y, b, -1), means.shape[-1], b)
+            gram.add(means.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
+        return gram.reduce(walk.add_up)
+
+    def _paired_starts(self, heads: Heads, projection: Tensor) -> list[Start]:
+        """The combined model's: its projection, and its values of a head as a mix of the experts'."""
+        value = self.attention.value
+        label = self.spec.axes[value.weight][0]
+        eye = torch.eye(self.spec.size(product_key(label)), dtype=torch.float64)
+        merges = [
+            features_to_merged(eye, 0, label, self.alignment, self.spec, t) / len(self.tasks) for t in self.tasks
+        ]
+        starts = []
+        for head, members in enumerate(heads.values):
+            rows = slice(head * heads.width, (head + 1) * heads.width)
+            out = projection[:, rows].double()
+            mix = torch.cat([merges[m.expert][rows, m.units] for m in members], 1)
+            starts.append(Start(out @ mix, out, mix))
+        return starts
+
+    def _split_starts(self, heads: Heads) -> list[Start]:
+        """The experts' own: the mean of what their heads write."""
+        output = self.attention.output
+        label = self.spec.output_label(output.weight, 0)
+        starts = []
+        for (member,) in heads.values:
+            own = self.walk.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
+            written = features_to_merged(own, 0, label, self.alignment, self.spec, member.expert)
+            first = torch.eye(heads.width, written.shape[1], dtype=torch.float64)
+            starts.append(Start(written.double(), written[:, : heads.width].double(), first))
+        return starts
+
+
+def lost_share(logits: Sequence[LogitFactors]) -> float:
+    """The mean of what a layer's heads miss of the experts' logits, as a share of those."""
+    lost, energy = (sum(getattr(head, name) for head in logits) for name in ("lost", "energy"))
+    return lost / max(energy, 1e-30)
