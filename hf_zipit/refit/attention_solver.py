@@ -164,9 +164,9 @@ class AttentionSolver:
             gram = Gram.empty(start.shape[1], len(start), start)
             for b in range(len(self.walk.batches)):
                 value = self.walk.value(x, MERGED, b)
-                y = torch.cat([self.walk.store[site.node, t, b] for site in sites for t in self.tasks], -1)
                 rows, picked = self.walk.sample(self.walk.rows_weight(value, b, -1), value.shape[-1], b)
-                gram.add(value.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
+                y = [self.walk.store[site.node, t, b].flatten(0, -2)[rows] for site in sites for t in self.tasks]
+                gram.add(value.flatten(0, -2)[rows], torch.cat(y, -1), picked)
             gram = gram.reduce(self.walk.add_up)
             slope, shift = ridge(gram, start, self.walk.config.ridge)
             parts = len(sites) * len(self.tasks)
@@ -282,9 +282,8 @@ class AttentionSolver:
             values = functional.pad(values, (0, 0, 0, 0, 0, empty))
             means = walk.peek(attention.node, b, {attention.node.args[2]: values})
             means = means[:, : len(slopes)].transpose(1, 2).flatten(2)
-            y = walk.aim(attention.output, -1, label, b)
-            rows, picked = walk.sample(walk.rows_weight(y, b, -1), means.shape[-1], b)
-            gram.add(means.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
+            rows, picked = walk.sample(walk.rows_weight(means, b, -1), means.shape[-1], b)
+            gram.add(means.flatten(0, -2)[rows], walk.aim(attention.output, -1, label, b, rows), picked)
         return gram.reduce(walk.add_up)
 
     def _paired_starts(self, heads: Heads, projection: Tensor) -> list[Start]:

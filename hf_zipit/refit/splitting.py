@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
@@ -19,13 +19,15 @@ from hf_zipit.modeling.trunk import resize
 from hf_zipit.refit.attention import Attention, heads_and_width
 from hf_zipit.refit.graph import Program
 
+Model = TypeVar("Model", bound=nn.Module)
+
 
 def narrower(width: int, experts: int) -> int | None:
     """The greatest divisor of a head's width of which every expert's head can have one; None if there is none."""
     return next((dim for dim in range(width // experts, 0, -1) if width % dim == 0), None)
 
 
-def variant(model: nn.Module, shapes: Mapping[str, list[int]], head_dims: Mapping[str, int]) -> nn.Module:
+def variant(model: Model, shapes: Mapping[str, list[int]], head_dims: Mapping[str, int]) -> Model:
     """A copy with other shapes and heads; the tensors whose shapes stay are the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

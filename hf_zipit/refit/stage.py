@@ -21,6 +21,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.batches import MicroBatch, micro_batches
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.positions import Positions
+from hf_zipit.refit.splitting import variant
 from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.proof import model_tensors
 
@@ -67,7 +68,7 @@ def refit(
         )
 
     walk = Walk(
-        in_float32(model),
+        with_fused_attention(in_float32(model)),
         [model_tensors(in_float32(expert)) for expert in experts.values()],
         trunk,
         own,
@@ -98,6 +99,18 @@ def prepared(
     text_config = getattr(model.config, "text_config", None) or model.config
     pad = getattr(text_config, "pad_token_id", None) or 0
     return micro_batches(numbered(), config.micro_batch, {"input_ids": pad})
+
+
+def with_fused_attention(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or one with the same tensors whose attention is one op, by which its layers are found."""
+    if getattr(model.config, "_attn_implementation", None) in (None, "sdpa"):
+        return model
+    other = variant(model, {}, {})
+    try:
+        other.set_attn_implementation("sdpa")
+    except (ValueError, NotImplementedError, ImportError):  # its class has none
+        return model
+    return other
 
 
 def in_float32(model: PreTrainedModel) -> PreTrainedModel:

@@ -50,6 +50,9 @@ from hf_zipit.refit.splitting import split_ops, variant
 from hf_zipit.refit.store import MERGED, Store
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
+Rows = Tensor | slice
+"""Some of a value's samples times positions."""
+
 UNKNOWN_TASK = "unknown task"
 """What a report calls samples of which nobody said the task."""
 
@@ -260,11 +263,14 @@ class Walk:
         others = max((1 - self.config.own_weight) / (count - 1), 1e-9)
         return [self.config.own_weight if t == task else others for t in range(count)]
 
-    def _target(self, node: fx.Node, axis: int, label: AxisLabel, b: int) -> Tensor:
-        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
+    def _target(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Rows | None = None) -> Tensor:
+        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one.
+
+        Of `rows` alone, `[rows, units]`, where they are given; the units are then the last axis.
+        """
         total: Tensor | float = 0.0
         for t, share in enumerate(self._shares(self.batches[b].task)):
-            y = self.store[node, t, b]
+            y = self.store[node, t, b] if rows is None else self.store[node, t, b].flatten(0, -2)[rows]
             total = total + share * self._in_merged_units(y, axis, label, t)
         assert isinstance(total, Tensor)
         scale = self._scale(label, self.batches[b].task, y.shape[axis])
@@ -319,11 +325,14 @@ class Walk:
     def _solve(self, site: Site) -> None:
         getattr(self, f"_solve_{site.kind}")(site)
 
-    def aim(self, site: Site, axis: int, label: AxisLabel, b: int) -> Tensor:
+    def aim(self, site: Site, axis: int, label: AxisLabel, b: int, rows: Rows | None = None) -> Tensor:
         """What a site should put out: its share of the experts' output, or what the residual stream still lacks."""
         if site.stream is None or site.other is None:
-            return self._target(site.output, axis, label, b)
-        return self._target(site.stream, axis, label, b) - self.value(site.other, MERGED, b)
+            return self._target(site.output, axis, label, b, rows)
+        target, other = self._target(site.stream, axis, label, b, rows), self.value(site.other, MERGED, b)
+        if rows is not None:
+            other = other.expand(*site.stream.meta["val"].shape[:-1], -1).flatten(0, -2)[rows]
+        return target - other
 
     def _solve_linear(self, site: Site) -> None:
         label = self.spec.output_label(site.weight, 0)
@@ -331,9 +340,8 @@ class Walk:
         gram = Gram.empty(weight.shape[1], weight.shape[0], weight)
         for b in range(len(self.batches)):
             x = self.value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            y = self.aim(site, -1, label, b)
-            rows, picked = self.sample(self.rows_weight(y, b, -1), weight.shape[1], b)
-            gram.add(x.flatten(0, -2)[rows], y.flatten(0, -2)[rows], picked)
+            rows, picked = self.sample(self.rows_weight(x, b, -1), weight.shape[1], b)
+            gram.add(x.flatten(0, -2)[rows], self.aim(site, -1, label, b, rows), picked)
         slope, shift = ridge(gram.reduce(self.add_up), weight, self.config.ridge, site.bias is not None)
         self.write(site, slope, shift)
 
@@ -378,9 +386,10 @@ class Walk:
         channels = ChannelSums.empty(len(scale))
         for b in range(len(self.batches)):
             x = self.value(site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            normed = functional.layer_norm(x, scale.shape, eps=float(site.node.args[4]))  # type: ignore[arg-type]
-            y = self._target(site.output, -1, label, b)
-            channels.add(normed.flatten(0, -2), y.flatten(0, -2), self.rows_weight(y, b, -1))
+            rows, picked = self.sample(self.rows_weight(x, b, -1), len(scale), b)
+            eps = float(site.node.args[4])  # type: ignore[arg-type]
+            normed = functional.layer_norm(x.flatten(0, -2)[rows], scale.shape, eps=eps)
+            channels.add(normed, self._target(site.output, -1, label, b, rows), picked)
         channels.sums = self.add_up(channels.sums)
         new = scale_and_shift(channels, scale, self.config.ridge)
         for name, value in zip((site.weight, site.bias), new, strict=True):
@@ -400,7 +409,7 @@ class Walk:
         total = self.add_up(torch.as_tensor(total))
         self.tensors[MERGED][site.weight] = (total / self.add_up(torch.tensor(float(count)))).to(offset.dtype)
 
-    def sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Tensor | slice, Tensor]:
+    def sample(self, weights: Tensor, inputs: int, b: int) -> tuple[Rows, Tensor]:
         """Which rows enter a Gram matrix, and their weights.
 
         All that the head reads, and of the others at most a seeded share, which then counts for all of them.
@@ -488,10 +497,15 @@ class Walk:
         width = self.tensors[MERGED][site.weight].shape[site.unit_axis]
         sums = torch.zeros(len(self.tasks) + 1, width + 3, dtype=torch.float64)
         for b, batch in enumerate(self.batches):
-            target = self._target(site.stream or site.output, axis, label, b)
-            off = (self._made(site, b) - target).movedim(axis, -1).flatten(0, -2)
-            y = target.movedim(axis, -1).flatten(0, -2)
-            weight = self.rows_weight(target, b, axis)
+            made = self._made(site, b)
+            weight = self.rows_weight(made, b, axis)
+            if axis == -1:
+                rows, weight = self.sample(weight, width, b)
+                y = self._target(site.stream or site.output, axis, label, b, rows)
+                off = made.flatten(0, -2)[rows] - y
+            else:
+                target = self._target(site.stream or site.output, axis, label, b)
+                y, off = (part.movedim(axis, -1).flatten(0, -2) for part in (target, made - target))
             squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
             ones = torch.ones(len(y))
             scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])

@@ -171,3 +171,17 @@ def test_a_class_whose_heads_cannot_be_cut_keeps_them(monkeypatch: pytest.Monkey
     models = dict(zip("ab", tiny.pair("vit"), strict=True))
     merged = merge(models, calibration(models["a"]), method="identity", refit=True, progress=False)
     assert merged.config.head_dims == {}
+
+
+def test_experts_with_eager_attention_are_refitted_like_others():
+    models = tiny.pair("vit")
+    found = {}
+    for implementation in ("eager", "sdpa"):
+        for model in models:
+            model.set_attn_implementation(implementation)
+        experts = dict(zip("ab", models, strict=True))
+        found[implementation] = merge(experts, calibration(models[0]), method="identity", refit=True, progress=False)
+    assert found["eager"].config.head_dims == found["sdpa"].config.head_dims != {}
+    inputs = calibration(models[0])
+    expected, logits = (found[name](**inputs, task="a").logits for name in ("sdpa", "eager"))
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
