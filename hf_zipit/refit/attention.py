@@ -40,6 +40,11 @@ class Attention:
         return self.query, self.key, self.value
 
     @property
+    def ops(self) -> tuple[fx.Node, ...]:
+        """The three maps and what is between them and the output projection."""
+        return (*(site.node for site in self.inputs), *self.between)
+
+    @property
     def heads(self) -> int:
         return heads_and_width(self.node)[0]
 

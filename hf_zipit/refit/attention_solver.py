@@ -279,12 +279,22 @@ class AttentionSolver:
         for b in range(len(walk.batches)):
             x = walk.value(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = torch.einsum("nsd,hwd->nhsw", x, slopes.to(x.dtype)) + shifts.to(x.dtype)[:, None]
-            values = functional.pad(values, (0, 0, 0, 0, 0, empty))
-            means = walk.peek(attention.node, b, {attention.node.args[2]: values})
+            means = self._means(functional.pad(values, (0, 0, 0, 0, 0, empty)), b)
             means = means[:, : len(slopes)].transpose(1, 2).flatten(2)
             rows, picked = walk.sample(walk.rows_weight(means, b, -1), means.shape[-1], b)
             gram.add(means.flatten(0, -2)[rows], walk.aim(attention.output, -1, label, b, rows), picked)
         return gram.reduce(walk.add_up)
+
+    def _means(self, values: Tensor, b: int) -> Tensor:
+        """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
+        node = self.attention.node
+        query, key = (self.walk.peek(node.args[i], b, {}) for i in (0, 1))  # type: ignore[arg-type]
+        # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
+        more = max(0, values.shape[-1] - query.shape[-1])
+        query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
+        if node.kwargs.get("scale") is None:
+            query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
+        return self.walk.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
 
     def _paired_starts(self, heads: Heads, projection: Tensor) -> list[Start]:
         """The combined model's: its projection, and its values of a head as a mix of the experts'."""

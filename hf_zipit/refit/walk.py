@@ -116,6 +116,12 @@ class Walk:
             self.split_ops = split_ops(self.program, self.attention.values(), model, shapes, len(tasks), export)
         self.head_dims: dict[str, int] = {}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
+        self.waiting = {
+            node
+            for solved_at, layer in self.attention.items()
+            for node in layer.ops
+            if self.program.position[node] < self.program.position[solved_at]
+        }  # their weights are not solved when they are reached
         self.expiring = self._find_expiring()
         self.doors = self._find_doors()
         self.all_batches = int(add_up(torch.tensor(float(len(batches)))))
@@ -143,10 +149,11 @@ class Walk:
                     self._advance_experts(position[site.stream or site.output])
                     self._solve(site)
                 elif node in self.attention:
-                    output = self.attention[node].output
-                    self._advance_experts(position[output.stream or output.output])
-                    AttentionSolver(self, self.attention[node], self.split_ops.get(self.attention[node].node)).solve()
-                self._compute(node, MERGED)
+                    layer = self.attention[node]
+                    self._advance_experts(position[layer.output.stream or layer.output.output])
+                    AttentionSolver(self, layer, self.split_ops.get(layer.node)).solve()
+                if node not in self.waiting:
+                    self._compute(node, MERGED)
                 for entry, source in self.doors.items():
                     if source is node:
                         solved[entry] = self._solve_door(entry, node)
@@ -206,7 +213,7 @@ class Walk:
         return self.program.run(node, lambda used: self.peek(used, b, known), own, inputs, True)
 
     def run_again(self, changed: Iterable[fx.Node], upto: fx.Node) -> None:
-        """Bring the merged model's values before a node up to date after weights of earlier ones were changed."""
+        """Bring the merged model's values before a node up to date after weights were written."""
         stale = set(changed)
         for node in self.program.nodes[: self.program.position[upto]]:
             if node in stale or not stale.isdisjoint(node.all_input_nodes):
@@ -237,10 +244,9 @@ class Walk:
         """By position the nodes whose values nobody reads after it."""
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for solved_at, layer in self.attention.items():
-            for site in layer.inputs:
-                for node in (site.node, site.node.args[0]):
-                    if node in last:
-                        last[node] = max(last[node], self.program.position[solved_at])
+            for node in (*layer.ops, *(site.node.args[0] for site in layer.inputs)):
+                if node in last:
+                    last[node] = max(last[node], self.program.position[solved_at])
         expiring: dict[int, list[fx.Node]] = {}
         for node, position in last.items():
             expiring.setdefault(position, []).append(node)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from hf_zipit.report.plots import COLOURS, MARKERS, STYLE
+from hf_zipit.report.plots import STYLE, add_legend, add_title, look
 from hf_zipit.report.tables import accuracies, new_table, share
 
 if TYPE_CHECKING:
@@ -69,9 +69,10 @@ def _cells(trial: Trial, result: SearchResult) -> list[str]:
 
 
 def frontier_picture(result: SearchResult, title: str = "") -> Figure:
-    """Two panels: the score over the size and over the computation of every merge, in experts; the frontier as a line.
+    """Two panels: the score over the size and over the computation of every merge, in experts.
 
-    A method has one colour and marker; what is beaten is pale. The experts side by side are the star.
+    A method has one colour and marker; what is beaten in score, size and computation is pale. A panel's line is the
+    best score that its size or its computation buys. The experts side by side are the star.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -88,10 +89,9 @@ def frontier_picture(result: SearchResult, title: str = "") -> Figure:
             _draw(axis, result, methods, lambda t, cost=cost, unit=unit: cost(t) / unit)
             axis.set_xlabel(label)
         axes[0].set_ylabel(_score_name(result))
-        lines, names = axes[0].get_legend_handles_labels()
-        figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 6), frameon=False)
+        add_legend(figure, axes[0])
         told = f"{len(result.trials)} merges" + (f", scored on {_samples(result)}" if result.samples else "")
-        figure.suptitle(f"{title}: {told}" if title else told, x=0.01, ha="left", fontsize=11)
+        add_title(figure, f"{title}: {told}" if title else told, 11)
     return figure
 
 
@@ -100,23 +100,34 @@ def _score_name(result: SearchResult) -> str:
         return "score"
     kind = "per-task mean" if result.measure == "mean" else "joint"
     against = "accuracy" if result.answers == "labels" else "agreement with the experts"
-    return f"held-out {against}, {kind}"
+    return f"held-out {against},\n{kind}"
+
+
+def staircase(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of points (cost, score) those that score more than every cheaper one, from cheap to dear."""
+    kept: list[tuple[float, float]] = []
+    for cost, score in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not kept or score > kept[-1][1]:
+            kept.append((cost, score))
+    return kept
 
 
 def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callable[[Trial], float]) -> None:
     kept = result.frontier
-    line = sorted((cost(trial), trial.score) for trial in kept)
+    scored = [(cost(trial), trial.score) for trial in result.trials if trial.score is not None]
+    line = staircase(scored)
     if line:
+        line.append((max(scored)[0], line[-1][1]))  # what costs more than the best need not score less
         axis.plot(
             *zip(*line, strict=True),
             color="#555555",
             linewidth=1.3,
             drawstyle="steps-post",
-            label="frontier",
+            label="best for the cost",
             zorder=2,
         )
     for index, method in enumerate(methods):
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "linestyle": "none"}
+        style = {**look(index), "linestyle": "none"}
         for trials, alpha, size, label in (
             ([t for t in result.trials if t.setting.method == method and t.score is not None and t not in kept],
              0.28, 5.0, None),
@@ -129,7 +140,12 @@ def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callab
     if result.experts:
         mean = result.experts.mean if result.measure == "mean" else result.experts.joint
         tasks = len(result.experts.per_task)
-        axis.plot([tasks], [mean], "*", color="#333333", markersize=11, linestyle="none", label="experts side by side")
+        axis.plot(
+            [tasks], [mean], "*", color="#333333", markersize=12, markeredgecolor="white", zorder=4 + len(methods),
+            label="experts side by side",
+        )  # fmt: skip
+    if len(scored) > len(kept):
+        axis.plot([], [], "o", color="#333333", alpha=0.28, markersize=5, label="pale: beaten")
     best = result.best_or_none
     if best:
         axis.annotate(

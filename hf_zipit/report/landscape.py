@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from hf_zipit.report.plots import COLOURS, MARKERS, STYLE
+from hf_zipit.report.plots import MARKERS, STYLE, add_legend, add_title, look, wrapped
 from hf_zipit.report.tables import new_table, share
 
 if TYPE_CHECKING:
@@ -45,10 +45,10 @@ def contours(found: Landscape, title: str = "") -> Figure:
             bar = figure.colorbar(filled, ax=axis, shrink=0.82, pad=0.02)
             _ticks(bar, filled.levels)
             _points(axis, plane, found)
-            axis.set_title(f"loss of {task!r}", loc="left")
+            axis.set_title(wrapped(f"loss of {task!r}", WIDTH, 12), loc="left")
             axis.set_aspect("equal")
         _labels(figure, axes, plane, found)
-        figure.suptitle(_title(found, title), x=0.01, ha="left", fontsize=11)
+        add_title(figure, _title(found, title), 11)
     return figure
 
 
@@ -87,16 +87,17 @@ def _points(axis: Axes, plane: Plane, found: Landscape) -> None:
             color="white" if hollow else "black", markeredgecolor="black" if hollow else "white",
             markeredgewidth=1.2, linestyle="none", zorder=5, clip_on=False,
         )  # fmt: skip
+        above = name == "merge"
         axis.annotate(
-            name, (x, y), xytext=(0, 10 if name == "merge" else -17), textcoords="offset points", ha="center",
-            fontsize=9, color="black", path_effects=halo, zorder=6,
+            wrapped(name, WIDTH / 3, 9), (x, y), xytext=(0, 10 if above else -8), textcoords="offset points",
+            ha="center", va="bottom" if above else "top", fontsize=9, color="black", path_effects=halo, zorder=6,
         )  # fmt: skip
 
 
 def _labels(figure: Figure, axes: Sequence[Axes], plane: Plane, found: Landscape) -> None:
     a, b = found.pair
     for axis in axes:
-        axis.set_xlabel(f"from {a!r} to {b!r}")
+        axis.set_xlabel(wrapped(f"from {a!r} to {b!r}", WIDTH))
     axes[0].set_ylabel("towards the merge" if plane.through_merge else "a random direction")
     notes = ["Axes in distances of the aligned experts."]
     if not plane.through_merge:
@@ -121,17 +122,17 @@ def interpolation(found: Landscape, title: str = "") -> Figure:
                 _curve(rows[1][column], curve, curve.error[task], index)
             told = [f"barrier {curve.barrier(task):.2f}, {line_name(curve)}" for curve in found.curves]
             top = rows[0][column]
-            top.set_title(f"task {task!r}", loc="left", pad=8 + 11 * len(told))
+            top.set_title(wrapped(f"task {task!r}", WIDTH, 12), loc="left", pad=8 + 11 * len(told))
             top.text(0, 1.02, "\n".join(told), transform=top.transAxes, fontsize=8, color="#555555", va="bottom")
             rows[1][column].set_xlabel("place on the line")
-            rows[1][column].set_xticks([0, 0.5, 1], labels=[found.pair[0], "middle", found.pair[1]])
+            ends = (wrapped(name, WIDTH / 3.5) for name in found.pair)
+            rows[1][column].set_xticks([0, 0.5, 1], labels=[next(ends), "middle", next(ends)])
         rows[0][0].set_ylim(bottom=0)
         rows[1][0].set_ylim(0, 1)
         rows[0][0].set_ylabel("loss")
         rows[1][0].set_ylabel("error (share of wrong answers)")
-        lines, labels = rows[0][0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-        figure.suptitle(_title(found, title), x=0.01, ha="left", fontsize=11)
+        add_legend(figure, rows[0][0])
+        add_title(figure, _title(found, title), 11)
     return figure
 
 
@@ -143,8 +144,8 @@ def line_name(curve: Curve) -> str:
 def _curve(axis: Axes, curve: Curve, values: Sequence[float], index: int) -> None:
     label = line_name(curve) + ("" if curve.exact else JOINED)
     axis.plot(
-        curve.at, values, color=COLOURS[index], marker=MARKERS[index], markersize=4.5, linewidth=1.8,
-        linestyle="-" if curve.exact else "--", label=label, zorder=3 + index, clip_on=False,
+        curve.at, values, **look(index), markersize=4.5, linewidth=1.8, linestyle="-" if curve.exact else "--",
+        label=label, zorder=3 + index, clip_on=False,
     )  # fmt: skip
     axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axis.set_axisbelow(True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING
 
 from hf_zipit.evaluation.results import Accuracy
@@ -17,11 +18,13 @@ if TYPE_CHECKING:
     from hf_zipit.refit import RefitReport
     from hf_zipit.running.results import Row
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey.
+# Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey. See `look`.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 MAX_TASK_PANELS = 3
 MAX_ROWS = 42
+MAX_TICKS = 6
+PANEL = 3.3  # inches
 
 STYLE = {
     "font.size": 10,
@@ -38,6 +41,34 @@ STYLE = {
 
 Measure = Callable[[Accuracy], "float | None"]
 
+LETTER = 0.62
+"""The mean width of a letter over the font's size, rounded up."""
+
+
+def look(index: int) -> dict[str, str]:
+    """Colour and marker of the `index`-th thing of a picture: the colours come again after 7, with other markers."""
+    again, colour = divmod(index, len(COLOURS))
+    return {"color": COLOURS[colour], "marker": MARKERS[(colour + again) % len(MARKERS)]}
+
+
+def wrapped(text: str, inches: float, size: float = 10) -> str:
+    """A text in as many lines as it needs where `inches` are free, in a font of `size` points."""
+    return fill(text, max(8, int(72 * inches / (LETTER * size))))
+
+
+def add_title(figure: Figure, text: str, size: float = 12) -> None:
+    """A title on the left above all panels, in lines that fit."""
+    figure.suptitle(wrapped(text, figure.get_figwidth() - 0.2, size), x=0.01, ha="left", fontsize=size)
+
+
+def add_legend(figure: Figure, axis: Axes) -> None:
+    """What an axis shows, below all panels, in as many columns as fit."""
+    lines, names = axis.get_legend_handles_labels()
+    if names:
+        column = 0.7 + LETTER * 10 / 72 * max(map(len, names))  # a sample of the line and space come before the name
+        columns = min(len(names), max(1, int(figure.get_figwidth() / column)))
+        figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False)
+
 
 def accuracy_over_depth(rows: Sequence[Row], experts: Accuracy, title: str = "") -> Figure:
     """Accuracy over the share of merged blocks: a line per method, a panel per task and one for the joint accuracy.
@@ -53,17 +84,16 @@ def accuracy_over_depth(rows: Sequence[Row], experts: Accuracy, title: str = "")
 
     panels = _panels(experts)
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + 3.3 * len(panels), 3.9), layout="constrained")
+        figure = Figure(figsize=(1.2 + PANEL * len(panels), 3.9), layout="constrained")
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (name, measure) in zip(axes, panels.items(), strict=True):
             _draw(axis, rows, experts, measure)
-            axis.set_title(name, loc="left")
+            axis.set_title(wrapped(name, PANEL, 12), loc="left")
             axis.set_xlabel("depth (share of blocks merged)")
-        axes[0].set_ylabel("test accuracy")
-        lines, names = axes[0].get_legend_handles_labels()
-        figure.legend(lines, names, loc="outside lower center", ncols=len(names), frameon=False)
+        axes[0].set_ylabel("accuracy")
+        add_legend(figure, axes[0])
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
+            add_title(figure, title)
     return figure
 
 
@@ -82,13 +112,14 @@ def _panels(experts: Accuracy) -> dict[str, Measure]:
 
 
 def _draw(axis: Axes, rows: Sequence[Row], experts: Accuracy, measure: Measure) -> None:
+    from matplotlib.ticker import FixedLocator
+
     methods = list(dict.fromkeys(row.method for row in rows))
     for index, method in enumerate(methods):
         points = sorted((row.depth, measure(row.accuracy)) for row in rows if row.method == method and row.accuracy)
         axis.plot(
             *zip(*points, strict=True),
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            **look(index),
             markersize=5.5,
             linewidth=1.8,
             label=method,
@@ -97,20 +128,26 @@ def _draw(axis: Axes, rows: Sequence[Row], experts: Accuracy, measure: Measure) 
         )
     axis.axhline(measure(experts), color="#333333", linestyle=(0, (5, 3)), linewidth=1.2, label="experts", zorder=2)
     axis.set_ylim(0, 1)
-    axis.set_xticks(sorted({row.depth for row in rows}))
+    axis.xaxis.set_major_locator(FixedLocator(sorted({row.depth for row in rows}), nbins=MAX_TICKS))
     axis.xaxis.set_major_formatter("{x:.2g}")
     axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axis.set_axisbelow(True)
 
 
 def refit_errors(report: RefitReport, path: str | Path, title: str = "") -> Path:
-    """Draw the refit's relative errors, module by module in the order they run, a marker per task, into a PNG file.
+    """Draw the refit's relative errors into a PNG file; see `refit_picture`."""
+    with replacing(Path(path)) as beside:
+        refit_picture(report, title).savefig(beside, format="png", dpi=130)
+    return Path(path)
+
+
+def refit_picture(report: RefitReport, title: str = "") -> Figure:
+    """The refit's relative errors, module by module in the order they run, a marker per task.
 
     Long models take several columns. The scale is linear: what is lost is where the markers are far to the right.
 
     Args:
         report: of a refit; `RefitReport.from_dict(model.config.method["refit_errors"])` for a merged model.
-        path: of the file.
         title: of the picture.
     """
     from matplotlib import rc_context
@@ -132,13 +169,10 @@ def refit_errors(report: RefitReport, path: str | Path, title: str = "") -> Path
             axis.set_ylim(rows - 0.4, -0.6)
             axis.set_xlim(0, highest * 1.06 or 1)
             axis.set_xlabel("squared error / variance of the target")
-        lines, shown = axes[0].get_legend_handles_labels()
-        figure.legend(lines, shown, loc="outside lower center", ncols=min(len(shown), 6) or 1, frameon=False)
+        add_legend(figure, axes[0])
         if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=12)
-        with replacing(Path(path)) as beside:
-            figure.savefig(beside, format="png", dpi=130)
-    return Path(path)
+            add_title(figure, title)
+    return figure
 
 
 def _draw_errors(
@@ -151,8 +185,7 @@ def _draw_errors(
         points = [(by_task[task], row) for row, by_task in enumerate(errors) if task in by_task]
         axis.plot(
             *zip(*points, strict=True) if points else ([], []),
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
+            **look(index),
             markersize=4.5,
             linestyle="none",
             label=task,
