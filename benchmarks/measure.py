@@ -95,7 +95,8 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "glosses-roberta-mlm": AVERAGE,
 }
 """Which alignment a refit starts from: the best on the pair's validation split (`--split validation`) among none,
-permute and zip with beta 1 (residual streams matched or left at identity); the plain one where they are within .1 %."""
+permute and zip with beta 1 (residual streams matched or left at identity); the plain one where they are within .1 %.
+"""
 
 METHODS = {
     "average": Method({"method": "identity"}, data=False, about="the mean of the weights as they are"),

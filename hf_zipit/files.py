@@ -116,9 +116,11 @@ def check_writable(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    with _told(folder), tempfile.TemporaryFile(dir=existing):  # asking for the mode bits is wrong for root and mounts
-        pass
-    return folder
+    try:
+        with tempfile.TemporaryFile(dir=existing):  # asking for the mode bits is wrong for root and mounts
+            return folder
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def check_result_folder(folder: str | Path) -> Path:
@@ -145,5 +147,9 @@ def _told(target: Path) -> Iterator[None]:
             and not str(error.filename).startswith(str(target.parent))
         ):
             raise  # some other file that the block was reading
-        reason = error.strerror or str(error)
-        raise OutputError(f"{target} cannot be written ({reason}); name another place or make room there.") from error
+        raise _unwritable(target, error) from error
+
+
+def _unwritable(target: Path, error: OSError) -> OutputError:
+    reason = error.strerror or str(error)
+    return OutputError(f"{target} cannot be written ({reason}); name another place or make room there.")

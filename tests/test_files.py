@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -62,3 +64,12 @@ def test_a_path_through_a_file_cannot_be_written(tmp_path):
         check_writable(tmp_path / "file" / "folder")
     with pytest.raises(OutputError, match="cannot be written"):
         write_json(tmp_path / "file" / "results.json", {})
+
+
+def test_a_place_where_no_file_can_be_made_is_told(tmp_path, monkeypatch):
+    def refuse(dir: Path) -> None:
+        raise FileNotFoundError(2, "No such file or directory", f"{dir}/tmp")  # as of /proc
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_writable(tmp_path / "a" / "b")

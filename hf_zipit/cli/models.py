@@ -26,7 +26,7 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", "-c", help="A data set: a name on the Hub, a folder or sklearn-digits."),
+        typer.Option("--calibration", "-c", help="Unlabelled data: a name on the Hub, a folder or sklearn-digits."),
     ] = None,
     split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
@@ -38,7 +38,9 @@ def merge(
     refit: Annotated[
         bool, typer.Option("--refit/--no-refit", help="Regress merged modules on what the experts compute.")
     ] = False,
-    depth: Annotated[str, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block's path.")] = "1.0",
+    depth: Annotated[
+        str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
+    ] = "1.0",
     seed: Annotated[int, typer.Option(help="Of all random draws.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
@@ -175,7 +177,7 @@ def evaluate(
     if found.model:
         console.print(accuracy_table({model: found.model}, title=f"accuracy on {dataset}, split {split}"))
     if found.scores:
-        console.print(scores_table(found.scores, title=f"{model} on {dataset}, split {split}"))
+        console.print(scores_table({model: found.scores}, title=f"metrics on {dataset}, split {split}"))
 
 
 @app.command("hf-zipit push out/merged me/vit-clothes-shoes --private")

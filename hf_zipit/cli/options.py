@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file; see recipes/ for examples.")]
 
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Folder for the results.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Folder for the results, in place of the recipe's.", show_default=False),
+]
 
 Columns = Annotated[
     list[str] | None,

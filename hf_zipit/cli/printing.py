@@ -41,10 +41,13 @@ def print_result(result: RunResult, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    from hf_zipit.report.tables import results_table
+    from hf_zipit.report.tables import EXPERTS, results_table, scores_table
 
     console = stdout()
     console.print(results_table(result.rows, result.experts, result.expert_parameters, title=result.recipe.name))
+    if result.expert_scores:
+        rows = {f"{row.method}, depth {row.depth:g}": row.scores for row in result.rows}
+        console.print(scores_table({EXPERTS: result.expert_scores, **rows}, title="metrics"))
     if result.kept and result.model:
         console.print(f"model    {result.model}  ({result.kept.method}, depth {result.kept.depth:g})", soft_wrap=True)
     if result.refit:

@@ -45,9 +45,11 @@ def run(
 def sweep(
     recipe: RecipePath,
     method: Annotated[
-        list[str] | None, typer.Option("--method", "-m", help="Instead of the recipe's methods.")
+        list[str] | None, typer.Option("--method", "-m", help="Instead of the recipe's methods; may be repeated.")
     ] = None,
-    depth: Annotated[list[str] | None, typer.Option("--depth", "-d", help="Instead of the recipe's depths.")] = None,
+    depth: Annotated[
+        list[str] | None, typer.Option("--depth", "-d", help="Instead of the recipe's depths; may be repeated.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw accuracy over depth into this PNG file.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -74,7 +76,9 @@ def sweep(
         loaded = replace(loaded, method=methods, depth=depths, options=options, refit=refit, save=None)
         check_recipe(loaded)
         result = run_recipe(loaded, save="nothing", progress=watched(quiet), say=say)
-        if plot is not None:
+        if plot is not None and result.experts is None:
+            say(f"these models have no classes, so there is no accuracy to draw into {plot}")
+        elif plot is not None:
             from hf_zipit.files import replacing
             from hf_zipit.report.plots import accuracy_over_depth
 
@@ -102,7 +106,8 @@ def search(
     They are judged on held-out calibration data, never on test data.
 
     Tries the space in the recipe's `search` section, or else every method at every depth of the recipe. Writes all
-    trials, the picture of the frontier and the best recipe into OUT.
+    trials, the picture of the frontier and the best recipe into the folder `--out`; without it, into `search` in the
+    recipe's output folder.
     """
     with working(quiet) as say:
         from dataclasses import replace
@@ -143,7 +148,9 @@ def landscape(
         str | None,
         typer.Option("--method", "-m", help="How units are matched; as the recipe's kept model by default."),
     ] = None,
-    depth: Annotated[str | None, typer.Option("--depth", "-d", help="Share of blocks to merge, or a block.")] = None,
+    depth: Annotated[
+        str | None, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1, or a block's path.")
+    ] = None,
     grid: Annotated[int, typer.Option(help="Points on each axis of the plane; 0 for curves alone.", min=0)] = 13,
     steps: Annotated[int, typer.Option(help="Points on the line between the experts.", min=3)] = 11,
     samples: Annotated[int, typer.Option(help="Held-out samples of each task.", min=1)] = 128,
@@ -155,7 +162,8 @@ def landscape(
 
     It is measured on held-out calibration data.
 
-    Writes the contours in the plane through them, the curves on the line between them and all numbers into OUT.
+    Writes the contours in the plane through them, the curves on the line between them and all numbers into the folder
+    `--out`; without it, into `landscape` in the recipe's output folder.
     """
     with working(quiet) as say:
         from hf_zipit.files import check_writable

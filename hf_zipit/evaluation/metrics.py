@@ -225,7 +225,8 @@ def _as_function(metric: Metric) -> Callable[[EvalPrediction], dict[str, float]]
         if metric not in METRICS:
             hint = suggestion(metric, METRICS)
             raise RecipeError(
-                f"There is no metric {metric!r}; {hint} For one of the Hub pass evaluate.load({metric!r})."
+                f"There is no metric {metric!r}; {hint} From Python, one of the Hub is passed as "
+                f"evaluate.load({metric!r})."
             )
         return METRICS[metric]
     if isinstance(metric, TrainerMetric):

@@ -11,6 +11,9 @@ import numpy as np
 
 from hf_zipit.files import write_json
 
+Scores = Mapping[str, Mapping[str, float]]
+"""Metrics of one model, `{task: {name: value}}`."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -48,13 +51,13 @@ class Evaluation:
 
     Attributes:
         model, experts: their accuracies; None for models without classes, such as CLIP.
-        scores, expert_scores: further metrics, `{task: {name: value}}`.
+        scores, expert_scores: further metrics.
     """
 
     model: Accuracy | None
     experts: Accuracy | None = None
-    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    expert_scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scores: Scores = field(default_factory=dict)
+    expert_scores: Scores = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {

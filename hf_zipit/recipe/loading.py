@@ -112,7 +112,13 @@ def _check_merging(recipe: Recipe) -> None:
 def _check_data(recipe: Recipe) -> None:
     needs_none = all(real_method(m) == "identity" and not is_refitted(recipe, m) for m in recipe.method)
     if recipe.calibration is None and (not needs_none or recipe.corrections):
-        raise RecipeError("calibration is missing; name a data set on which the experts can be observed.")
+        raise RecipeError(
+            "calibration is missing; name a data set on which the experts can be observed (`--calibration` of merge)."
+        )
+    if recipe.evaluation and recipe.evaluation.metrics:
+        from hf_zipit.evaluation.metrics import find_metrics  # imports `evaluate`, which takes seconds
+
+        find_metrics(recipe.evaluation.metrics)
     sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation, "train": recipe.train}
     for name, section in sections.items():
         if section is None:

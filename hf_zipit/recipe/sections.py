@@ -121,6 +121,17 @@ class Calibration(Data):
 
 
 @dataclass(frozen=True)
+class Measured(Data):
+    """The data that experts and merges are measured on.
+
+    Attributes:
+        metrics: of `hf_zipit.metrics`, by name, beside the accuracy; models without classes, such as CLIP, need one.
+    """
+
+    metrics: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Train(Training):
     """How the experts that have no `model` are trained, and on what: for demonstrations."""
 
@@ -210,7 +221,7 @@ class Recipe:
     name: str
     experts: Mapping[str, ExpertEntry]
     calibration: Calibration | None = None
-    evaluation: Data | None = None
+    evaluation: Measured | None = None
     method: tuple[str, ...] = ("zip",)
     depth: tuple[float | str, ...] = (1.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)

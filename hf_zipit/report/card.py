@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracy, Scores
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.origins import common_licence
 from hf_zipit.files import write_text
@@ -26,7 +26,7 @@ from hf_zipit.modeling.hub import companion
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.plots import accuracy_over_depth, refit_errors
 from hf_zipit.report.recorded import recipe_text
-from hf_zipit.report.tables import accuracies
+from hf_zipit.report.tables import EXPERTS, accuracies, score_lines
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -72,6 +72,7 @@ class Result:
         dataset: what was measured on, and its `split`.
         merged: the merged model's accuracies, if measured.
         experts: those of the experts side by side.
+        scores, expert_scores: further metrics of both, one task at a time.
         parameters: of the merged model.
         expert_parameters: of all experts together.
         calibration: the data set that the experts were observed on, if it has a name.
@@ -87,6 +88,8 @@ class Result:
     split: str | None = None
     merged: Accuracy | None = None
     experts: Accuracy | None = None
+    scores: Scores = field(default_factory=dict)
+    expert_scores: Scores = field(default_factory=dict)
     parameters: int = 0
     expert_parameters: int = 0
     calibration: str | None = None
@@ -110,6 +113,8 @@ class Result:
             split=found.get("split"),
             merged=_accuracy(found.get("merged"), model.config.tasks),
             experts=_accuracy(measured.get("experts"), model.config.tasks),
+            scores=_scores(found.get("scores", ())),
+            expert_scores=_scores(found.get("expert_scores", ())),
             parameters=model.num_parameters(),
             expert_parameters=method.get("expert_parameters", 0),
             calibration=measured.get("calibration"),
@@ -130,6 +135,8 @@ def remember(model: PreTrainedModel, result: Result) -> None:
         "split": result.split,
         "merged": result.merged.to_dict() if result.merged else None,
         "experts": result.experts.to_dict() if result.experts else None,
+        "scores": _entries(result.scores),
+        "expert_scores": _entries(result.expert_scores),
         "calibration": result.calibration,
         "curve": [
             {
@@ -151,13 +158,26 @@ def _accuracy(saved: Mapping[str, Any] | None, tasks: Sequence[str]) -> Accuracy
     return Accuracy(*({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts))
 
 
+def _entries(scores: Scores) -> list[list[Any]]:
+    """Scores as a list of (task, metric, value): a configuration file sorts the keys of mappings."""
+    return [[task, name, value] for task, found in scores.items() for name, value in found.items()]
+
+
+def _scores(entries: Sequence[Sequence[Any]]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for task, name, value in entries:
+        found.setdefault(task, {})[name] = value
+    return found
+
+
 def card_metadata(model: PreTrainedModel, result: Result, tags: Sequence[str] = ()) -> ModelCardData:
     """The card's YAML header. Folders are no base models: the Hub would look for a repo of that name."""
     from huggingface_hub import ModelCardData
 
     measured = _eval_results(model, result)
     repos = list(dict.fromkeys(source for source in result.base_models.values() if source and is_repo(source)))
-    datasets = dict.fromkeys([*result.datasets, *(d for d in (result.calibration, result.dataset) if d and "/" in d)])
+    used = [name for names in (result.calibration, result.dataset) for name in (names or "").split(", ")]  # of tasks
+    datasets = dict.fromkeys([*result.datasets, *(name for name in used if "/" in name)])
     family = model.config.source_config.model_type
     return ModelCardData(
         **result.licence,
@@ -182,22 +202,26 @@ def pipeline_tag(model: PreTrainedModel) -> str | None:
 def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
-    if result.merged is None or result.dataset is None:
+    if result.dataset is None:
         return []
-    measures = {f"accuracy on {task}": value for task, value in result.merged.per_task.items()}
-    if result.merged.joint is not None:
-        measures["joint accuracy"] = result.merged.joint
+    measures: dict[str, tuple[str, float]] = {}
+    if result.merged is not None:
+        measures = {f"accuracy on {task}": ("accuracy", value) for task, value in result.merged.per_task.items()}
+        if result.merged.joint is not None:
+            measures["joint accuracy"] = ("accuracy", result.merged.joint)
+    for task, metric, value in _entries(result.scores):
+        measures.setdefault(f"{metric} on {task}", (metric, value))
     return [
         EvalResult(
             task_type=pipeline_tag(model) or "other",
             dataset_type=result.dataset,
             dataset_name=result.dataset,
             dataset_split=result.split,
-            metric_type="accuracy",
+            metric_type=metric,
             metric_name=name,
             metric_value=round(value, 5),
         )
-        for name, value in measures.items()
+        for name, (metric, value) in measures.items()
     ]
 
 
@@ -232,6 +256,7 @@ def card_text(
         processor_folders=processor_folders(model),
         recipe=recipe.strip(),
         accuracies=accuracies,
+        scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         refit=None if result.changed else RefitReport.of(model),
         refit_picture=REFIT_PICTURE,
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,

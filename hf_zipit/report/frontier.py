@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from hf_zipit.report.plots import STYLE, add_legend, add_title, look
+from hf_zipit.report.plots import STYLE, add_legend, add_title, look, wrapped
 from hf_zipit.report.tables import accuracies, new_table, share
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def frontier_picture(result: SearchResult, title: str = "") -> Figure:
         for axis, (label, (cost, unit)) in zip(axes, panels.items(), strict=True):
             _draw(axis, result, methods, lambda t, cost=cost, unit=unit: cost(t) / unit)
             axis.set_xlabel(label)
-        axes[0].set_ylabel(_score_name(result))
+        axes[0].set_ylabel(wrapped(_score_name(result), 2.8))
         add_legend(figure, axes[0])
         told = f"{len(result.trials)} merges" + (f", scored on {_samples(result)}" if result.samples else "")
         add_title(figure, f"{title}: {told}" if title else told, 11)
@@ -100,7 +100,7 @@ def _score_name(result: SearchResult) -> str:
         return "score"
     kind = "per-task mean" if result.measure == "mean" else "joint"
     against = "accuracy" if result.answers == "labels" else "agreement with the experts"
-    return f"held-out {against},\n{kind}"
+    return f"held-out {against}, {kind}"
 
 
 def staircase(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

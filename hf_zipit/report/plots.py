@@ -44,6 +44,9 @@ Measure = Callable[[Accuracy], "float | None"]
 LETTER = 0.62
 """The mean width of a letter over the font's size, rounded up."""
 
+LINE = 1.6 / 72
+"""The height of a line in inches over the font's size in points."""
+
 
 def look(index: int) -> dict[str, str]:
     """Colour and marker of the `index`-th thing of a picture: the colours come again after 7, with other markers."""
@@ -57,17 +60,20 @@ def wrapped(text: str, inches: float, size: float = 10) -> str:
 
 
 def add_title(figure: Figure, text: str, size: float = 12) -> None:
-    """A title on the left above all panels, in lines that fit."""
-    figure.suptitle(wrapped(text, figure.get_figwidth() - 0.2, size), x=0.01, ha="left", fontsize=size)
+    """A title on the left above all panels, in lines that fit; the figure grows by those after the first."""
+    lines = wrapped(text, figure.get_figwidth() - 0.2, size)
+    figure.suptitle(lines, x=0.01, ha="left", fontsize=size)
+    figure.set_figheight(figure.get_figheight() + lines.count("\n") * LINE * size)
 
 
 def add_legend(figure: Figure, axis: Axes) -> None:
-    """What an axis shows, below all panels, in as many columns as fit."""
+    """What an axis shows, below all panels, in as many columns as fit; the figure grows by the lines it needs."""
     lines, names = axis.get_legend_handles_labels()
     if names:
         column = 0.7 + LETTER * 10 / 72 * max(map(len, names))  # a sample of the line and space come before the name
         columns = min(len(names), max(1, int(figure.get_figwidth() / column)))
         figure.legend(lines, names, loc="outside lower center", ncols=columns, frameon=False)
+        figure.set_figheight(figure.get_figheight() + (-(-len(names) // columns) - 1) * LINE * 10)
 
 
 def accuracy_over_depth(rows: Sequence[Row], experts: Accuracy, title: str = "") -> Figure:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracy, Scores
 
 if TYPE_CHECKING:
     from hf_zipit.planning.plan import Plan
@@ -63,13 +63,25 @@ def accuracy_table(models: Mapping[str, Accuracy], title: str = "") -> Table:
     return table
 
 
-def scores_table(scores: Mapping[str, Mapping[str, float]], title: str = "") -> Table:
-    """A line for every metric, a column for every task."""
-    names = dict.fromkeys(name for found in scores.values() for name in found)
-    table = new_table(title, ["metric"], list(scores))
-    for name in names:
-        table.add_row(name, *(f"{found[name]:.4g}" if name in found else "-" for found in scores.values()))
+def scores_table(models: Mapping[str, Scores], title: str = "") -> Table:
+    """A line for every metric and model, a column for every task."""
+    tasks, lines = score_lines(models)
+    table = new_table(title, ["metric", "model"], tasks)
+    for line in lines:
+        table.add_row(*line)
     return table
+
+
+def score_lines(models: Mapping[str, Scores]) -> tuple[list[str], list[list[str]]]:
+    """The tasks, and for every metric a line for each model: metric, model, the value for each task."""
+    tasks = list(dict.fromkeys(task for scores in models.values() for task in scores))
+    names = dict.fromkeys(name for scores in models.values() for found in scores.values() for name in found)
+    values = {model: [scores.get(task, {}) for task in tasks] for model, scores in models.items() if scores}
+    return tasks, [
+        [name, model, *(f"{found[name]:.4g}" if name in found else "-" for found in by_task)]
+        for name in names
+        for model, by_task in values.items()
+    ]
 
 
 def spaces_table(rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracy, Scores
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.refit import RefitReport
 
@@ -20,7 +20,8 @@ class Row:
         depth: the share of the blocks that was merged.
         parameters: of the merged model.
         seconds: that merging took, the observation not counted.
-        accuracy: None where the recipe evaluates nothing.
+        accuracy: None where the recipe evaluates nothing, or the model has no classes.
+        scores: the further metrics that the recipe names, `{task: {name: value}}`.
     """
 
     method: str
@@ -28,6 +29,7 @@ class Row:
     parameters: int
     seconds: float
     accuracy: Accuracy | None
+    scores: Scores = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -36,6 +38,7 @@ class Row:
             "parameters": self.parameters,
             "seconds": round(self.seconds, 3),
             "accuracy": self.accuracy.to_dict() if self.accuracy else None,
+            "scores": {task: dict(found) for task, found in self.scores.items()},
         }
 
 
@@ -46,6 +49,7 @@ class RunResult:
     Attributes:
         recipe: what was run.
         experts: the accuracies of the experts side by side; None where nothing was evaluated.
+        expert_scores: their further metrics.
         expert_parameters: of all experts together.
         rows: one for every method and depth.
         kept: the row of the model that was saved, if one was.
@@ -60,6 +64,7 @@ class RunResult:
     expert_parameters: int
     rows: tuple[Row, ...]
     kept: Row | None = None
+    expert_scores: Scores = field(default_factory=dict)
     model: Path | None = None
     plot: Path | None = None
     refit: RefitReport | None = None
@@ -69,6 +74,7 @@ class RunResult:
         return {
             "recipe": self.recipe.to_dict(),
             "experts": self.experts.to_dict() if self.experts else None,
+            "expert_scores": {task: dict(found) for task, found in self.expert_scores.items()},
             "expert_parameters": self.expert_parameters,
             "results": [row.to_dict() for row in self.rows],
             "kept": self.kept.to_dict() if self.kept else None,

@@ -15,7 +15,8 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from hf_zipit.evaluation.measure import accuracy
+from hf_zipit.evaluation.measure import evaluate
+from hf_zipit.evaluation.results import Evaluation
 from hf_zipit.merging import merge, plan
 from hf_zipit.observe.observed import Observed
 from hf_zipit.planning.plan import Plan
@@ -85,10 +86,15 @@ def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
     if any(planned.passes for planned in plans.values()):
         say("observing the experts on the calibration data")
     moments = {point: observed.moments(planned) for point, planned in plans.items()}
-    beside = None
+
+    def measured(model: PreTrainedModel | Mapping[str, PreTrainedModel]) -> Evaluation:
+        if evaluation is None:
+            return Evaluation(None)
+        return evaluate(model, evaluation, metrics=recipe.evaluation.metrics, batch_size=recipe.evaluation.batch_size)
+
     if evaluation:
         say("measuring the experts")
-        beside = accuracy(experts, evaluation, batch_size=recipe.evaluation.batch_size)
+    beside = measured(experts)
     rows, kept_row, kept_model = [], None, None
     for method in recipe.method:
         for depth in recipe.depth:
@@ -110,14 +116,14 @@ def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
                 progress=progress,
             )
             seconds = time.perf_counter() - started
-            found = accuracy(merged, evaluation, batch_size=recipe.evaluation.batch_size) if evaluation else None
+            found = measured(merged)
             share = depth if merged.config.depth is None else merged.config.depth
-            row = Row(method, share, merged.num_parameters(), seconds, found)
+            row = Row(method, share, merged.num_parameters(), seconds, found.model, found.scores)
             rows.append(row)
             if (method, depth) == (recipe.kept.method, recipe.kept.depth):
                 kept_row, kept_model = row, merged
     total = sum(expert.num_parameters() for expert in experts.values())
-    result = RunResult(recipe, beside, total, tuple(rows), kept_row)
+    result = RunResult(recipe, beside.model, total, tuple(rows), kept_row, beside.scores)
     if save == "nothing" or not PartialState().is_main_process:  # all processes have the same result
         return result
     say(f"writing to {recipe.folder}")

@@ -70,5 +70,7 @@ def _card_result(result: RunResult) -> Result:
         calibration=_data_names(recipe, recipe.calibration),
         merged=result.kept.accuracy if result.kept else None,
         experts=result.experts,
+        scores=result.kept.scores if result.kept else {},
+        expert_scores=result.expert_scores,
         curve=[Point(row.method, row.depth, row.parameters, row.accuracy) for row in result.rows],
     )

@@ -114,6 +114,11 @@ WRONG = {
     "option of a wrong type": ({"options": {"zip": {"alpha": "much"}}}, RecipeError, "must be a number"),
     "no samples": ({"calibration": {"dataset": "sklearn-digits", "samples": 0}}, RecipeError, "at least 1"),
     "unknown data": ({"evaluation": {"dataset": "sklearn-digit"}}, DataError, "did you mean 'sklearn-digits'"),
+    "unknown metric": (
+        {"evaluation": {"dataset": "sklearn-digits", "metrics": "f2"}},
+        RecipeError,
+        "There is no metric 'f2'",
+    ),
     "missing data folder": ({"evaluation": {"dataset": "./nowhere"}}, DataError, "does not exist"),
     "a name that is a path": ({"name": "../up"}, RecipeError, "name should be"),
     "no place to push to": ({"push": {"private": True}}, RecipeError, "push.repo_id is missing"),

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_zipit
 from hf_zipit.evaluation.results import Accuracy
 from hf_zipit.recipe.loading import load_recipe
-from hf_zipit.recipe.sections import Calibration, Data, ExpertEntry, Recipe
+from hf_zipit.recipe.sections import Calibration, ExpertEntry, Measured, Recipe
 from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
 from hf_zipit.report.recorded import recorded_recipe
 from hf_zipit.running.run import run_recipe
 from hf_zipit.running.saved import load_merged
+from tests import tiny
 from tests.hub.card_rules import problems
+from tests.modeling.by_hand import make_inputs
 
 DIGITS = {"low": "01", "high": "789"}
 
@@ -44,7 +47,7 @@ def run(experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
         name="digits",
         experts={task: ExpertEntry(model=str(folder)) for task, folder in experts.items()},
         calibration=Calibration(dataset="sklearn-digits", samples=32),
-        evaluation=Data(dataset="sklearn-digits", samples=32),
+        evaluation=Measured(dataset="sklearn-digits", samples=32, metrics=("f1", "perplexity")),
         method=("permute+refit", "permute"),
         depth=(1.0, 0.0),
         threads=1,
@@ -77,8 +80,13 @@ def test_the_card_tells_what_was_measured(run):
     values = {m["name"]: m["value"] for result in entry["results"] for m in result["metrics"]}
     kept = run.kept.accuracy
     expected = {f"accuracy on {task}": value for task, value in kept.per_task.items()} | {"joint accuracy": kept.joint}
-    assert values == pytest.approx(expected, abs=1e-5)
-    assert list(values) == ["accuracy on low", "accuracy on high", "joint accuracy"]
+    scores = {f"{name} on {task}": value for task, found in run.kept.scores.items() for name, value in found.items()}
+    assert values == pytest.approx(expected | scores, abs=1e-5)
+    assert list(values)[:3] == ["accuracy on low", "accuracy on high", "joint accuracy"]
+    assert list(values)[3:] == ["f1 on low", "perplexity on low", "f1 on high", "perplexity on high"]
+    for metric in ("f1", "perplexity"):
+        for name, found in (("experts side by side", run.expert_scores), ("**this model**", run.kept.scores)):
+            assert f"| {metric} | {name} | {found['low'][metric]:.4g} | {found['high'][metric]:.4g} |" in card
     for text in ("# digits", "experts side by side", DEPTH_PICTURE, REFIT_PICTURE, "| permute | 0.00 |", "```yaml"):
         assert text in card
     assert "observed on unlabelled data from sklearn-digits" in card
@@ -99,6 +107,7 @@ def test_results_survive_the_configuration_in_the_order_of_the_tasks(run):
     model = load_merged(str(run.model))
     found = Result.of(model, "digits")
     assert found.merged == run.kept.accuracy and found.experts == run.experts
+    assert found.scores == run.kept.scores and found.expert_scores == run.expert_scores
     assert isinstance(found.merged, Accuracy) and list(found.merged.per_task) == list(DIGITS)
     assert [(p.method, p.depth) for p in found.curve] == [(row.method, row.depth) for row in run.rows]
     assert not found.changed
@@ -138,3 +147,27 @@ def test_a_model_that_was_put_together_by_hand_has_no_recipe():
 
     shared = FAMILIES["vit"].part
     assert recorded_recipe(merge_by_hand(make_experts("vit", shared), shared), "x") == {}
+
+
+def test_a_recipe_of_models_without_classes_measures_what_it_names(tmp_path: Path):
+    names = ("pixel_values", "input_ids", "attention_mask")
+    experts, data = dict(zip("ab", tiny.pair("clip", (0, 1)), strict=True)), tmp_path / "pairs"
+    rows = {name: tensor.numpy() for name, tensor in make_inputs("clip", batch=6).items() if name in names}
+    Dataset.from_dict(rows).save_to_disk(data)
+    for task, expert in experts.items():
+        expert.save_pretrained(tmp_path / task)
+    recipe = Recipe(
+        name="pairs",
+        experts={task: ExpertEntry(model=str(tmp_path / task)) for task in experts},
+        evaluation=Measured(dataset=str(data), metrics=("retrieval_recall",)),
+        method=("identity",),
+        depth=(1.0, 0.0),
+        output=tmp_path / "out",
+    )
+    ran = run_recipe(recipe, progress=False)
+    assert ran.experts is None and ran.plot is None and ran.kept.accuracy is None
+    assert ran.rows[1].scores == ran.expert_scores  # side by side
+    card = (ran.model / "README.md").read_text()
+    assert not problems(card)
+    assert f"| recall@1 | **this model** | {ran.kept.scores['a']['recall@1']:.4g} |" in card
+    assert "type: recall@1" in card and "Accuracy on" not in card

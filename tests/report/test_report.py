@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import combinations
 from types import SimpleNamespace
 
 import pytest
@@ -14,11 +16,17 @@ from rich.console import Console
 from hf_zipit.evaluation.results import Accuracy
 from hf_zipit.experts.origins import common_licence
 from hf_zipit.hub.cache import is_repo
+from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.modeling import ZipItConfig
+from hf_zipit.refit import RefitReport
 from hf_zipit.report.card import Point, Result, card_text
 from hf_zipit.report.doctor import Check, checks_table, examine, release
-from hf_zipit.report.plots import accuracy_over_depth
+from hf_zipit.report.frontier import frontier_picture, staircase
+from hf_zipit.report.landscape import contours, interpolation
+from hf_zipit.report.plots import accuracy_over_depth, look, refit_picture
 from hf_zipit.report.tables import results_table, share
+from hf_zipit.searching.result import SearchResult, Trial
+from hf_zipit.searching.space import Setting
 from tests.hub.card_rules import problems
 
 EXPERTS = Accuracy({"clothes": 0.91, "shoes": 0.97}, {"clothes": 0.5, "shoes": 0.7}, {"clothes": 10, "shoes": 30})
@@ -120,6 +128,136 @@ def test_many_tasks_are_drawn_as_their_mean_and_shared_classes_without_joint():
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["mean of 5 tasks"]
 
 
+LONG = "satellite-images-and-handwritten-digits-of-three-continents"
+METHODS = ["average", *(name + end for name in ("permute", "zip", "weights", "orthogonal") for end in ("", "+refit"))]
+
+
+def long_names(tasks: int) -> list[str]:
+    return ["handwritten digits of the world", *(f"satellite images {i}" for i in range(1, tasks))]
+
+
+def depth_picture(tasks: int):
+    found = [
+        Row(method, i / 12, Accuracy(dict.fromkeys(long_names(tasks), 0.5 + i / 30), {}, {}))
+        for method in METHODS
+        for i in range(13)
+    ]
+    return accuracy_over_depth(found, found[0].accuracy, title=LONG)
+
+
+def search_result() -> SearchResult:
+    found = [
+        Trial(i, Setting(METHODS[i % len(METHODS)], 1.0), (i * 7 % 10) / 10, None, 10 + i * 5 % 11, 10 + i * 3 % 7)
+        for i in range(30)
+    ]
+    samples = {"handwritten digits of the world": 500, "satellite images": 477}
+    accuracy = Accuracy(dict.fromkeys(samples, 0.97), {}, samples)
+    return SearchResult(tuple(found), "mean", "experts", samples, accuracy, 10, 10, "grid", 0)
+
+
+def made_landscape() -> Landscape:
+    tasks = long_names(2)
+    at, flat = (0.0, 0.5, 1.0), dict.fromkeys(tasks, (0.1, 0.7, 0.2))
+    grid = {task: tuple(tuple(0.1 + x * x + y * y for x in at) for y in at) for task in tasks}
+    plane = Plane(grid, grid, {tasks[0]: (0, 0), tasks[1]: (1, 0), "merge": (0.5, 0.4)}, at, at, True)
+    curves = (Curve(flat, flat, method, at, method == "identity") for method in ("zip", "identity"))
+    return Landscape(tuple(tasks), "zip+refit", 0.75, "experts", dict.fromkeys(tasks, 9), *curves, plane)
+
+
+def refitted(modules: int, tasks: int):
+    paths = [f"vit.layers.{i}.attention.output.dense" for i in range(modules)]
+    report = RefitReport((), {path: {task: i / 40 for i, task in enumerate(long_names(tasks))} for path in paths})
+    return refit_picture(report, LONG)
+
+
+PICTURES = {
+    "depth, many methods and depths": lambda: depth_picture(3),
+    "depth, one panel": lambda: depth_picture(5),
+    "frontier": lambda: frontier_picture(search_result(), LONG),
+    "contours": lambda: contours(made_landscape(), LONG),
+    "interpolation": lambda: interpolation(made_landscape(), LONG),
+    "refit, few modules": lambda: refitted(2, 2),
+    "refit, many modules and tasks": lambda: refitted(60, 9),
+}
+
+
+def tick_labels(axis) -> list[list]:
+    """The labels of both of an axis's scales; matplotlib keeps some that are out of sight."""
+    shown = []
+    for place, scale, limits in ((0, axis.xaxis, axis.get_xlim()), (1, axis.yaxis, axis.get_ylim())):
+        low, high = sorted(limits)
+        named = [label for label in scale.get_majorticklabels() if label.get_text() and label.get_visible()]
+        shown.append([label for label in named if low <= label.get_position()[place] <= high])
+    return shown
+
+
+@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
+def test_nothing_in_a_picture_is_cut_off_or_runs_into_something_else(draw):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = draw()
+    FigureCanvasAgg(figure).draw()
+    around = [figure._suptitle, *(text for legend in figure.legends for text in legend.get_texts())]
+    labels = [label for axis in figure.axes for label in (axis.yaxis.label, axis.xaxis.label) if label.get_text()]
+    inside = [text for axis in figure.axes for text in (axis.title, axis._left_title, *axis.texts) if text.get_text()]
+    ticks = [shown for axis in figure.axes for shown in tick_labels(axis)]
+    whole = figure.bbox.padded(2)
+    for text in (*around, *labels, *inside, *(label for shown in ticks for label in shown)):
+        box = text.get_window_extent()
+        assert whole.contains(box.x0, box.y0) and whole.contains(box.x1, box.y1), f"{text} is cut off"
+    boxes = [text.get_window_extent() for text in (*around, *labels)]
+    for one, other in [*combinations(boxes, 2), *(pair for shown in ticks for pair in touching(shown))]:
+        assert not one.overlaps(other)
+
+
+def touching(shown: list) -> Iterator[tuple]:
+    return combinations([label.get_window_extent() for label in shown], 2)
+
+
+def test_many_things_of_a_picture_look_different():
+    looks = [tuple(look(i).values()) for i in range(49)]
+    assert len(set(looks)) == len(looks)
+
+
+def test_the_line_of_the_frontier_is_the_best_score_for_the_cost():
+    result = search_result()
+    for axis, cost in zip(frontier_picture(result).axes, ("parameters", "macs"), strict=True):
+        line = next(line for line in axis.get_lines() if line.get_label() == "best for the cost")
+        costs, scores = line.get_data()
+        assert list(costs) == sorted(costs) and list(scores) == sorted(scores)
+        for at, score in zip(costs, scores, strict=True):
+            affordable = [t.score for t in result.trials if getattr(t, cost) <= at * 10 + 1e-9]
+            assert score == max(affordable)
+    assert staircase([(2, 1.0), (1, 1.0), (1, 0.5), (3, 0.9), (4, 2.0)]) == [(1, 1.0), (4, 2.0)]
+
+
+SCORES = {"clothes": {"f1": 0.5, "accuracy": 0.71}, "shoes": {"f1": 0.25}}
+
+
+def test_further_metrics_are_in_the_table_and_in_the_metadata():
+    made = card(scores=SCORES, expert_scores={"clothes": {"f1": 0.75}, "shoes": {"f1": 1.0}})
+    assert not problems(str(made))
+    for line in (
+        "| metric | model | clothes | shoes |",
+        "| f1 | experts side by side | 0.75 | 1 |",
+        "| f1 | **this model** | 0.5 | 0.25 |",
+        "| accuracy | **this model** | 0.71 | - |",
+    ):
+        assert line in made.text
+    values = [(result.metric_name, result.metric_type, result.metric_value) for result in made.data.eval_results]
+    assert {("f1 on clothes", "f1", 0.5), ("f1 on shoes", "f1", 0.25)} < set(values)
+    assert len(values) == 5, "the accuracy of a task is told once"
+
+
+def test_a_model_without_accuracies_tells_its_metrics():
+    scores = {"clothes": {"recall@1": 0.5}, "shoes": {"recall@1": 0.25}}
+    made = card(merged=None, experts=None, scores=scores)
+    assert not problems(str(made))
+    assert made.text.count("## Results") == 1 and "Accuracy on" not in made.text
+    assert "| recall@1 | **this model** | 0.5 | 0.25 |" in made.text and "experts side by side |" not in made.text
+    assert [result.metric_type for result in made.data.eval_results] == ["recall@1"] * 2
+
+
 def test_the_cards_metadata_is_what_the_hub_reads():
     data = card().data
     assert data.base_model == ["me/vit-clothes", "me/vit-shoes"]
@@ -202,6 +340,7 @@ def test_licence_and_data_sets_are_the_experts():
     data = card(licence={"license": "mit"}, datasets=["me/a"], calibration="me/b").data
     assert data.license == "mit"
     assert data.datasets == ["me/a", "me/b", "me/pictures"]
+    assert card(dataset="me/a, me/b", calibration="me/b, sklearn-digits").data.datasets == ["me/b", "me/a"]
     assert common_licence({"a": {"licence": {"license": "mit"}}, "b": {"licence": {"license": "mit"}}}) == {
         "license": "mit"
     }

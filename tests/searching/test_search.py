@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -299,11 +300,14 @@ def test_merges_never_see_what_they_are_scored_on(monkeypatch):
         assert not seen & asked
 
 
-def test_shared_moments_change_nothing():
-    """A shallow merge with the moments of the deepest one is the merge with its own."""
+def test_shared_moments_change_nothing(monkeypatch):
+    """A shallow merge with the moments of the deepest one is the merge with its own, of the same rows."""
+    monkeypatch.setattr(
+        import_module("hf_zipit.observe.observe"), "MINIMUM_ROWS", 10_000
+    )  # all, whatever a depth's budget allows
     rest, held = divide(images(), experts()["few"], TASKS, 0.25)
     samples = held_out(held, experts())
-    result = found(space={"method": "zip", "depth": [0.5, 1.0], "residual": "match"})
+    result = found(space={"method": "zip", "depth": [0.5, 1.0], "residual": ["match", "orthogonal"]})
     for trial in result.trials:
         alone = merge(experts(), rest, **trial.setting.arguments(), progress=False)
         assert accuracy(alone, samples.tasks) == trial.accuracy
