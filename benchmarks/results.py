@@ -31,8 +31,8 @@ COLUMNS = ("mean", "of experts", "joint", "size", "seconds", "CPU s", "memory")
 
 PARTS = """
 
-The rows come from several runs of parts of this command, two at a time on two cores: CPU seconds say more than
-seconds. Rows that are missing have not been measured."""
+The rows come from several runs of parts of this command, some beside other work on two cores: CPU seconds say more
+than seconds."""
 
 
 class Split(str, Enum):
@@ -107,6 +107,7 @@ process of its own) are those of one call of `merge`, its passes over the calibr
 
 Calibration: {samples or "no"} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
 Machine: {machines}. hf_zipit {__version__}, sources {versions}.
+Rows that mean nothing for a pair are left out: BatchNorm reset without BatchNorm, joint heads without classes.
 
 {legend(dict.fromkeys(row.method for row in rows))}"""
 
