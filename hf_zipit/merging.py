@@ -35,7 +35,7 @@ from hf_zipit.files import check_writable
 from hf_zipit.observe import Moments
 from hf_zipit.observe.data import Renamed
 from hf_zipit.observe.observed import moments_for
-from hf_zipit.planning.plan import Plan, fold_experts, make_plan
+from hf_zipit.planning.plan import Plan, fold_experts, make_plan, with_doors
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.joint import calibrate_joint
 from hf_zipit.refit.stage import prepared
@@ -55,8 +55,11 @@ def plan(
     residual: str = "match",
     overrides: Mapping[str, Any] | None = None,
     combine: str = "average",
+    refit: bool | RefitConfig | Mapping[str, Any] = False,
 ) -> Plan:
     """What `merge` with these arguments would do; touches no data.
+
+    Its sizes are those of maps that group units; a method may choose others, or make layers wider.
 
     Raises:
         ExpertError, SpecError, RecipeError: as `merge` does before it starts.
@@ -74,6 +77,8 @@ def plan(
         )
     needs = check_settings(planned.spec, len(loaded), method, options=options, residual=residual, overrides=overrides)
     wide = widenable_spaces(next(iter(loaded.values())), planned.spec) if "widths" in needs else frozenset()
+    if refit_settings(refit) is not None:
+        planned = with_doors(planned)
     return replace(planned, passes=int("moments" in needs), widenable=wide)
 
 
@@ -172,6 +177,7 @@ def merge(
     alignment = align_trunk(folded, planned, found, method, **settings)
     trunk = combine_trunk(folded, planned, alignment, combine)
     doors = head_dims = report = None
+    turned: frozenset[str] = frozenset()
     if refitting is not None and planned.cut.trunk:
         refitted = refit_trunk(
             folded,
@@ -186,7 +192,7 @@ def merge(
             progress=progress,
         )
         trunk, doors, report = refitted.tensors, refitted.doors, refitted.report
-        head_dims = refitted.head_dims
+        head_dims, turned = refitted.head_dims, refitted.turned
     recipe = {
         "method": method,
         "options": dict(options or {}),
@@ -218,6 +224,7 @@ def merge(
         batch_size=batch_size,
         accelerator=accelerator,
         moments=found,
+        turned=turned,
     )
     if refitting is not None and refitting.joint_heads:
         calibrate_joint(merged, prepared(calibration, next(iter(loaded.values())), list(loaded), refitting, processor))

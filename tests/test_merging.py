@@ -18,6 +18,7 @@ from hf_zipit.errors import DataError
 from hf_zipit.observe import Moments
 
 from . import tiny
+from .test_invariants import calibration
 
 IMAGES = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -134,6 +135,17 @@ def test_methods_without_moments_read_no_data():
     merge(experts(), data, method="identity")
     merge(experts(), data, depth=0.0)
     assert data.passes == 0
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-masked", "clip", "resnet-basic"])
+@pytest.mark.parametrize("depth", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_plan_knows_the_size_of_the_merge(name: str, depth: float, refit: bool):
+    models = dict(zip("ab", tiny.pair(name), strict=True))
+    settings = {"method": "identity", "depth": depth, "refit": refit}
+    merged = merge(models, calibration(models["a"]), **settings, progress=False)
+    parameters = plan(models, **settings).parameters
+    assert parameters["merged"] == parameters["trunk"] + parameters["branches"] == merged.num_parameters()
 
 
 def test_wider_trunk_is_saved_and_loaded(tmp_path: Path):

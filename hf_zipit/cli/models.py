@@ -41,7 +41,7 @@ def merge(
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
-    seed: Annotated[int, typer.Option(help="Of all random draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
     ] = False,
@@ -81,7 +81,7 @@ def merge(
 @app.command("hf-zipit inspect google/vit-base-patch16-224")
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A repo id or folder.")],
-    seed: Annotated[int, typer.Option(help="Of the random transformation in the proof.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random transformation in the proof.", min=0)] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

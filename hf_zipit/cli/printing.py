@@ -102,8 +102,10 @@ def working(quiet: bool) -> Iterator[Any]:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|accelerate|datasets")
     say("starting")
     import datasets
+    import huggingface_hub
     import transformers
 
+    huggingface_hub.logging.set_verbosity_error()  # it tells every retry; the sentence at the end says it all
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -15,7 +15,7 @@ from hf_zipit.errors import RecipeError
 
 @app.command(
     "hf-zipit run recipes/quickstart.yaml",
-    "hf-zipit run recipe.yaml --dry-run   # check everything, print sizes and memory",
+    "hf-zipit run recipe.yaml --dry-run   # check it, print sizes and memory",
 )
 def run(
     recipe: RecipePath,
@@ -61,9 +61,13 @@ def sweep(
     with working(quiet) as say:
         from dataclasses import replace
 
+        from hf_zipit.files import check_writable, replacing
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT
         from hf_zipit.running.run import run_recipe
+
+        if plot is not None:
+            check_writable(plot.parent)
 
         loaded = read_recipe(recipe, None, say)
         if loaded.evaluation is None:
@@ -79,13 +83,13 @@ def sweep(
         if plot is not None and result.experts is None:
             say(f"these models have no classes, so there is no accuracy to draw into {plot}")
         elif plot is not None:
-            from hf_zipit.files import replacing
             from hf_zipit.report.plots import accuracy_over_depth
 
             with replacing(plot) as beside:
                 accuracy_over_depth(result.rows, result.experts, title=loaded.name).savefig(
                     beside, format="png", dpi=160
                 )
+            result = replace(result, plot=plot)
     print_result(result, as_json)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -28,10 +29,12 @@ def correct(
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
     moments: Moments | None = None,
+    turned: Collection[str] = (),
 ) -> None:
     """Apply corrections to a merged model, in the order given, in place.
 
-    A model whose trunk is empty (depth 0) is left as it is: there is nothing to correct.
+    A model whose trunk is empty (depth 0) is left as it is: there is nothing to correct. So are weights that a refit
+    `turned` into a basis of their own: their outputs are no expert's units, and have nobody's mean and deviation.
 
     Raises:
         RecipeError: as `check_corrections`.
@@ -48,5 +51,6 @@ def correct(
     batches = Batches.of(
         calibration, experts, processor=processor, batch_size=batch_size, accelerator=accelerator, moments=moments
     )
+    planned = replace(planned, cut=replace(planned.cut, trunk=planned.cut.trunk.difference(turned)))
     for name, options in wanted.items():
         CORRECTIONS.get(name).function(merged, experts, planned, alignment, batches, **options)

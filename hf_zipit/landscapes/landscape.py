@@ -67,7 +67,8 @@ def landscape(
         calibration: a little data: one part is what the merge looks at, if it needs data, another is measured on.
         validation: data to measure on, in place of a part of the calibration data.
         method, options, depth, residual, overrides, combine, refit: of the merge, as for `merge`. Corrections belong
-            to one point, not to a plane, and are left out.
+            to one point, not to a plane, and are left out. The refit pairs attention heads (`split_heads` is off):
+            between models with different heads there is no line.
         pair: the tasks of the two experts; the first two by default.
         grid: points on each axis of the plane, 2 or more; 0 for no plane. Every point runs all samples once.
         margin: how far the plane goes beyond the points, in distances of the experts.

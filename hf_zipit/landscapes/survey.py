@@ -109,10 +109,10 @@ class Survey:
         return Curve(found.loss, found.error, surface.method, at, surface.exact)
 
     def plane(self, surface: Surface, grid: int, margin: float) -> Plane:
-        """Measure on a square grid around the experts and the merge."""
+        """Measure on a square grid around the experts and the merge, which lie on its lines."""
         across, up = zip(*surface.points.values(), strict=True)
         half = max(max(across) - min(across), max(up) - min(up)) / 2 + margin
-        x, y = ([(min(v) + max(v)) / 2 + half * (2 * i / (grid - 1) - 1) for i in range(grid)] for v in (across, up))
+        x, y = (grid_lines(marks, half, grid) for marks in (across, up))
         found = self._measure(surface, [(a, b) for b in y for a in x], f"plane, {surface.method}")
         rows = [
             {task: tuple(values[r * grid : (r + 1) * grid] for r in range(grid)) for task, values in kind.items()}
@@ -126,6 +126,22 @@ class Survey:
             found.append(losses(surface.move(*point), self.held, self.batch_size))
         tasks = list(self.held.tasks)
         return Measured(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
+
+
+def grid_lines(marks: Sequence[float], half: float, count: int) -> list[float]:
+    """Lines from end to end around the middle of the marks, evenly spread but for those moved onto the marks.
+
+    A merge can lie in a valley that is narrower than a mesh; between two lines it would not be seen.
+    """
+    middle = (min(marks) + max(marks)) / 2
+    lines = [middle + half * (2 * i / (count - 1) - 1) for i in range(count)]
+    free = set(range(1, count - 1))
+    for mark in sorted(set(marks)):
+        if free:
+            nearest = min(free, key=lambda i: abs(lines[i] - mark))
+            lines[nearest] = mark
+            free.remove(nearest)
+    return sorted(lines)
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +101,14 @@ def with_heads(config: ZipItConfig, merged: ZipItPreTrainedModel, task: str) -> 
             towers.setdefault(id(own), (own, set()))[1].add(old // config.head_dims.get(path, old))
     for own, factors in towers.values():
         if len(factors) > 1:
-            raise ExpertError(_cannot(merged, task, "its attention layers have different numbers of heads"))
-        own.num_attention_heads *= factors.pop()
-        if isinstance(getattr(own, "head_dim", None), int):
-            raise ExpertError(_cannot(merged, task, "its heads are narrower than its configuration's head_dim"))
+            reason = "its layers have different numbers of heads; merge at depth 1, refit with split_heads off"
+            raise ExpertError(_cannot(merged, task, reason))
+        (factor,), heads = factors, own.num_attention_heads
+        if factor > 1 and isinstance(getattr(own, "head_dim", None), int):
+            reason = "its heads are narrower than its configuration's head_dim; refit with split_heads off"
+            raise ExpertError(_cannot(merged, task, reason))
+        # Some classes have a number for every stage.
+        own.num_attention_heads = [n * factor for n in heads] if isinstance(heads, (list, tuple)) else heads * factor
     changed.source_config = plain.config
     return changed
 
@@ -206,9 +210,12 @@ def difference(merged: ZipItPreTrainedModel, model: PreTrainedModel, task: str) 
     """The largest relative difference of the outputs' own tensors, on the adapter's example inputs."""
     inputs = adapter_for(model).inputs(model)
     place = next(merged.parameters())
-    sent = {k: v.to(place.device, place.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+    def sent(x: Any) -> Any:  # not every input is a tensor: a switch, such as `use_cache`
+        return x.to(place.device, place.dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
+
     mode = merged.training
-    expected, got = merged.eval()(**sent, task=task), model(**inputs)
+    expected, got = merged.eval()(**{k: sent(v) for k, v in inputs.items()}, task=task), model(**inputs)
     merged.train(mode)
     worst = 0.0
     for name, value in expected.items():

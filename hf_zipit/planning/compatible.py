@@ -47,6 +47,8 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
         if difference:
             field, left, right = difference
             hint = "; their position tables have different lengths" if "position" in field else ""
+            if "heads" in field and any(hasattr(model, "merged_task") for model in (first, other)):
+                hint = "; to merge a merged model with others, refit it with split_heads off"
             raise ExpertError(
                 f"the experts differ in the configuration field {field}: {left!r} for {first_task!r}, {right!r} for "
                 f"{task!r}{hint}; experts must have the same architecture and sizes"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -91,8 +91,9 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: i
     sizes = {task: sum(p.numel() for p in model.parameters()) for task, model in experts.items()}
     trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
     in_trunk = sum(tensors[name].numel() for name in trunk)
-    branches = sum(
-        sum(p.numel() for name, p in model.named_parameters() if name not in cut.trunk) for model in experts.values()
+    branches = sum(  # a head that is tied to the embeddings is untied: every task keeps its own
+        sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in cut.trunk)
+        for model in experts.values()
     )
     width = len(experts)
     return Plan(
@@ -111,6 +112,16 @@ def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: i
         moment_bytes=sum(BYTES_PER_MOMENT * (width * spec.size(probe.key)) ** 2 for probe in spec.probes),
         passes=passes,
     )
+
+
+def with_doors(planned: Plan) -> Plan:
+    """The plan of a refit, which fits an affine map `[d, d + 1]` for every place and task that reads the trunk."""
+    if not planned.cut.trunk:
+        return planned
+    sizes = [planned.spec.size(entry.key) for entry in (*planned.cut.entries, *planned.cut.exits)]
+    doors = len(planned.tasks) * sum(size * (size + 1) for size in sizes)
+    grown = {part: planned.parameters[part] + doors for part in ("branches", "merged")}
+    return replace(planned, parameters={**planned.parameters, **grown})
 
 
 def fold_experts(experts: Mapping[str, Model], planned: Plan) -> dict[str, Model]:

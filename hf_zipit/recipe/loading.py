@@ -12,6 +12,9 @@ from hf_zipit.recipe.sources import BUILT_IN, check_source
 from hf_zipit.registry import check_options, suggestion
 from hf_zipit.schema import build, read_yaml
 
+SEEDS = 2**32
+"""So many seeds there are: numpy takes no negative ones and, where Optuna draws, no larger ones."""
+
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe.
@@ -84,7 +87,8 @@ def _check_merging(recipe: Recipe) -> None:
             raise RecipeError(f"{key} holds a value twice in {list(values)}.")
     for method in recipe.method:
         if real_method(method) not in METHODS:
-            raise RecipeError(f"There is no method {method!r}; {suggestion(method, (*METHODS.names(), *ALIASES))}")
+            name = method.removesuffix(REFIT)
+            raise RecipeError(f"There is no method {name!r}; {suggestion(name, (*METHODS.names(), *ALIASES))}")
     for depth in recipe.depth:
         if isinstance(depth, float) and not 0 <= depth <= 1:
             raise RecipeError(f"depth should be a share from 0 to 1 or the path of a block, but is {depth!r}.")
@@ -97,6 +101,9 @@ def _check_merging(recipe: Recipe) -> None:
     if recipe.refit is False and any(method.endswith(REFIT) for method in recipe.method):
         raise RecipeError(f"refit is false, but method asks for it with {REFIT}; leave out one of them.")
     check_corrections(recipe.corrections)
+    for key, seed in {"seed": recipe.seed, **{f"experts.{t}.seed": e.seed for t, e in recipe.experts.items()}}.items():
+        if seed is not None and not 0 <= seed < SEEDS:
+            raise RecipeError(f"{key} should be from 0 to {SEEDS - 1}, but is {seed}.")
     if recipe.threads is not None and recipe.threads < 1:
         raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     if recipe.residual not in ("match", "identity", "orthogonal"):

@@ -20,6 +20,7 @@ import numpy as np
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.labels import LABEL_COLUMNS
 from hf_zipit.hub.cache import looks_local
+from hf_zipit.hub.reasons import first_line, why
 from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, in_channels
 from hf_zipit.registry import suggestion
 
@@ -165,8 +166,11 @@ def _from_datasets(name: str, split: str, config: str | None, streaming: bool = 
     except DataError:
         raise
     except (OSError, ValueError) as error:  # not found, offline, a damaged file, an unknown split or configuration
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"The data set {name!r} (split {split!r}) cannot be loaded: {first}") from error
+        if folder.is_dir():
+            reason = f"{first_line(error)}; a folder should be one that `save_to_disk` wrote or `load_dataset` reads"
+        else:
+            reason = why(error, f"datasets/{name}")
+        raise DataError(f"The data set {name!r} (split {split!r}) cannot be loaded: {reason}.") from error
 
 
 def _split(splits: dict[str, Any], split: str, name: str, known: Sequence[str] = ()) -> Any:

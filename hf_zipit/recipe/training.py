@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from hf_zipit.errors import RecipeError
+from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,6 +49,9 @@ def new_classifier(model: dict[str, Any], labels: list[str], seed: int) -> PreTr
     fields = dict(model)
     model_type = fields.pop("model_type", None)
     names = dict(enumerate(labels))
+    if model_type not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        hint = suggestion(model_type, MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+        raise RecipeError(f"train.model makes no image classifier of model_type {model_type!r}; {hint}")
     try:
         config = AutoConfig.for_model(
             model_type, **fields, id2label=names, label2id={name: key for key, name in names.items()}

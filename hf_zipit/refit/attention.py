@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 
 from torch import fx
 
+from hf_zipit.align.maps import Alignment
+from hf_zipit.align.products import merged_sizes
 from hf_zipit.refit.graph import Program, Site
 from hf_zipit.symmetry.ops import op_name, shape_of
-from hf_zipit.symmetry.spec import MergeSpec, Symmetry
+from hf_zipit.symmetry.spec import MergeSpec, Symmetry, product_key
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Attention:
         node: the op that weighs the values.
         query, key, value: where their weights are solved.
         output: the output projection, which the heads' means go straight into.
+        at: the last of the three maps, where the layer can be solved.
         between: the ops between the three maps and the output projection, in the order they run.
     """
 
@@ -33,6 +37,7 @@ class Attention:
     key: Site
     value: Site
     output: Site
+    at: fx.Node
     between: tuple[fx.Node, ...]
 
     @property
@@ -60,20 +65,25 @@ class Attention:
         return owners.pop() if len(owners) == 1 else None
 
 
-def find_attention(program: Program, sites: Mapping[fx.Node, Site], spec: MergeSpec) -> Iterator[Attention]:
+def find_attention(
+    program: Program, sites: Mapping[fx.Node, Site], spec: MergeSpec, alignment: Alignment
+) -> Iterator[Attention]:
     """The attention layers that can be solved as a whole."""
+
+    def suits(site: Site | None) -> bool:
+        return site is not None and _is_free_inside(site.weight, spec) and _keeps_width(site.weight, spec, alignment)
+
     for node in program.nodes:
         if node.op != "call_function" or op_name(node) != "scaled_dot_product_attention":
             continue
         maps = [_cut_into_heads(x, sites) for x in node.args[:3]]
         output, behind = _joined(node, sites)
-        if output is None or any(site is None for site in maps):
-            continue
         heads = {x.meta["val"].shape[1] for x in node.args[:3]}  # type: ignore[union-attr]
-        if len(heads) == 1 and all(_is_free_inside(site.weight, spec) for site in maps):  # type: ignore[union-attr]
+        if output is not None and len(heads) == 1 and all(map(suits, maps)):
+            at = max((site.node for site in maps if site), key=program.position.__getitem__)
             before = [step for x in node.args[:3] for step in (x.args[0], x)]  # type: ignore[union-attr]
             between = sorted([*before, node, *behind], key=program.position.__getitem__)
-            yield Attention(node, *maps, output, tuple(between))  # type: ignore[arg-type]
+            yield Attention(node, *maps, output, at, tuple(between))  # type: ignore[arg-type]
 
 
 def heads_and_width(node: fx.Node) -> tuple[int, int]:
@@ -116,3 +126,9 @@ def _is_free_inside(weight: str, spec: MergeSpec) -> bool:
     """Whether a weight's outputs are heads times a space in which any change of basis is allowed."""
     label = spec.axes[weight][0]
     return len(label) == 2 and spec.spaces[label[1].space].symmetry is Symmetry.LINEAR
+
+
+def _keeps_width(weight: str, spec: MergeSpec, alignment: Alignment) -> bool:
+    """Whether there is one merged unit for every unit of an expert: no head was kept apart."""
+    label = product_key(spec.axes[weight][0])
+    return prod(merged_sizes(label, alignment, spec)) == spec.size(label)

@@ -22,9 +22,8 @@ Ours; comparing heads by circuits is from *A Mathematical Framework for Transfor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx
@@ -33,14 +32,12 @@ from torch.nn import functional
 from hf_zipit.align.products import factor_indices
 from hf_zipit.combine.transform import features_to_merged
 from hf_zipit.refit.attention import Attention, heads_and_width, logit_scale
+from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.heads import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
 from hf_zipit.refit.regression import Gram, ridge
 from hf_zipit.refit.store import MERGED
 from hf_zipit.symmetry.spec import product_key
-
-if TYPE_CHECKING:
-    from hf_zipit.refit.walk import Walk
 
 AGREED = 1e-3
 """Heads that lose no more than this share of their logits' energy by being paired are not split."""
@@ -87,23 +84,23 @@ class Start:
 
 
 class AttentionSolver:
-    """Solves one attention layer of a walk, which has the values and the weights."""
+    """Solves one attention layer of a refit."""
 
-    def __init__(self, walk: Walk, attention: Attention, split: fx.Node | None = None) -> None:
-        """`split`: the layer's op in a model with narrower heads, if it can have them."""
-        self.walk, self.attention, self.split_op = walk, attention, split
-        self.spec, self.alignment, self.tasks = walk.spec, walk.alignment, range(len(walk.tasks))
+    def __init__(self, fit: Fit, attention: Attention, split_ops: Mapping[fx.Node, fx.Node]) -> None:
+        """`split_ops`: the layer's ops in a model with narrower heads, if it can have them."""
+        self.fit, self.attention, self.split_ops = fit, attention, split_ops
+        self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
         self.regressed: dict[Site, list[tuple[Tensor, Tensor]]] = {}
         self.moments: dict[Site, Gram] = {}
 
-    def solve(self) -> bool:
+    def solve(self) -> int | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
 
         Returns:
-            Whether the heads were split.
+            The width of the merged heads if they were split; the program then has their sizes.
         """
-        attention, walk = self.attention, self.walk
-        projection = walk.tensors[MERGED][attention.output.weight]
+        attention, fit = self.attention, self.fit
+        projection = fit.values.merged[attention.output.weight]
         self._regress()
         heads = self._paired()
         logits = self._logits(heads)
@@ -116,12 +113,11 @@ class AttentionSolver:
         starts = self._split_starts(heads) if is_split else self._paired_starts(heads, projection)
         self._write_logits(heads, logits, is_split)
         if is_split:
-            walk.split(attention)
-        last = max((site.node for site in attention.inputs), key=walk.program.position.__getitem__)
-        walk.run_again([attention.query.node, attention.key.node], last)
+            fit.program.adopt_sizes({node: self.split_ops[node] for node in attention.between})
+        fit.values.run_again([attention.query.node, attention.key.node], attention.at)
         self._solve_values(heads, starts)
-        walk.run_again([attention.value.node], last)
-        return is_split
+        fit.values.run_again([attention.value.node], attention.at)
+        return heads.width if is_split else None
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
@@ -141,16 +137,17 @@ class AttentionSolver:
         return slice(first, first + int((merged == head).sum()))
 
     def _split(self) -> Heads | None:
-        if self.split_op is None:
-            return None
         attention = self.attention
-        count, width = heads_and_width(self.split_op)
+        op = self.split_ops.get(attention.node)
+        if op is None:
+            return None
+        count, width = heads_and_width(op)
         own = [
             [Member(t, slice(first, first + attention.width))]
             for t in self.tasks
             for first in range(0, attention.heads * attention.width, attention.width)
         ]
-        return Heads(own, own, own, count, width, logit_scale(attention.node) / logit_scale(self.split_op))
+        return Heads(own, own, own, count, width, logit_scale(attention.node) / logit_scale(op))
 
     # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
 
@@ -162,13 +159,13 @@ class AttentionSolver:
         for x, sites in by_input.items():
             start = torch.cat([self._own_weight(site, t) for site in sites for t in self.tasks])
             gram = Gram.empty(start.shape[1], len(start), start)
-            for b in range(len(self.walk.batches)):
-                value = self.walk.value(x, MERGED, b)
-                rows, picked = self.walk.sample(self.walk.rows_weight(value, b, -1), value.shape[-1], b)
-                y = [self.walk.store[site.node, t, b].flatten(0, -2)[rows] for site in sites for t in self.tasks]
+            for b in range(len(self.fit.values.batches)):
+                value = self.fit.values.of(x, MERGED, b)
+                rows, picked = self.fit.rows.pick(value, b, -1, value.shape[-1])
+                y = [self.fit.values.of(site.node, t, b).flatten(0, -2)[rows] for site in sites for t in self.tasks]
                 gram.add(value.flatten(0, -2)[rows], torch.cat(y, -1), picked)
-            gram = gram.reduce(self.walk.add_up)
-            slope, shift = ridge(gram, start, self.walk.config.ridge)
+            gram = gram.reduce(self.fit.add_up)
+            slope, shift = ridge(gram, start, self.fit.config.ridge)
             parts = len(sites) * len(self.tasks)
             maps = iter(zip(slope.chunk(parts), shift.chunk(parts), strict=True))
             for site in sites:
@@ -178,7 +175,9 @@ class AttentionSolver:
     def _own_weight(self, site: Site, expert: int) -> Tensor:
         """An expert's own weight that reads the merged units: W_t U_t."""
         label = self.spec.axes[site.weight][1]
-        return features_to_merged(self.walk.tensors[expert][site.weight], 1, label, self.alignment, self.spec, expert)
+        return features_to_merged(
+            self.fit.values.tensors[expert][site.weight], 1, label, self.alignment, self.spec, expert
+        )
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
@@ -204,7 +203,7 @@ class AttentionSolver:
         if self.attention.query.bias is not None:
             mean = q.x / q.n
             moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
-        pull = self.walk.config.ridge
+        pull = self.fit.config.ridge
         return Metric.of(moment, pull), Metric.of(k.xx / k.n - torch.outer(k.x, k.x) / k.n.square(), pull)
 
     def _query(self, member: Member) -> Tensor:
@@ -229,12 +228,12 @@ class AttentionSolver:
             keys.append(other)
         rows, columns = (padded(torch.cat(part), heads.count * heads.width) for part in (queries, keys))
         slope, shift = (rows, rows[:, 0] * 0) if query.bias is None else (rows[:, :-1], rows[:, -1])
-        self.walk.write(query, slope, shift)
-        self.walk.write(key, columns, columns[:, 0] * 0)
+        self.fit.write(query, slope, shift)
+        self.fit.write(key, columns, columns[:, 0] * 0)
 
     def _combined(self, site: Site) -> Tensor:
         """The combined weight, with the bias as one more column if there is one."""
-        weight, bias = self.walk.tensors[MERGED][site.weight], self.walk.tensors[MERGED].get(site.bias)
+        weight, bias = self.fit.values.merged[site.weight], self.fit.values.merged.get(site.bias)
         return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
     # Values and the output projection --------------------------------------------------------------------------------
@@ -245,20 +244,20 @@ class AttentionSolver:
         slopes, shifts = self._values(heads)
         before = torch.cat([start.slope for start in starts], 1)
         gram = self._moments_of_means(heads, slopes, shifts, before)
-        slope, shift = ridge(gram, before, self.walk.config.ridge, output.bias is not None)
+        slope, shift = ridge(gram, before, self.fit.config.ridge, output.bias is not None)
         covariance = gram.xx / gram.n - torch.outer(gram.x, gram.x) / gram.n.square()
         outs, weights, biases = [], [], []
         for head, start in enumerate(starts):
             own = slice(head * slopes.shape[1], (head + 1) * slopes.shape[1])
-            metric = Metric.of(covariance[own, own], self.walk.config.ridge)
+            metric = Metric.of(covariance[own, own], self.fit.config.ridge)
             out, mix = value_factors(slope[:, own], metric, heads.width)
             out, mix = nearest_basis(out.mT, mix, (start.out.mT, start.mix))
             outs.append(out)
             weights.append(mix @ slopes[head])
             biases.append((mix @ shifts[head])[:, None])
         full = heads.count * heads.width
-        self.walk.write(value, padded(torch.cat(weights), full), padded(torch.cat(biases), full)[:, 0])
-        self.walk.write(output, padded(torch.cat(outs), full).mT, shift)
+        self.fit.write(value, padded(torch.cat(weights), full), padded(torch.cat(biases), full)[:, 0])
+        self.fit.write(output, padded(torch.cat(outs), full).mT, shift)
 
     def _values(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """The values that enter each merged head: slopes `[heads, values, d]` and shifts `[heads, values]`."""
@@ -272,29 +271,28 @@ class AttentionSolver:
 
     def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Gram:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
-        attention, walk = self.attention, self.walk
-        label = self.spec.output_label(attention.output.weight, 0)
+        attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)
         gram = Gram.empty(start.shape[1], len(start), start)
-        for b in range(len(walk.batches)):
-            x = walk.value(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
+        for b in range(len(fit.values.batches)):
+            x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = torch.einsum("nsd,hwd->nhsw", x, slopes.to(x.dtype)) + shifts.to(x.dtype)[:, None]
             means = self._means(functional.pad(values, (0, 0, 0, 0, 0, empty)), b)
             means = means[:, : len(slopes)].transpose(1, 2).flatten(2)
-            rows, picked = walk.sample(walk.rows_weight(means, b, -1), means.shape[-1], b)
-            gram.add(means.flatten(0, -2)[rows], walk.aim(attention.output, -1, label, b, rows), picked)
-        return gram.reduce(walk.add_up)
+            rows, picked = fit.rows.pick(means, b, -1, means.shape[-1])
+            gram.add(means.flatten(0, -2)[rows], fit.targets.of(attention.output, b, rows), picked)
+        return gram.reduce(fit.add_up)
 
     def _means(self, values: Tensor, b: int) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
         node = self.attention.node
-        query, key = (self.walk.peek(node.args[i], b, {}) for i in (0, 1))  # type: ignore[arg-type]
+        query, key = (self.fit.values.peek(node.args[i], b, {}) for i in (0, 1))  # type: ignore[arg-type]
         # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
         more = max(0, values.shape[-1] - query.shape[-1])
         query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
         if node.kwargs.get("scale") is None:
             query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
-        return self.walk.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
+        return self.fit.values.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
 
     def _paired_starts(self, heads: Heads, projection: Tensor) -> list[Start]:
         """The combined model's: its projection, and its values of a head as a mix of the experts'."""
@@ -318,7 +316,7 @@ class AttentionSolver:
         label = self.spec.output_label(output.weight, 0)
         starts = []
         for (member,) in heads.values:
-            own = self.walk.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
+            own = self.fit.values.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
             written = features_to_merged(own, 0, label, self.alignment, self.spec, member.expert)
             first = torch.eye(heads.width, written.shape[1], dtype=torch.float64)
             starts.append(Start(written.double(), written[:, : heads.width].double(), first))

@@ -1,4 +1,7 @@
-"""A convolution as a linear map: of the patches that its kernel sees, with the batch norm behind it multiplied in."""
+"""A convolution as a linear map: of the patches that its kernel sees, with the batch norm behind it multiplied in.
+
+The norm is restored afterwards, with statistics that belong to the new weights.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from hf_zipit.refit.regression import Gram
+
 
 def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
     """A convolution's flat weight `[k, d]` and bias with the batch norm behind it multiplied in."""
@@ -16,6 +21,18 @@ def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | Non
         return weight, bias
     scale = norm["weight"] / (norm["variance"] + norm["eps"]).sqrt()
     return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
+
+
+def restored(slope: Tensor, shift: Tensor, gram: Gram, eps: Tensor) -> dict[str, Tensor]:
+    """The batch norm behind the weight `slope` that adds `shift`: its weight, bias, mean and variance, `[k]` each.
+
+    `gram` has the moments of the patches, from which mean and variance of the convolution follow.
+    """
+    mean_x = gram.x / gram.n.clamp_min(1e-12)
+    covariance = gram.xx / gram.n.clamp_min(1e-12) - torch.outer(mean_x, mean_x)
+    mean = slope @ mean_x
+    variance = ((slope @ covariance) * slope).sum(1).clamp_min(0)
+    return {"weight": (variance + eps).sqrt(), "bias": shift + mean, "mean": mean, "variance": variance}
 
 
 def patches(x: Tensor, weight: Tensor, node: fx.Node) -> Tensor:

@@ -142,6 +142,10 @@ class Program:
         """Know the sizes that are written down in the ops of the merged model (`view(x, [8, 17, 96])`)."""
         self._merged |= twins
 
+    def merged(self, node: fx.Node) -> fx.Node:
+        """The op with the merged model's sizes."""
+        return self._merged.get(node, node)
+
     def run(
         self,
         node: fx.Node,
@@ -153,7 +157,7 @@ class Program:
         """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
         if node.op == "get_attr":
             return getattr(self._exported.graph_module, str(node.target))
-        sizes = self._merged.get(node, node) if merged else node
+        sizes = self.merged(node) if merged else node
 
         def value(x: Any, size: Any) -> Any:
             if isinstance(x, fx.Node):

@@ -8,32 +8,20 @@ model that was cut: its attention op has the new heads, and all other ops are th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import fx, nn
 
-from hf_zipit.modeling.head_dims import cut_heads, head_dim_name
-from hf_zipit.modeling.trunk import resize
+from hf_zipit.modeling.head_dims import head_dim_name
 from hf_zipit.refit.attention import Attention, heads_and_width
 from hf_zipit.refit.graph import Program
-
-Model = TypeVar("Model", bound=nn.Module)
+from hf_zipit.refit.variants import variant
 
 
 def narrower(width: int, experts: int) -> int | None:
     """The greatest divisor of a head's width of which every expert's head can have one; None if there is none."""
     return next((dim for dim in range(width // experts, 0, -1) if width % dim == 0), None)
-
-
-def variant(model: Model, shapes: Mapping[str, list[int]], head_dims: Mapping[str, int]) -> Model:
-    """A copy with other shapes and heads; the tensors whose shapes stay are the model's own."""
-    tensors = [*model.parameters(), *model.buffers()]
-    other = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    resize(other, dict(shapes))
-    cut_heads(other, head_dims)
-    return other
 
 
 def split_ops(
@@ -66,9 +54,17 @@ def split_ops(
         twins = program.twins(other)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return {}
+    within = {node for layer in layers for node in layer.between}
+    if any(_shape(program.merged(node)) != _shape(twins[node]) for node in program.nodes if node not in within):
+        return {}  # as where every head has a mask of its own
     found: dict[fx.Node, fx.Node] = {}
     for layer in layers:
         dim = wanted.get(layer.module or "")
         if dim and heads_and_width(twins[layer.node]) == (layer.heads * (layer.width // dim), dim):
             found |= {node: twins[node] for node in layer.between}
     return found
+
+
+def _shape(node: fx.Node) -> Any:
+    """Of an op's value; None where that is no tensor."""
+    return getattr(node.meta.get("val"), "shape", None)

@@ -21,7 +21,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.batches import MicroBatch, micro_batches
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.splitting import variant
+from hf_zipit.refit.variants import variant
 from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.proof import model_tensors
 

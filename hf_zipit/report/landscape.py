@@ -99,7 +99,7 @@ def _labels(figure: Figure, axes: Sequence[Axes], plane: Plane, found: Landscape
     for axis in axes:
         axis.set_xlabel(wrapped(f"from {a!r} to {b!r}", WIDTH))
     axes[0].set_ylabel("towards the merge" if plane.through_merge else "a random direction")
-    notes = ["Axes in distances of the aligned experts."]
+    notes = ["Loss: cross-entropy in nats. Axes: in distances of the aligned experts."]
     if not plane.through_merge:
         notes.append("The merge is on the line between them.")
     if not found.aligned.exact:
@@ -129,7 +129,7 @@ def interpolation(found: Landscape, title: str = "") -> Figure:
             rows[1][column].set_xticks([0, 0.5, 1], labels=[next(ends), "middle", next(ends)])
         rows[0][0].set_ylim(bottom=0)
         rows[1][0].set_ylim(0, 1)
-        rows[0][0].set_ylabel("loss")
+        rows[0][0].set_ylabel("loss (cross-entropy, nats)")
         rows[1][0].set_ylabel("error (share of wrong answers)")
         add_legend(figure, rows[0][0])
         add_title(figure, _title(found, title), 11)

@@ -39,7 +39,12 @@ def _plans(recipe: Recipe, experts: Mapping[str, PreTrainedModel]) -> dict[tuple
     settings = {"residual": recipe.residual, "overrides": recipe.overrides or None}
     return {
         (method, depth): plan(
-            experts, method=real_method(method), options=recipe.options.get(method), depth=depth, **settings
+            experts,
+            method=real_method(method),
+            options=recipe.options.get(method),
+            depth=depth,
+            refit=refit_settings(recipe, method),
+            **settings,
         )
         for method in recipe.method
         for depth in recipe.depth

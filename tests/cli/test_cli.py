@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 
+import huggingface_hub
 import pytest
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_zipit.cli.app import app, main
 from hf_zipit.cli.options import parse_columns, parse_experts
+from hf_zipit.cli.printing import working
 from hf_zipit.errors import RecipeError
 
 
@@ -79,6 +82,7 @@ def test_every_command_says_what_it_does(call, name):
         (["evaluate", "a"], "Missing option '--dataset'"),
         (["doctor", "--format", "xml"], "'xml' is not one of"),
         (["merge", "a", "b", "--out", "m", "--samples", "0"], "0 is not in the range"),
+        (["merge", "a", "b", "--out", "m", "--seed", "-5"], "-5 is not in the range"),
     ],
 )
 def test_a_wrong_use_ends_with_two(call, arguments, message):
@@ -176,6 +180,31 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(call, vits, tmp_path):
     code, out, _ = call(*arguments)
     assert code == 0 and "at most 512 samples of each task" in out
     assert not (tmp_path / "m").exists()
+
+
+def test_a_sweep_says_where_its_picture_is_and_first_whether_it_can_be_there(call, vits, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    experts = {name: {"model": str(vits / name)} for name in ("low", "high")}
+    content = {"name": "digits", "experts": experts, "evaluation": {"dataset": "sklearn-digits", "samples": 4}}
+    recipe.write_text(json.dumps({**content, "method": "average", "output": str(tmp_path / "out")}))
+    plot = tmp_path / "depths.png"
+    code, out, _ = call("sweep", recipe, "-d", "1", "-d", "0", "--plot", plot)
+    assert code == 0 and out.splitlines()[-1] == f"picture  {plot}"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out").exists()
+    code, _, err = call("sweep", recipe, "--plot", recipe / "depths.png")
+    assert code == 1 and "cannot be written" in err and "merging" not in err
+
+
+def test_retries_of_the_hubs_client_are_not_told():
+    hub = logging.getLogger("huggingface_hub.utils._http")
+    before = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_warning()
+    try:
+        with working(quiet=True):
+            assert not hub.isEnabledFor(logging.WARNING)
+    finally:
+        huggingface_hub.logging.set_verbosity(before)
 
 
 def test_doctor_finds_this_installation_in_order(call):

@@ -25,6 +25,7 @@ from hf_zipit.errors import DataError, RecipeError, ZipItError
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.observe import observe
 from hf_zipit.planning.plan import Plan
+from hf_zipit.symmetry.proof import model_tensors
 
 from .. import tiny
 from ..test_invariants import (
@@ -34,6 +35,7 @@ from ..test_invariants import (
     in_general_position,
     outputs,
     traced_once,  # noqa: F401  # a fixture that is used by being here
+    with_tensors,
 )
 from ..test_invariants import calibration as example_inputs
 from ..test_invariants import case as invariant_case
@@ -170,6 +172,38 @@ def test_refit_can_come_before(correction: str):
         logits = outputs(result, data("resnet-basic", task), model, task=task)["logits"]
         assert logits.isfinite().all()
     assert list(result.config.method["corrections"]) == [correction]
+
+
+@each_correction
+@pytest.mark.parametrize("name", ["vit", "bert-sequence", "clip"])
+def test_refit_of_a_model_with_itself_stays_that_model(name: str, correction: str):
+    """The basis inside heads is the refit's own, so that units there have no expert's statistics to be given."""
+    it = invariant_case(name)
+    models = {"a": it.model, "b": it.model}
+    result = merge(models, it.inputs, method="identity", refit=True, corrections=[correction], progress=False)
+    for task, model in models.items():
+        assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
+
+
+@each_correction
+def test_heads_that_were_split_are_left_alone(correction: str):
+    """One model twice, once with its heads in another order, which is not undone: every head is there twice."""
+    model = invariant_case("vit").model
+    width = model.config.hidden_size // model.config.num_attention_heads
+    narrow, moved = dict(model_tensors(model)), dict(model_tensors(model))
+    for name, tensor in model_tensors(model).items():
+        if any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+            units = tensor.unflatten(0, (-1, width)).clone()
+            units[:, width // 2 :] = 0  # what is left fits into a head of half the width
+            narrow[name], moved[name] = units.flatten(0, 1), units.roll(1, 0).flatten(0, 1)
+        elif "o_proj.weight" in name:
+            moved[name] = tensor.unflatten(1, (-1, width)).roll(1, 1).flatten(1)
+    models = {"a": with_tensors(model, narrow), "b": with_tensors(model, moved)}
+    inputs = invariant_case("vit").inputs
+    result = merge(models, inputs, method="identity", refit=True, corrections=[correction], progress=False)
+    assert len(result.config.head_dims) == 2
+    for task, expert in models.items():
+        assert_same(outputs(result, inputs, expert, task=task), outputs(expert, inputs, expert), 1e-3)
 
 
 # BatchNorm reset.

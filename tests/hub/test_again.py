@@ -63,6 +63,26 @@ def test_a_task_of_a_merged_model_is_a_plain_model(name: str, method: str, tmp_p
         assert_same(type(model).from_pretrained(tmp_path / task), merged, task, data)
 
 
+def test_a_decoder_is_a_plain_model_again():
+    """Its example inputs hold a switch beside the tensors."""
+    first, second = tiny.pair("gpt2")
+    merged = merge({"a": first, "b": second}, calibration("bert-masked"), method="permute")
+    ids = {"input_ids": calibration("bert-masked")["input_ids"]}
+    assert_same(merged.expert("a"), merged, "a", ids)
+
+
+def test_more_heads_than_another_expert_has():
+    data = calibration("vit")
+    first, second = tiny.pair("vit")
+    split = merge({"a": first, "b": second}, data, method="identity", refit=True)
+    assert split.config.head_dims
+    with pytest.raises(ExpertError, match=r"num_attention_heads: 8 for 'x/a', 4 for 'z'; .* split_heads off"):
+        merge({"x": split, "z": first}, data, method="identity")
+    again = merge({"x": split, "y": split}, data, method="permute")
+    for task in ("a", "b"):
+        assert_same(again.expert(f"x/{task}"), again, f"x/{task}", data)
+
+
 def test_below_full_depth_a_task_is_a_plain_model_where_units_are_only_ordered():
     data = calibration("vit")
     first, second = tiny.pair("vit")

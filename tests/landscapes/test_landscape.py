@@ -18,7 +18,7 @@ from hf_zipit.errors import ExpertError, RecipeError
 from hf_zipit.evaluation.held_out import HeldOut
 from hf_zipit.landscapes.results import barrier
 from hf_zipit.landscapes.surface import Surface
-from hf_zipit.landscapes.survey import Survey, losses
+from hf_zipit.landscapes.survey import Survey, grid_lines, losses
 from hf_zipit.report.landscape import barriers_table, contours, interpolation
 from hf_zipit.running.exploring import landscape_recipe
 from hf_zipit.symmetry import MergeSpec
@@ -117,6 +117,25 @@ def test_the_axes_are_orthogonal_and_the_merge_is_in_the_plane(settings):
     for task in TASKS:
         assert abs(elsewhere[task][0] - before[task][0]) > 1e-3
         assert back[task] == pytest.approx(before[task], abs=2e-5)
+
+
+def test_the_experts_and_the_merge_lie_on_lines_of_the_grid():
+    it = survey()
+    surface = it.surface(TASKS, method="zip", refit=True)
+    plane = it.plane(surface, 7, 0.35)
+    even = it.plane(surface, 2, 0.35)
+    assert (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1]) == (even.x[0], even.x[-1], even.y[0], even.y[-1])
+    assert list(plane.x) == sorted(plane.x) and list(plane.y) == sorted(plane.y)
+    for x, y in surface.points.values():
+        at = losses(surface.move(x, y), it.held)
+        for task in TASKS:
+            assert plane.loss[task][plane.y.index(y)][plane.x.index(x)] == pytest.approx(at[task][0], abs=1e-5)
+
+
+def test_marks_that_are_close_keep_a_line_each():
+    lines = grid_lines((0.0, 1.0, 0.5, 0.48), 0.85, 9)
+    assert len(set(lines)) == 9 and lines == sorted(lines) and {0.0, 0.48, 0.5, 1.0} <= set(lines)
+    assert len(grid_lines((0.0, 0.5, 1.0), 0.85, 3)) == 3
 
 
 def test_fitted_doors_belong_to_the_merge_and_not_to_the_experts():

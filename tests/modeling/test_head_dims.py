@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTFo
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import ExpertError, ZipItError
-from hf_zipit.modeling.head_dims import cut_heads, head_dim_name
+from hf_zipit.modeling.head_dims import COUNTS, cut_heads, head_dim_name
 from hf_zipit.symmetry.proof import model_tensors, perturb, run_with
 
 from .. import tiny
@@ -67,6 +67,22 @@ def test_narrower_heads_of_lower_rank_are_the_same_model(name: str, implementati
     assert any(not torch.allclose(other[field], tensor, rtol=1e-2) for field, tensor in expected.items())
 
 
+@pytest.mark.parametrize("name", ["vit", "clip", "bert-sequence", "distilbert-sequence", "segformer"])
+def test_number_and_width_of_heads_fit_each_other(name: str):
+    model = tiny.build(name)
+    before = {path: (width, counts(model, path)) for path, width in attention(model).items()}
+    cut_heads(model, {path: width // 2 for path, (width, _) in before.items()})
+    for path, (width, numbers) in before.items():
+        assert numbers
+        assert attention(model)[path] == width // 2
+        assert counts(model, path) == {name: 2 * number for name, number in numbers.items()}
+
+
+def counts(model: nn.Module, path: str) -> dict[str, int]:
+    module = model.get_submodule(path)
+    return {name: getattr(module, name) for name in COUNTS if hasattr(module, name)}
+
+
 @pytest.mark.parametrize(
     ("dims", "says"),
     [
@@ -115,8 +131,17 @@ def test_a_task_is_a_plain_model_with_more_heads(merged: PreTrainedModel, tmp_pa
     torch.testing.assert_close(loaded(**inputs).logits, merged(**inputs, task="a").logits)
 
 
+def test_a_number_of_heads_for_every_stage():
+    models = [tiny.build("segformer", seed, num_attention_heads=[2, 2, 4, 8]) for seed in (0, 1)]
+    inputs = calibration(models[0])
+    merged = merge(dict(zip("ab", models, strict=True)), inputs, method="identity", refit=True, progress=False)
+    plain = merged.expert("a")
+    assert plain.config.num_attention_heads == [4, 4, 8, 16]
+    torch.testing.assert_close(plain(**inputs).logits, merged(**inputs, task="a").logits)
+
+
 def test_heads_of_different_numbers_are_no_plain_model(merged: PreTrainedModel):
     some = copy.deepcopy(merged)
     some.config.head_dims.pop(next(iter(some.config.head_dims)))
-    with pytest.raises(ExpertError, match="different numbers of heads"):
+    with pytest.raises(ExpertError, match=r"different numbers of heads; .* split_heads off"):
         some.expert("a")

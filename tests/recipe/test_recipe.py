@@ -15,6 +15,7 @@ from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sections import Data, Recipe
+from hf_zipit.recipe.training import new_classifier
 from hf_zipit.running import writing
 from hf_zipit.running.data import merged_task_data
 from hf_zipit.running.run import plan_recipe, run_recipe
@@ -123,6 +124,8 @@ WRONG = {
     "a name that is a path": ({"name": "../up"}, RecipeError, "name should be"),
     "no place to push to": ({"push": {"private": True}}, RecipeError, "push.repo_id is missing"),
     "a place that is none": ({"push": {"repo_id": "a/b/c"}}, RecipeError, "push.repo_id should be user/name"),
+    "negative seed": ({"seed": -1}, RecipeError, "seed should be from 0 to 4294967295, but is -1"),
+    "misspelled method with a refit": ({"method": "zpi+refit"}, RecipeError, "no method 'zpi'; did you mean 'zip'"),
     "no threads": ({"threads": 0}, RecipeError, "threads should be at least 1"),
 }
 
@@ -299,3 +302,10 @@ def test_a_run_pushes_the_kept_model_when_all_is_written(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["pushed"] == result.pushed
     # Whoever runs the recipe beside the model does not push into the maker's repo.
     assert load_recipe(result.model / "recipe.yaml").push is None
+
+
+@pytest.mark.parametrize(("wrong", "message"), [("vitt", "did you mean 'vit'"), (None, "choose one of beit")])
+def test_a_kind_of_model_that_there_is_not_is_told_shortly(wrong, message):
+    with pytest.raises(RecipeError, match=message) as told:
+        new_classifier({"model_type": wrong}, ["0", "1"], 0)
+    assert len(str(told.value)) < 1000  # not the names of all models that transformers knows

@@ -100,3 +100,20 @@ def test_a_data_set_without_labels_is_refused(tmp_path):
     Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "data")
     with pytest.raises(DataError, match="has no column labels or label"):
         load_source(str(tmp_path / "data"))
+
+
+def test_a_folder_without_data_says_what_would_be_some(tmp_path):
+    (tmp_path / "notes.md").write_text("no data\n")
+    with pytest.raises(DataError, match="`save_to_disk` wrote") as told:
+        load_source(str(tmp_path))
+    assert "\n" not in str(told.value)
+
+
+def test_a_hub_that_does_not_answer_is_told_as_for_models(monkeypatch):
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'me/pictures' on the Hub (LocalEntryNotFoundError)")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(DataError, match=r"'me/pictures' \(split 'train'\).*does not answer; check the network"):
+        load_source("me/pictures")

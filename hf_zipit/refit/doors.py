@@ -1,0 +1,49 @@
+"""Where a branch leaves the trunk: U_t becomes the linear map that best reconstructs expert t's own features.
+
+For a linear head that is the regression on its logits.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from hf_zipit.combine.transform import unmerge_matrix
+from hf_zipit.errors import SpecError
+from hf_zipit.planning.cut import Cut, Entry
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.graph import Program
+from hf_zipit.refit.regression import Gram, ridge
+from hf_zipit.refit.store import MERGED
+
+Doors = dict[Entry, list[tuple[Tensor, Tensor]]]
+"""Per entry or exit and task `(weight [d, k], bias [d])`: from merged units to the expert's own."""
+
+
+def find_doors(program: Program, cut: Cut) -> dict[Entry, fx.Node]:
+    """The node whose value each entry or exit reads.
+
+    Raises:
+        SpecError: if an entry reads nothing of the trunk.
+    """
+    doors = {}
+    for entry in cut.entries:
+        node = program.value_read_by(entry.target, entry.axis + 1)
+        if node is None:
+            raise SpecError(f"nothing of the trunk enters {entry.target}; this model cannot be refitted at this depth")
+        doors[entry] = node
+    return doors | {entry: program.outputs[entry.target] for entry in cut.exits}
+
+
+def solve_door(fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
+    """For every task the map from the merged units to the expert's own, on the task's own samples."""
+    found = []
+    for t in fit.values.experts:
+        prior = unmerge_matrix(fit.alignment, entry.key, t, fit.spec)
+        gram = Gram.empty(prior.shape[1], prior.shape[0], prior)
+        for b, batch in enumerate(fit.values.batches):
+            if batch.task not in (None, t):
+                continue
+            x, y = (fit.values.of(node, who, b).movedim(entry.axis, -1) for who in (MERGED, t))
+            gram.add(x.flatten(0, -2), y.flatten(0, -2), fit.rows.weights(y, b, -1))
+        found.append(ridge(gram.reduce(fit.add_up), prior, fit.config.ridge))
+    return found

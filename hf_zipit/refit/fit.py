@@ -1,0 +1,46 @@
+"""What all who solve a part of one refit share: the values so far, the rows, the targets and the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.refit.config import RefitConfig
+from hf_zipit.refit.graph import Program, Site
+from hf_zipit.refit.rows import Rows
+from hf_zipit.refit.targets import Targets
+from hf_zipit.refit.values import Values
+from hf_zipit.symmetry.spec import MergeSpec
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One refit.
+
+    Attributes:
+        tasks: in the order of the experts.
+        spec, alignment: the spaces, and each one's maps.
+        program: the forward pass; `values`: what its ops give.
+        rows: which of them enter a regression; `targets`: what they should be.
+        add_up: sums a tensor over all processes.
+    """
+
+    tasks: tuple[str, ...]
+    spec: MergeSpec
+    alignment: Alignment
+    config: RefitConfig
+    program: Program
+    values: Values
+    rows: Rows
+    targets: Targets
+    add_up: Callable[[Tensor], Tensor]
+
+    def write(self, site: Site, weight: Tensor, bias: Tensor | None = None) -> None:
+        """Put a solution into the merged model; where a site has no bias, none is written."""
+        tensors = self.values.merged
+        for name, solution in ((site.weight, weight), (site.bias, bias)):
+            if name is not None and solution is not None:
+                tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name].dtype)

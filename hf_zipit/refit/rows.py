@@ -1,0 +1,61 @@
+"""Which rows of a value enter a regression, and how much each counts.
+
+A row is one position of one sample. Positions that the head reads count more; of the others a share is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_zipit.refit.batches import MicroBatch
+from hf_zipit.refit.positions import Positions
+
+Picked = Tensor | slice
+"""Some of a value's samples times positions."""
+
+
+class Rows:
+    """The rows of all micro-batches of one process."""
+
+    def __init__(
+        self, batches: Sequence[MicroBatch], positions: Positions, *, per_input: int, all_batches: int, seed: int
+    ) -> None:
+        """`per_input`: how many to use for every input of a regression, 0 for all; over all processes' batches."""
+        self.batches, self.positions = batches, positions
+        self.per_input, self.all_batches, self.seed = per_input, all_batches, seed
+
+    def weights(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
+        """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
+        batch = self.batches[b]
+        shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
+        if value.dim() < 2 or shape[0] != batch.size:
+            return torch.ones(shape).reshape(-1)
+        weights = None
+        if value.dim() == 3 and channel_axis % 3 == 2:
+            weights = self.positions.weights(batch.inputs, value.shape[1])
+        weights = torch.ones(shape) if weights is None else weights.clone()
+        weights[batch.real :] = 0
+        return weights.reshape(-1)
+
+    def pick(self, value: Tensor, b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
+        """The rows of a value that enter a regression on so many `inputs`, and their weights."""
+        return self.sample(self.weights(value, b, channel_axis), b, inputs)
+
+    def sample(self, weights: Tensor, b: int, inputs: int) -> tuple[Picked, Tensor]:
+        """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""
+        limit = -(-self.per_input * inputs // self.all_batches)
+        rows = weights.nonzero().squeeze(1)
+        if not limit or len(rows) <= limit:
+            return (slice(None) if len(rows) == len(weights) else rows), weights[rows]
+        read = weights[rows] > 1
+        others = rows[~read]
+        if len(others) > limit:
+            generator = torch.Generator().manual_seed(self.seed + self.batches[b].number)
+            drawn = others[torch.randperm(len(others), generator=generator)[:limit]]
+            weights = weights.clone()
+            weights[drawn] *= len(others) / limit
+            rows = torch.cat([rows[read], drawn]).sort().values
+        return rows, weights[rows]

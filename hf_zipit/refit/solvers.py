@@ -1,0 +1,121 @@
+"""The regression of every kind of site: from the values and targets of one site to its new tensors.
+
+Batch norms are folded into their convolution and restored with statistics that belong to the new weights; the affine
+part of a norm is regressed channel by channel; embeddings and added parameters are means of their targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_zipit.errors import SpecError
+from hf_zipit.refit.convolution import folded, patches, restored
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.graph import Site
+from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
+from hf_zipit.refit.store import MERGED
+
+
+def solve(fit: Fit, site: Site) -> None:
+    """Write the solution of one site into the merged model."""
+    SOLVERS[site.kind](fit, site)
+
+
+def solve_linear(fit: Fit, site: Site) -> None:
+    weight = fit.values.merged[site.weight]
+    gram = Gram.empty(weight.shape[1], weight.shape[0], weight)
+    for b in range(len(fit.values.batches)):
+        x = fit.values.of(site.node.args[0], MERGED, b)
+        rows, picked = fit.rows.pick(x, b, -1, weight.shape[1])
+        gram.add(x.flatten(0, -2)[rows], fit.targets.of(site, b, rows), picked)
+    fit.write(site, *ridge(gram.reduce(fit.add_up), weight, fit.config.ridge, site.bias is not None))
+
+
+def solve_conv(fit: Fit, site: Site) -> None:
+    merged = fit.values.merged
+    weight, bias = merged[site.weight], merged[site.bias] if site.bias else None
+    flat, names = weight.flatten(1), norm_names(fit, site)
+    norm = {role: merged[name] for role, name in names.items()}
+    eps = torch.tensor(site.norm.args[7]) if site.norm is not None else None
+    prior, _ = folded(flat, bias, norm | {"eps": eps} if eps is not None else None)
+    gram = Gram.empty(flat.shape[1], flat.shape[0], prior)
+    for b in range(len(fit.values.batches)):
+        x = fit.values.of(site.node.args[0], MERGED, b)
+        y = fit.targets.of(site, b)
+        rows, picked = fit.rows.pick(y, b, 1, flat.shape[1])
+        gram.add(patches(x, weight, site.node)[rows], y.flatten(2).mT.flatten(0, 1)[rows], picked)
+    gram = gram.reduce(fit.add_up)
+    slope, shift = ridge(gram, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
+    fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
+    if eps is not None:
+        for role, value in restored(slope, shift, gram, eps).items():
+            merged[names[role]] = value.to(weight.dtype)
+
+
+def norm_names(fit: Fit, site: Site) -> dict[str, str]:
+    """The tensors of the batch norm behind a convolution, by role; none where there is no such norm."""
+    found = {}
+    if site.norm is not None:
+        for role, node in zip(("weight", "bias", "mean", "variance"), site.norm.args[1:5], strict=True):
+            name = fit.program.tensor_of(node)
+            if name is None:
+                raise SpecError(f"the batch norm behind {site.module} has no {role}; refit needs one")
+            found[role] = name
+    return found
+
+
+def solve_embedding(fit: Fit, site: Site) -> None:
+    """Each row is the weighted mean of its targets; rows that no sample uses keep the combined values."""
+    table = fit.values.merged[site.weight]
+    total = torch.zeros(table.shape, dtype=torch.float64)
+    count = torch.zeros(len(table), dtype=torch.float64)
+    for b in range(len(fit.values.batches)):
+        indices = fit.values.of(site.node.args[1], MERGED, b)
+        y = fit.targets.of(site, b)
+        indices = indices.expand(y.shape[:-1]).reshape(-1)
+        weight = fit.rows.weights(y, b, -1)
+        total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
+        count.index_add_(0, indices, weight.double())
+    total, count = fit.add_up(total), fit.add_up(count)
+    pull = fit.config.ridge * count.mean().clamp_min(1e-12)
+    fit.write(site, (total + pull * table.double()) / (count + pull)[:, None])
+
+
+def solve_norm(fit: Fit, site: Site) -> None:
+    scale = fit.values.merged[site.weight]
+    channels = ChannelSums.empty(len(scale))
+    for b in range(len(fit.values.batches)):
+        x = fit.values.of(site.node.args[0], MERGED, b)
+        rows, picked = fit.rows.pick(x, b, -1, len(scale))
+        eps = float(site.node.args[4])  # type: ignore[arg-type]
+        normed = functional.layer_norm(x.flatten(0, -2)[rows], scale.shape, eps=eps)
+        channels.add(normed, fit.targets.of(site, b, rows), picked)
+    channels.sums = fit.add_up(channels.sums)
+    fit.write(site, *scale_and_shift(channels, scale, fit.config.ridge))
+
+
+def solve_offset(fit: Fit, site: Site) -> None:
+    """A parameter that is added: the mean of what is missing, over the axes along which it is repeated."""
+    offset = fit.values.merged[site.weight]
+    total: Tensor | float = 0.0
+    count = 0
+    for b, batch in enumerate(fit.values.batches):
+        missing = fit.targets.of(site, b)[: batch.real].double()
+        summed = missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape))
+        total = total + summed.reshape(offset.shape)
+        count += missing.numel() // offset.numel()
+    fit.write(site, fit.add_up(torch.as_tensor(total)) / fit.add_up(torch.tensor(float(count))))
+
+
+SOLVERS: dict[str, Callable[[Fit, Site], None]] = {
+    "linear": solve_linear,
+    "conv": solve_conv,
+    "embedding": solve_embedding,
+    "norm": solve_norm,
+    "offset": solve_offset,
+}
+"""By `Site.kind`."""

@@ -1,0 +1,99 @@
+"""What the merged model's modules should put out: the merged units' share of what the experts' modules do.
+
+On samples that are known to come from task t, expert t weighs w and the others share 1 - w. A module that writes into
+a residual stream aims at the stream itself: the experts' stream after the addition minus the merged stream before it,
+so that errors are corrected instead of adding up.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from hf_zipit.align.maps import Alignment
+from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held
+from hf_zipit.refit.graph import Site
+from hf_zipit.refit.rows import Picked
+from hf_zipit.refit.store import MERGED
+from hf_zipit.refit.values import Values
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
+
+
+class Targets:
+    """The targets of one refit, from the experts' values as they are computed."""
+
+    def __init__(self, values: Values, spec: MergeSpec, alignment: Alignment, own_weight: float) -> None:
+        self.values, self.spec, self.alignment, self.own_weight = values, spec, alignment, own_weight
+        self._scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
+        self._orders: dict[tuple[AxisLabel, int], Tensor | None] = {}
+
+    def label(self, site: Site) -> AxisLabel:
+        """The units of what a site puts out, of the residual stream where it writes into one."""
+        return self.spec.output_label(site.weight, site.unit_axis)
+
+    def of(self, site: Site, b: int, rows: Picked | None = None) -> Tensor:
+        """What a site should put out: its share of the experts' output, or what the residual stream still lacks.
+
+        Of `rows` alone, `[rows, units]`, where they are given; the units are then the last axis.
+        """
+        target = self.reached(site, b, rows)
+        if site.stream is None or site.other is None:
+            return target
+        other = self.values.of(site.other, MERGED, b)
+        if rows is not None:
+            other = other.expand(*site.stream.meta["val"].shape[:-1], -1).flatten(0, -2)[rows]
+        return target - other
+
+    def reached(self, site: Site, b: int, rows: Picked | None = None) -> Tensor:
+        """What a site's output, or the stream that it writes into, should be."""
+        return self.share(site.stream or site.output, site.channel_axis, self.label(site), b, rows)
+
+    def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
+        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
+        total: Tensor | float = 0.0
+        task = self.values.batches[b].task
+        for t, weight in enumerate(self.weights(task)):
+            y = self.values.store[node, t, b]
+            y = y if rows is None else y.flatten(0, -2)[rows]
+            total = total + weight * self._in_merged_units(y, axis, label, t)
+        assert isinstance(total, Tensor)
+        scale = self._scale(label, task)
+        return (
+            total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))
+        )
+
+    def weights(self, task: int | None) -> list[float]:
+        """How much each expert counts in the target of samples of a task."""
+        count = len(self.values.experts)
+        if task is None:
+            return [1 / count] * count
+        # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
+        others = max((1 - self.own_weight) / (count - 1), 1e-9)
+        return [self.own_weight if t == task else others for t in range(count)]
+
+    def _in_merged_units(self, y: Tensor, axis: int, label: AxisLabel, expert: int) -> Tensor:
+        """T M_t y; where the map is one-to-one only a look-up, or nothing at all."""
+        if (label, expert) not in self._orders:
+            self._orders[label, expert] = self._order(label, expert, y.shape[axis])
+        order = self._orders[label, expert]
+        if order is None:
+            return features_to_merged(y, axis, label, self.alignment, self.spec, expert)
+        return y if torch.equal(order, torch.arange(len(order))) else y.index_select(axis, order)
+
+    def _order(self, label: AxisLabel, expert: int, units: int) -> Tensor | None:
+        """Which of an expert's units each merged unit is; None where merged units are made of several or none."""
+        if not only_groups(self.alignment, product_key(label)):
+            return None
+        ones = shares_held(label, self.alignment, self.spec, expert)
+        numbers = features_to_merged(torch.arange(units).double(), 0, label, self.alignment, self.spec, expert)
+        alone = len(ones) == units and bool((ones == 1).all())
+        found = numbers.round().long()
+        return found if alone and torch.equal(found.sort().values, torch.arange(units)) else None
+
+    def _scale(self, label: AxisLabel, task: int | None) -> Tensor | None:
+        """For every merged unit the sum of its experts' equal shares over that of their real shares; None for ones."""
+        if (label, task) not in self._scales:
+            held = torch.stack([shares_held(label, self.alignment, self.spec, t).float() for t in self.values.experts])
+            scale = held.mean(0) / (torch.tensor(self.weights(task)) @ held).clamp_min(1e-12)
+            self._scales[label, task] = None if bool((held == 1).all()) else scale
+        return self._scales[label, task]

@@ -1,0 +1,83 @@
+"""What every op of the experts and of the merged model gives, for all micro-batches at once.
+
+All micro-batches advance together, op by op, and a value is kept only while somebody still reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from hf_zipit.refit.batches import MicroBatch
+from hf_zipit.refit.graph import Program
+from hf_zipit.refit.store import MERGED, Store
+
+
+class Values:
+    """The values of a program's nodes, by node, model and micro-batch.
+
+    Attributes:
+        tensors: of every model by name; the last one, at index `MERGED`, is the merged model's.
+        batches: the micro-batches.
+        store: where values are kept, to be entered as a context.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        experts: Sequence[Mapping[str, Tensor]],
+        merged: Mapping[str, Tensor],
+        batches: Sequence[MicroBatch],
+        memory_gb: float,
+    ) -> None:
+        """`merged` are the merged model's tensors where they differ from the first expert's."""
+        self.program, self.batches = program, batches
+        self.tensors = [*experts, {**experts[0], **merged}]
+        self.store = Store(memory_gb * 2**30)
+
+    @property
+    def experts(self) -> range:
+        return range(len(self.tensors) - 1)
+
+    @property
+    def merged(self) -> dict[str, Tensor]:
+        """The merged model's tensors; solutions are written into them."""
+        return self.tensors[MERGED]  # type: ignore[return-value]
+
+    def compute(self, node: fx.Node, who: int) -> None:
+        """Run one op of one model on all micro-batches."""
+        for b, batch in enumerate(self.batches):
+            self.store[node, who, b] = self.program.run(
+                node, lambda used, b=b: self.store[used, who, b], self.tensors[who], batch.inputs, who == MERGED
+            )
+
+    def of(self, node: Any, who: int, b: int) -> Tensor:
+        """What a node gives: a parameter, an input of the model or the result of an op."""
+        name = self.program.tensor_of(node)
+        if name is not None:
+            return self.tensors[who][name]
+        return self.batches[b].inputs[node.name] if node.op == "placeholder" else self.store[node, who, b]
+
+    def peek(self, node: fx.Node, b: int, known: Mapping[fx.Node, Tensor]) -> Any:
+        """A later value of the merged model, from values that are there and `known` ones; not kept."""
+        if node in known:
+            return known[node]
+        if (node, MERGED, b) in self.store:
+            return self.store[node, MERGED, b]
+        inputs = self.batches[b].inputs
+        return self.program.run(node, lambda used: self.peek(used, b, known), self.merged, inputs, True)
+
+    def run_again(self, changed: Iterable[fx.Node], upto: fx.Node) -> None:
+        """Bring the merged model's values before a node up to date after weights were written."""
+        stale = set(changed)
+        for node in self.program.nodes[: self.program.position[upto]]:
+            if node in stale or not stale.isdisjoint(node.all_input_nodes):
+                stale.add(node)
+                self.compute(node, MERGED)
+
+    def forget(self, node: fx.Node) -> None:
+        for b in range(len(self.batches)):
+            for who in (MERGED, *self.experts):
+                self.store.pop((node, who, b))
