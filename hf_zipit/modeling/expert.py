@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from ..planning.cut import Cut, cut_model
 from ..planning.cut import Entry as Door
 from ..symmetry.group import transform
 from ..symmetry.proof import model_tensors
-from ..symmetry.spec import MergeSpec, ProductKey, product_key
+from ..symmetry.spec import MergeSpec, ProductKey, fitted, product_key
 from .configuration import ZipItConfig
 from .entries import DenseEntry, Entry
 from .head_dims import head_dim_name
@@ -209,13 +209,8 @@ def as_matrix(entry: Entry) -> tuple[Tensor, Tensor]:
 def difference(merged: ZipItPreTrainedModel, model: PreTrainedModel, task: str) -> float:
     """The largest relative difference of the outputs' own tensors, on the adapter's example inputs."""
     inputs = adapter_for(model).inputs(model)
-    place = next(merged.parameters())
-
-    def sent(x: Any) -> Any:  # not every input is a tensor: a switch, such as `use_cache`
-        return x.to(place.device, place.dtype if x.is_floating_point() else x.dtype) if isinstance(x, Tensor) else x
-
     mode = merged.training
-    expected, got = merged.eval()(**{k: sent(v) for k, v in inputs.items()}, task=task), model(**inputs)
+    expected, got = merged.eval()(**fitted(inputs, merged), task=task), model(**inputs)
     merged.train(mode)
     worst = 0.0
     for name, value in expected.items():

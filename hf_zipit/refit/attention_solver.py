@@ -113,7 +113,7 @@ class AttentionSolver:
         starts = self._split_starts(heads) if is_split else self._paired_starts(heads, projection)
         self._write_logits(heads, logits, is_split)
         if is_split:
-            fit.program.adopt_sizes({node: self.split_ops[node] for node in attention.between})
+            fit.values.program.adopt_sizes({node: self.split_ops[node] for node in attention.between})
         fit.values.run_again([attention.query.node, attention.key.node], attention.at)
         self._solve_values(heads, starts)
         fit.values.run_again([attention.value.node], attention.at)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_zipit.align.maps import Alignment
 from hf_zipit.refit.config import RefitConfig
-from hf_zipit.refit.graph import Program, Site
+from hf_zipit.refit.graph import Site
 from hf_zipit.refit.rows import Rows
 from hf_zipit.refit.targets import Targets
 from hf_zipit.refit.values import Values
@@ -23,7 +23,7 @@ class Fit:
     Attributes:
         tasks: in the order of the experts.
         spec, alignment: the spaces, and each one's maps.
-        program: the forward pass; `values`: what its ops give.
+        values: what the ops of the forward pass give.
         rows: which of them enter a regression; `targets`: what they should be.
         add_up: sums a tensor over all processes.
     """
@@ -32,7 +32,6 @@ class Fit:
     spec: MergeSpec
     alignment: Alignment
     config: RefitConfig
-    program: Program
     values: Values
     rows: Rows
     targets: Targets

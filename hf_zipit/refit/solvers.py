@@ -61,7 +61,7 @@ def norm_names(fit: Fit, site: Site) -> dict[str, str]:
     found = {}
     if site.norm is not None:
         for role, node in zip(("weight", "bias", "mean", "variance"), site.norm.args[1:5], strict=True):
-            name = fit.program.tensor_of(node)
+            name = fit.values.program.tensor_of(node)
             if name is None:
                 raise SpecError(f"the batch norm behind {site.module} has no {role}; refit needs one")
             found[role] = name

@@ -115,7 +115,7 @@ class Walk:
             seed=seed,
         )
         targets = Targets(values, spec, alignment, config.own_weight)
-        self.fit = Fit(tuple(tasks), spec, alignment, config, self.program, values, rows, targets, add_up)
+        self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, add_up)
         self.errors: dict[str, dict[str, float]] = {}
         self.ahead = 0
 
