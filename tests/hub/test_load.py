@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import yaml
 from transformers import ViTForImageClassification
 
+from ..test_docs import ROOT, blocks_of, commands_of
 from .card_rules import problems
 from .conftest import CARD, Client
 from .server import Hub
@@ -204,6 +206,21 @@ def test_the_command_line_pushes_and_prints_cards(hub: Hub, client: Client, merg
     code, out, _ = cli(client, "card", folder, "--write")
     assert code == 0 and out.strip() == str(folder / "README.md")
     assert (folder / "README.md").read_text() == (merged_folder / "README.md").read_text()
+
+
+def test_what_the_guide_says_of_pushing_works(hub: Hub, client: Client, merged_folder: Path):
+    """The blocks that `test_docs.py` leaves out, to the letter, for a user who is logged in."""
+    python, bash = (block for block in blocks_of(ROOT / "docs" / "guides" / "pushing.md") if block.excuse)
+    client("import os, shutil; shutil.copytree(folder, 'out/merged', dirs_exist_ok=True)", folder=merged_folder)
+    (push,) = (command for command in commands_of(bash.code) if command.startswith("hf-zipit"))
+    load = "from hf_zipit.running.saved import load_merged\nmerged = load_merged('out/merged')\n"
+    for run in (lambda: client(load + python.code), lambda: cli(client, *shlex.split(push)[1:])):
+        hub.repos.clear()
+        run()
+        repo = hub.repos["me/vit-clothes-shoes"]
+        assert repo.private
+        assert repo.files["model.safetensors"] == (merged_folder / "model.safetensors").read_bytes()
+        assert {"README.md", "config.json", "preprocessor_config.json"} <= set(repo.files)
 
 
 def test_the_command_line_tells_errors_in_one_sentence(hub: Hub, client: Client, merged_folder: Path, tmp_path: Path):
