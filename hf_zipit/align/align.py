@@ -21,7 +21,7 @@ from hf_zipit.align.registry import METHODS, Network
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.planning.cut import NOT_IN_TRUNK
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry
 
 Residual = Literal["match", "identity", "orthogonal"]
 Overrides = Mapping[str, "str | Mapping[str, Any]"]
@@ -59,7 +59,8 @@ def align(
         covariances: see `Network`; for methods that need them, and to rotate residual streams.
 
     Returns:
-        One map for every movable space, in the spec's order. Heads are always matched one-to-one.
+        One map for every movable space, in the spec's order, but for rotary ones that no method turns: without a map
+        they keep their units. Heads are always matched one-to-one.
 
     Raises:
         RecipeError: an unknown method, option or `residual`, or a pattern that matches nothing.
@@ -68,6 +69,9 @@ def align(
     default = Choice.of(method, options or {})
     choices = _choices(spec, default, residual, overrides or {})
     _check(spec, correlations, experts)
+    unturned = [name for name, choice in choices.items() if _keeps_units(choice, spec.spaces[name])]
+    spec = spec.with_fixed(unturned, "its method does not turn pairs")
+    choices = {name: choice for name, choice in choices.items() if name not in unturned}
     network = Network(spec, experts, correlations, weights, {}, widenable, covariances or {})
     rotated = _rotations(network, choices, default) if residual == "orthogonal" else {}
     solver = Solver(spec, correlations, experts, rotated, network.covariances)
@@ -77,7 +81,7 @@ def align(
         solver.maps |= default.method.function(replace(network, settled=solver.maps), **default.options)
     else:
         solver.solve(left)
-    return {name: solver.maps[name] for name in choices}
+    return {name: solver.maps[name] for name in choices if name in solver.maps}
 
 
 def check_settings(
@@ -157,6 +161,11 @@ def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Ov
     if default.method.scope == "network":
         _check_settled(spec, {name: choice for name, choice in choices.items() if choice is not default})
     return choices
+
+
+def _keeps_units(choice: Choice, space: Space) -> bool:
+    """Whether a method is not for a space that allows turns of its pairs and nothing else."""
+    return space.symmetry is Symmetry.ROTARY and space.symmetry < choice.method.least
 
 
 def _fitting(choice: Choice, space: Space) -> Choice:

@@ -1,50 +1,40 @@
 """Circuits compared: which heads of two experts are alike, and the change of basis inside a pair of heads.
 
-For a space inside a head, let A hold all that writes it and B all that reads it, `[d, everything else]`, so that the
-circuit is A^T B and a basis g takes A to g A and B to g^-T B. Biases belong to it: a bias is one more column, read by
-a constant.
-
-- Circuits of any two heads are compared without being formed: <A^T B, A'^T B'> = sum (A A'^T) * (B B'^T). The sum of
-  the cosines over query-key and output-value circuits scores the pair, and ONE assignment on the scores pairs the
-  heads of a layer. Grouped queries: the copies inside two key/value groups are assigned first, and score the groups.
-- Inside paired heads both sides are brought into *balanced* coordinates h, in which A A^T = B B^T; what is left is a
-  rotation O, by Procrustes on A and B together. So g = h_a^-1 O h_b, which a copy in another basis fulfils exactly,
-  and which is inverted when the experts are exchanged.
+The cosines of any two heads' circuits (`circuit_bases.py`), summed over query-key and output-value circuits, score the
+pair, and ONE assignment on the scores pairs the heads of a layer. Grouped queries: the copies inside two key/value
+groups are assigned first, and score the groups. Then the bases inside the paired heads are found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
+from hf_zipit.align.circuit_bases import FREE, Bases
 from hf_zipit.align.maps import LinearMap, Map, SpaceMap
 from hf_zipit.align.permute import assign
-from hf_zipit.align.procrustes import rotation
 from hf_zipit.align.registry import Network
 from hf_zipit.align.settled import comparable, in_merged_units, resolvable
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry
 
-SMALLEST = 1e-12
-"""Squared singular values of A and B below this share of their mean are noise to the balanced coordinates."""
-
 
 @dataclass(frozen=True)
 class CircuitFamily:
-    """Spaces in which any invertible map is a symmetry, with the heads that they live within.
+    """Spaces whose bases circuits can find, with the heads that they live within.
 
     Attributes:
-        heads: the space of the heads; None for linear spaces that stand alone.
-        linear: the spaces between two linear maps.
+        heads: the space of the heads; None for a space that stands alone.
+        inner: the spaces between two linear maps, whose symmetry is in `FREE`.
         copies: the space of the queries inside a key/value group, where there is one.
         paired: whether the heads are to be paired; else they are fixed or settled.
     """
 
     heads: str | None
-    linear: tuple[str, ...]
+    inner: tuple[str, ...]
     copies: str | None = None
     paired: bool = True
 
@@ -52,7 +42,7 @@ class CircuitFamily:
     def members(self) -> tuple[str, ...]:
         """The spaces that this family decides."""
         own = (self.heads,) if self.paired and self.heads else ()
-        return (*own, *self.linear, *((self.copies,) if self.copies else ()))
+        return (*own, *self.inner, *((self.copies,) if self.copies else ()))
 
 
 def circuit_families(spec: MergeSpec, settled: Mapping[str, Map]) -> list[CircuitFamily]:
@@ -63,16 +53,28 @@ def circuit_families(spec: MergeSpec, settled: Mapping[str, Map]) -> list[Circui
     found = []
     for root, inner in spec.families():
         if not inner:
-            if root.symmetry is Symmetry.LINEAR and root.name not in settled:
+            if root.symmetry in FREE and root.name not in settled:
                 found.append(CircuitFamily(None, (root.name,)))
             continue
-        linear = tuple(s.name for s in inner if s.symmetry is Symmetry.LINEAR)
-        others = [s.name for s in inner if s.symmetry is not Symmetry.LINEAR]
+        free = tuple(s.name for s in inner if s.symmetry in FREE)
+        others = [s.name for s in inner if s.symmetry not in FREE]
         nested = any(s.within != (root.name,) for s in inner) or root.symmetry > Symmetry.PERMUTATION
-        if linear and len(others) <= 1 and not nested and not any(s.name in settled for s in inner):
+        if free and len(others) <= 1 and not nested and not any(s.name in settled for s in inner):
             paired = spec.movable(root.name) and root.name not in settled
-            found.append(CircuitFamily(root.name, linear, others[0] if others else None, paired))
+            found.append(CircuitFamily(root.name, free, others[0] if others else None, paired))
     return found
+
+
+def circuits_of(network: Network) -> tuple[Network, list[CircuitFamily]]:
+    """The families that circuits can decide, and the network, in which rotary spaces of no family are fixed.
+
+    No other method knows what to do with those.
+    """
+    families = circuit_families(network.spec, network.settled)
+    inside = {name for family in families for name in family.inner}
+    rotary = (name for name, space in network.spec.spaces.items() if space.symmetry is Symmetry.ROTARY)
+    spec = network.spec.with_fixed(set(rotary) - inside, "its heads are not matched by circuits")
+    return replace(network, spec=spec), families
 
 
 def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map]) -> dict[str, Map]:
@@ -103,7 +105,7 @@ def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map
         found[family.heads] = SpaceMap(sides.shape[0], torch.stack([pairing.heads.argsort() for pairing in to]))
     if family.copies:
         found[family.copies] = SpaceMap(sides.shape[1], torch.stack([pairing.copies.argsort(-1) for pairing in to]))
-    for name in family.linear:
+    for name in family.inner:
         bases = [sides.bases(name, reference, t, to[t]) for t in experts]
         matrices, inverses = (torch.stack(part) for part in zip(*bases, strict=True))
         lead = (sides.shape[0],) if family.heads else ()
@@ -127,31 +129,34 @@ class Pairing:
 
 @dataclass
 class Sides:
-    """The weights of one family by expert: what writes and what reads every linear space, and what knows only heads.
+    """The weights of one family by expert: what writes and what reads every inner space, and what knows only heads.
 
     Attributes:
         shape: the numbers of heads and of copies inside each, 1 where there are none.
         paired: whether the heads may move.
-        linear: by space and expert the two sides A and B, float64 `[heads, copies or 1, d, everything else]`.
-        direct: by expert, weights without a linear space, `[heads, copies or 1, everything else]`.
+        free: by inner space what its symmetry means for circuits.
+        inner: by space and expert the two sides A and B, float64 `[heads, copies or 1, d, everything else]`.
+        direct: by expert, weights without an inner space, `[heads, copies or 1, everything else]`.
     """
 
     shape: tuple[int, int]
     paired: bool
-    linear: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    free: dict[str, Bases]
+    inner: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     direct: list[list[Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, family: CircuitFamily, network: Network, maps: Mapping[str, Map]) -> Sides:
         spec = network.spec
         sizes = [spec.spaces[name].size if name else 1 for name in (family.heads, family.copies)]
-        sides = cls((sizes[0], sizes[1]), family.paired)
+        free = {name: FREE[spec.spaces[name].symmetry] for name in family.inner}
+        sides = cls((sizes[0], sizes[1]), family.paired, free)
         parts: dict[tuple[str | None, bool, bool], list[list[Tensor]]] = {}
         for name in comparable(network):
             labels = spec.axes[name]
             factors = [factor for label in labels for factor in label]
             names = [factor.space for factor in factors]
-            inner = [n for n in names if n in family.linear]
+            inner = [n for n in names if n in family.inner]
             lead = [n for n in (family.heads, family.copies, *inner) if n in names]
             if not lead or any(names.count(n) > 1 for n in lead) or len(inner) > 1:
                 continue
@@ -165,8 +170,8 @@ class Sides:
                 shape += [spec.spaces[inner[0]].size] if inner else []
                 kind = (inner[0] if inner else None, dual, copied)
                 parts.setdefault(kind, [[] for _ in range(network.experts)])[t].append(rows.reshape(*shape, -1))
-        for name in family.linear:
-            sides.linear[name] = [
+        for name in family.inner:
+            sides.inner[name] = [
                 tuple(_side(parts, name, dual, t, sides.shape, spec.spaces[name].size) for dual in (False, True))
                 for t in range(network.experts)
             ]  # type: ignore[misc]
@@ -205,21 +210,19 @@ class Sides:
         return Pairing(partner, order[rows, partner], float(scores[rows, partner].sum()))
 
     def bases(self, name: str, reference: int, t: int, pairing: Pairing) -> tuple[Tensor, Tensor]:
-        """g and g^-1 of every head, `[heads, d, d]`: see `basis`."""
-        ours = self.linear[name][reference]
-        theirs = [self._ordered(side, pairing) for side in self.linear[name][t]]
+        """g and g^-1 of every head, `[heads, d, d]`: see `Bases`."""
+        ours = self.inner[name][reference]
+        theirs = [self._ordered(side, pairing) for side in self.inner[name][t]]
         heads = zip(*(side.movedim(1, 2).flatten(2) for side in (*ours, *theirs)), strict=True)
-        matrices, inverses = zip(*(basis(*sides) for sides in heads), strict=True)
+        matrices, inverses = zip(*(self.free[name].matrices(*sides) for sides in heads), strict=True)
         return torch.stack(matrices), torch.stack(inverses)
 
     def _terms(self, a: int, b: int) -> list[Tensor]:
         """Products of circuits (and of what knows only heads), `[heads, copies or 1, heads, copies or 1]` each."""
         terms = []
-        for sides in self.linear.values():
-            (write_a, read_a), (write_b, read_b) = sides[a], sides[b]
-            if write_a.shape[-1] and read_a.shape[-1]:
-                writing, reading = _products(write_a, write_b), _products(read_a, read_b)
-                terms.append((writing * reading).sum((2, 5)))
+        for name, sides in self.inner.items():
+            if all(side.shape[-1] for side in sides[a]):
+                terms.append(self.free[name].likeness(*sides[a], *sides[b]))
         for x, y in zip(self.direct[a], self.direct[b], strict=True):
             product = x.flatten(0, 1) @ y.flatten(0, 1).T
             terms.append(product.reshape(*x.shape[:2], *y.shape[:2]))
@@ -232,47 +235,12 @@ class Sides:
         return torch.stack([head[order] for head, order in zip(side, pairing.copies, strict=True)])
 
 
-def basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
-    """O h_b and its inverse, float64 `[d, d]`: what takes b's circuit into a's balanced coordinates.
-
-    Args:
-        write_a, read_a, write_b, read_b: A and B of both, float64 `[d, everything else]`.
-    """
-    to_a, from_a = balance(write_a, read_a)
-    to_b, from_b = balance(write_b, read_b)
-    turned, _ = rotation(to_a @ write_a @ (to_b @ write_b).T + from_a.T @ read_a @ (from_b.T @ read_b).T)
-    return turned @ to_b, from_b @ turned.T
-
-
 def in_own_basis(found: Map) -> Map:
     """The same changes of basis, but to the first expert's own basis: it keeps its weights as they are."""
     if isinstance(found, SpaceMap):
         return found
     own, back = found.matrices[0], found.inverses[0]
     return LinearMap(back @ found.matrices, found.inverses @ own)
-
-
-def balance(write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
-    """h and h^-1, symmetric, with h A (h A)^T = h^-T B (h^-T B)^T: both sides of a circuit in equal coordinates.
-
-    h^2 = P^-1 # Q, the geometric mean of P^-1 = (A A^T)^-1 and Q = B B^T: the positive X with X P X = Q.
-    """
-    p, q = (_positive(side @ side.T) for side in (write, read))
-    root, inverse = _roots(p)
-    middle, _ = _roots(root @ q @ root)
-    return _roots(inverse @ middle @ inverse)
-
-
-def _positive(gram: Tensor) -> Tensor:
-    floor = SMALLEST * gram.diagonal().mean()
-    return gram + torch.where(floor > 0, floor, torch.ones_like(floor)) * torch.eye(len(gram)).to(gram)
-
-
-def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """The symmetric root of a positive matrix, and its inverse."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    values = values.clamp_min(1e-300).sqrt()
-    return vectors * values @ vectors.T, vectors / values @ vectors.T
 
 
 def unit_rows(network: Network, name: str, maps: Mapping[str, Map], expert: int, lead: Sequence[str]) -> Tensor:
@@ -305,15 +273,10 @@ def _side(
     shape: tuple[int, int],
     units: int,
 ) -> Tensor:
-    """All weights on one side of a linear space, `[heads, copies or 1, d, everything else]`."""
+    """All weights on one side of an inner space, `[heads, copies or 1, d, everything else]`."""
     alone, copied = (parts.get((name, dual, many)) for many in (False, True))
     found = [*(alone[t] if alone else []), *(copied[t] if copied else [])]
     if not found:
         return torch.zeros(shape[0], 1, units, 0, dtype=torch.float64)
     most = max(tensor.shape[1] for tensor in found)
     return torch.cat([tensor.expand(-1, most, -1, -1) for tensor in found], -1)
-
-
-def _products(x: Tensor, y: Tensor) -> Tensor:
-    """`[heads, copies, d, heads, copies, d]`, from two `[heads, copies, d, everything else]`."""
-    return (x.flatten(0, 2) @ y.flatten(0, 2).T).reshape(*x.shape[:3], *y.shape[:3])

@@ -11,8 +11,8 @@ Streams that allow rotations (a folded model's residual) are rotated by Procrust
 them; everything else is matched by `weights`. The three depend on each other, so they are visited in turn: first with
 the parameters that are aligned already (embeddings), then with all; the most similar end counts.
 
-Under rotary embeddings a head's query and key dimensions are fixed: heads move there, their dimensions do not. (They
-could be turned pair by pair; the spec knows no such symmetry.)
+Under rotary embeddings only turns of a head's pairs of query and key units cancel, the same for all queries of a
+key/value group; their angles are found in closed form, too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from itertools import combinations
 
 import torch
 
-from hf_zipit.align.circuit_pairs import circuit_families, in_own_basis, known_around, match_family, unit_rows
+from hf_zipit.align.circuit_pairs import circuits_of, in_own_basis, known_around, match_family, unit_rows
 from hf_zipit.align.maps import LinearMap, Map
 from hf_zipit.align.procrustes import match_rotations, rotating
 from hf_zipit.align.registry import Network, register
@@ -35,7 +35,7 @@ from hf_zipit.symmetry.spec import Symmetry
 LEAST_IMPROVEMENT = 1e-7
 
 
-@register("circuits", needs={"weights"}, scope="network", folds=True)
+@register("circuits", needs={"weights"}, scope="network", least=Symmetry.ROTARY, folds=True)
 def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[str, Map]:
     """Align all open spaces from the weights: streams by rotations, heads by circuits, the rest by `weights`.
 
@@ -52,9 +52,9 @@ def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[
     """
     if sweeps < 1:
         raise RecipeError(f"circuits' option sweeps is {sweeps}; it must be 1 or more.")
+    network, families = circuits_of(network)
     spec = network.spec
     opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
-    families = circuit_families(spec, network.settled)
     inside = {name for family in families for name in family.members}
     streams = [name for name in rotating(spec) if name in opened]
     rest = [name for name in opened if name not in inside and name not in streams]
@@ -96,16 +96,13 @@ def _match_rest(
     """Weight matching of the spaces in `rest`; parameters of spaces that have no map yet are left out."""
     spec = network.spec
     waiting = {name for name in inside if name not in settled}
-    fixed = {
-        name: replace(spec.spaces[name], symmetry=Symmetry.FIXED, frozen_by="circuits match it") for name in waiting
-    }
     known = {
         name
         for name, labels in spec.axes.items()
         if not waiting.intersection(factor.space for label in labels for factor in label)
     }
     weights = [{name: tensor for name, tensor in own.items() if name in known} for own in network.weights]
-    alone = replace(network, spec=replace(spec, spaces={**spec.spaces, **fixed}), weights=weights, settled=settled)
+    alone = replace(network, spec=spec.with_fixed(waiting, "circuits match it"), weights=weights, settled=settled)
     found = match_weights(alone, seed=seed)
     return {name: found[name] for name in rest}
 

@@ -13,14 +13,17 @@ permuted like the rest.
 
 from __future__ import annotations
 
-from hf_zipit.align.circuit_pairs import circuit_families, in_own_basis, match_family
+from hf_zipit.align.circuit_pairs import circuits_of, in_own_basis, match_family
 from hf_zipit.align.maps import Map
 from hf_zipit.align.procrustes import rotate_streams, rotating
 from hf_zipit.align.registry import Network, register
 from hf_zipit.align.solver import Choice, Solver
+from hf_zipit.symmetry.spec import Symmetry
 
 
-@register("orthogonal", needs={"moments", "covariances", "weights"}, scope="network", folds=True)
+@register(
+    "orthogonal", needs={"moments", "covariances", "weights"}, scope="network", least=Symmetry.ROTARY, folds=True
+)
 def match_orthogonal(network: Network) -> dict[str, Map]:
     """Align all open spaces: streams by Procrustes, heads by circuits, the rest by `permute`.
 
@@ -30,11 +33,11 @@ def match_orthogonal(network: Network) -> dict[str, Map]:
     Returns:
         The maps of all movable spaces that are not settled.
     """
+    network, families = circuits_of(network)
     spec = network.spec
     opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
     maps: dict[str, Map] = dict(network.settled)
     maps |= rotate_streams(spec, network.covariances, network.experts, [n for n in rotating(spec) if n in opened])
-    families = circuit_families(spec, network.settled)
     inside = {name for family in families for name in family.members}
     rest = [name for name in opened if name not in maps and name not in inside]
     solver = Solver(spec, network.correlations, network.experts, maps)

@@ -40,7 +40,8 @@ class Method:
         needs: what it looks at: a subset of `{"moments", "covariances", "weights", "widths"}`. A matcher that needs
             covariances is given them in place of correlations.
         scope: `"space"` for a matcher of one space, `"network"` for an aligner of all spaces at once.
-        least: the smallest symmetry of the spaces that a matcher is for; others are matched by `permute`.
+        least: the smallest symmetry of the spaces that a method is for. Others are matched by `permute`, or keep their
+            units where not even permutations are allowed (rotary ones).
         folds: whether it wants the norms folded into their readers, so that streams can be rotated.
     """
 

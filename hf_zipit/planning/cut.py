@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hf_zipit.errors import RecipeError, SpecError
-from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, Symmetry, product_key
+from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, product_key
 
 NOT_IN_TRUNK = "it is not in the trunk"
 """What fixes a space that only branches have."""
@@ -63,13 +63,8 @@ class Cut:
     def trunk_spec(self, spec: MergeSpec) -> MergeSpec:
         """The spec as the later stages see it: spaces that only branches have are fixed, and nobody looks there."""
         merged = self.spaces(spec)
-        spaces = {
-            name: space
-            if name in merged or not spec.movable(name)
-            else replace(space, symmetry=Symmetry.FIXED, frozen_by=NOT_IN_TRUNK)
-            for name, space in spec.spaces.items()
-        }
-        return replace(spec, spaces=spaces, probes=self._probes(spec, merged))
+        others = [name for name in spec.spaces if spec.movable(name) and name not in merged]
+        return replace(spec.with_fixed(others, NOT_IN_TRUNK), probes=self._probes(spec, merged))
 
     def _probes(self, spec: MergeSpec, merged: frozenset[str]) -> tuple[Probe, ...]:
         """The probes in the trunk; of a product that only branches read, the first one, the nearest to the cut."""

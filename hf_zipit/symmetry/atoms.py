@@ -88,13 +88,20 @@ class Atoms:
     def restrict(self, axis: Axis, symmetry: Symmetry, reason: str | None = None) -> None:
         """Allow the atoms of `axis` at most `symmetry`."""
         for ref in self.resolve(axis):
-            if symmetry < self._symmetry[ref.atom]:
-                self._symmetry[ref.atom] = symmetry
-                self._reason[ref.atom] = reason
+            self._lower(ref.atom, symmetry, reason)
+
+    def _lower(self, atom: int, symmetry: Symmetry, reason: str | None) -> None:
+        """What an atom allows, and `symmetry` as well."""
+        left = self._symmetry[atom].meet(symmetry)
+        if left is not self._symmetry[atom]:
+            self._symmetry[atom] = left
+            self._reason[atom] = reason or self._reason[atom]
 
     def split(self, ref: Ref, major: int) -> Axis:
-        """Split an unsplit root atom into `(major, size / major)`; the parts inherit its symmetry."""
+        """Split an unsplit root atom into `(major, size / major)`; the parts inherit its symmetry, if they can."""
         size, symmetry, reason = self._size[ref.atom], self._symmetry[ref.atom], self._reason[ref.atom]
+        if symmetry is Symmetry.ROTARY:  # a part of it does not have its pairs
+            symmetry = Symmetry.FIXED
         parts = self.fresh(major, symmetry, reason) + self.fresh(size // major, symmetry, reason)
         self._parts[ref.atom] = parts
         return tuple(part.flipped(ref.dual) for part in parts)
@@ -123,8 +130,7 @@ class Atoms:
             if x.dual != y.dual:
                 self.restrict((x,), Symmetry.ORTHOGONAL, "it is read and written by the same tensor")
             return
-        if self._symmetry[y.atom] < self._symmetry[x.atom]:
-            self._symmetry[x.atom], self._reason[x.atom] = self._symmetry[y.atom], self._reason[y.atom]
+        self._lower(x.atom, self._symmetry[y.atom], self._reason[y.atom])
         self._parent[y.atom] = x.flipped(y.dual)
 
     def regroup(self, axes: list[Axis], shape: list[int], reason: str) -> list[Axis]:

@@ -8,11 +8,12 @@ by g, axes that read it by g^-T, so that every contraction in between stays what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
+from math import pi, prod
 
 import torch
 from torch import Tensor
 
+from hf_zipit.symmetry.rotary import pair_turns
 from hf_zipit.symmetry.spaces import AxisLabel, Factor, Symmetry, Trace
 
 GroupElement = Mapping[str, Tensor]
@@ -26,7 +27,7 @@ def random_element(spec: Trace, generator: torch.Generator, permutations_only: b
     prove."""
     element = {}
     for space in spec.spaces.values():
-        if space.symmetry is Symmetry.FIXED:
+        if space.symmetry is Symmetry.FIXED or (permutations_only and space.symmetry is Symmetry.ROTARY):
             continue
         lead = [spec.spaces[name].size for name in space.within]
         symmetry = Symmetry.PERMUTATION if permutations_only else space.symmetry
@@ -38,6 +39,8 @@ def random_element(spec: Trace, generator: torch.Generator, permutations_only: b
 def _random_map(size: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
     if symmetry is Symmetry.PERMUTATION:
         return torch.randperm(size, generator=generator)
+    if symmetry is Symmetry.ROTARY:
+        return pair_turns(2 * pi * torch.rand(size // 2, generator=generator, dtype=torch.float64))
     if symmetry is Symmetry.LINEAR:
         scales = torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 + 0.5
         return _random_orthogonal(size, generator) * scales @ _random_orthogonal(size, generator)

@@ -6,6 +6,7 @@ value(s) of its result. It ties axes that must move together and restricts the s
 - an elementwise nonlinearity, or a product of two vectors unit by unit, allows permutations only;
 - a linear map or a contraction allows any invertible map, and puts its two sides in duality;
 - a norm without its affine part allows orthogonal maps (LayerNorm: those that keep the vector of ones);
+- a rotary embedding, which is several ops (`rotary.py`), allows turns of its pairs of units;
 - an index, a slice, a concatenation, an input or an output fixes the axis it works along;
 - an op that has no rule fixes everything it touches. Unknown is always safe.
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from hf_zipit.symmetry.trace import Interpreter
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
-ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
 
 
 class Value:

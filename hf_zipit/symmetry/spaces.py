@@ -10,22 +10,34 @@ The spec holds no tensor: it depends on the model's class and configuration, not
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
+from typing import TypeVar
 
 
 class Symmetry(enum.IntEnum):
-    """Which changes of basis of a space leave the function as it is; a larger value allows more of them."""
+    """Which changes of basis of a space leave the function as it is; a larger value allows more of them.
+
+    But for `ROTARY`, which stands beside the permutations: neither allows the other (`meet`).
+    """
 
     FIXED = 0
-    PERMUTATION = 1
-    ORTHOGONAL_ONES = 2  # orthogonal maps that keep the vector of ones (what LayerNorm without affine part allows)
-    ORTHOGONAL = 3
-    LINEAR = 4
+    ROTARY = 1  # a turn of every pair of units, i and i + d/2, by an angle of its own (what rotary embeddings allow)
+    PERMUTATION = 2
+    ORTHOGONAL_ONES = 3  # orthogonal maps that keep the vector of ones (what LayerNorm without affine part allows)
+    ORTHOGONAL = 4
+    LINEAR = 5
 
     def __str__(self) -> str:
         return {"ORTHOGONAL_ONES": "orthogonal, keeps ones"}.get(self.name, self.name.lower())
+
+    def meet(self, other: Symmetry) -> Symmetry:
+        """What both allow."""
+        least, most = sorted((self, other))
+        if least is Symmetry.ROTARY and most in (Symmetry.PERMUTATION, Symmetry.ORTHOGONAL_ONES):
+            return Symmetry.FIXED
+        return least
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,9 @@ class Fold:
     readers: tuple[Reader, ...]
 
 
+Kind = TypeVar("Kind", bound="Trace")
+
+
 @dataclass(frozen=True)
 class Trace:
     """Everything that merging needs to know about an architecture.
@@ -209,6 +224,11 @@ class Trace:
 
     def movable(self, name: str) -> bool:
         return self.spaces[name].symmetry is not Symmetry.FIXED
+
+    def with_fixed(self: Kind, names: Collection[str], reason: str) -> Kind:
+        """The same, but for some spaces that are fixed."""
+        fixed = {name: replace(self.spaces[name], symmetry=Symmetry.FIXED, frozen_by=reason) for name in names}
+        return replace(self, spaces={**self.spaces, **fixed})
 
     def products(self) -> dict[ProductKey, tuple[Probe, ...]]:
         """The probes of every observable product of spaces, in execution order."""

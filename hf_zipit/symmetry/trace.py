@@ -25,6 +25,7 @@ from hf_zipit.symmetry.atoms import Atoms, Axis
 from hf_zipit.symmetry.folding import find_folds
 from hf_zipit.symmetry.naming import Naming
 from hf_zipit.symmetry.ops import Value, op_name, shape_of
+from hf_zipit.symmetry.rotary import Rotation, find_rotations, rotate
 from hf_zipit.symmetry.spaces import Fold, Place, Symmetry, Trace
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
@@ -64,8 +65,16 @@ class Use:
 class Interpreter:
     """Walks an exported graph with the rules of `ops.py`. One instance, one graph."""
 
-    def __init__(self, model: nn.Module, towers: Sequence[Sequence[str]], head: Sequence[str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        towers: Sequence[Sequence[str]],
+        head: Sequence[str],
+        rotations: Mapping[fx.Node, Rotation],
+    ) -> None:
         self.atoms = Atoms()
+        self.rotations = rotations
+        self.steps = {step for rotation in rotations.values() for step in rotation.steps}
         self.squares: set[fx.Node] = set()
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.ties = {name: group for group in tied_names(model) for name in group}
@@ -168,7 +177,13 @@ class Interpreter:
                 return lookup(node.args[0])
             else:
                 self._note_place(node, values)
-                values[node] = self._apply(node, lookup(node.args), {k: lookup(v) for k, v in node.kwargs.items()})
+                if node in self.steps:  # its rotation, which comes last, is seen as a whole
+                    values[node] = None
+                elif rotation := self.rotations.get(node):
+                    values[node] = rotate(self, node, *map(lookup, (rotation.x, rotation.cos, rotation.sin)))
+                else:
+                    kwargs = {name: lookup(value) for name, value in node.kwargs.items()}
+                    values[node] = self._apply(node, lookup(node.args), kwargs)
                 for value in values[node] if isinstance(values[node], tuple) else (values[node],):
                     if isinstance(value, Value):
                         self.seen.append(tuple(value.axes))
@@ -337,7 +352,7 @@ def _walk(
     folds: Sequence[Fold],
 ) -> Trace:
     """What the graph says, the scales of `folds` being ones."""
-    run = Interpreter(model, towers, head)
+    run = Interpreter(model, towers, head, find_rotations(program.graph))
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     ones = {norm.weight for norm in folds}
     values: list[Any] = []

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_zipit.align.cca import canonical_correlations
-from hf_zipit.align.circuit_pairs import CircuitFamily, balance, basis, match_family
+from hf_zipit.align.circuit_bases import balance, basis
+from hf_zipit.align.circuit_pairs import CircuitFamily, match_family
 from hf_zipit.align.maps import LinearMap, SpaceMap
 from hf_zipit.align.procrustes import match_rotations, rotation
 from hf_zipit.align.registry import Network

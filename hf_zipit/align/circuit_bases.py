@@ -1,0 +1,125 @@
+"""Circuits with a space inside: how alike two of them are, and the change of basis that makes them most alike.
+
+A holds all that writes the space and B all that reads it, both `[d, everything else]`, a bias being one more column.
+
+- Where any invertible map g is a symmetry, the circuit is A^T B: a basis takes A to g A and B to g^-T B. Two circuits
+  are compared without being formed: <A^T B, A'^T B'> = sum (A A'^T) * (B B'^T). Both sides are brought into *balanced*
+  coordinates h, in which A A^T = B B^T; what is left is a rotation O, by Procrustes on A and B together. So
+  g = h_a^-1 O h_b, which a copy in another basis fulfils exactly, and which is inverted when experts are exchanged.
+- Where a rotary embedding stands in between, only turns of the pairs of units are, the same for A and B. A pair is one
+  complex unit, a its row of A and b its row of B; the embedding multiplies it by a number that depends on positions,
+  so that every pair has a circuit a b^H of its own, compared by Re <a, a'> <b', b>. The best turn is the one by the
+  argument of <a', a> + <b', b>.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_zipit.align.procrustes import UNTURNED, rotation
+from hf_zipit.symmetry.rotary import pair_turns
+from hf_zipit.symmetry.spec import Symmetry
+
+SMALLEST = 1e-12
+"""Squared singular values of A and B below this share of their mean are noise to the balanced coordinates."""
+
+
+@dataclass(frozen=True)
+class Bases:
+    """What a symmetry means for circuits.
+
+    Attributes:
+        likeness: of A, B, A' and B', `[heads, copies or 1, d, everything else]` each, the inner products of the
+            circuits, `[heads, copies or 1, heads', copies' or 1]`.
+        matrices: of A, B, A' and B' of one head, `[d, everything else]` each, the change of basis that takes the
+            primed circuit into the coordinates that the other one is compared in, and its inverse, `[d, d]`.
+    """
+
+    likeness: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    matrices: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+# Any invertible map --------------------------------------------------------------------------------------------------
+
+
+def circuit_likeness(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
+    """<A^T B, A'^T B'>; see `Bases`."""
+    return (_products(write, write_b) * _products(read, read_b)).sum((2, 5))
+
+
+def basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
+    """O h_b and its inverse, float64 `[d, d]`: what takes b's circuit into a's balanced coordinates.
+
+    Args:
+        write_a, read_a, write_b, read_b: A and B of both, float64 `[d, everything else]`.
+    """
+    to_a, from_a = balance(write_a, read_a)
+    to_b, from_b = balance(write_b, read_b)
+    turned, _ = rotation(to_a @ write_a @ (to_b @ write_b).T + from_a.T @ read_a @ (from_b.T @ read_b).T)
+    return turned @ to_b, from_b @ turned.T
+
+
+def balance(write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
+    """h and h^-1, symmetric, with h A (h A)^T = h^-T B (h^-T B)^T: both sides of a circuit in equal coordinates.
+
+    h^2 = P^-1 # Q, the geometric mean of P^-1 = (A A^T)^-1 and Q = B B^T: the positive X with X P X = Q.
+    """
+    p, q = (_positive(side @ side.T) for side in (write, read))
+    root, inverse = _roots(p)
+    middle, _ = _roots(root @ q @ root)
+    return _roots(inverse @ middle @ inverse)
+
+
+def _positive(gram: Tensor) -> Tensor:
+    floor = SMALLEST * gram.diagonal().mean()
+    return gram + torch.where(floor > 0, floor, torch.ones_like(floor)) * torch.eye(len(gram)).to(gram)
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric root of a positive matrix, and its inverse."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values = values.clamp_min(1e-300).sqrt()
+    return vectors * values @ vectors.T, vectors / values @ vectors.T
+
+
+def _products(x: Tensor, y: Tensor) -> Tensor:
+    """`[heads, copies, d, heads, copies, d]`, from two `[heads, copies, d, everything else]`."""
+    return (x.flatten(0, 2) @ y.flatten(0, 2).T).reshape(*x.shape[:3], *y.shape[:3])
+
+
+# Turns of pairs ------------------------------------------------------------------------------------------------------
+
+
+def pair_likeness(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
+    """The sum over pairs of Re <a, a'> <b', b>; see `Bases`."""
+    writing, reading = (
+        torch.einsum("hcnr,kmnr->hckmn", as_pairs(x).conj(), as_pairs(y))
+        for x, y in ((write, write_b), (read, read_b))
+    )
+    return (writing * reading.conj()).real.sum(-1)
+
+
+def pair_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The turn of every pair that brings b's circuit nearest to a's, and the turn back, float64 `[d, d]`."""
+    sides = ((write_a, write_b), (read_a, read_b))
+    product = sum((as_pairs(a) * as_pairs(b).conj()).sum(-1) for a, b in sides)
+    # A pair that nothing writes or reads stays as it is.
+    turned = pair_turns(torch.angle(product + UNTURNED * product.abs().max().clamp_min(1e-300)))
+    return turned, turned.mT
+
+
+def as_pairs(x: Tensor) -> Tensor:
+    """Unit i and unit i + n of the axis before the last as one complex unit: `[..., 2 n, r]` to `[..., n, r]`."""
+    first, second = x.chunk(2, -2)
+    return torch.complex(first, second)
+
+
+FREE: Mapping[Symmetry, Bases] = {
+    Symmetry.LINEAR: Bases(circuit_likeness, basis),
+    Symmetry.ROTARY: Bases(pair_likeness, pair_basis),
+}
+"""By symmetry; spaces of others are matched unit by unit."""
