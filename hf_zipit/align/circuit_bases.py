@@ -20,12 +20,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_zipit.align.procrustes import UNTURNED, rotation
+from hf_zipit.align.procrustes import rotation
 from hf_zipit.symmetry.rotary import pair_turns
 from hf_zipit.symmetry.spec import Symmetry
 
 SMALLEST = 1e-12
-"""Squared singular values of A and B below this share of their mean are noise to the balanced coordinates."""
+"""Squared singular values of A and B below this share of their mean are noise to the balanced coordinates, and a
+pair's products of A and A', B and B' below this share of the largest to its angle."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def pair_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor)
     sides = ((write_a, write_b), (read_a, read_b))
     product = sum((as_pairs(a) * as_pairs(b).conj()).sum(-1) for a, b in sides)
     # A pair that nothing writes or reads stays as it is.
-    turned = pair_turns(torch.angle(product + UNTURNED * product.abs().max().clamp_min(1e-300)))
+    angles = torch.where(product.abs() > SMALLEST * product.abs().max(), product.angle(), 0.0)
+    turned = pair_turns(angles)
     return turned, turned.mT
 
 

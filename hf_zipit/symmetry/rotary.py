@@ -68,6 +68,8 @@ def rotate(run: Interpreter, node: fx.Node, x: Value, cos: Value, sin: Value) ->
     units = x.axes[-1]
     whole = len(run.atoms.resolve(units)) == 1  # units that were split elsewhere no longer know their pairs
     run.atoms.restrict(units, ROTARY if whole else FIXED, "a rotary embedding turns its pairs of units")
+    for angles in (cos, sin):
+        run.atoms.restrict(angles.axes[-1], FIXED, "every pair has an angle of its own")
     return Value([*kept.axes, units])
 
 

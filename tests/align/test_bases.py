@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from hf_zipit.align.cca import canonical_correlations
-from hf_zipit.align.circuit_bases import balance, basis
-from hf_zipit.align.circuit_pairs import CircuitFamily, match_family
+from hf_zipit.align.circuit_bases import balance, basis, pair_basis, pair_likeness
+from hf_zipit.align.circuit_pairs import CircuitFamily, circuits_of, match_family
+from hf_zipit.align.circuits import match_circuits
 from hf_zipit.align.maps import LinearMap, SpaceMap
 from hf_zipit.align.procrustes import match_rotations, rotation
 from hf_zipit.align.registry import Network
@@ -136,11 +139,69 @@ def test_a_circuit_of_low_rank_is_brought_back():
     near(mean_write.T @ mean_read, write.T @ read, 1e-4)
 
 
+def rotary(x, angle):
+    """A rotary embedding of `[d, columns]` at one position."""
+    half = torch.cat([-x[len(x) // 2 :], x[: len(x) // 2]])
+    angles = (angle * 0.3 ** torch.arange(len(x) // 2)).repeat(2)[:, None]
+    return x * angles.cos() + half * angles.sin()
+
+
+def test_turns_of_pairs_pass_through_a_rotary_embedding_and_nothing_else_does():
+    x = random(6, 20)
+    for symmetry in Symmetry:
+        if symmetry is not Symmetry.FIXED:
+            g = drawn(6, symmetry)
+            g = torch.eye(6).double()[g] if symmetry is Symmetry.PERMUTATION else g
+            same = torch.allclose(g @ rotary(x, 1.7), rotary(g @ x, 1.7))
+            assert same == (symmetry is Symmetry.ROTARY), symmetry
+
+
+def test_a_circuit_with_turned_pairs_is_turned_back():
+    write, read, g = random(6, 20), random(6, 30, seed=1), drawn(6, Symmetry.ROTARY)
+    matrix, inverse = pair_basis(write, read, g @ write, g @ read)
+    near(matrix @ g, torch.eye(6).double())
+    near(matrix @ inverse, torch.eye(6).double())
+    near(pair_basis(write, read, write, read)[0], torch.eye(6).double())
+
+
+def test_no_other_turn_of_the_pairs_is_better_and_exchanging_the_experts_inverts_it():
+    write, read, write_b, read_b = (random(6, 9, seed=i) for i in range(4))
+
+    def distance(g):
+        return float((write - g @ write_b).square().sum() + (read - g @ read_b).square().sum())
+
+    best, back = pair_basis(write, read, write_b, read_b)
+    near(pair_basis(write_b, read_b, write, read)[0], back)
+    for seed in range(20):
+        assert distance(best) <= distance(drawn(6, Symmetry.ROTARY, seed)) + 1e-12
+
+
+def test_a_pair_that_nothing_writes_stays():
+    write, read = random(6, 9), random(6, 9, seed=1)
+    write[[1, 4]] = read[[1, 4]] = 0
+    matrix, _ = pair_basis(write, read, drawn(6, Symmetry.ROTARY) @ write, read)
+    near(matrix[[1, 4]], torch.eye(6).double()[[1, 4]])
+
+
+def test_circuits_under_a_rotary_embedding_are_compared_at_all_distances():
+    """Their mean inner product over angles is what is computed, and turns of one expert's pairs change nothing."""
+    sides = [random(4, 5, seed=i)[None, None] for i in range(4)]
+    g = drawn(4, Symmetry.ROTARY)
+    found = pair_likeness(*sides)
+    near(pair_likeness(sides[0], sides[1], g @ sides[2], g @ sides[3]), found)
+    # Angles of which every pair goes round once, at speeds that have nothing to do with each other.
+    turns = [drawn(4, Symmetry.ROTARY, seed) for seed in range(4000)]
+    write, read, write_b, read_b = (side[0, 0] for side in sides)
+    mean = sum(((t @ write).T @ read * ((t @ write_b).T @ read_b)).sum() for t in turns) / len(turns)
+    # Of a complex number the real part squared is half, on average.
+    assert float(found) / 2 == pytest.approx(float(mean), rel=0.1)
+
+
 GROUPED = spec_of(
     space("kv", 3),
     space("copies", 2, "kv"),
     Space("value", 4, Symmetry.LINEAR, ("kv",)),
-    space("dim", 5, "kv", fixed=True),
+    Space("dim", 6, Symmetry.ROTARY, ("kv",)),
     space("stream", 7, fixed=True),
     axes={
         "q": ((Factor("kv"), Factor("copies"), Factor("dim")), (Factor("stream", True),)),
@@ -165,10 +226,22 @@ def test_grouped_heads_are_paired_with_their_copies_and_turned_back(seed):
     element = random_element(GROUPED, torch.Generator().manual_seed(seed))
     copy = apply_element(weights, GROUPED, element)
     network = Network(GROUPED, 2, weights=[weights, copy])
-    maps = match_family(CircuitFamily("kv", ("value",), "copies"), network, {})
+    maps = match_family(CircuitFamily("kv", ("value", "dim"), "copies"), network, {})
     for name, labels in GROUPED.axes.items():
         ours, theirs = (in_merged_units(w[name], labels, maps, GROUPED, t) for t, w in enumerate((weights, copy)))
         near(theirs, ours, 1e-6)
+
+
+def test_pairs_whose_heads_circuits_cannot_match_are_left_alone():
+    """As where something inside the heads was decided before: nothing else can turn pairs."""
+    weights = grouped_weights()
+    kept = SpaceMap(4, torch.arange(4).expand(2, 3, 4))
+    network = Network(GROUPED, 2, weights=[weights, grouped_weights(50)], settled={"value": kept})
+    seen, families = circuits_of(network)
+    assert families == []
+    assert seen.spec.spaces["dim"].symmetry is Symmetry.FIXED
+    assert set(match_circuits(network)) == {"kv", "copies"}
+    assert set(match_circuits(replace(network, settled={}))) == {"kv", "copies", "value", "dim"}
 
 
 def test_exchanging_the_experts_changes_no_circuit():
@@ -176,15 +249,18 @@ def test_exchanging_the_experts_changes_no_circuit():
 
     def circuits(first, second):
         network = Network(GROUPED, 2, weights=[first, second])
-        maps = match_family(CircuitFamily("kv", ("value",), "copies"), network, {})
+        maps = match_family(CircuitFamily("kv", ("value", "dim"), "copies"), network, {})
         means = {
             name: sum(in_merged_units(w[name], labels, maps, GROUPED, t) for t, w in enumerate((first, second)))
             for name, labels in GROUPED.axes.items()
         }
         value, out = means["v"].reshape(3, 4, 7), means["o"].reshape(7, 3, 2, 4)
-        return torch.einsum("okcv,kvi->koi", out, value).sum(0)  # whatever the heads' order
+        query, key = means["q"].reshape(3, 2, 6, 7), means["k"].reshape(3, 6, 7)
+        # Whatever the heads' order.
+        return torch.einsum("okcv,kvi->koi", out, value).sum(0), torch.einsum("kcdi,kdj->ij", query, key)
 
-    near(circuits(a, b), circuits(b, a), 1e-7)
+    for one, other in zip(circuits(a, b), circuits(b, a), strict=True):
+        near(one, other, 1e-7)
 
 
 # Applying changes of basis -------------------------------------------------------------------------------------------

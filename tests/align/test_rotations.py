@@ -13,11 +13,14 @@ from hf_zipit import merge, plan
 from hf_zipit.align.align import residual_spaces
 from hf_zipit.align.procrustes import rotating
 from hf_zipit.align.registry import METHODS
+from hf_zipit.align.trunk import align_trunk
 from hf_zipit.modeling.entries import DenseEntry, IndexEntry
+from hf_zipit.observe import observe
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.folding import fold
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.spec import Symmetry
 from tests import tiny
 from tests.test_invariants import (
     assert_bit_identical,
@@ -93,6 +96,26 @@ def test_heads_alone_are_recovered_where_the_stream_cannot_turn(method):
     assert not spec.folds
     assert not rotating(spec)
     assert_computes(merged(models, method), models)
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_pairs_under_rotary_embeddings_are_turned_by_methods_that_know_how(method):
+    """For all others they stay what they are: without a map."""
+    models = dict(zip("ab", experts("llama"), strict=True))
+    planned = plan(models, method=method)
+    moments = None
+    if "moments" in METHODS.get(method).needs:
+        moments = observe(planned.spec, models, calibration(models["a"]), progress=False)
+    found = align_trunk(models, planned, moments, method)
+    rotary = {name for name, space in planned.spec.spaces.items() if space.symmetry is Symmetry.ROTARY}
+    assert len(rotary) == 2
+    movable = {name for name in planned.spec.spaces if planned.spec.movable(name)}
+    assert set(found) == (movable if method in TURNING else movable - rotary)
+    for name in rotary & set(found):
+        pairs = found[name].matrices[1].unflatten(-1, (2, -1)).unflatten(-3, (2, -1))
+        off = pairs * (1 - torch.eye(pairs.shape[-1]).double()[:, None])
+        assert float(off.abs().max()) < 1e-9
+        assert not found[name].unchanged(1)
 
 
 STREAM_ONLY = [name for name in METHODS.names() if name != "identity"]

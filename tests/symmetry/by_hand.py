@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_zipit.symmetry.spec import Symmetry
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
-ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
 
 WIDTH = 8
 HEADS, HEAD_DIM, GROUPS = 4, 3, 2
@@ -92,6 +92,55 @@ def raised_token(x: Tensor) -> Tensor:
 def over_channels(x: Tensor, norm: Callable[..., Tensor]) -> Tensor:
     """A norm that takes the tokens for channels and the hidden units for positions."""
     return norm(x.transpose(0, 1).reshape(5, 2, WIDTH).transpose(0, 1)).contiguous()
+
+
+PAIRS = WIDTH // 2
+FREQUENCIES = torch.tensor([1.0, 0.6, 0.3, 0.1])
+ANGLES = torch.outer(torch.arange(5.0), FREQUENCIES)
+TWICE = torch.cat([ANGLES, ANGLES], -1)
+
+
+def twice(angles: Tensor) -> Tensor:
+    return torch.cat([angles, angles], -1)
+
+
+def half_turned(x: Tensor) -> Tensor:
+    return torch.cat([-x[..., PAIRS:], x[..., :PAIRS]], -1)
+
+
+def rotary(x: Tensor) -> Tensor:
+    """A rotary embedding as Llama writes it."""
+    angles = twice(x.new_ones(5, 1).cumsum(0) * FREQUENCIES)
+    return x * angles.cos() + half_turned(x) * angles.sin()
+
+
+def neighbours_turned(x: Tensor) -> Tensor:
+    """A rotary embedding as GPT-J writes it."""
+    angles = (x.new_ones(5, 1).cumsum(0) * FREQUENCIES).repeat_interleave(2, -1)
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * angles.cos() + turned * angles.sin()
+
+
+def rotary_cut_after(x: Tensor) -> Tensor:
+    """A rotary embedding whose result is cut in two, so that pairs are torn apart."""
+    return rotary(x).view(2, 5, 2, PAIRS).softmax(-2).view(2, 5, WIDTH)
+
+
+def rotary_with_learned_angles(x: Tensor, v: Tensor) -> Tensor:
+    angles = (x.new_ones(5, 1).cumsum(0) * v[:PAIRS]).repeat(1, 2)
+    return x * angles.cos() + half_turned(x) * angles.sin()
+
+
+def rotary_in_place(x: Tensor) -> Tensor:
+    angles = twice(ANGLES.clone())
+    return (x * angles.cos()).add_(half_turned(x) * angles.sin())
+
+
+def rotary_and_half(x: Tensor) -> Tensor:
+    """A rotary embedding, one half of which is used for something else as well."""
+    angles, first = twice(ANGLES.clone()), x[..., :PAIRS]
+    turned = torch.cat([-x[..., PAIRS:], first], -1)
+    return (x * angles.cos() + turned * angles.sin()) * (1 + first.sum(-1, keepdim=True).tanh())
 
 
 def vector() -> Tensor:
@@ -189,6 +238,42 @@ CASES: dict[str, Case] = {
     "average pooling over tokens": Case(lambda x: F.avg_pool1d(x.transpose(1, 2), 2).transpose(1, 2), LINEAR),
     "table of an integer buffer": Case(
         lambda x, ids: x * torch.arange(1.0, WIDTH + 1)[ids], FIXED, tight=False, extra={"ids": ORDER}
+    ),
+    # Turns of pairs.
+    "rotary embedding": Case(rotary, ROTARY),
+    "rotary embedding, written the other way round": Case(
+        lambda x: twice(ANGLES.clone()).sin() * half_turned(x) + twice(ANGLES.clone()).cos() * x, ROTARY
+    ),
+    "rotary embedding, cast": Case(lambda x: rotary(x.to(torch.float64)).to(torch.float32), ROTARY),
+    "rotary embedding, tiled and scaled": Case(
+        lambda x: x * (ANGLES.clone().tile(2).cos() * 2) + half_turned(x) * (ANGLES.clone().tile(2).sin() / 3), ROTARY
+    ),
+    "rotary embedding, twice": Case(lambda x: rotary(rotary(x)), ROTARY),
+    "rotary embedding, one angle for all": Case(
+        lambda x: x * twice(ANGLES.clone())[1:2].cos() + half_turned(x) * twice(ANGLES.clone())[1:2].sin(), ROTARY
+    ),
+    "rotary embedding and RMS norm": Case(lambda x: F.rms_norm(rotary(x), (WIDTH,)), ROTARY),
+    "rotary embedding with learned angles": Case(rotary_with_learned_angles, ROTARY, extra={"v": vector()}),
+    # Rotary embeddings that are not known, or not alone: nothing.
+    "rotary embedding in place": Case(rotary_in_place, FIXED, tight=False),
+    "rotary embedding, a number in between": Case(
+        lambda x: x * TWICE.clone().cos() * 2 + half_turned(x) * TWICE.clone().sin(), FIXED, tight=False
+    ),
+    "rotary embedding of a part": Case(
+        lambda x: torch.cat([half_turned(x[..., :4]).repeat(1, 1, 2)[..., :4] + x[..., :4], x[..., 4:]], -1), FIXED
+    ),
+    "rotary embedding and one half": Case(rotary_and_half, FIXED),
+    "rotary embedding and layer norm": Case(lambda x: F.layer_norm(rotary(x), (WIDTH,)), FIXED),
+    "rotary embedding and nonlinearity": Case(lambda x: rotary(x).relu(), FIXED),
+    "rotary embedding after a scale": Case(lambda x, v: rotary(x * v), FIXED, extra={"v": vector()}),
+    "turned by angles that differ in a pair": Case(
+        lambda x: x * torch.linspace(0, 3, WIDTH).cos() + half_turned(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
+    ),
+    "halves swapped without a sign": Case(
+        lambda x: x * TWICE.clone().cos() + torch.cat([x[..., 4:], x[..., :4]], -1) * TWICE.clone().sin(), FIXED
+    ),
+    "turned by another tensor's halves": Case(
+        lambda x: x * twice(ANGLES.clone()).cos() + half_turned(x.tanh()) * twice(ANGLES.clone()).sin(), FIXED
     ),
     # Nothing.
     "cumulative sum": Case(lambda x: x.cumsum(-1), FIXED),

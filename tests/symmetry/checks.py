@@ -30,5 +30,7 @@ def with_symmetry(spec: MergeSpec, name: str, symmetry: Symmetry) -> MergeSpec:
     return replace(spec, spaces={**spec.spaces, name: replace(spec.spaces[name], symmetry=symmetry)})
 
 
-def next_symmetry(space: Space) -> Symmetry:
-    return Symmetry(space.symmetry + 1)
+def next_symmetries(space: Space) -> tuple[Symmetry, ...]:
+    """The smallest symmetries that allow more than a space's own."""
+    more = [symmetry for symmetry in Symmetry if symmetry.meet(space.symmetry) is space.symmetry is not symmetry]
+    return tuple(one for one in more if not any(one.meet(other) is other is not one for other in more))

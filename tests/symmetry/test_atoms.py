@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import permutations, product
 from math import prod
 
 import pytest
@@ -135,3 +136,26 @@ def test_random_ties_leave_equal_axes_or_fixed_ones(seed):
             assert same_side or atoms.symmetry(left[agree]) <= Symmetry.ORTHOGONAL
             agree += 1
         assert {atoms.symmetry(ref) for ref in (*left[agree:], *right[agree:])} <= {Symmetry.FIXED}
+
+
+def test_turns_of_pairs_and_orders_have_nothing_in_common():
+    """And meeting them in any order is the same."""
+    for first, second in permutations([Symmetry.ROTARY, Symmetry.PERMUTATION]):
+        atoms = Atoms()
+        a = atoms.fresh(6)
+        atoms.restrict(a, first, "first")
+        assert atoms.symmetry(a[0]) is first
+        atoms.restrict(a, second)
+        assert atoms.symmetry(a[0]) is Symmetry.FIXED
+        assert atoms.reason(a[0]) == "first"
+    for one, other, third in product(Symmetry, repeat=3):
+        assert one.meet(other) is other.meet(one)
+        assert one.meet(other).meet(third) is one.meet(other.meet(third))
+
+
+def test_a_part_of_a_rotary_axis_has_no_pairs():
+    atoms = Atoms()
+    a = atoms.fresh(8)
+    atoms.restrict(a, Symmetry.ROTARY)
+    parts = [part for axis in atoms.regroup([a], [2, 4], "") for part in axis]
+    assert [atoms.symmetry(part) for part in parts] == [Symmetry.FIXED] * 2

@@ -33,8 +33,10 @@ from tests.symmetry.by_hand import (
     HeadMixing,
     ResidualStream,
     TwoCuts,
+    neighbours_turned,
+    rotary_cut_after,
 )
-from tests.symmetry.checks import BROKEN, next_symmetry, spaces_of, with_symmetry, worst_error
+from tests.symmetry.checks import BROKEN, next_symmetries, spaces_of, with_symmetry, worst_error
 
 
 def seeded(builder, shape):
@@ -52,9 +54,9 @@ def test_hidden_units_get_the_symmetry_that_the_op_leaves(name):
     (hidden,) = spaces_of(spec, "first.weight", 0)
     assert hidden.symmetry is case.symmetry
     assert worst_error(model, spec, inputs) <= TOLERANCE
-    if case.tight and case.symmetry is not LINEAR:
-        more = with_symmetry(spec, hidden.name, next_symmetry(hidden))
-        assert worst_error(model, more, inputs) > BROKEN
+    if case.tight:
+        for more in next_symmetries(hidden):
+            assert worst_error(model, with_symmetry(spec, hidden.name, more), inputs) > BROKEN, more
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -131,6 +133,12 @@ def test_cuts_that_do_not_nest_fix_the_axis():
     assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}
 
 
+@pytest.mark.parametrize("function", [neighbours_turned, rotary_cut_after])
+def test_rotary_embeddings_whose_pairs_are_torn_apart_fix_the_axis(function):
+    _, spec, _ = seeded(lambda: Between(Case(function, FIXED)), (2, 5, 6))
+    assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}
+
+
 @pytest.mark.parametrize(("norm", "symmetry"), [(nn.RMSNorm, ORTHOGONAL), (nn.LayerNorm, ONES)])
 def test_a_stream_under_norms_without_affine_part_can_be_rotated(norm, symmetry):
     model, spec, inputs = seeded(lambda: ResidualStream(norm(8, elementwise_affine=False)), (2, 5, 6))
@@ -138,7 +146,8 @@ def test_a_stream_under_norms_without_affine_part_can_be_rotated(norm, symmetry)
     assert stream.name == "residual"
     assert stream.symmetry is symmetry
     assert [s.symmetry for s in spaces_of(spec, "up.0.weight", 0)] == [PERMUTATION]
-    assert worst_error(model, with_symmetry(spec, "residual", next_symmetry(stream)), inputs) > BROKEN
+    for more in next_symmetries(stream):
+        assert worst_error(model, with_symmetry(spec, "residual", more), inputs) > BROKEN
 
 
 def test_grouped_convolutions_and_group_norms_split_their_channels():
