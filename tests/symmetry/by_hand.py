@@ -97,7 +97,6 @@ def over_channels(x: Tensor, norm: Callable[..., Tensor]) -> Tensor:
 PAIRS = WIDTH // 2
 FREQUENCIES = torch.tensor([1.0, 0.6, 0.3, 0.1])
 ANGLES = torch.outer(torch.arange(5.0), FREQUENCIES)
-TWICE = torch.cat([ANGLES, ANGLES], -1)
 
 
 def twice(angles: Tensor) -> Tensor:
@@ -126,8 +125,19 @@ def rotary_cut_after(x: Tensor) -> Tensor:
     return rotary(x).view(2, 5, 2, PAIRS).softmax(-2).view(2, 5, WIDTH)
 
 
+def rotary_cut_before(x: Tensor) -> Tensor:
+    return rotary(x.view(2, 5, 2, PAIRS).contiguous().view(2, 5, WIDTH))
+
+
+def scaled_and_turned_by_head(x: Tensor, v: Tensor) -> Tensor:
+    """What a rotary embedding does, with numbers that are a parameter of every head."""
+    factors = twice(v[:, None])
+    heads = x.view(2, 5, HEADS, 2)
+    return (heads * factors + torch.cat([-heads[..., 1:], heads[..., :1]], -1) * factors).view(2, 5, WIDTH)
+
+
 def rotary_with_learned_angles(x: Tensor, v: Tensor) -> Tensor:
-    angles = (x.new_ones(5, 1).cumsum(0) * v[:PAIRS]).repeat(1, 2)
+    angles = (x.new_ones(5, 1).cumsum(0) * v).repeat(1, 2)
     return x * angles.cos() + half_turned(x) * angles.sin()
 
 
@@ -253,11 +263,13 @@ CASES: dict[str, Case] = {
         lambda x: x * twice(ANGLES.clone())[1:2].cos() + half_turned(x) * twice(ANGLES.clone())[1:2].sin(), ROTARY
     ),
     "rotary embedding and RMS norm": Case(lambda x: F.rms_norm(rotary(x), (WIDTH,)), ROTARY),
-    "rotary embedding with learned angles": Case(rotary_with_learned_angles, ROTARY, extra={"v": vector()}),
+    "rotary embedding with learned angles": Case(rotary_with_learned_angles, ROTARY, extra={"v": vector()[:PAIRS]}),
     # Rotary embeddings that are not known, or not alone: nothing.
     "rotary embedding in place": Case(rotary_in_place, FIXED, tight=False),
     "rotary embedding, a number in between": Case(
-        lambda x: x * TWICE.clone().cos() * 2 + half_turned(x) * TWICE.clone().sin(), FIXED, tight=False
+        lambda x: x * twice(ANGLES.clone()).cos() * 2 + half_turned(x) * twice(ANGLES.clone()).sin(),
+        FIXED,
+        tight=False,
     ),
     "rotary embedding of a part": Case(
         lambda x: torch.cat([half_turned(x[..., :4]).repeat(1, 1, 2)[..., :4] + x[..., :4], x[..., 4:]], -1), FIXED
@@ -270,10 +282,36 @@ CASES: dict[str, Case] = {
         lambda x: x * torch.linspace(0, 3, WIDTH).cos() + half_turned(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
     ),
     "halves swapped without a sign": Case(
-        lambda x: x * TWICE.clone().cos() + torch.cat([x[..., 4:], x[..., :4]], -1) * TWICE.clone().sin(), FIXED
+        lambda x: (
+            x * twice(ANGLES.clone()).cos() + torch.cat([x[..., 4:], x[..., :4]], -1) * twice(ANGLES.clone()).sin()
+        ),
+        FIXED,
     ),
-    "turned by another tensor's halves": Case(
-        lambda x: x * twice(ANGLES.clone()).cos() + half_turned(x.tanh()) * twice(ANGLES.clone()).sin(), FIXED
+    "halves under a nonlinearity": Case(
+        lambda x: (
+            x * twice(ANGLES.clone()).cos()
+            + torch.cat([x[..., 4:].tanh(), x[..., :4]], -1) * twice(ANGLES.clone()).sin()
+        ),
+        FIXED,
+    ),
+    "sines that differ in a pair": Case(
+        lambda x: x * twice(ANGLES.clone()).cos() + half_turned(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
+    ),
+    "cosines that differ in a pair": Case(
+        lambda x: x * torch.linspace(0, 3, WIDTH).cos() + half_turned(x) * twice(ANGLES.clone()).sin(), FIXED
+    ),
+    "cosines with a scale for every unit": Case(
+        lambda x: (
+            x * (twice(ANGLES.clone()).cos() * torch.linspace(1, 2, WIDTH))
+            + half_turned(x) * twice(ANGLES.clone()).sin()
+        ),
+        FIXED,
+    ),
+    "another tensor's halves": Case(
+        lambda x, w: x * twice(ANGLES.clone()).cos() + half_turned(F.linear(x, w)) * twice(ANGLES.clone()).sin(),
+        FIXED,
+        tight=False,
+        extra={"w": vector().outer(vector().cos())},
     ),
     # Nothing.
     "cumulative sum": Case(lambda x: x.cumsum(-1), FIXED),
