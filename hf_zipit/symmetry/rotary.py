@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,7 +61,7 @@ def find_rotations(graph: fx.Graph) -> dict[fx.Node, Rotation]:
 def rotate(run: Interpreter, node: fx.Node, x: Value, cos: Value, sin: Value) -> Value:
     """The rule of a rotary embedding: its units allow turns of their pairs, every other axis what a product allows."""
     others = [Value(value.axes[:-1]) for value in (x, cos, sin)]
-    for axes in zip(*(reversed(value.axes) for value in others), strict=False):
+    for axes in zip_longest(*(reversed(value.axes) for value in others), fillvalue=()):
         present = [axis for axis in axes if axis]
         for axis in present if len(present) > 1 else ():
             run.atoms.restrict(axis, PERMUTATION)
