@@ -22,7 +22,7 @@ Ours; comparing heads by circuits is from *A Mathematical Framework for Transfor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +30,13 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.align.products import factor_indices
-from hf_zipit.combine.transform import features_to_merged
-from hf_zipit.refit.attention import Attention, heads_and_width, logit_scale
+from hf_zipit.combine.transform import features_to_merged, unmerge_matrix
+from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.heads import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
-from hf_zipit.refit.regression import Gram, ridge
+from hf_zipit.refit.regression import Gram, Moments, ridge
+from hf_zipit.refit.splitting import Split
 from hf_zipit.refit.store import MERGED
 from hf_zipit.symmetry.spec import product_key
 
@@ -86,12 +87,12 @@ class Start:
 class AttentionSolver:
     """Solves one attention layer of a refit."""
 
-    def __init__(self, fit: Fit, attention: Attention, split_ops: Mapping[fx.Node, fx.Node]) -> None:
-        """`split_ops`: the layer's ops in a model with narrower heads, if it can have them."""
-        self.fit, self.attention, self.split_ops = fit, attention, split_ops
+    def __init__(self, fit: Fit, attention: Attention, cut: Split | None) -> None:
+        """`cut`: the layer with narrower heads, if it can have them."""
+        self.fit, self.attention, self.cut = fit, attention, cut
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
         self.regressed: dict[Site, list[tuple[Tensor, Tensor]]] = {}
-        self.moments: dict[Site, Gram] = {}
+        self.moments: dict[Site, Moments] = {}
 
     def solve(self) -> int | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -112,8 +113,8 @@ class AttentionSolver:
         is_split = heads is split
         starts = self._split_starts(heads) if is_split else self._paired_starts(heads, projection)
         self._write_logits(heads, logits, is_split)
-        if is_split:
-            fit.values.program.adopt_sizes({node: self.split_ops[node] for node in attention.between})
+        if is_split and self.cut is not None:
+            fit.values.program.adopt(self.cut.arguments)
         fit.values.run_again([attention.query.node, attention.key.node], attention.at)
         self._solve_values(heads, starts)
         fit.values.run_again([attention.value.node], attention.at)
@@ -137,47 +138,49 @@ class AttentionSolver:
         return slice(first, first + int((merged == head).sum()))
 
     def _split(self) -> Heads | None:
-        attention = self.attention
-        op = self.split_ops.get(attention.node)
-        if op is None:
+        attention, cut = self.attention, self.cut
+        if cut is None:
             return None
-        count, width = heads_and_width(op)
         own = [
             [Member(t, slice(first, first + attention.width))]
             for t in self.tasks
             for first in range(0, attention.heads * attention.width, attention.width)
         ]
-        return Heads(own, own, own, count, width, logit_scale(attention.node) / logit_scale(op))
+        return Heads(own, own, own, cut.count, cut.width, cut.scale)
 
     # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
 
     def _regress(self) -> None:
-        """Every expert's queries, keys and values as linear maps of the merged model's inputs; one pass an input."""
+        """Every expert's queries, keys and values as linear maps of the merged model's inputs; one pass an input.
+
+        They are linear maps W_t of the expert's own input. So it is that input which is regressed, towards U_t: what
+        W_t makes of the solution is the solution for W_t's outputs, towards W_t U_t.
+        """
         by_input: dict[fx.Node, list[Site]] = {}
         for site in self.attention.inputs:
             by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
         for x, sites in by_input.items():
-            start = torch.cat([self._own_weight(site, t) for site in sites for t in self.tasks])
+            key = product_key(self.spec.axes[sites[0].weight][1])
+            start = torch.cat([unmerge_matrix(self.alignment, key, t, self.spec) for t in self.tasks])
             gram = Gram.empty(start.shape[1], len(start), start)
             for b in range(len(self.fit.values.batches)):
                 value = self.fit.values.of(x, MERGED, b)
                 rows, picked = self.fit.rows.pick(value, b, -1, value.shape[-1])
-                y = [self.fit.values.of(site.node, t, b).flatten(0, -2)[rows] for site in sites for t in self.tasks]
+                y = [self.fit.values.of(x, t, b).flatten(0, -2)[rows] for t in self.tasks]
                 gram.add(value.flatten(0, -2)[rows], torch.cat(y, -1), picked)
-            gram = gram.reduce(self.fit.add_up)
-            slope, shift = ridge(gram, start, self.fit.config.ridge)
-            parts = len(sites) * len(self.tasks)
-            maps = iter(zip(slope.chunk(parts), shift.chunk(parts), strict=True))
+            moments = gram.reduce(self.fit.add_up)
+            slope, shift = ridge(moments, start, self.fit.config.ridge)
+            inputs = list(zip(slope.chunk(len(self.tasks)), shift.chunk(len(self.tasks)), strict=True))
             for site in sites:
-                self.regressed[site] = [next(maps) for _ in self.tasks]
-                self.moments[site] = gram
+                self.regressed[site] = [self._output(site, t, *inputs[t]) for t in self.tasks]
+                self.moments[site] = moments
 
-    def _own_weight(self, site: Site, expert: int) -> Tensor:
-        """An expert's own weight that reads the merged units: W_t U_t."""
-        label = self.spec.axes[site.weight][1]
-        return features_to_merged(
-            self.fit.values.tensors[expert][site.weight], 1, label, self.alignment, self.spec, expert
-        )
+    def _output(self, site: Site, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """What an expert's weights make of its input, a linear map of the merged model's."""
+        tensors = self.fit.values.tensors[expert]
+        weight = tensors[site.weight].double()
+        constant = weight @ shift
+        return weight @ slope, constant if site.bias is None else constant + tensors[site.bias]
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
@@ -269,7 +272,7 @@ class AttentionSolver:
         # Without a bias nothing may add a constant; the shift is then part of what the regression leaves.
         return slopes, shifts if self.attention.value.bias is not None else torch.zeros_like(shifts)
 
-    def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Gram:
+    def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Moments:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
         attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)

@@ -27,18 +27,41 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+TRIANGLE = 128
+"""So many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted second moments of inputs `[d]` and of what a first solution leaves of targets `[k]`, about the origin.
+
+    Attributes:
+        xx: `[d, d]`; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the weights. All float64.
+        start: the first solution, a slope `[k, d]`; None for zero.
+    """
+
+    xx: Tensor
+    xy: Tensor
+    x: Tensor
+    y: Tensor
+    n: Tensor
+    start: Tensor | None = None
+
+
 @dataclass
 class Gram:
-    """Weighted second moments of inputs `[rows, d]` and targets `[rows, k]`.
+    """Sums up the moments of inputs `[rows, d]` and targets `[rows, k]`.
 
     What is kept of the targets is what a first solution leaves of them. Where that is right already, as it is for
     experts that compute the same, nothing but rounding is left: with the whole targets, rounding in directions that
-    the rows hardly show would be blown up by the inverse of the ridge. For the same reason the inputs of every block
-    of rows are centred before they are multiplied.
+    the rows hardly show would be blown up by the inverse of the ridge. For the same reason moments are taken about the
+    centre of the first rows, and moved to the origin at the end.
 
     Attributes:
-        xx: `[d, d]`; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the weights. All float64; y: of what is left.
+        xx: `[d, d]`, of which only the upper triangle is kept; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the
+            weights. All float64; y: of what is left.
         start: the first solution, a slope `[k, d]`; None for zero.
+        centre: what the moments are about, `[d]`; None before there are rows.
     """
 
     xx: Tensor
@@ -47,6 +70,7 @@ class Gram:
     y: Tensor
     n: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     start: Tensor | None = None
+    centre: Tensor | None = None
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, start: Tensor | None = None) -> Gram:
@@ -57,45 +81,50 @@ class Gram:
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
-        for block, target, w in zip(x.split(8192), y.split(8192), weight[:, None].split(8192), strict=True):
+        if self.centre is None:
+            self.centre = x.mean(0)
+        for block, target, w in zip(x.split(8192), y.split(8192), weight.split(8192), strict=True):
             if self.start is not None:
-                target = target - block @ self.start.to(block.dtype).T
-            centre = block.mean(0)
-            block = block - centre
-            weighted = block * w
-            n = w.sum(dtype=torch.float64)
-            x0, x1, y1 = centre.double(), weighted.sum(0, dtype=torch.float64), (w.T @ target)[0].double()
-            mixed = torch.outer(x0, x1)
-            self.xx += (block.T @ weighted).double() + mixed + mixed.T + n * torch.outer(x0, x0)
-            self.xy += (weighted.T @ target).double() + torch.outer(x0, y1)
-            self.x += x1 + n * x0
-            self.y += y1
-            self.n += n
+                target = torch.addmm(target, block, self.start.to(block).T, alpha=-1)
+            block = block - self.centre
+            weighted = block * w[:, None]
+            for first in range(0, block.shape[1], TRIANGLE):
+                own = slice(first, first + TRIANGLE)
+                self.xx[own, first:] += block[:, own].T @ weighted[:, first:]
+            self.xy += weighted.T @ target
+            self.x += w @ block
+            self.y += w @ target
+            self.n += w.sum(dtype=torch.float64)
 
-    def reduce(self, add_up: Callable[[Tensor], Tensor]) -> Gram:
+    def reduce(self, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
         """The moments of all processes; `add_up` sums a tensor over them."""
-        return Gram(*(add_up(t) for t in (self.xx, self.xy, self.x, self.y, self.n)), start=self.start)
+        xx, xy, x = self.xx.triu() + self.xx.triu(1).T, self.xy, self.x
+        if self.centre is not None:
+            centre = self.centre.double()
+            mixed = torch.outer(centre, x + self.n / 2 * centre)
+            xx, xy, x = xx + mixed + mixed.T, xy + torch.outer(centre, self.y), x + self.n * centre
+        return Moments(*(add_up(t) for t in (xx, xy, x, self.y, self.n)), start=self.start)
 
 
 @torch.no_grad()
-def ridge(gram: Gram, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
+def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
     """The slope `[k, d]` and the intercept `[k]` (zeros where there is none), float64.
 
     Args:
-        gram: the moments.
+        moments: of inputs and targets.
         prior: W_0 `[k, d]`.
         strength: the ridge, relative to the mean of the Gram matrix's diagonal.
         intercept: whether there is one.
     """
-    total = gram.n.clamp_min(1e-12)
-    mean_x, mean_y = gram.x / total, gram.y / total
-    centred, cross = gram.xx, gram.xy
+    total = moments.n.clamp_min(1e-12)
+    mean_x, mean_y = moments.x / total, moments.y / total
+    centred, cross = moments.xx, moments.xy
     if intercept:
-        centred = centred - torch.outer(gram.x, mean_x)
-        cross = cross - torch.outer(gram.x, mean_y)
+        centred = centred - torch.outer(moments.x, mean_x)
+        cross = cross - torch.outer(moments.x, mean_y)
     pull = strength * centred.diagonal().mean().clamp_min(1e-12)
     left = centred + pull * torch.eye(len(centred), dtype=centred.dtype)
-    start = torch.zeros_like(cross.T) if gram.start is None else gram.start.double()
+    start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
     right = cross + pull * (prior.double() - start).T
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(left)

@@ -26,9 +26,17 @@ class Rows:
         """`per_input`: how many to use for every input of a regression, 0 for all; over all processes' batches."""
         self.batches, self.positions = batches, positions
         self.per_input, self.all_batches, self.seed = per_input, all_batches, seed
+        self._weights: dict[tuple[object, ...], Tensor] = {}
+        self._picked: dict[tuple[object, ...], tuple[Picked, Tensor]] = {}
 
     def weights(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
         """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
+        key = (value.shape, b, channel_axis)
+        if key not in self._weights:
+            self._weights[key] = self._weigh(value, b, channel_axis)
+        return self._weights[key]
+
+    def _weigh(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
         batch = self.batches[b]
         shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
         if value.dim() < 2 or shape[0] != batch.size:
@@ -42,7 +50,10 @@ class Rows:
 
     def pick(self, value: Tensor, b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
         """The rows of a value that enter a regression on so many `inputs`, and their weights."""
-        return self.sample(self.weights(value, b, channel_axis), b, inputs)
+        key = (value.shape, b, channel_axis, inputs)
+        if key not in self._picked:
+            self._picked[key] = self.sample(self.weights(value, b, channel_axis), b, inputs)
+        return self._picked[key]
 
     def sample(self, weights: Tensor, b: int, inputs: int) -> tuple[Picked, Tensor]:
         """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""

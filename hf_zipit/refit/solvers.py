@@ -48,11 +48,11 @@ def solve_conv(fit: Fit, site: Site) -> None:
         y = fit.targets.of(site, b)
         rows, picked = fit.rows.pick(y, b, 1, flat.shape[1])
         gram.add(patches(x, weight, site.node)[rows], y.flatten(2).mT.flatten(0, 1)[rows], picked)
-    gram = gram.reduce(fit.add_up)
-    slope, shift = ridge(gram, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
+    moments = gram.reduce(fit.add_up)
+    slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
     fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
     if eps is not None:
-        for role, value in restored(slope, shift, gram, eps).items():
+        for role, value in restored(slope, shift, moments, eps).items():
             merged[names[role]] = value.to(weight.dtype)
 
 

@@ -50,13 +50,13 @@ class Targets:
 
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         task = self.values.batches[b].task
         for t, weight in enumerate(self.weights(task)):
             y = self.values.store[node, t, b]
-            y = y if rows is None else y.flatten(0, -2)[rows]
-            total = total + weight * self._in_merged_units(y, axis, label, t)
-        assert isinstance(total, Tensor)
+            y = self._in_merged_units(y if rows is None else y.flatten(0, -2)[rows], axis, label, t)
+            total = y * weight if total is None else total.add_(y, alpha=weight)
+        assert total is not None
         scale = self._scale(label, task)
         return (
             total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))

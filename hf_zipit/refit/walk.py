@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from hf_zipit.align.maps import Alignment
 from hf_zipit.planning.cut import Cut
-from hf_zipit.refit.attention import find_attention
+from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.config import RefitConfig
@@ -38,7 +38,7 @@ from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.report import RefitReport
 from hf_zipit.refit.rows import Rows
 from hf_zipit.refit.solvers import norm_names, solve
-from hf_zipit.refit.splitting import split_ops
+from hf_zipit.refit.splitting import Split, find_splits
 from hf_zipit.refit.store import MERGED
 from hf_zipit.refit.targets import Targets
 from hf_zipit.refit.values import Values
@@ -93,17 +93,17 @@ class Walk:
         self.cut, self.progress = cut, progress
         export = partial(Program, inputs=batches[0].inputs, fields=fields, trunk=cut.trunk)
         self.program = export(model)
-        wide = any(tensor.shape != experts[0][name].shape for name, tensor in merged.items())
-        shapes = merged_shapes(spec, alignment) if wide else {}
-        if wide:
-            self.program.adopt_sizes(self.program.twins(export(variant(model, shapes, {}))))
+        if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
+            wide = export(variant(model, merged_shapes(spec, alignment), {}))
+            self.program.adopt(self.program.arguments_in(wide))
         self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.doors = find_doors(self.program, cut)
         self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
-        self.split_ops: dict[fx.Node, fx.Node] = {}
+        self.splits: dict[Attention, Split] = {}
         if config.split_heads:
-            self.split_ops = split_ops(self.program, self.attention.values(), model, shapes, len(tasks), export)
+            layers, inputs = self.attention.values(), batches[0].inputs
+            self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
         self.head_dims: dict[str, int] = {}
 
         values = Values(self.program, experts, merged, batches, config.memory_gb)
@@ -155,7 +155,7 @@ class Walk:
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
         self._advance_experts(self.program.position[layer.output.stream or layer.output.output])
-        width = AttentionSolver(self.fit, layer, self.split_ops).solve()
+        width = AttentionSolver(self.fit, layer, self.splits.get(layer)).solve()
         if width is not None and layer.module is not None:
             self.head_dims[layer.module] = width
 
