@@ -31,26 +31,28 @@ class Rows:
 
     def weights(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
         """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
-        key = (value.shape, b, channel_axis)
+        key = self._key(value, b, channel_axis)
         if key not in self._weights:
-            self._weights[key] = self._weigh(value, b, channel_axis)
+            self._weights[key] = self._weigh(*key)
         return self._weights[key]
 
-    def _weigh(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
+    def _key(self, value: Tensor, b: int, channel_axis: int) -> tuple[tuple[int, ...], bool, int]:
+        """What a value's rows depend on: its shape but for the channels, whether these come last, and the batch."""
+        axis = channel_axis % max(value.dim(), 1)
+        return tuple(n for i, n in enumerate(value.shape) if i != axis), axis == value.dim() - 1, b
+
+    def _weigh(self, shape: tuple[int, ...], is_last: bool, b: int) -> Tensor:
         batch = self.batches[b]
-        shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
-        if value.dim() < 2 or shape[0] != batch.size:
+        if not shape or shape[0] != batch.size:
             return torch.ones(shape).reshape(-1)
-        weights = None
-        if value.dim() == 3 and channel_axis % 3 == 2:
-            weights = self.positions.weights(batch.inputs, value.shape[1])
+        weights = self.positions.weights(batch.inputs, shape[1]) if is_last and len(shape) == 2 else None
         weights = torch.ones(shape) if weights is None else weights.clone()
         weights[batch.real :] = 0
         return weights.reshape(-1)
 
     def pick(self, value: Tensor, b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
-        """The rows of a value that enter a regression on so many `inputs`, and their weights."""
-        key = (value.shape, b, channel_axis, inputs)
+        """The rows of a value that enter a regression on so many `inputs`, and their weights; the same every time."""
+        key = (*self._key(value, b, channel_axis), inputs)
         if key not in self._picked:
             self._picked[key] = self.sample(self.weights(value, b, channel_axis), b, inputs)
         return self._picked[key]

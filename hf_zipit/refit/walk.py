@@ -187,6 +187,7 @@ class Walk:
     def _note(self, site: Site) -> float:
         """Keep a site's relative error on every task's samples for the report; returns their mean."""
         found = relative_errors(self.fit, site)
+        self.fit.targets.forget(site)
         self.errors[site.module if site.module not in self.errors else site.weight] = found
         return sum(found.values()) / max(len(found), 1)
 
