@@ -103,11 +103,11 @@ class AttentionSolver:
         attention, fit = self.attention, self.fit
         projection = fit.values.merged[attention.output.weight]
         self._regress()
-        heads = self._paired()
-        logits = self._logits(heads)
+        heads, metrics = self._paired(), self._metrics()
+        logits = self._logits(heads, *metrics)
         split = self._split()
         if split is not None and lost_share(logits) > AGREED:
-            others = self._logits(split)
+            others = self._logits(split, *metrics)
             if lost_share(others) < lost_share(logits):
                 heads, logits = split, others
         is_split = heads is split
@@ -117,7 +117,6 @@ class AttentionSolver:
             fit.values.program.adopt(self.cut.arguments)
         fit.values.run_again([attention.query.node, attention.key.node], attention.at)
         self._solve_values(heads, starts)
-        fit.values.run_again([attention.value.node], attention.at)
         return heads.width if is_split else None
 
     # Which heads -----------------------------------------------------------------------------------------------------
@@ -184,8 +183,7 @@ class AttentionSolver:
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
-    def _logits(self, heads: Heads) -> list[LogitFactors]:
-        metrics = self._metrics()
+    def _logits(self, heads: Heads, *metrics: Metric) -> list[LogitFactors]:
         return [
             logit_factors(
                 [self._query(member) * heads.scale for member in queries],
@@ -242,25 +240,32 @@ class AttentionSolver:
     # Values and the output projection --------------------------------------------------------------------------------
 
     def _solve_values(self, heads: Heads, starts: Sequence[Start]) -> None:
-        """Mix the experts' values, head by head."""
-        value, output = self.attention.value, self.attention.output
+        """Mix the experts' values, head by head; then the output projection, for all heads together.
+
+        What it reads is the mix of what was averaged, so that the moments of that say all that is needed.
+        """
+        value, output, pull = self.attention.value, self.attention.output, self.fit.config.ridge
         slopes, shifts = self._values(heads)
         before = torch.cat([start.slope for start in starts], 1)
-        gram = self._moments_of_means(heads, slopes, shifts, before)
-        slope, shift = ridge(gram, before, self.fit.config.ridge, output.bias is not None)
-        covariance = gram.xx / gram.n - torch.outer(gram.x, gram.x) / gram.n.square()
-        outs, weights, biases = [], [], []
+        moments = self._moments_of_means(heads, slopes, shifts, before)
+        slope, _ = ridge(moments, before, pull, output.bias is not None)
+        covariance = moments.xx / moments.n - torch.outer(moments.x, moments.x) / moments.n.square()
+        outs, mixes = [], []
         for head, start in enumerate(starts):
             own = slice(head * slopes.shape[1], (head + 1) * slopes.shape[1])
-            metric = Metric.of(covariance[own, own], self.fit.config.ridge)
-            out, mix = value_factors(slope[:, own], metric, heads.width)
+            out, mix = value_factors(slope[:, own], Metric.of(covariance[own, own], pull), heads.width)
             out, mix = nearest_basis(out.mT, mix, (start.out.mT, start.mix))
             outs.append(out)
-            weights.append(mix @ slopes[head])
-            biases.append((mix @ shifts[head])[:, None])
+            mixes.append(mix)
         full = heads.count * heads.width
-        self.fit.write(value, padded(torch.cat(weights), full), padded(torch.cat(biases), full)[:, 0])
-        self.fit.write(output, padded(torch.cat(outs), full).mT, shift)
+        weights, biases = (
+            torch.cat([mix @ part[head] for head, mix in enumerate(mixes)]) for part in (slopes, shifts[..., None])
+        )
+        self.fit.write(value, padded(weights, full), padded(biases, full)[:, 0])
+        first = torch.cat(outs).mT
+        found, shift = ridge(moments.mapped(torch.block_diag(*mixes), first), first, pull, output.bias is not None)
+        self.fit.write(output, padded(found.mT, full).mT, shift)
+        self._put_means(mixes, heads.count)
 
     def _values(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """The values that enter each merged head: slopes `[heads, values, d]` and shifts `[heads, values]`."""
@@ -276,15 +281,26 @@ class AttentionSolver:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
         attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)
+        slope, shift = (part.flatten(0, 1).float() for part in (slopes, shifts))
         gram = Gram.empty(start.shape[1], len(start), start)
         for b in range(len(fit.values.batches)):
             x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            values = torch.einsum("nsd,hwd->nhsw", x, slopes.to(x.dtype)) + shifts.to(x.dtype)[:, None]
-            means = self._means(functional.pad(values, (0, 0, 0, 0, 0, empty)), b)
-            means = means[:, : len(slopes)].transpose(1, 2).flatten(2)
+            values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
+            means = self._means(functional.pad(values, (0, 0, 0, 0, 0, empty)), b)[:, : len(slopes)]
+            fit.values.store[attention.node, "means", b] = means
+            means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means, b, -1, means.shape[-1])
             gram.add(means.flatten(0, -2)[rows], fit.targets.of(attention.output, b, rows), picked)
         return gram.reduce(fit.add_up)
+
+    def _put_means(self, mixes: Sequence[Tensor], count: int) -> None:
+        """What the merged layer's attention gives: the mix of what was averaged is the average of the mix."""
+        values, node = self.fit.values, self.attention.node
+        for b in range(len(values.batches)):
+            means = values.store[node, "means", b]
+            values.store.pop((node, "means", b))
+            mixed = means @ torch.stack(list(mixes)).mT.to(means.dtype)
+            values.store[node, MERGED, b] = functional.pad(mixed, (0, 0, 0, 0, 0, count - len(mixes)))
 
     def _means(self, values: Tensor, b: int) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""

@@ -30,6 +30,12 @@ def one_thread() -> Iterator[None]:
 TRIANGLE = 128
 """So many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
 
+LOOK = 256
+"""So many of the first rows tell whether a first solution helps,"""
+
+LITTLE = 0.1
+"""by leaving no more than this share of the targets' variance."""
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -47,21 +53,36 @@ class Moments:
     n: Tensor
     start: Tensor | None = None
 
+    def mapped(self, mix: Tensor, start: Tensor) -> Moments:
+        """Those of `mix` `[m, d]` times the inputs, with another first solution `[k, m]`."""
+        more = start.double() @ mix
+        more = -more if self.start is None else self.start.double() - more
+        return Moments(
+            mix @ self.xx @ mix.T,
+            mix @ (self.xy + self.xx @ more.T),
+            mix @ self.x,
+            self.y + more @ self.x,
+            self.n,
+            start,
+        )
+
 
 @dataclass
 class Gram:
     """Sums up the moments of inputs `[rows, d]` and targets `[rows, k]`.
 
-    What is kept of the targets is what a first solution leaves of them. Where that is right already, as it is for
+    What is summed up of the targets is what a first solution leaves of them. Where that is right already, as it is for
     experts that compute the same, nothing but rounding is left: with the whole targets, rounding in directions that
-    the rows hardly show would be blown up by the inverse of the ridge. For the same reason moments are taken about the
-    centre of the first rows, and moved to the origin at the end.
+    the rows hardly show would be blown up by the inverse of the ridge. (A first solution that leaves most of the
+    targets is no help there, and is subtracted from the moments at the end: that is as exact, and costs less.) For the
+    same reason moments are taken about the centre of the first rows, and moved to the origin at the end.
 
     Attributes:
         xx: `[d, d]`, of which only the upper triangle is kept; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the
             weights. All float64; y: of what is left.
         start: the first solution, a slope `[k, d]`; None for zero.
         centre: what the moments are about, `[d]`; None before there are rows.
+        helps: whether the first solution is subtracted from the targets.
     """
 
     xx: Tensor
@@ -71,6 +92,7 @@ class Gram:
     n: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     start: Tensor | None = None
     centre: Tensor | None = None
+    helps: bool = False
 
     @classmethod
     def empty(cls, inputs: int, outputs: int, start: Tensor | None = None) -> Gram:
@@ -82,9 +104,9 @@ class Gram:
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
         if self.centre is None:
-            self.centre = x.mean(0)
+            self._look(x, y)
         for block, target, w in zip(x.split(8192), y.split(8192), weight.split(8192), strict=True):
-            if self.start is not None:
+            if self.start is not None and self.helps:
                 target = torch.addmm(target, block, self.start.to(block).T, alpha=-1)
             block = block - self.centre
             weighted = block * w[:, None]
@@ -96,14 +118,25 @@ class Gram:
             self.y += w @ target
             self.n += w.sum(dtype=torch.float64)
 
+    def _look(self, x: Tensor, y: Tensor) -> None:
+        """At the first rows: where they are, and how much of the targets the first solution leaves."""
+        self.centre = x.mean(0)
+        if self.start is not None:
+            some = slice(None, None, -(-len(x) // LOOK))
+            left = y[some] - x[some] @ self.start.to(x).T
+            self.helps = bool(left.var(0, correction=0).sum() < LITTLE * y[some].var(0, correction=0).sum())
+
     def reduce(self, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
         """The moments of all processes; `add_up` sums a tensor over them."""
-        xx, xy, x = self.xx.triu() + self.xx.triu(1).T, self.xy, self.x
+        xx, xy, x, y = self.xx.triu() + self.xx.triu(1).T, self.xy, self.x, self.y
         if self.centre is not None:
             centre = self.centre.double()
             mixed = torch.outer(centre, x + self.n / 2 * centre)
-            xx, xy, x = xx + mixed + mixed.T, xy + torch.outer(centre, self.y), x + self.n * centre
-        return Moments(*(add_up(t) for t in (xx, xy, x, self.y, self.n)), start=self.start)
+            xx, xy, x = xx + mixed + mixed.T, xy + torch.outer(centre, y), x + self.n * centre
+        if self.start is not None and not self.helps:
+            start = self.start.double()
+            xy, y = xy - xx @ start.T, y - start @ x
+        return Moments(*(add_up(t) for t in (xx, xy, x, y, self.n)), start=self.start)
 
 
 @torch.no_grad()
@@ -123,7 +156,8 @@ def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = Tr
         centred = centred - torch.outer(moments.x, mean_x)
         cross = cross - torch.outer(moments.x, mean_y)
     pull = strength * centred.diagonal().mean().clamp_min(1e-12)
-    left = centred + pull * torch.eye(len(centred), dtype=centred.dtype)
+    left = centred.clone()
+    left.diagonal().add_(pull)
     start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
     right = cross + pull * (prior.double() - start).T
     with one_thread():

@@ -16,6 +16,9 @@ from hf_zipit.refit.positions import Positions
 Picked = Tensor | slice
 """Some of a value's samples times positions."""
 
+NEARLY_ALL = 4 / 3
+"""Where no more than this share of the wanted rows is there, leaving some out takes longer than using all."""
+
 
 class Rows:
     """The rows of all micro-batches of one process."""
@@ -61,7 +64,7 @@ class Rows:
         """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""
         limit = -(-self.per_input * inputs // self.all_batches)
         rows = weights.nonzero().squeeze(1)
-        if not limit or len(rows) <= limit:
+        if not limit or len(rows) <= NEARLY_ALL * limit:
             return (slice(None) if len(rows) == len(weights) else rows), weights[rows]
         read = weights[rows] > 1
         others = rows[~read]

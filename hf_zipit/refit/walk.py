@@ -100,6 +100,7 @@ class Walk:
         self.doors = find_doors(self.program, cut)
         self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
+        self.behind_attention = {layer.output.node for layer in self.attention.values()}
         self.splits: dict[Attention, Split] = {}
         if config.split_heads:
             layers, inputs = self.attention.values(), batches[0].inputs
@@ -125,7 +126,7 @@ class Walk:
         values, position = self.fit.values, self.program.position
         reached = [position[site.stream or site.output] for site in self.sites.values()]
         reached += [position[node] for node in self.doors.values()]
-        waiting, expiring = self._waiting(), self._expiring()
+        solved_as_a_whole, expiring = self._in_attention_layers(), self._expiring()
         solved: Doors = {}
         with values.store, self._bar() as bar:
             for i, node in enumerate(self.program.nodes[: max(reached, default=-1) + 1]):
@@ -133,10 +134,11 @@ class Walk:
                 site = self.sites.get(node) if node not in self.in_attention else None
                 if site is not None:
                     self._advance_experts(position[site.stream or site.output])
-                    solve(self.fit, site)
+                    if node not in self.behind_attention:
+                        solve(self.fit, site)
                 elif node in self.attention:
                     self._solve_attention(node)
-                if node not in waiting:
+                if node not in solved_as_a_whole:
                     values.compute(node, MERGED)
                 for entry, source in self.doors.items():
                     if source is node:
@@ -166,11 +168,11 @@ class Walk:
                 self.fit.values.compute(self.program.nodes[self.ahead], expert)
             self.ahead += 1
 
-    def _waiting(self) -> set[fx.Node]:
-        """Ops in front of an attention layer whose weights are not solved when they are reached."""
+    def _in_attention_layers(self) -> set[fx.Node]:
+        """Ops of attention layers, up to the means, that whoever solves the layer runs as far as they are needed."""
         position = self.program.position
         layers = self.attention.values()
-        return {node for layer in layers for node in layer.ops if position[node] < position[layer.at]}
+        return {node for layer in layers for node in layer.ops if position[node] <= position[layer.node]}
 
     def _expiring(self) -> dict[int, list[fx.Node]]:
         """By position the nodes whose values nobody reads after it."""
