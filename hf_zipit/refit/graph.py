@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.ops import is_in_place, op_name, overload, shape_of
@@ -90,7 +92,8 @@ class Program:
         trunk: frozenset[str] = frozenset(),
     ) -> None:
         """`fields` are the outputs that count; a tensor tied to one of the `trunk` goes by its name there."""
-        self._exported = export(model, inputs, fields)
+        with without_stack_traces():
+            self._exported = export(model, inputs, fields)
         signature = self._exported.graph_signature
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
@@ -191,6 +194,17 @@ class Program:
                     if not inside and used.op != "placeholder" and used.meta["val"].dim() >= rank:
                         return used
         return None
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Which line of the model's code made an op is of no use here, and looking it up takes a third of a trace."""
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 def out_of_place(target: Any) -> Callable[..., Any]:

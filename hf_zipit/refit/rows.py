@@ -17,7 +17,7 @@ Picked = Tensor | slice
 """Some of a value's samples times positions."""
 
 NEARLY_ALL = 4 / 3
-"""Where no more than this share of the wanted rows is there, leaving some out takes longer than using all."""
+"""Of so many rows for every one that is wanted, all are taken: leaving a few out would cost more than using them."""
 
 
 class Rows:

@@ -154,6 +154,32 @@ def test_moments_are_about_the_origin_and_both_triangles_are_there(inputs: int):
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("near", [True, False])
+def test_moments_do_not_depend_on_what_is_subtracted_when(rows, prior, near: bool):
+    """A first solution that helps is subtracted row by row, another one at the end; alike for moments of a mix."""
+    x, y, weight = rows
+    if near:
+        y = x @ prior.T + 0.1 * y
+    gram, plain = Gram.empty(INPUTS, OUTPUTS, prior), moments_of(x, y, weight)
+    gram.add(x, y, weight)
+    assert gram.helps == near
+    found = gram.reduce()
+    left = moments_of(x, y - x @ prior.T, weight)
+    for name in ("xx", "xy", "x", "y", "n"):
+        torch.testing.assert_close(getattr(found, name), getattr(left, name))
+    for ours, expected in zip(ridge(found, 2 * prior, 0.1), ridge(plain, 2 * prior, 0.1), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+    generator = torch.Generator().manual_seed(4)
+    mix = torch.randn(2, INPUTS, generator=generator, dtype=torch.float64)
+    start = torch.randn(OUTPUTS, 2, generator=generator, dtype=torch.float64)
+    mixed = x @ mix.T
+    expected = moments_of(mixed, y - mixed @ start.T, weight)
+    for name in ("xx", "xy", "x", "y", "n"):
+        torch.testing.assert_close(getattr(found.mapped(mix, start), name), getattr(expected, name))
+        torch.testing.assert_close(getattr(plain.mapped(mix, start), name), getattr(expected, name))
+
+
 @pytest.mark.parametrize("strength", [1e-9, 0.5])
 def test_scale_and_shift_is_a_regression_for_every_channel(rows, strength: float):
     x, y, weight = rows[0][:, :OUTPUTS], rows[1], rows[2]
