@@ -6,7 +6,8 @@ What a head computes is
   expert's queries and keys regressed on the merged model's input;
 - a weighted mean of values, under the *merged* model's weights. The experts' own values, regressed on the merged
   model's input and averaged under those weights, are regressed on what the residual stream lacks; of each head's
-  solution the part of the head's rank that loses least becomes its values and its share of the output projection.
+  solution the part of the head's rank that loses least becomes its values and its share of the output projection,
+  which is then solved once more for all heads together.
 
 Two ways to make the merged heads, of which each layer gets the one whose logits are nearer to the experts':
 
@@ -15,7 +16,7 @@ Two ways to make the merged heads, of which each layer gets the one whose logits
 - split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank. Heads of
   different experts rarely agree, but each is of low rank. The layer has as many weights and operations as before.
 
-Everything is closed-form: two regressions a layer and two singular value decompositions a head.
+Everything is closed-form: two passes over the inputs a layer and two singular value decompositions a head.
 
 Ours; comparing heads by circuits is from *A Mathematical Framework for Transformer Circuits* (2021).
 """
@@ -161,7 +162,7 @@ class AttentionSolver:
         for x, sites in by_input.items():
             key = product_key(self.spec.axes[sites[0].weight][1])
             start = torch.cat([unmerge_matrix(self.alignment, key, t, self.spec) for t in self.tasks])
-            gram = Gram.empty(start.shape[1], len(start), start)
+            gram = Gram(start.shape[1], len(start), start)
             for b in range(len(self.fit.values.batches)):
                 value = self.fit.values.of(x, MERGED, b)
                 rows, picked = self.fit.rows.pick(value, b, -1, value.shape[-1])
@@ -263,7 +264,7 @@ class AttentionSolver:
         )
         self.fit.write(value, padded(weights, full), padded(biases, full)[:, 0])
         first = torch.cat(outs).mT
-        found, shift = ridge(moments.mapped(torch.block_diag(*mixes), first), first, pull, output.bias is not None)
+        found, shift = ridge(moments.mixed(torch.block_diag(*mixes), first), first, pull, output.bias is not None)
         self.fit.write(output, padded(found.mT, full).mT, shift)
         self._put_means(mixes, heads.count)
 
@@ -282,11 +283,11 @@ class AttentionSolver:
         attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)
         slope, shift = (part.flatten(0, 1).float() for part in (slopes, shifts))
-        gram = Gram.empty(start.shape[1], len(start), start)
+        gram = Gram(start.shape[1], len(start), start)
         for b in range(len(fit.values.batches)):
             x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
-            means = self._means(functional.pad(values, (0, 0, 0, 0, 0, empty)), b)[:, : len(slopes)]
+            means = self._means(_with_empty_heads(values, empty), b)[:, : len(slopes)]
             fit.values.store[attention.node, "means", b] = means
             means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means, b, -1, means.shape[-1])
@@ -300,7 +301,7 @@ class AttentionSolver:
             means = values.store[node, "means", b]
             values.store.pop((node, "means", b))
             mixed = means @ torch.stack(list(mixes)).mT.to(means.dtype)
-            values.store[node, MERGED, b] = functional.pad(mixed, (0, 0, 0, 0, 0, count - len(mixes)))
+            values.store[node, MERGED, b] = _with_empty_heads(mixed, count - len(mixes))
 
     def _means(self, values: Tensor, b: int) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
@@ -340,6 +341,11 @@ class AttentionSolver:
             first = torch.eye(heads.width, written.shape[1], dtype=torch.float64)
             starts.append(Start(written.double(), written[:, : heads.width].double(), first))
         return starts
+
+
+def _with_empty_heads(values: Tensor, more: int) -> Tensor:
+    """Values `[samples, heads, positions, any]` with so many more heads, of zeros."""
+    return functional.pad(values, (0, 0, 0, 0, 0, more)) if more else values
 
 
 def lost_share(logits: Sequence[LogitFactors]) -> float:

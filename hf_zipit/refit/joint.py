@@ -82,7 +82,7 @@ def log_odds(rows: Sequence[tuple[Tensor, int | None]], own: int) -> tuple[Tenso
     """
     width = rows[0][0].shape[1]
     totals = [sum(len(x) for x, task in rows if (task == own) is mine) for mine in (True, False)]
-    gram = Gram.empty(width, 1)
+    gram = Gram(width, 1)
     for x, task in rows:
         mine = task == own
         target = torch.full((len(x), 1), 1.0 if mine else -1.0)

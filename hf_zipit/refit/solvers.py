@@ -27,7 +27,7 @@ def solve(fit: Fit, site: Site) -> None:
 
 def solve_linear(fit: Fit, site: Site) -> None:
     weight = fit.values.merged[site.weight]
-    gram = Gram.empty(weight.shape[1], weight.shape[0], weight)
+    gram = Gram(weight.shape[1], weight.shape[0], weight)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.rows.pick(x, b, -1, weight.shape[1])
@@ -42,7 +42,7 @@ def solve_conv(fit: Fit, site: Site) -> None:
     norm = {role: merged[name] for role, name in names.items()}
     eps = torch.tensor(site.norm.args[7]) if site.norm is not None else None
     prior, _ = folded(flat, bias, norm | {"eps": eps} if eps is not None else None)
-    gram = Gram.empty(flat.shape[1], flat.shape[0], prior)
+    gram = Gram(flat.shape[1], flat.shape[0], prior)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         y = fit.targets.of(site, b)

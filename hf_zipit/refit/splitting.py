@@ -151,7 +151,9 @@ def is_proven(
         )
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return False
-    return all((narrow[name] - x).abs().max() <= TOLERANCE * x.abs().max() for name, x in whole.items())
+    return bool(whole) and all(
+        (narrow[name] - x).abs().max() <= TOLERANCE * x.abs().max() for name, x in whole.items()
+    )
 
 
 def _half_empty_heads(splits: Mapping[Attention, Split], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
