@@ -28,7 +28,7 @@ class RefitConfig:
     own_weight: float = 0.55
     read_weight: float = 30.0
     ridge: float = 1e-4
-    rows_per_input: int = 48
+    rows_per_input: int = 32
     split_heads: bool = True
     micro_batch: int = 64
     memory_gb: float = 4.0
