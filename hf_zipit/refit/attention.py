@@ -92,12 +92,6 @@ def heads_and_width(node: fx.Node) -> tuple[int, int]:
     return int(query[1]), int(query[3])
 
 
-def logit_scale(node: fx.Node) -> float:
-    """What an attention op multiplies the products of queries and keys by."""
-    given = node.kwargs.get("scale")
-    return float(given) if given is not None else heads_and_width(node)[1] ** -0.5  # type: ignore[arg-type]
-
-
 def _cut_into_heads(node: fx.Node, sites: Mapping[fx.Node, Site]) -> Site | None:
     """The linear map whose output is only cut into heads, `[samples, heads, positions, head_dim]`."""
     for name in ("transpose", "view"):

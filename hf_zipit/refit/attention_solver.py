@@ -6,7 +6,8 @@ What a head computes is
   expert's queries and keys regressed on the merged model's input;
 - a weighted mean of values, under the *merged* model's weights. The experts' own values, regressed on the merged
   model's input and averaged under those weights, are regressed on what the residual stream lacks; of each head's
-  solution the part of the head's rank that loses least becomes its values and its share of the output projection.
+  solution the part of the head's rank that loses least becomes its values and its share of the output projection,
+  which is then solved once more for all heads together.
 
 Two ways to make the merged heads, of which each layer gets the one whose logits are nearer to the experts':
 
@@ -15,14 +16,14 @@ Two ways to make the merged heads, of which each layer gets the one whose logits
 - split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank. Heads of
   different experts rarely agree, but each is of low rank. The layer has as many weights and operations as before.
 
-Everything is closed-form: two regressions a layer and two singular value decompositions a head.
+Everything is closed-form: two passes over the inputs a layer and two singular value decompositions a head.
 
 Ours; comparing heads by circuits is from *A Mathematical Framework for Transformer Circuits* (2021).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,13 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.align.products import factor_indices
-from hf_zipit.combine.transform import features_to_merged
-from hf_zipit.refit.attention import Attention, heads_and_width, logit_scale
+from hf_zipit.combine.transform import features_to_merged, unmerge_matrix
+from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.heads import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
-from hf_zipit.refit.regression import Gram, ridge
+from hf_zipit.refit.regression import Gram, Moments, ridge
+from hf_zipit.refit.splitting import Split
 from hf_zipit.refit.store import MERGED
 from hf_zipit.symmetry.spec import product_key
 
@@ -86,12 +88,12 @@ class Start:
 class AttentionSolver:
     """Solves one attention layer of a refit."""
 
-    def __init__(self, fit: Fit, attention: Attention, split_ops: Mapping[fx.Node, fx.Node]) -> None:
-        """`split_ops`: the layer's ops in a model with narrower heads, if it can have them."""
-        self.fit, self.attention, self.split_ops = fit, attention, split_ops
+    def __init__(self, fit: Fit, attention: Attention, cut: Split | None) -> None:
+        """`cut`: the layer with narrower heads, if it can have them."""
+        self.fit, self.attention, self.cut = fit, attention, cut
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
         self.regressed: dict[Site, list[tuple[Tensor, Tensor]]] = {}
-        self.moments: dict[Site, Gram] = {}
+        self.moments: dict[Site, Moments] = {}
 
     def solve(self) -> int | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -102,21 +104,20 @@ class AttentionSolver:
         attention, fit = self.attention, self.fit
         projection = fit.values.merged[attention.output.weight]
         self._regress()
-        heads = self._paired()
-        logits = self._logits(heads)
+        heads, metrics = self._paired(), self._metrics()
+        logits = self._logits(heads, *metrics)
         split = self._split()
         if split is not None and lost_share(logits) > AGREED:
-            others = self._logits(split)
+            others = self._logits(split, *metrics)
             if lost_share(others) < lost_share(logits):
                 heads, logits = split, others
         is_split = heads is split
         starts = self._split_starts(heads) if is_split else self._paired_starts(heads, projection)
         self._write_logits(heads, logits, is_split)
-        if is_split:
-            fit.values.program.adopt_sizes({node: self.split_ops[node] for node in attention.between})
+        if is_split and self.cut is not None:
+            fit.values.program.adopt(self.cut.arguments)
         fit.values.run_again([attention.query.node, attention.key.node], attention.at)
         self._solve_values(heads, starts)
-        fit.values.run_again([attention.value.node], attention.at)
         return heads.width if is_split else None
 
     # Which heads -----------------------------------------------------------------------------------------------------
@@ -137,52 +138,53 @@ class AttentionSolver:
         return slice(first, first + int((merged == head).sum()))
 
     def _split(self) -> Heads | None:
-        attention = self.attention
-        op = self.split_ops.get(attention.node)
-        if op is None:
+        attention, cut = self.attention, self.cut
+        if cut is None:
             return None
-        count, width = heads_and_width(op)
         own = [
             [Member(t, slice(first, first + attention.width))]
             for t in self.tasks
             for first in range(0, attention.heads * attention.width, attention.width)
         ]
-        return Heads(own, own, own, count, width, logit_scale(attention.node) / logit_scale(op))
+        return Heads(own, own, own, cut.count, cut.width, cut.scale)
 
     # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
 
     def _regress(self) -> None:
-        """Every expert's queries, keys and values as linear maps of the merged model's inputs; one pass an input."""
+        """Every expert's queries, keys and values as linear maps of the merged model's inputs; one pass an input.
+
+        They are linear maps W_t of the expert's own input. So it is that input which is regressed, towards U_t: what
+        W_t makes of the solution is the solution for W_t's outputs, towards W_t U_t.
+        """
         by_input: dict[fx.Node, list[Site]] = {}
         for site in self.attention.inputs:
             by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
         for x, sites in by_input.items():
-            start = torch.cat([self._own_weight(site, t) for site in sites for t in self.tasks])
-            gram = Gram.empty(start.shape[1], len(start), start)
+            key = product_key(self.spec.axes[sites[0].weight][1])
+            start = torch.cat([unmerge_matrix(self.alignment, key, t, self.spec) for t in self.tasks])
+            gram = Gram(start.shape[1], len(start), start)
             for b in range(len(self.fit.values.batches)):
                 value = self.fit.values.of(x, MERGED, b)
                 rows, picked = self.fit.rows.pick(value, b, -1, value.shape[-1])
-                y = [self.fit.values.of(site.node, t, b).flatten(0, -2)[rows] for site in sites for t in self.tasks]
+                y = [self.fit.values.of(x, t, b).flatten(0, -2)[rows] for t in self.tasks]
                 gram.add(value.flatten(0, -2)[rows], torch.cat(y, -1), picked)
-            gram = gram.reduce(self.fit.add_up)
-            slope, shift = ridge(gram, start, self.fit.config.ridge)
-            parts = len(sites) * len(self.tasks)
-            maps = iter(zip(slope.chunk(parts), shift.chunk(parts), strict=True))
+            moments = gram.reduce(self.fit.add_up)
+            slope, shift = ridge(moments, start, self.fit.config.ridge)
+            inputs = list(zip(slope.chunk(len(self.tasks)), shift.chunk(len(self.tasks)), strict=True))
             for site in sites:
-                self.regressed[site] = [next(maps) for _ in self.tasks]
-                self.moments[site] = gram
+                self.regressed[site] = [self._output(site, t, *inputs[t]) for t in self.tasks]
+                self.moments[site] = moments
 
-    def _own_weight(self, site: Site, expert: int) -> Tensor:
-        """An expert's own weight that reads the merged units: W_t U_t."""
-        label = self.spec.axes[site.weight][1]
-        return features_to_merged(
-            self.fit.values.tensors[expert][site.weight], 1, label, self.alignment, self.spec, expert
-        )
+    def _output(self, site: Site, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """What an expert's weights make of its input, a linear map of the merged model's."""
+        tensors = self.fit.values.tensors[expert]
+        weight = tensors[site.weight].double()
+        constant = weight @ shift
+        return weight @ slope, constant if site.bias is None else constant + tensors[site.bias]
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
-    def _logits(self, heads: Heads) -> list[LogitFactors]:
-        metrics = self._metrics()
+    def _logits(self, heads: Heads, *metrics: Metric) -> list[LogitFactors]:
         return [
             logit_factors(
                 [self._query(member) * heads.scale for member in queries],
@@ -239,25 +241,32 @@ class AttentionSolver:
     # Values and the output projection --------------------------------------------------------------------------------
 
     def _solve_values(self, heads: Heads, starts: Sequence[Start]) -> None:
-        """Mix the experts' values, head by head."""
-        value, output = self.attention.value, self.attention.output
+        """Mix the experts' values, head by head; then the output projection, for all heads together.
+
+        What it reads is the mix of what was averaged, so that the moments of that say all that is needed.
+        """
+        value, output, pull = self.attention.value, self.attention.output, self.fit.config.ridge
         slopes, shifts = self._values(heads)
         before = torch.cat([start.slope for start in starts], 1)
-        gram = self._moments_of_means(heads, slopes, shifts, before)
-        slope, shift = ridge(gram, before, self.fit.config.ridge, output.bias is not None)
-        covariance = gram.xx / gram.n - torch.outer(gram.x, gram.x) / gram.n.square()
-        outs, weights, biases = [], [], []
+        moments = self._moments_of_means(heads, slopes, shifts, before)
+        slope, _ = ridge(moments, before, pull, output.bias is not None)
+        covariance = moments.xx / moments.n - torch.outer(moments.x, moments.x) / moments.n.square()
+        outs, mixes = [], []
         for head, start in enumerate(starts):
             own = slice(head * slopes.shape[1], (head + 1) * slopes.shape[1])
-            metric = Metric.of(covariance[own, own], self.fit.config.ridge)
-            out, mix = value_factors(slope[:, own], metric, heads.width)
+            out, mix = value_factors(slope[:, own], Metric.of(covariance[own, own], pull), heads.width)
             out, mix = nearest_basis(out.mT, mix, (start.out.mT, start.mix))
             outs.append(out)
-            weights.append(mix @ slopes[head])
-            biases.append((mix @ shifts[head])[:, None])
+            mixes.append(mix)
         full = heads.count * heads.width
-        self.fit.write(value, padded(torch.cat(weights), full), padded(torch.cat(biases), full)[:, 0])
-        self.fit.write(output, padded(torch.cat(outs), full).mT, shift)
+        weights, biases = (
+            torch.cat([mix @ part[head] for head, mix in enumerate(mixes)]) for part in (slopes, shifts[..., None])
+        )
+        self.fit.write(value, padded(weights, full), padded(biases, full)[:, 0])
+        first = torch.cat(outs).mT
+        found, shift = ridge(moments.mixed(torch.block_diag(*mixes), first), first, pull, output.bias is not None)
+        self.fit.write(output, padded(found.mT, full).mT, shift)
+        self._put_means(mixes, heads.count)
 
     def _values(self, heads: Heads) -> tuple[Tensor, Tensor]:
         """The values that enter each merged head: slopes `[heads, values, d]` and shifts `[heads, values]`."""
@@ -269,19 +278,30 @@ class AttentionSolver:
         # Without a bias nothing may add a constant; the shift is then part of what the regression leaves.
         return slopes, shifts if self.attention.value.bias is not None else torch.zeros_like(shifts)
 
-    def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Gram:
+    def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Moments:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
         attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)
-        gram = Gram.empty(start.shape[1], len(start), start)
+        slope, shift = (part.flatten(0, 1).float() for part in (slopes, shifts))
+        gram = Gram(start.shape[1], len(start), start)
         for b in range(len(fit.values.batches)):
             x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            values = torch.einsum("nsd,hwd->nhsw", x, slopes.to(x.dtype)) + shifts.to(x.dtype)[:, None]
-            means = self._means(functional.pad(values, (0, 0, 0, 0, 0, empty)), b)
-            means = means[:, : len(slopes)].transpose(1, 2).flatten(2)
+            values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
+            means = self._means(_with_empty_heads(values, empty), b)[:, : len(slopes)]
+            fit.values.store[attention.node, "means", b] = means
+            means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means, b, -1, means.shape[-1])
             gram.add(means.flatten(0, -2)[rows], fit.targets.of(attention.output, b, rows), picked)
         return gram.reduce(fit.add_up)
+
+    def _put_means(self, mixes: Sequence[Tensor], count: int) -> None:
+        """What the merged layer's attention gives: the mix of what was averaged is the average of the mix."""
+        values, node = self.fit.values, self.attention.node
+        for b in range(len(values.batches)):
+            means = values.store[node, "means", b]
+            values.store.pop((node, "means", b))
+            mixed = means @ torch.stack(list(mixes)).mT.to(means.dtype)
+            values.store[node, MERGED, b] = _with_empty_heads(mixed, count - len(mixes))
 
     def _means(self, values: Tensor, b: int) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
@@ -321,6 +341,11 @@ class AttentionSolver:
             first = torch.eye(heads.width, written.shape[1], dtype=torch.float64)
             starts.append(Start(written.double(), written[:, : heads.width].double(), first))
         return starts
+
+
+def _with_empty_heads(values: Tensor, more: int) -> Tensor:
+    """Values `[samples, heads, positions, any]` with so many more heads, of zeros."""
+    return functional.pad(values, (0, 0, 0, 0, 0, more)) if more else values
 
 
 def lost_share(logits: Sequence[LogitFactors]) -> float:

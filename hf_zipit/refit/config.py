@@ -16,7 +16,7 @@ class RefitConfig:
             From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
         read_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the pull towards the combined weights, relative to the mean of the Gram matrix's diagonal.
-        rows_per_input: at most this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
+        rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
         micro_batch: samples that go through a module at once.
@@ -28,7 +28,7 @@ class RefitConfig:
     own_weight: float = 0.55
     read_weight: float = 30.0
     ridge: float = 1e-4
-    rows_per_input: int = 48
+    rows_per_input: int = 32
     split_heads: bool = True
     micro_batch: int = 64
     memory_gb: float = 4.0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hf_zipit.refit.regression import Gram
+from hf_zipit.refit.regression import Moments
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -23,13 +23,13 @@ def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | Non
     return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
 
 
-def restored(slope: Tensor, shift: Tensor, gram: Gram, eps: Tensor) -> dict[str, Tensor]:
+def restored(slope: Tensor, shift: Tensor, moments: Moments, eps: Tensor) -> dict[str, Tensor]:
     """The batch norm behind the weight `slope` that adds `shift`: its weight, bias, mean and variance, `[k]` each.
 
-    `gram` has the moments of the patches, from which mean and variance of the convolution follow.
+    `moments` are those of the patches, from which mean and variance of the convolution follow.
     """
-    mean_x = gram.x / gram.n.clamp_min(1e-12)
-    covariance = gram.xx / gram.n.clamp_min(1e-12) - torch.outer(mean_x, mean_x)
+    mean_x = moments.x / moments.n.clamp_min(1e-12)
+    covariance = moments.xx / moments.n.clamp_min(1e-12) - torch.outer(mean_x, mean_x)
     mean = slope @ mean_x
     variance = ((slope @ covariance) * slope).sum(1).clamp_min(0)
     return {"weight": (variance + eps).sqrt(), "bias": shift + mean, "mean": mean, "variance": variance}

@@ -39,7 +39,7 @@ def solve_door(fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tens
     found = []
     for t in fit.values.experts:
         prior = unmerge_matrix(fit.alignment, entry.key, t, fit.spec)
-        gram = Gram.empty(prior.shape[1], prior.shape[0], prior)
+        gram = Gram(prior.shape[1], prior.shape[0], prior)
         for b, batch in enumerate(fit.values.batches):
             if batch.task not in (None, t):
                 continue

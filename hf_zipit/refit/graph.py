@@ -9,11 +9,13 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.ops import is_in_place, op_name, overload, shape_of
@@ -64,6 +66,14 @@ class Site:
         return self.weight if self.kind == "offset" else self.weight.rpartition(".")[0] or self.weight
 
 
+@dataclass(frozen=True)
+class Arguments:
+    """What an op is given: nodes stand for their values, numbers are sizes and settings."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
 class Program:
     """A model's forward pass for inputs of one shape.
 
@@ -82,7 +92,8 @@ class Program:
         trunk: frozenset[str] = frozenset(),
     ) -> None:
         """`fields` are the outputs that count; a tensor tied to one of the `trunk` goes by its name there."""
-        self._exported = export(model, inputs, fields)
+        with without_stack_traces():
+            self._exported = export(model, inputs, fields)
         signature = self._exported.graph_signature
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
@@ -99,7 +110,7 @@ class Program:
         }
         self.nodes = [node for node in self._exported.graph.nodes if node.op in ("call_function", "get_attr")]
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self._merged: dict[fx.Node, fx.Node] = {}
+        self._merged: dict[fx.Node, Arguments] = {}
         self._read_what_was_written()
         self.last_use = {
             used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes
@@ -128,23 +139,23 @@ class Program:
         """The name of the parameter or buffer that a graph input is."""
         return self.tensors.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None
 
-    def twins(self, other: Program) -> dict[fx.Node, fx.Node]:
-        """For every op the same op in the program of a model with other sizes.
+    def arguments_in(self, other: Program) -> dict[fx.Node, Arguments]:
+        """For every op what the same op has in the program of a model with other sizes.
 
         Raises:
             SpecError: if that model does not run the same ops.
         """
         if [node.target for node in self.nodes] != [node.target for node in other.nodes]:
             raise SpecError("the wider merged model runs other ops than its experts, which refit cannot follow")
-        return dict(zip(self.nodes, other.nodes, strict=True))
+        return {node: other.arguments(twin) for node, twin in zip(self.nodes, other.nodes, strict=True)}
 
-    def adopt_sizes(self, twins: Mapping[fx.Node, fx.Node]) -> None:
+    def adopt(self, arguments: Mapping[fx.Node, Arguments]) -> None:
         """Know the sizes that are written down in the ops of the merged model (`view(x, [8, 17, 96])`)."""
-        self._merged |= twins
+        self._merged |= arguments
 
-    def merged(self, node: fx.Node) -> fx.Node:
-        """The op with the merged model's sizes."""
-        return self._merged.get(node, node)
+    def arguments(self, node: fx.Node) -> Arguments:
+        """What an op has in the merged model."""
+        return self._merged.get(node) or Arguments(node.args, node.kwargs)
 
     def run(
         self,
@@ -157,7 +168,7 @@ class Program:
         """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
         if node.op == "get_attr":
             return getattr(self._exported.graph_module, str(node.target))
-        sizes = self.merged(node) if merged else node
+        sizes = self.arguments(node) if merged else node
 
         def value(x: Any, size: Any) -> Any:
             if isinstance(x, fx.Node):
@@ -183,6 +194,17 @@ class Program:
                     if not inside and used.op != "placeholder" and used.meta["val"].dim() >= rank:
                         return used
         return None
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Which line of the model's code made an op is of no use here, and looking it up takes a third of a trace."""
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 def out_of_place(target: Any) -> Callable[..., Any]:

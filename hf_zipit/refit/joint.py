@@ -82,12 +82,12 @@ def log_odds(rows: Sequence[tuple[Tensor, int | None]], own: int) -> tuple[Tenso
     """
     width = rows[0][0].shape[1]
     totals = [sum(len(x) for x, task in rows if (task == own) is mine) for mine in (True, False)]
-    gram = Gram.empty(width, 1)
+    gram = Gram(width, 1)
     for x, task in rows:
         mine = task == own
         target = torch.full((len(x), 1), 1.0 if mine else -1.0)
         gram.add(x, target, torch.full((len(x),), 0.5 / totals[0 if mine else 1]))
-    slope, _ = ridge(gram, torch.zeros(1, width), RIDGE)
+    slope, _ = ridge(gram.reduce(), torch.zeros(1, width), RIDGE)
     direction = slope[0].float()
     scores: Mapping[bool, Tensor] = {
         mine: torch.cat([x @ direction for x, task in rows if (task == own) is mine]) for mine in (True, False)

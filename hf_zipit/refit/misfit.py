@@ -28,12 +28,14 @@ def misfit(fit: Fit, site: Site) -> tuple[Tensor, Tensor]:
         samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the stream.
     """
     axis = site.channel_axis
-    width = fit.values.merged[site.weight].shape[site.unit_axis]
+    weight_shape = fit.values.merged[site.weight].shape
+    width = weight_shape[site.unit_axis]
+    inputs = weight_shape[1] if site.kind == "linear" else width
     sums = torch.zeros(len(fit.tasks) + 1, width + 3, dtype=torch.float64)
     for b, batch in enumerate(fit.values.batches):
         made = _made(fit, site, b)
         if axis == -1:
-            rows, weight = fit.rows.pick(made, b, axis, width)
+            rows, weight = fit.rows.pick(made, b, axis, inputs)
             y = fit.targets.reached(site, b, rows)
             off = made.flatten(0, -2)[rows] - y
         else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,17 +27,22 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-@dataclass
-class Gram:
-    """Weighted second moments of inputs `[rows, d]` and targets `[rows, k]`.
+TRIANGLE = 128
+"""So many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
 
-    What is kept of the targets is what a first solution leaves of them. Where that is right already, as it is for
-    experts that compute the same, nothing but rounding is left: with the whole targets, rounding in directions that
-    the rows hardly show would be blown up by the inverse of the ridge. For the same reason the inputs of every block
-    of rows are centred before they are multiplied.
+LOOK = 256
+"""So many rows of a block tell where its middle is, and whether a first solution helps,"""
+
+LITTLE = 0.1
+"""by leaving no more than this share of the targets' variance."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weighted second moments of inputs `[d]` and of what a first solution leaves of targets `[k]`, about the origin.
 
     Attributes:
-        xx: `[d, d]`; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the weights. All float64; y: of what is left.
+        xx: `[d, d]`; xy: `[d, k]`; x: `[d]`; y: `[k]`; n: the sum of the weights. All float64.
         start: the first solution, a slope `[k, d]`; None for zero.
     """
 
@@ -45,57 +50,126 @@ class Gram:
     xy: Tensor
     x: Tensor
     y: Tensor
-    n: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    n: Tensor
     start: Tensor | None = None
 
-    @classmethod
-    def empty(cls, inputs: int, outputs: int, start: Tensor | None = None) -> Gram:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64)
+    @property
+    def sums(self) -> tuple[Tensor, ...]:
+        return self.xx, self.xy, self.x, self.y, self.n
 
-        return cls(zeros(inputs, inputs), zeros(inputs, outputs), zeros(inputs), zeros(outputs), start=start)
+    def without(self, start: Tensor) -> Moments:
+        """The same inputs, and what another first solution leaves."""
+        more = start.double() if self.start is None else start.double() - self.start.double()
+        return Moments(self.xx, self.xy - self.xx @ more.T, self.x, self.y - more @ self.x, self.n, start)
+
+    def mixed(self, mix: Tensor, start: Tensor) -> Moments:
+        """Those of `mix` `[m, d]` times the inputs, with a first solution `[k, m]`."""
+        left = self.without(start.double() @ mix)
+        return Moments(mix @ self.xx @ mix.T, mix @ left.xy, mix @ self.x, left.y, self.n, start)
+
+
+def _some(rows: Tensor) -> slice:
+    return slice(None, None, max(1, len(rows) // LOOK))
+
+
+class Sums:
+    """Moments about the middle of every block of rows, which are moved to the origin at the end.
+
+    So no rounding is that of a distance from the origin, and a block counts the same whatever it is added to.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)  # of which only the upper triangle is made
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.blocks: list[tuple[Tensor, ...]] = []  # of each the middle of inputs and targets, the sums, the weight
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        some = _some(x)
+        means = x[some].mean(0), y[some].mean(0)
+        x, y = x - means[0], y - means[1]
+        weighted = x * weight[:, None]
+        for first in range(0, x.shape[1], TRIANGLE):
+            own = slice(first, first + TRIANGLE)
+            self.xx[own, first:] += x[:, own].T @ weighted[:, first:]
+        self.xy += weighted.T @ y
+        self.blocks.append((*means, weight @ x, weight @ y, weight.sum(dtype=torch.float64)))
+
+    def moments(self) -> Moments:
+        xx, xy = self.xx.triu() + self.xx.triu(1).T, self.xy
+        if not self.blocks:
+            return Moments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
+        centre, level, x, y, n = (torch.stack(part).double() for part in zip(*self.blocks, strict=True))
+        n = n[:, None]
+        mixed = centre.T @ (x + n / 2 * centre)
+        x = x + n * centre
+        return Moments(
+            xx + mixed + mixed.T, xy + centre.T @ y + x.T @ level, x.sum(0), (y + n * level).sum(0), n.sum()
+        )
+
+
+class Gram:
+    """Sums up the moments of inputs `[rows, d]` and targets `[rows, k]`.
+
+    What is summed up of the targets is what a first solution leaves of them. Where that is right already, as it is for
+    experts that compute the same, nothing but rounding is left: with the whole targets, rounding in directions that
+    the rows hardly show would be blown up by the inverse of the ridge. Where it leaves most of a block's targets it is
+    no help, and is subtracted from the moments at the end: that is as exact, and costs less.
+    """
+
+    def __init__(self, inputs: int, outputs: int, start: Tensor | None = None) -> None:
+        """`start`: the first solution, a slope `[k, d]`; None for zero."""
+        self.start = start
+        self.whole, self.left = Sums(inputs, outputs), Sums(inputs, outputs)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
-        for block, target, w in zip(x.split(8192), y.split(8192), weight[:, None].split(8192), strict=True):
-            if self.start is not None:
-                target = target - block @ self.start.to(block.dtype).T
-            centre = block.mean(0)
-            block = block - centre
-            weighted = block * w
-            n = w.sum(dtype=torch.float64)
-            x0, x1, y1 = centre.double(), weighted.sum(0, dtype=torch.float64), (w.T @ target)[0].double()
-            mixed = torch.outer(x0, x1)
-            self.xx += (block.T @ weighted).double() + mixed + mixed.T + n * torch.outer(x0, x0)
-            self.xy += (weighted.T @ target).double() + torch.outer(x0, y1)
-            self.x += x1 + n * x0
-            self.y += y1
-            self.n += n
+        for block, target, w in zip(x.split(8192), y.split(8192), weight.split(8192), strict=True):
+            if self.start is not None and self._helps(block, target):
+                left = torch.addmm(target, block, self.start.to(block).T, alpha=-1)
+                self.left.add(block, left, w)
+            else:
+                self.whole.add(block, target, w)
 
-    def reduce(self, add_up: Callable[[Tensor], Tensor]) -> Gram:
+    def _helps(self, x: Tensor, y: Tensor) -> bool:
+        """Whether the first solution leaves little of some targets."""
+        assert self.start is not None
+        some = _some(x)
+        left = y[some] - x[some] @ self.start.to(x).T
+        spread, off = (part.var(0, correction=0).sum() for part in (y[some], left))
+        return bool(off < LITTLE * spread)
+
+    def reduce(self, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
         """The moments of all processes; `add_up` sums a tensor over them."""
-        return Gram(*(add_up(t) for t in (self.xx, self.xy, self.x, self.y, self.n)), start=self.start)
+        if not self.whole.blocks:
+            found = self.left.moments()
+        else:
+            found = self.whole.moments()
+            found = found if self.start is None else found.without(self.start)
+            if self.left.blocks:
+                found = Moments(*map(torch.add, found.sums, self.left.moments().sums))
+        return Moments(*map(add_up, found.sums), start=self.start)
 
 
 @torch.no_grad()
-def ridge(gram: Gram, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
+def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
     """The slope `[k, d]` and the intercept `[k]` (zeros where there is none), float64.
 
     Args:
-        gram: the moments.
+        moments: of inputs and targets.
         prior: W_0 `[k, d]`.
         strength: the ridge, relative to the mean of the Gram matrix's diagonal.
         intercept: whether there is one.
     """
-    total = gram.n.clamp_min(1e-12)
-    mean_x, mean_y = gram.x / total, gram.y / total
-    centred, cross = gram.xx, gram.xy
+    total = moments.n.clamp_min(1e-12)
+    mean_x, mean_y = moments.x / total, moments.y / total
+    centred, cross = moments.xx, moments.xy
     if intercept:
-        centred = centred - torch.outer(gram.x, mean_x)
-        cross = cross - torch.outer(gram.x, mean_y)
+        centred = centred - torch.outer(moments.x, mean_x)
+        cross = cross - torch.outer(moments.x, mean_y)
     pull = strength * centred.diagonal().mean().clamp_min(1e-12)
-    left = centred + pull * torch.eye(len(centred), dtype=centred.dtype)
-    start = torch.zeros_like(cross.T) if gram.start is None else gram.start.double()
+    left = centred.clone()
+    left.diagonal().add_(pull)
+    start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
     right = cross + pull * (prior.double() - start).T
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(left)

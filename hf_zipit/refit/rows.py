@@ -16,6 +16,9 @@ from hf_zipit.refit.positions import Positions
 Picked = Tensor | slice
 """Some of a value's samples times positions."""
 
+NEARLY_ALL = 4 / 3
+"""Of so many rows for every one that is wanted, all are taken: leaving a few out would cost more than using them."""
+
 
 class Rows:
     """The rows of all micro-batches of one process."""
@@ -26,29 +29,42 @@ class Rows:
         """`per_input`: how many to use for every input of a regression, 0 for all; over all processes' batches."""
         self.batches, self.positions = batches, positions
         self.per_input, self.all_batches, self.seed = per_input, all_batches, seed
+        self._weights: dict[tuple[object, ...], Tensor] = {}
+        self._picked: dict[tuple[object, ...], tuple[Picked, Tensor]] = {}
 
     def weights(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
         """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
+        key = self._key(value, b, channel_axis)
+        if key not in self._weights:
+            self._weights[key] = self._weigh(*key)
+        return self._weights[key]
+
+    def _key(self, value: Tensor, b: int, channel_axis: int) -> tuple[tuple[int, ...], bool, int]:
+        """What a value's rows depend on: its shape but for the channels, whether these come last, and the batch."""
+        axis = channel_axis % max(value.dim(), 1)
+        return tuple(n for i, n in enumerate(value.shape) if i != axis), axis == value.dim() - 1, b
+
+    def _weigh(self, shape: tuple[int, ...], is_last: bool, b: int) -> Tensor:
         batch = self.batches[b]
-        shape = [n for i, n in enumerate(value.shape) if i != channel_axis % value.dim()]
-        if value.dim() < 2 or shape[0] != batch.size:
+        if not shape or shape[0] != batch.size:
             return torch.ones(shape).reshape(-1)
-        weights = None
-        if value.dim() == 3 and channel_axis % 3 == 2:
-            weights = self.positions.weights(batch.inputs, value.shape[1])
+        weights = self.positions.weights(batch.inputs, shape[1]) if is_last and len(shape) == 2 else None
         weights = torch.ones(shape) if weights is None else weights.clone()
         weights[batch.real :] = 0
         return weights.reshape(-1)
 
     def pick(self, value: Tensor, b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
-        """The rows of a value that enter a regression on so many `inputs`, and their weights."""
-        return self.sample(self.weights(value, b, channel_axis), b, inputs)
+        """The rows of a value that enter a regression on so many `inputs`, and their weights; the same every time."""
+        key = (*self._key(value, b, channel_axis), inputs)
+        if key not in self._picked:
+            self._picked[key] = self.sample(self.weights(value, b, channel_axis), b, inputs)
+        return self._picked[key]
 
     def sample(self, weights: Tensor, b: int, inputs: int) -> tuple[Picked, Tensor]:
         """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""
         limit = -(-self.per_input * inputs // self.all_batches)
         rows = weights.nonzero().squeeze(1)
-        if not limit or len(rows) <= limit:
+        if not limit or len(rows) <= NEARLY_ALL * limit:
             return (slice(None) if len(rows) == len(weights) else rows), weights[rows]
         read = weights[rows] > 1
         others = rows[~read]

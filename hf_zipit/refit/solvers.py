@@ -27,7 +27,7 @@ def solve(fit: Fit, site: Site) -> None:
 
 def solve_linear(fit: Fit, site: Site) -> None:
     weight = fit.values.merged[site.weight]
-    gram = Gram.empty(weight.shape[1], weight.shape[0], weight)
+    gram = Gram(weight.shape[1], weight.shape[0], weight)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.rows.pick(x, b, -1, weight.shape[1])
@@ -42,17 +42,17 @@ def solve_conv(fit: Fit, site: Site) -> None:
     norm = {role: merged[name] for role, name in names.items()}
     eps = torch.tensor(site.norm.args[7]) if site.norm is not None else None
     prior, _ = folded(flat, bias, norm | {"eps": eps} if eps is not None else None)
-    gram = Gram.empty(flat.shape[1], flat.shape[0], prior)
+    gram = Gram(flat.shape[1], flat.shape[0], prior)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         y = fit.targets.of(site, b)
         rows, picked = fit.rows.pick(y, b, 1, flat.shape[1])
         gram.add(patches(x, weight, site.node)[rows], y.flatten(2).mT.flatten(0, 1)[rows], picked)
-    gram = gram.reduce(fit.add_up)
-    slope, shift = ridge(gram, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
+    moments = gram.reduce(fit.add_up)
+    slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
     fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
     if eps is not None:
-        for role, value in restored(slope, shift, gram, eps).items():
+        for role, value in restored(slope, shift, moments, eps).items():
             merged[names[role]] = value.to(weight.dtype)
 
 

@@ -2,21 +2,54 @@
 
 Two experts' heads weigh positions differently, and no mean of the two is near both. But what is in one head is of low
 rank: T experts' heads side by side, each with a share of head_dim, take no more parameters or operations than one
-expert's heads, and lose little. Whether a layer can be cut so depends on its class, and is seen in the program of a
-model that was cut: its attention op has the new heads, and all other ops are the same.
+expert's heads, and lose little.
+
+Whether layers can be cut so depends on their class, and is proven by running it. A head of which all but the first
+units are zero computes what a narrower head does with those, beside heads of zeros, if it weighs its logits as much.
+So a model with random heads of that kind, and its cut copy with the same weights, must agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from hf_zipit.modeling.head_dims import head_dim_name
-from hf_zipit.refit.attention import Attention, heads_and_width
-from hf_zipit.refit.graph import Program
+from hf_zipit.refit.attention import Attention
+from hf_zipit.refit.graph import Arguments, Program
 from hf_zipit.refit.variants import variant
+from hf_zipit.symmetry.ops import op_name, shape_of
+from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.trace import select_outputs
+
+RESHAPING = ("view", "reshape")
+"""Ops that write sizes down."""
+
+SAMPLES = 2
+"""A proof runs so many,"""
+
+TOLERANCE = 1e-4
+"""and allows so large a difference of the outputs, relative to the largest of them, in float32."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """An attention layer with narrower heads.
+
+    Attributes:
+        count, width: of the heads.
+        scale: what whole heads multiply their logits by, in units of what the narrower ones do.
+        arguments: of the ops between the maps and the output projection.
+    """
+
+    count: int
+    width: int
+    scale: float
+    arguments: Mapping[fx.Node, Arguments]
 
 
 def narrower(width: int, experts: int) -> int | None:
@@ -24,47 +57,114 @@ def narrower(width: int, experts: int) -> int | None:
     return next((dim for dim in range(width // experts, 0, -1) if width % dim == 0), None)
 
 
-def split_ops(
+def find_splits(
     program: Program,
     layers: Iterable[Attention],
     model: nn.Module,
-    shapes: Mapping[str, list[int]],
+    inputs: Mapping[str, Tensor],
+    fields: Sequence[str] | None,
     experts: int,
-    export: Any,
-) -> dict[fx.Node, fx.Node]:
-    """For every op of the layers that can be cut, the op of the cut model; empty where none can.
+) -> dict[Attention, Split]:
+    """The layers that can be cut, and how; none where the class does not allow it.
 
     Args:
-        program: the forward pass of an expert.
+        program: the forward pass, with the merged model's sizes.
         layers: its attention layers.
         model: an expert.
-        shapes: the merged model's tensors that have other shapes.
+        inputs: some samples.
+        fields: the outputs that count.
         experts: how many heads are to take the place of one.
-        export: makes the program of a model.
     """
-    wanted = {}
+    splits = {}
     for layer in layers:
         dim = narrower(layer.width, experts)
-        if layer.module is not None and dim is not None and head_dim_name(model.get_submodule(layer.module)):
-            wanted[layer.module] = dim
-    if not wanted:
-        return {}
+        has_name = layer.module is not None and head_dim_name(model.get_submodule(layer.module))
+        split = _split(program, layer, dim) if dim is not None and has_name else None
+        if split is not None:
+            splits[layer] = split
+    return splits if splits and is_proven(splits, model, inputs, fields) else {}
+
+
+def _split(program: Program, layer: Attention, dim: int) -> Split | None:
+    """The layer with heads of another width; None where an op has a place for every head or every unit of one."""
+    count, ratio = layer.heads * layer.width // dim, layer.width / dim
+    mask = layer.node.args[3] if len(layer.node.args) > 3 else layer.node.kwargs.get("attn_mask")
+    if mask is not None and (len(shape_of(mask)) < 3 or shape_of(mask)[-3] != 1):
+        return None
+    axes: dict[fx.Node, int | None] = {}
+    arguments = {}
+    for node in layer.between:
+        given, shape = program.arguments(node), shape_of(node)
+        args, keywords = given.args, dict(given.kwargs)
+        axis = axes[node] = _heads_axis(node, axes)
+        if axis is None and shape[-1] != layer.heads * layer.width:
+            return None
+        if axis is not None and (shape[axis], shape[-1]) != (layer.heads, layer.width):
+            return None
+        if node is layer.node and keywords.get("scale") is not None:
+            keywords["scale"] *= ratio**0.5
+        if axis is not None and op_name(node) in RESHAPING:
+            sizes = list(args[1])
+            sizes[axis], sizes[-1] = (-1 if sizes[at] == -1 else new for at, new in ((axis, count), (-1, dim)))
+            args = (args[0], sizes)
+        arguments[node] = Arguments(args, keywords)
+    return Split(count, dim, ratio**-0.5, arguments)
+
+
+def _heads_axis(node: fx.Node, axes: Mapping[fx.Node, int | None]) -> int | None:
+    """Which axis has the heads, given that of earlier ops; None where they lie side by side."""
+    name, source = op_name(node), node.args[0]
+    if name == "scaled_dot_product_attention":
+        return 1
+    if source not in axes:
+        return 2  # a map's output, just cut
+    axis = axes[source]  # type: ignore[index]
+    if axis is None or (name in RESHAPING and shape_of(node) != shape_of(source)):  # type: ignore[arg-type]
+        return None
+    order = list(range(len(shape_of(node))))
+    if name == "transpose":
+        one, other = node.args[1:3]
+        order[one], order[other] = order[other], order[one]  # type: ignore[index]
+    elif name == "permute":
+        order = [order[dim] for dim in node.args[1]]  # type: ignore[union-attr,index]
+    return order.index(axis)
+
+
+@torch.no_grad()
+def is_proven(
+    splits: Mapping[Attention, Split], model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str] | None
+) -> bool:
+    """Whether a model with narrower heads computes what the splits say."""
+    some = {name: tensor[:SAMPLES] for name, tensor in inputs.items()}
+    tensors = _half_empty_heads(splits, model_tensors(model))
+    narrow_tensors = tensors | {
+        name: tensors[name] * split.scale
+        for layer, split in splits.items()
+        for name in (layer.query.weight, layer.query.bias)
+        if name is not None
+    }
+    head_dims = {layer.module: split.width for layer, split in splits.items() if layer.module is not None}
     try:
-        other = export(variant(model, shapes, wanted))
-        twins = program.twins(other)
+        whole, narrow = (
+            select_outputs(functional_call(variant(model, {}, dims).eval(), given, kwargs=some), fields)
+            for dims, given in (({}, tensors), (head_dims, narrow_tensors))
+        )
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
-        return {}
-    within = {node for layer in layers for node in layer.between}
-    if any(_shape(program.merged(node)) != _shape(twins[node]) for node in program.nodes if node not in within):
-        return {}  # as where every head has a mask of its own
-    found: dict[fx.Node, fx.Node] = {}
-    for layer in layers:
-        dim = wanted.get(layer.module or "")
-        if dim and heads_and_width(twins[layer.node]) == (layer.heads * (layer.width // dim), dim):
-            found |= {node: twins[node] for node in layer.between}
+        return False
+    return bool(whole) and all(
+        (narrow[name] - x).abs().max() <= TOLERANCE * x.abs().max() for name, x in whole.items()
+    )
+
+
+def _half_empty_heads(splits: Mapping[Attention, Split], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Random queries, keys, values and output projections, nothing beyond a head's first units."""
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for layer, split in splits.items():
+        for site in (*layer.inputs, layer.output):
+            for name in filter(None, (site.weight, site.bias)):
+                tensor = torch.randn(tensors[name].shape, generator=generator) / tensors[name].shape[-1] ** 0.5
+                if site is not layer.output:
+                    tensor.unflatten(0, (layer.heads, layer.width))[:, split.width :] = 0
+                found[name] = tensor
     return found
-
-
-def _shape(node: fx.Node) -> Any:
-    """Of an op's value; None where that is no tensor."""
-    return getattr(node.meta.get("val"), "shape", None)

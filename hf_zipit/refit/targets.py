@@ -25,6 +25,7 @@ class Targets:
     def __init__(self, values: Values, spec: MergeSpec, alignment: Alignment, own_weight: float) -> None:
         self.values, self.spec, self.alignment, self.own_weight = values, spec, alignment, own_weight
         self._scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
+        self._rows: dict[tuple[Site, str, int], Picked | None] = {}
         self._orders: dict[tuple[AxisLabel, int], Tensor | None] = {}
 
     def label(self, site: Site) -> AxisLabel:
@@ -45,18 +46,29 @@ class Targets:
         return target - other
 
     def reached(self, site: Site, b: int, rows: Picked | None = None) -> Tensor:
-        """What a site's output, or the stream that it writes into, should be."""
-        return self.share(site.stream or site.output, site.channel_axis, self.label(site), b, rows)
+        """What a site's output, or the stream that it writes into, should be; remembered until `forget`."""
+        key = (site, "target", b)
+        if key not in self.values.store or self._rows[key] is not rows:
+            self._rows[key] = rows
+            node = site.stream or site.output
+            self.values.store[key] = self.share(node, site.channel_axis, self.label(site), b, rows)
+        return self.values.store[key]
+
+    def forget(self, site: Site) -> None:
+        """Of a site that is done."""
+        for b in range(len(self.values.batches)):
+            self.values.store.pop((site, "target", b))
+            self._rows.pop((site, "target", b), None)
 
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
-        total: Tensor | float = 0.0
+        total: Tensor | None = None
         task = self.values.batches[b].task
         for t, weight in enumerate(self.weights(task)):
             y = self.values.store[node, t, b]
-            y = y if rows is None else y.flatten(0, -2)[rows]
-            total = total + weight * self._in_merged_units(y, axis, label, t)
-        assert isinstance(total, Tensor)
+            y = self._in_merged_units(y if rows is None else y.flatten(0, -2)[rows], axis, label, t)
+            total = y * weight if total is None else total.add_(y, alpha=weight)
+        assert total is not None
         scale = self._scale(label, task)
         return (
             total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from hf_zipit.align.maps import Alignment
 from hf_zipit.planning.cut import Cut
-from hf_zipit.refit.attention import find_attention
+from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.config import RefitConfig
@@ -38,7 +38,7 @@ from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.report import RefitReport
 from hf_zipit.refit.rows import Rows
 from hf_zipit.refit.solvers import norm_names, solve
-from hf_zipit.refit.splitting import split_ops
+from hf_zipit.refit.splitting import Split, find_splits
 from hf_zipit.refit.store import MERGED
 from hf_zipit.refit.targets import Targets
 from hf_zipit.refit.values import Values
@@ -93,17 +93,18 @@ class Walk:
         self.cut, self.progress = cut, progress
         export = partial(Program, inputs=batches[0].inputs, fields=fields, trunk=cut.trunk)
         self.program = export(model)
-        wide = any(tensor.shape != experts[0][name].shape for name, tensor in merged.items())
-        shapes = merged_shapes(spec, alignment) if wide else {}
-        if wide:
-            self.program.adopt_sizes(self.program.twins(export(variant(model, shapes, {}))))
+        if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
+            wide = export(variant(model, merged_shapes(spec, alignment), {}))
+            self.program.adopt(self.program.arguments_in(wide))
         self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.doors = find_doors(self.program, cut)
         self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
-        self.split_ops: dict[fx.Node, fx.Node] = {}
+        self.behind_attention = {layer.output.node for layer in self.attention.values()}
+        self.splits: dict[Attention, Split] = {}
         if config.split_heads:
-            self.split_ops = split_ops(self.program, self.attention.values(), model, shapes, len(tasks), export)
+            layers, inputs = self.attention.values(), batches[0].inputs
+            self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
         self.head_dims: dict[str, int] = {}
 
         values = Values(self.program, experts, merged, batches, config.memory_gb)
@@ -125,7 +126,7 @@ class Walk:
         values, position = self.fit.values, self.program.position
         reached = [position[site.stream or site.output] for site in self.sites.values()]
         reached += [position[node] for node in self.doors.values()]
-        waiting, expiring = self._waiting(), self._expiring()
+        solved_as_a_whole, expiring = self._in_attention_layers(), self._expiring()
         solved: Doors = {}
         with values.store, self._bar() as bar:
             for i, node in enumerate(self.program.nodes[: max(reached, default=-1) + 1]):
@@ -133,10 +134,11 @@ class Walk:
                 site = self.sites.get(node) if node not in self.in_attention else None
                 if site is not None:
                     self._advance_experts(position[site.stream or site.output])
-                    solve(self.fit, site)
+                    if node not in self.behind_attention:
+                        solve(self.fit, site)
                 elif node in self.attention:
                     self._solve_attention(node)
-                if node not in waiting:
+                if node not in solved_as_a_whole:
                     values.compute(node, MERGED)
                 for entry, source in self.doors.items():
                     if source is node:
@@ -155,7 +157,7 @@ class Walk:
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
         self._advance_experts(self.program.position[layer.output.stream or layer.output.output])
-        width = AttentionSolver(self.fit, layer, self.split_ops).solve()
+        width = AttentionSolver(self.fit, layer, self.splits.get(layer)).solve()
         if width is not None and layer.module is not None:
             self.head_dims[layer.module] = width
 
@@ -166,11 +168,11 @@ class Walk:
                 self.fit.values.compute(self.program.nodes[self.ahead], expert)
             self.ahead += 1
 
-    def _waiting(self) -> set[fx.Node]:
-        """Ops in front of an attention layer whose weights are not solved when they are reached."""
+    def _in_attention_layers(self) -> set[fx.Node]:
+        """Ops of attention layers, up to the means, that whoever solves the layer runs as far as they are needed."""
         position = self.program.position
         layers = self.attention.values()
-        return {node for layer in layers for node in layer.ops if position[node] < position[layer.at]}
+        return {node for layer in layers for node in layer.ops if position[node] <= position[layer.node]}
 
     def _expiring(self) -> dict[int, list[fx.Node]]:
         """By position the nodes whose values nobody reads after it."""
@@ -187,6 +189,7 @@ class Walk:
     def _note(self, site: Site) -> float:
         """Keep a site's relative error on every task's samples for the report; returns their mean."""
         found = relative_errors(self.fit, site)
+        self.fit.targets.forget(site)
         self.errors[site.module if site.module not in self.errors else site.weight] = found
         return sum(found.values()) / max(len(found), 1)
 

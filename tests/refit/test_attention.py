@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from unittest.mock import patch
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 from transformers.models.vit.modeling_vit import ViTAttention
 
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
 from hf_zipit.modeling import head_dims
-from hf_zipit.refit import RefitConfig, RefitReport
+from hf_zipit.refit import RefitConfig, RefitReport, walk
 from hf_zipit.refit.attention import find_attention
-from hf_zipit.refit.graph import Program, find_sites
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.heads import Metric, logit_factors, value_factors
-from hf_zipit.refit.splitting import narrower
+from hf_zipit.refit.misfit import relative_errors
+from hf_zipit.refit.solvers import solve_linear
+from hf_zipit.refit.splitting import find_splits, is_proven, narrower
+from hf_zipit.refit.store import MERGED
+from hf_zipit.refit.variants import variant
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, Symmetry, fitted
+from hf_zipit.symmetry.trace import select_outputs
 
 from .. import tiny
 from ..test_invariants import calibration, case, outputs, with_tensors
@@ -125,6 +134,58 @@ def test_a_change_of_basis_inside_heads_is_seen_through(name: str, refit: bool):
 @pytest.mark.parametrize(("width", "experts", "dim"), [(64, 2, 32), (64, 3, 16), (64, 4, 16), (5, 2, 1), (1, 2, None)])
 def test_every_experts_head_gets_its_share(width: int, experts: int, dim: int | None):
     assert narrower(width, experts) == dim
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "bert-sequence", "distilbert-sequence"])
+@pytest.mark.parametrize("dim", [2, 4])
+def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: int):
+    """Of the same weights, op by op; if it multiplies logits by something else, that is found out."""
+    model = case(name).model
+    spec = MergeSpec.from_model(model)
+    inputs = {n: x[:3] for n, x in calibration(model).items()}
+    fields = adapter_for(model).outputs(model)
+    program = Program(model, inputs, fields)
+    layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
+    splits = find_splits(program, layers, model, inputs, fields, layers[0].width // dim)
+    assert splits.keys() == set(layers)
+    assert {(s.count * s.width, s.width) for s in splits.values()} == {(n.heads * n.width, dim) for n in layers}
+    for split in splits.values():
+        program.adopt(split.arguments)
+    cut = variant(model, {}, {layer.module: dim for layer in layers})
+    with torch.no_grad():
+        expected = select_outputs(cut(**inputs), fields)
+        values: dict[fx.Node, object] = {}
+        for node in program.nodes:
+            values[node] = program.run(node, values.__getitem__, model_tensors(model), inputs, merged=True)
+    for field, node in program.outputs.items():
+        torch.testing.assert_close(values[node], expected[field], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(expected[field], select_outputs(model(**inputs), fields)[field], atol=1e-4)
+    for wrong in (0.5, 1.0):
+        others = {layer: replace(split, scale=wrong * split.scale) for layer, split in splits.items()}
+        assert is_proven(others, model, inputs, fields) == (wrong == 1.0)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_nothing_is_left_to_gain_at_the_output_projection(split: bool):
+    """It is solved from the moments of the means alone: its own regression finds nothing better."""
+    errors = []
+
+    def checked(fit: Fit, site: Site) -> dict[str, float]:
+        found = relative_errors(fit, site)
+        if site.module.endswith("attention.o_proj"):
+            solve_linear(fit, site)
+            fit.values.compute(site.node, MERGED)
+            errors.extend(zip(found.values(), relative_errors(fit, site).values(), strict=True))
+        return found
+
+    models = tiny.pair("vit")
+    data = {"a": calibration(models[0]), "b": calibration(models[1])}
+    settings = RefitConfig(rows_per_input=0, split_heads=split, ridge=1e-8)
+    with patch.object(walk, "relative_errors", checked):
+        merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings, progress=False)
+    assert len(errors) == 2 * 2
+    for before, after in errors:
+        assert before > 1e-4 and after == pytest.approx(before, rel=1e-3)
 
 
 def apart(model: PreTrainedModel, count: int) -> list[PreTrainedModel]:

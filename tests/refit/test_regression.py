@@ -7,7 +7,7 @@ import torch
 from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor
 
-from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
+from hf_zipit.refit.regression import TRIANGLE, ChannelSums, Gram, Moments, ridge, scale_and_shift
 
 INPUTS, OUTPUTS, ROWS = 5, 3, 200
 
@@ -29,9 +29,13 @@ def prior() -> Tensor:
 
 
 def gram_of(x: Tensor, y: Tensor, weight: Tensor) -> Gram:
-    gram = Gram.empty(x.shape[1], y.shape[1])
+    gram = Gram(x.shape[1], y.shape[1])
     gram.add(x, y, weight.to(x.dtype))
     return gram
+
+
+def moments_of(x: Tensor, y: Tensor, weight: Tensor) -> Moments:
+    return gram_of(x, y, weight).reduce()
 
 
 def explicit(x: Tensor, y: Tensor, weight: Tensor, prior: Tensor, strength: float, intercept: bool):
@@ -49,7 +53,7 @@ def explicit(x: Tensor, y: Tensor, weight: Tensor, prior: Tensor, strength: floa
 @pytest.mark.parametrize("intercept", [True, False])
 @pytest.mark.parametrize("strength", [1e-9, 1e-2, 3.0])
 def test_ridge_is_explicit_least_squares(rows, prior, strength: float, intercept: bool):
-    found = ridge(gram_of(*rows), prior, strength, intercept)
+    found = ridge(moments_of(*rows), prior, strength, intercept)
     for ours, expected in zip(found, explicit(*rows, prior, strength, intercept), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
@@ -57,21 +61,21 @@ def test_ridge_is_explicit_least_squares(rows, prior, strength: float, intercept
 def test_ridge_is_that_of_scikit_learn(rows):
     x, y, weight = rows
     plain = LinearRegression().fit(x.numpy(), y.numpy(), sample_weight=weight.numpy())
-    slope, shift = ridge(gram_of(*rows), torch.zeros(OUTPUTS, INPUTS), 1e-12)
+    slope, shift = ridge(moments_of(*rows), torch.zeros(OUTPUTS, INPUTS), 1e-12)
     torch.testing.assert_close(slope, torch.from_numpy(plain.coef_), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(shift, torch.from_numpy(plain.intercept_), rtol=1e-6, atol=1e-6)
 
     centre = (weight[:, None] * x).sum(0) / weight.sum()
     alpha = 0.1 * (weight[:, None] * (x - centre).square()).sum(0).mean()
     pulled = Ridge(alpha=float(alpha)).fit(x.numpy(), y.numpy(), sample_weight=weight.numpy())
-    slope, shift = ridge(gram_of(*rows), torch.zeros(OUTPUTS, INPUTS), 0.1)
+    slope, shift = ridge(moments_of(*rows), torch.zeros(OUTPUTS, INPUTS), 0.1)
     torch.testing.assert_close(slope, torch.from_numpy(pulled.coef_), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(shift, torch.from_numpy(pulled.intercept_), rtol=1e-6, atol=1e-6)
 
 
 def test_a_strong_ridge_gives_the_prior_and_fits_the_intercept(rows, prior):
     x, y, weight = rows
-    slope, shift = ridge(gram_of(*rows), prior, 1e9)
+    slope, shift = ridge(moments_of(*rows), prior, 1e9)
     torch.testing.assert_close(slope, prior, rtol=1e-6, atol=1e-6)
     left = ((y - x @ prior.T) * weight[:, None]).sum(0) / weight.sum()
     torch.testing.assert_close(shift, left, rtol=1e-5, atol=1e-5)
@@ -81,7 +85,7 @@ def test_an_exact_prior_stays(rows, prior):
     x, _, weight = rows
     y = x @ prior.T - 4
     for strength in (1e-6, 1.0):
-        slope, shift = ridge(gram_of(x, y, weight), prior, strength)
+        slope, shift = ridge(moments_of(x, y, weight), prior, strength)
         torch.testing.assert_close(slope, prior)
         torch.testing.assert_close(shift, torch.full((OUTPUTS,), -4.0, dtype=torch.float64))
 
@@ -89,14 +93,14 @@ def test_an_exact_prior_stays(rows, prior):
 def test_fewer_rows_than_inputs_stay_at_the_prior_where_nothing_is_known(prior):
     x = torch.zeros(2, INPUTS, dtype=torch.float64)
     x[0, 0], x[1, 0] = 1, -1
-    slope, _ = ridge(gram_of(x, x[:, :1] * torch.tensor([[7.0, 8, 9]]), torch.ones(2)), prior, 1e-6)
+    slope, _ = ridge(moments_of(x, x[:, :1] * torch.tensor([[7.0, 8, 9]]), torch.ones(2)), prior, 1e-6)
     torch.testing.assert_close(slope[:, 1:], prior[:, 1:])
     torch.testing.assert_close(slope[:, 0], torch.tensor([7.0, 8, 9], dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("intercept", [True, False])
 def test_no_rows_at_all_give_the_prior(prior, intercept: bool):
-    slope, shift = ridge(Gram.empty(INPUTS, OUTPUTS), prior, 1e-4, intercept)
+    slope, shift = ridge(Gram(INPUTS, OUTPUTS).reduce(), prior, 1e-4, intercept)
     torch.testing.assert_close(slope, prior)
     assert not shift.any()
 
@@ -104,8 +108,8 @@ def test_no_rows_at_all_give_the_prior(prior, intercept: bool):
 def test_a_weight_is_a_repetition(rows):
     x, y, _ = rows
     times = torch.arange(ROWS) % 3
-    weighted = gram_of(x, y, times.double())
-    repeated = gram_of(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0), torch.ones(int(times.sum())))
+    weighted = moments_of(x, y, times.double())
+    repeated = moments_of(x.repeat_interleave(times, 0), y.repeat_interleave(times, 0), torch.ones(int(times.sum())))
     for name in ("xx", "xy", "x", "y", "n"):
         torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name))
 
@@ -117,7 +121,7 @@ def test_reduced_parts_are_the_whole(rows):
     second.reduce(lambda tensor: sent.append(tensor) or tensor)  # type: ignore[func-returns-value]
     reduced = first.reduce(lambda tensor: tensor + sent.pop(0))
     assert not sent
-    whole = gram_of(*rows)
+    whole = moments_of(*rows)
     for name in ("xx", "xy", "x", "y", "n"):
         torch.testing.assert_close(getattr(reduced, name), getattr(whole, name))
 
@@ -125,10 +129,55 @@ def test_reduced_parts_are_the_whole(rows):
 def test_many_rows_are_added_in_blocks():
     generator = torch.Generator().manual_seed(2)
     x, y = torch.randn(20_000, 2, generator=generator), torch.randn(20_000, 1, generator=generator)
-    gram = gram_of(x, y, torch.ones(20_000))
-    torch.testing.assert_close(gram.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(gram.xy, x.double().T @ y.double(), rtol=1e-5, atol=1e-2)
-    assert gram.n == 20_000
+    found = moments_of(x, y, torch.ones(20_000))
+    torch.testing.assert_close(found.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(found.xy, x.double().T @ y.double(), rtol=1e-5, atol=1e-2)
+    assert found.n == 20_000
+
+
+@pytest.mark.parametrize("inputs", [TRIANGLE - 1, 2 * TRIANGLE, 2 * TRIANGLE + 3])
+def test_moments_are_about_the_origin_and_both_triangles_are_there(inputs: int):
+    """However far the rows are from it, and wherever the first ones are."""
+    generator = torch.Generator().manual_seed(3)
+    x, y = (torch.randn(60, n, generator=generator, dtype=torch.float64) + 5 for n in (inputs, 2))
+    weight = torch.rand(60, generator=generator, dtype=torch.float64)
+    gram = Gram(inputs, 2)
+    for part in torch.arange(60).split(25):
+        gram.add(x[part] + part[0], y[part], weight[part])
+    x = x + torch.tensor([0.0, 25, 50]).repeat_interleave(25)[:60, None]
+    found, weighted = gram.reduce(), weight[:, None] * x
+    for ours, expected in zip(
+        (found.xx, found.xy, found.x, found.y, found.n),
+        (weighted.T @ x, weighted.T @ y, weighted.sum(0), weight @ y, weight.sum()),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_moments_do_not_depend_on_what_is_subtracted_when(rows, prior, near: bool):
+    """A first solution that helps is subtracted row by row, another one at the end; alike for moments of a mix."""
+    x, y, weight = rows
+    if near:
+        y = x @ prior.T + 0.1 * y
+    gram, plain = Gram(INPUTS, OUTPUTS, prior), moments_of(x, y, weight)
+    gram.add(x, y, weight)
+    assert bool(gram.left.blocks) == near
+    found = gram.reduce()
+    left = moments_of(x, y - x @ prior.T, weight)
+    for name in ("xx", "xy", "x", "y", "n"):
+        torch.testing.assert_close(getattr(found, name), getattr(left, name))
+    for ours, expected in zip(ridge(found, 2 * prior, 0.1), ridge(plain, 2 * prior, 0.1), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+    generator = torch.Generator().manual_seed(4)
+    mix = torch.randn(2, INPUTS, generator=generator, dtype=torch.float64)
+    start = torch.randn(OUTPUTS, 2, generator=generator, dtype=torch.float64)
+    mixed = x @ mix.T
+    expected = moments_of(mixed, y - mixed @ start.T, weight)
+    for name in ("xx", "xy", "x", "y", "n"):
+        torch.testing.assert_close(getattr(found.mixed(mix, start), name), getattr(expected, name))
+        torch.testing.assert_close(getattr(plain.mixed(mix, start), name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("strength", [1e-9, 0.5])
