@@ -6,12 +6,15 @@ The norm is restored afterwards, with statistics that belong to the new weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.refit.regression import Moments
+from hf_zipit.refit.rows import Picked
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -35,14 +38,44 @@ def restored(slope: Tensor, shift: Tensor, moments: Moments, eps: Tensor) -> dic
     return {"weight": (variance + eps).sqrt(), "bias": shift + mean, "mean": mean, "variance": variance}
 
 
-def patches(x: Tensor, weight: Tensor, node: fx.Node) -> Tensor:
-    """What a convolution's kernel sees at every place of `[n, c, h, w]`: `[n * places, c * kernel]`."""
+def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
+    """What a convolution's kernel sees at some places of `[n, c, h, w]`: `[rows, c * kernel]`.
+
+    `rows` are numbers among all its places, `n * height * width` of the output.
+    """
     given = dict(zip(("stride", "padding", "dilation"), node.args[3:6], strict=False))
     given |= {name: value for name, value in node.kwargs.items() if name in ("stride", "padding", "dilation")}
-    geometry = {name: tuple(value) for name, value in given.items() if not isinstance(value, str)}
-    if given.get("padding") == "same":
-        x = functional.pad(x, same_padding(weight.shape[2:], geometry.get("dilation", (1, 1))))
-    return functional.unfold(x, weight.shape[2:], **geometry).mT.flatten(0, 1)
+    (down, right), (step_down, step_right) = (_both(given.get(name, 1)) for name in ("stride", "dilation"))
+    kernel = weight.shape[2:]
+    seen = functional.pad(x, _padding(given.get("padding", 0), kernel, (step_down, step_right))).movedim(1, -1)
+    n, height, width, _ = seen.shape
+    high = (height - step_down * (kernel[0] - 1) - 1) // down + 1
+    wide = (width - step_right * (kernel[1] - 1) - 1) // right + 1
+    sample, line, column = torch.unravel_index(torch.arange(n * high * wide)[rows], (n, high, wide))
+    corner = (sample * height + line * down) * width + column * right
+    lines, columns = torch.arange(kernel[0]) * step_down * width, torch.arange(kernel[1]) * step_right
+    offsets = (lines[:, None] + columns).flatten()
+    return seen.flatten(0, 2)[corner[:, None] + offsets].mT.flatten(1)
+
+
+def at_places(x: Tensor, rows: Picked) -> Tensor:
+    """Some places of `[n, c, h, w]`: `[rows, c]`."""
+    shape = (len(x), *x.shape[2:])
+    return x.movedim(1, -1)[torch.unravel_index(torch.arange(prod(shape))[rows], shape)]
+
+
+def _both(setting: Any) -> tuple[int, int]:
+    """A setting of both axes, or of each."""
+    values = [setting] if isinstance(setting, int) else list(setting)
+    return values[0], values[-1]
+
+
+def _padding(setting: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Zeros before and after each axis, the last axis first."""
+    if isinstance(setting, str):
+        return same_padding(kernel, dilation) if setting == "same" else [0] * 4
+    lines, columns = _both(setting)
+    return [columns, columns, lines, lines]
 
 
 def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
+from hf_zipit.refit.convolution import at_places
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.store import MERGED
@@ -30,17 +33,17 @@ def misfit(fit: Fit, site: Site) -> tuple[Tensor, Tensor]:
     axis = site.channel_axis
     weight_shape = fit.values.merged[site.weight].shape
     width = weight_shape[site.unit_axis]
-    inputs = weight_shape[1] if site.kind == "linear" else width
+    inputs = prod(weight_shape[1:]) if site.kind in ("linear", "conv") else width
     sums = torch.zeros(len(fit.tasks) + 1, width + 3, dtype=torch.float64)
     for b, batch in enumerate(fit.values.batches):
         made = _made(fit, site, b)
+        rows, weight = fit.rows.pick(made, b, axis, inputs)
         if axis == -1:
-            rows, weight = fit.rows.pick(made, b, axis, inputs)
             y = fit.targets.reached(site, b, rows)
             off = made.flatten(0, -2)[rows] - y
         else:
-            weight, target = fit.rows.weights(made, b, axis), fit.targets.reached(site, b)
-            y, off = (part.movedim(axis, -1).flatten(0, -2) for part in (target, made - target))
+            y = at_places(fit.targets.reached(site, b), rows)
+            off = at_places(made, rows) - y
         squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
         ones = torch.ones(len(y))
         scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])

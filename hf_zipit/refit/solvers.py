@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_zipit.errors import SpecError
-from hf_zipit.refit.convolution import folded, patches, restored
+from hf_zipit.refit.convolution import at_places, folded, patches, restored
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
@@ -47,7 +47,7 @@ def solve_conv(fit: Fit, site: Site) -> None:
         x = fit.values.of(site.node.args[0], MERGED, b)
         y = fit.targets.of(site, b)
         rows, picked = fit.rows.pick(y, b, 1, flat.shape[1])
-        gram.add(patches(x, weight, site.node)[rows], y.flatten(2).mT.flatten(0, 1)[rows], picked)
+        gram.add(patches(x, weight, site.node, rows), at_places(y, rows), picked)
     moments = gram.reduce(fit.add_up)
     slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
     fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))

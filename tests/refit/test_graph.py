@@ -12,7 +12,7 @@ from torch.nn import functional
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import SpecError
 from hf_zipit.planning.plan import Plan, make_plan
-from hf_zipit.refit.convolution import patches
+from hf_zipit.refit.convolution import at_places, patches
 from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.trace import select_outputs
@@ -181,5 +181,9 @@ def test_patches_times_weights_are_the_convolution(settings: dict):
     with torch.no_grad():
         expected = named(x).flatten(2).mT.flatten(0, 1)
         weight = model[0].weight
-        found = functional.linear(patches(x, weight, site.node), weight.flatten(1), model[0].bias)
+        found = functional.linear(patches(x, weight, site.node, slice(None)), weight.flatten(1), model[0].bias)
+        rows = torch.tensor([5, 0, len(expected) - 1])
+        some = functional.linear(patches(x, weight, site.node, rows), weight.flatten(1), model[0].bias)
+        assert torch.equal(at_places(named(x), rows), expected[rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(some, expected[rows], rtol=1e-5, atol=1e-5)

@@ -214,7 +214,7 @@ def test_a_restored_batch_norm_is_the_folded_one(name: str):
                 slope, shift = solutions[-1]
                 x = torch.cat([fit.values.of(site.node.args[0], MERGED, b) for b in range(len(fit.values.batches))])
                 weight, names = fit.values.merged[site.weight], norm_names(fit, site)
-                seen = patches(x, weight, site.node)
+                seen = patches(x, weight, site.node, slice(None))
                 convolved = seen @ weight.flatten(1).T
                 expected = seen @ slope.float().T + shift.float()
                 roles = [fit.values.merged[names[role]] for role in ("mean", "variance", "weight", "bias")]
