@@ -27,9 +27,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-BLOCK = 8192
-"""At least so many rows, where there are as many, are multiplied at once: adding up Gram matrices costs, too."""
-
 TRIANGLE = 128
 """So many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
 
@@ -123,21 +120,15 @@ class Gram:
         """`start`: the first solution, a slope `[k, d]`; None for zero."""
         self.start = start
         self.whole, self.left = Sums(inputs, outputs), Sums(inputs, outputs)
-        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
-        self._waiting += zip(x.split(BLOCK), y.split(BLOCK), weight.split(BLOCK), strict=True)
-        if sum(len(rows) for rows, _, _ in self._waiting) >= BLOCK:
-            self._add_waiting()
-
-    def _add_waiting(self) -> None:
-        x, y, weight = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-        self._waiting.clear()
-        if self.start is not None and self._helps(x, y):
-            self.left.add(x, torch.addmm(y, x, self.start.to(x).T, alpha=-1), weight)
-        else:
-            self.whole.add(x, y, weight)
+        for block, target, w in zip(x.split(8192), y.split(8192), weight.split(8192), strict=True):
+            if self.start is not None and self._helps(block, target):
+                left = torch.addmm(target, block, self.start.to(block).T, alpha=-1)
+                self.left.add(block, left, w)
+            else:
+                self.whole.add(block, target, w)
 
     def _helps(self, x: Tensor, y: Tensor) -> bool:
         """Whether the first solution leaves little of some targets."""
@@ -149,8 +140,6 @@ class Gram:
 
     def reduce(self, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
         """The moments of all processes; `add_up` sums a tensor over them."""
-        if self._waiting:
-            self._add_waiting()
         if not self.whole.blocks:
             found = self.left.moments()
         else:

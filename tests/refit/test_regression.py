@@ -7,7 +7,7 @@ import torch
 from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor
 
-from hf_zipit.refit.regression import BLOCK, TRIANGLE, ChannelSums, Gram, Moments, ridge, scale_and_shift
+from hf_zipit.refit.regression import TRIANGLE, ChannelSums, Gram, Moments, ridge, scale_and_shift
 
 INPUTS, OUTPUTS, ROWS = 5, 3, 200
 
@@ -133,26 +133,6 @@ def test_many_rows_are_added_in_blocks():
     torch.testing.assert_close(found.xx, x.double().T @ x.double(), rtol=1e-5, atol=1e-2)
     torch.testing.assert_close(found.xy, x.double().T @ y.double(), rtol=1e-5, atol=1e-2)
     assert found.n == 20_000
-
-
-@pytest.mark.parametrize("near", [True, False])
-def test_few_rows_at_a_time_are_multiplied_together(near: bool):
-    """Whether the first solution is subtracted before or after."""
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(BLOCK + 900, INPUTS, generator=generator)
-    start = torch.randn(OUTPUTS, INPUTS, generator=generator)
-    y = x @ start.T + (0.01 if near else 10) * torch.randn(len(x), OUTPUTS, generator=generator)
-    weight = torch.rand(len(x), generator=generator)
-    gram = Gram(INPUTS, OUTPUTS, start)
-    for first in range(0, len(x), 100):
-        own = slice(first, first + 100)
-        gram.add(x[own], y[own], weight[own])
-    found = gram.reduce()
-    assert [len(sums.blocks) for sums in (gram.left, gram.whole)] == ([2, 0] if near else [0, 2])
-    left, weighted = y.double() - x.double() @ start.double().T, x.double() * weight[:, None]
-    torch.testing.assert_close(found.xx, weighted.T @ x.double(), rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(found.xy, weighted.T @ left, rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(found.y, weight.double() @ left, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.parametrize("inputs", [TRIANGLE - 1, 2 * TRIANGLE, 2 * TRIANGLE + 3])
