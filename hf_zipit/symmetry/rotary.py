@@ -24,17 +24,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from hf_zipit.symmetry.folding import PASSING
 from hf_zipit.symmetry.ops import FIXED, LINEAR, PERMUTATION, ROTARY, Value, broadcast, is_in_place, op_name, shape_of
 
 if TYPE_CHECKING:
     from hf_zipit.symmetry.trace import Interpreter
 
 CASTS = {"to", "_to_copy", "type_as"}
-UNIT_BY_UNIT = CASTS | {
-    "cos", "sin", "neg", "unsqueeze", "squeeze", "clone", "contiguous", "detach", "alias", "expand", "slice", "narrow",
-    "index_select", "lift_fresh_copy",
-}  # fmt: skip
-"""Ops that do the same to all units of the last axis, as long as it keeps its length."""
+
+UNIT_BY_UNIT = PASSING | {"cos", "sin", "neg", "slice", "narrow"}
+"""Ops that do the same to all units of the last axis, in their order, as long as it keeps its length."""
 
 
 @dataclass(frozen=True)

@@ -307,6 +307,13 @@ CASES: dict[str, Case] = {
         ),
         FIXED,
     ),
+    "cosines in another order": Case(
+        lambda x, i: (
+            x * twice(ANGLES.clone()).cos().index_select(-1, i) + half_turned(x) * twice(ANGLES.clone()).sin()
+        ),
+        FIXED,
+        extra={"i": ORDER},
+    ),
     "another tensor's halves": Case(
         lambda x, w: x * twice(ANGLES.clone()).cos() + half_turned(F.linear(x, w)) * twice(ANGLES.clone()).sin(),
         FIXED,
