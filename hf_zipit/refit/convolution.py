@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from hf_zipit.refit.regression import Moments
 from hf_zipit.refit.rows import Picked
+from hf_zipit.symmetry.ops import shape_of
 
 
 def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
@@ -48,10 +49,8 @@ def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
     (down, right), (step_down, step_right) = (_both(given.get(name, 1)) for name in ("stride", "dilation"))
     kernel = weight.shape[2:]
     seen = functional.pad(x, _padding(given.get("padding", 0), kernel, (step_down, step_right))).movedim(1, -1)
-    n, height, width, _ = seen.shape
-    high = (height - step_down * (kernel[0] - 1) - 1) // down + 1
-    wide = (width - step_right * (kernel[1] - 1) - 1) // right + 1
-    sample, line, column = torch.unravel_index(torch.arange(n * high * wide)[rows], (n, high, wide))
+    height, width = seen.shape[1:3]
+    sample, line, column = _places((len(x), *shape_of(node)[2:]), rows)
     corner = (sample * height + line * down) * width + column * right
     lines, columns = torch.arange(kernel[0]) * step_down * width, torch.arange(kernel[1]) * step_right
     offsets = (lines[:, None] + columns).flatten()
@@ -60,8 +59,12 @@ def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
 
 def at_places(x: Tensor, rows: Picked) -> Tensor:
     """Some places of `[n, c, h, w]`: `[rows, c]`."""
-    shape = (len(x), *x.shape[2:])
-    return x.movedim(1, -1)[torch.unravel_index(torch.arange(prod(shape))[rows], shape)]
+    return x.movedim(1, -1)[_places((len(x), *x.shape[2:]), rows)]
+
+
+def _places(shape: tuple[int, ...], rows: Picked) -> tuple[Tensor, ...]:
+    """Sample, line and column of some of `[n, h, w]` places, by their numbers."""
+    return torch.unravel_index(torch.arange(prod(shape))[rows], shape)
 
 
 def _both(setting: Any) -> tuple[int, int]:

@@ -16,15 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from hf_zipit.modeling.head_dims import head_dim_name
 from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.graph import Arguments, Program
 from hf_zipit.refit.variants import variant
 from hf_zipit.symmetry.ops import op_name, shape_of
-from hf_zipit.symmetry.proof import model_tensors
-from hf_zipit.symmetry.trace import select_outputs
+from hf_zipit.symmetry.proof import model_tensors, run_with
 
 RESHAPING = ("view", "reshape")
 """Ops that write sizes down."""
@@ -146,7 +144,7 @@ def is_proven(
     head_dims = {layer.module: split.width for layer, split in splits.items() if layer.module is not None}
     try:
         whole, narrow = (
-            select_outputs(functional_call(variant(model, {}, dims).eval(), given, kwargs=some), fields)
+            run_with(variant(model, {}, dims), given, some, fields)
             for dims, given in (({}, tensors), (head_dims, narrow_tensors))
         )
     except Exception:  # a model's own code may raise anything where a shape is not what it expects

@@ -7,7 +7,7 @@ Then a random element of the inferred symmetry group is applied, both models run
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +111,7 @@ def _in_float32(x: Tensor) -> Tensor:
 
 
 def run_with(
-    model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None
+    model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor], fields: Sequence[str] | None
 ) -> dict[str, Tensor]:
     """The outputs of a model in eval mode with other tensors; the model itself is left as it was."""
     training = [(module, module.training) for module in model.modules()]

@@ -327,8 +327,9 @@ def trace(
     tensor_of = {n: named[n.name].removeprefix("model.") for n in nodes if n.op == "placeholder" and n.name in named}
     module_of = {node: (module_stack(node) or ("",))[-1] for node in nodes}
     folds = tuple(find_folds(program.graph, tensor_of, module_of, model)) if folding else ()
+    rotations = find_rotations(program.graph)
     while True:
-        found = _walk(program, tensor_of, model, inputs, towers, head, features, folds)
+        found = _walk(program, tensor_of, model, inputs, towers, head, features, folds, rotations)
         useful = tuple(norm for norm in folds if _rotates(norm, found))
         if useful == folds:
             return replace(found, folds=folds)
@@ -350,9 +351,10 @@ def _walk(
     head: Sequence[str],
     features: Sequence[str],
     folds: Sequence[Fold],
+    rotations: Mapping[fx.Node, Rotation],
 ) -> Trace:
     """What the graph says, the scales of `folds` being ones."""
-    run = Interpreter(model, towers, head, find_rotations(program.graph))
+    run = Interpreter(model, towers, head, rotations)
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     ones = {norm.weight for norm in folds}
     values: list[Any] = []
