@@ -6,7 +6,6 @@ The norm is restored afterwards, with statistics that belong to the new weights.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.refit.regression import Moments
-from hf_zipit.refit.rows import Picked
+from hf_zipit.refit.rows import Picked, places
 from hf_zipit.symmetry.ops import shape_of
 
 
@@ -33,9 +32,9 @@ def restored(slope: Tensor, shift: Tensor, moments: Moments, eps: Tensor) -> dic
     `moments` are those of the patches, from which mean and variance of the convolution follow.
     """
     mean_x = moments.x / moments.n.clamp_min(1e-12)
-    covariance = moments.xx / moments.n.clamp_min(1e-12) - torch.outer(mean_x, mean_x)
+    covariance = torch.addr(moments.xx, moments.x, mean_x, alpha=-1)
     mean = slope @ mean_x
-    variance = ((slope @ covariance) * slope).sum(1).clamp_min(0)
+    variance = ((slope @ covariance) * slope).sum(1).clamp_min(0) / moments.n.clamp_min(1e-12)
     return {"weight": (variance + eps).sqrt(), "bias": shift + mean, "mean": mean, "variance": variance}
 
 
@@ -50,21 +49,11 @@ def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
     kernel = weight.shape[2:]
     seen = functional.pad(x, _padding(given.get("padding", 0), kernel, (step_down, step_right))).movedim(1, -1)
     height, width = seen.shape[1:3]
-    sample, line, column = _places((len(x), *shape_of(node)[2:]), rows)
+    sample, line, column = places((len(x), *shape_of(node)[2:]), rows)
     corner = (sample * height + line * down) * width + column * right
     lines, columns = torch.arange(kernel[0]) * step_down * width, torch.arange(kernel[1]) * step_right
     offsets = (lines[:, None] + columns).flatten()
     return seen.flatten(0, 2)[corner[:, None] + offsets].mT.flatten(1)
-
-
-def at_places(x: Tensor, rows: Picked) -> Tensor:
-    """Some places of `[n, c, h, w]`: `[rows, c]`."""
-    return x.movedim(1, -1)[_places((len(x), *x.shape[2:]), rows)]
-
-
-def _places(shape: tuple[int, ...], rows: Picked) -> tuple[Tensor, ...]:
-    """Sample, line and column of some of `[n, h, w]` places, by their numbers."""
-    return torch.unravel_index(torch.arange(prod(shape))[rows], shape)
 
 
 def _both(setting: Any) -> tuple[int, int]:

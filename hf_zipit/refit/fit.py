@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor
 
 from hf_zipit.align.maps import Alignment
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.graph import Site
-from hf_zipit.refit.rows import Rows
+from hf_zipit.refit.rows import Picked, Rows
 from hf_zipit.refit.targets import Targets
 from hf_zipit.refit.values import Values
 from hf_zipit.symmetry.spec import MergeSpec
@@ -36,6 +37,12 @@ class Fit:
     rows: Rows
     targets: Targets
     add_up: Callable[[Tensor], Tensor]
+
+    def pick(self, site: Site, value: Tensor, b: int) -> tuple[Picked, Tensor]:
+        """The rows of a site's value that enter its regression, and their weights."""
+        shape = self.values.merged[site.weight].shape
+        inputs = prod(shape[1:]) if site.kind in ("linear", "conv") else shape[-1]
+        return self.rows.pick(value, b, site.channel_axis, inputs)
 
     def write(self, site: Site, weight: Tensor, bias: Tensor | None = None) -> None:
         """Put a solution into the merged model; where a site has no bias, none is written."""

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
-from hf_zipit.symmetry.ops import is_in_place, op_name, overload, shape_of
-from hf_zipit.symmetry.trace import export, is_within, module_stack, tied_names
+from hf_zipit.refit.forward_pass import forward_pass
+from hf_zipit.symmetry.ops import op_name, overload, shape_of
+from hf_zipit.symmetry.trace import is_within, module_stack, tied_names
 
 TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
 """Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""
-
-VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow"}
-"""Ops whose result shares memory with their input, so that writing into it writes into the input."""
 
 
 @dataclass(frozen=True)
@@ -92,48 +88,21 @@ class Program:
         trunk: frozenset[str] = frozenset(),
     ) -> None:
         """`fields` are the outputs that count; a tensor tied to one of the `trunk` goes by its name there."""
-        with without_stack_traces():
-            self._exported = export(model, inputs, fields)
-        signature = self._exported.graph_signature
-        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        self._forward = forward_pass(model, inputs, fields)
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
         names = {
             other: next((name for name in group if name in trunk), other)
             for group in tied_names(model)
             for other in group
         }
-        plain = {name: tensor.removeprefix("model.") for name, tensor in named.items()}
-        self.tensors = {name: names.get(tensor, tensor) for name, tensor in plain.items()}
-        self._constants = {
-            name: self._exported.constants[constant]
-            for name, constant in signature.inputs_to_lifted_tensor_constants.items()
-        }
-        self.nodes = [node for node in self._exported.graph.nodes if node.op in ("call_function", "get_attr")]
+        self.tensors = {name: names.get(tensor, tensor) for name, tensor in self._forward.tensors.items()}
+        self.nodes = self._forward.nodes
         self.position = {node: i for i, node in enumerate(self.nodes)}
-        self._merged: dict[fx.Node, Arguments] = {}
-        self._read_what_was_written()
         self.last_use = {
             used: i for i, node in enumerate(self.nodes) for used in node.all_input_nodes
         }  # later uses overwrite earlier ones
-        fields_made = list(self._exported.call_spec.out_spec.context)
-        output = next(node for node in self._exported.graph.nodes if node.op == "output")
-        self.outputs = dict(zip(fields_made, output.args[0], strict=True))
-
-    def _read_what_was_written(self) -> None:
-        """After `x.add_(y)` every later reader of x reads the result instead: no value is ever written into.
-
-        Raises:
-            SpecError: if a part of a tensor is written into, and the whole is read later.
-        """
-        for node in filter(is_in_place, self.nodes):
-            for base in written_through(node):
-                later = [user for user in base.users if self.position.get(user, len(self.nodes)) > self.position[node]]
-                if later and base is not node.args[0]:
-                    raise SpecError(
-                        f"{node.target} in {module_of(node)} writes into a part of a tensor, which refit cannot follow"
-                    )
-                for user in later:
-                    user.replace_input_with(base, node)
+        self.outputs = self._forward.outputs
+        self._merged: dict[fx.Node, Arguments] = {}
 
     def tensor_of(self, node: Any) -> str | None:
         """The name of the parameter or buffer that a graph input is."""
@@ -167,7 +136,7 @@ class Program:
     ) -> Any:
         """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
         if node.op == "get_attr":
-            return getattr(self._exported.graph_module, str(node.target))
+            return getattr(self._forward.module, str(node.target))
         sizes = self.arguments(node) if merged else node
 
         def value(x: Any, size: Any) -> Any:
@@ -176,7 +145,8 @@ class Program:
                     return lookup(x)
                 if x.name in self.tensors:
                     return tensors[self.tensors[x.name]]
-                return self._constants[x.name] if x.name in self._constants else inputs.get(x.name)
+                constants = self._forward.constants
+                return constants[x.name] if x.name in constants else inputs.get(x.name)
             if isinstance(x, (list, tuple)):
                 return type(x)(value(*pair) for pair in zip(x, size, strict=True))
             return size
@@ -196,17 +166,6 @@ class Program:
         return None
 
 
-@contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Which line of the model's code made an op is of no use here, and looking it up takes a third of a trace."""
-    before = getattr(fx_config, "do_not_emit_stack_traces", False)
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before
-
-
 def out_of_place(target: Any) -> Callable[..., Any]:
     """The op without its writing into its argument: values are kept, and looked at later."""
     packet = getattr(target, "overloadpacket", None)
@@ -216,19 +175,6 @@ def out_of_place(target: Any) -> Callable[..., Any]:
         if plain is not None:
             return plain
     return target if callable(target) else operator.itemgetter(0)
-
-
-def module_of(node: fx.Node) -> str:
-    """The path of the innermost module that an op runs in."""
-    return (module_stack(node) or ("",))[-1] or "the model itself"
-
-
-def written_through(node: fx.Node) -> Iterator[fx.Node]:
-    """What an in-place op writes into: its argument, and what that is a view of."""
-    base = node.args[0]
-    while isinstance(base, fx.Node):
-        yield base
-        base = base.args[0] if base.op == "call_function" and op_name(base) in VIEWS else None
 
 
 def find_sites(program: Program, trunk: frozenset[str], head: tuple[str, ...] = ()) -> dict[fx.Node, Site]:

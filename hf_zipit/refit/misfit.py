@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
-from hf_zipit.refit.convolution import at_places
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
+from hf_zipit.refit.rows import at_rows
 from hf_zipit.refit.store import MERGED
 
 UNKNOWN_TASK = "unknown task"
@@ -24,26 +22,19 @@ def relative_errors(fit: Fit, site: Site) -> dict[str, float]:
 
 
 def misfit(fit: Fit, site: Site) -> tuple[Tensor, Tensor]:
-    """What a site's output lacks, now that its node was run with its weights.
+    """What a site's output lacks, now that it was run with its weights.
 
     Returns:
         The weighted squared error and the weighted squared deviation of the target from its mean, both `[T + 1]`: for
         samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the stream.
     """
-    axis = site.channel_axis
-    weight_shape = fit.values.merged[site.weight].shape
-    width = weight_shape[site.unit_axis]
-    inputs = prod(weight_shape[1:]) if site.kind in ("linear", "conv") else width
+    width = fit.values.merged[site.weight].shape[site.unit_axis]
     sums = torch.zeros(len(fit.tasks) + 1, width + 3, dtype=torch.float64)
     for b, batch in enumerate(fit.values.batches):
         made = _made(fit, site, b)
-        rows, weight = fit.rows.pick(made, b, axis, inputs)
-        if axis == -1:
-            y = fit.targets.reached(site, b, rows)
-            off = made.flatten(0, -2)[rows] - y
-        else:
-            y = at_places(fit.targets.reached(site, b), rows)
-            off = at_places(made, rows) - y
+        rows, weight = fit.pick(site, made, b)
+        y = fit.targets.reached(site, b, rows)
+        off = at_rows(made, site.channel_axis, rows) - y
         squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
         ones = torch.ones(len(y))
         scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])
@@ -57,8 +48,7 @@ def misfit(fit: Fit, site: Site) -> tuple[Tensor, Tensor]:
 
 def _made(fit: Fit, site: Site, b: int) -> Tensor:
     """The merged model's value where a site is measured."""
-    values = fit.values
-    made = values.of(site.node, MERGED, b) if site.norm is None else values.peek(site.norm, b, {})
+    made = fit.values.of(site.output, MERGED, b)
     if site.stream is None or site.stream is site.node:
         return made
-    return made + values.of(site.other, MERGED, b)
+    return made + fit.values.of(site.other, MERGED, b)

@@ -30,7 +30,7 @@ def one_thread() -> Iterator[None]:
 TRIANGLE = 128
 """So many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
 
-LOOK = 256
+LOOK = 64
 """So many rows of a block tell where its middle is, and whether a first solution helps,"""
 
 LITTLE = 0.1
@@ -86,25 +86,24 @@ class Sums:
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         some = _some(x)
         means = x[some].mean(0), y[some].mean(0)
-        x, y = x - means[0], y - means[1]
-        weighted = x * weight[:, None]
+        root = weight.sqrt()
+        x, y = ((part - mean).mul_(root[:, None]) for part, mean in zip((x, y), means, strict=True))
         for first in range(0, x.shape[1], TRIANGLE):
-            own = slice(first, first + TRIANGLE)
-            self.xx[own, first:] += x[:, own].T @ weighted[:, first:]
-        self.xy += weighted.T @ y
-        self.blocks.append((*means, weight @ x, weight @ y, weight.sum(dtype=torch.float64)))
+            self.xx[first : first + TRIANGLE, first:] += x[:, first : first + TRIANGLE].T @ x[:, first:]
+        self.xy += x.T @ y
+        self.blocks.append((*means, root @ x, root @ y, weight.sum(dtype=torch.float64)))
 
     def moments(self) -> Moments:
-        xx, xy = self.xx.triu() + self.xx.triu(1).T, self.xy
+        xx, xy = self.xx.triu(), self.xy
+        xx += self.xx.triu(1).T
         if not self.blocks:
             return Moments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
         centre, level, x, y, n = (torch.stack(part).double() for part in zip(*self.blocks, strict=True))
         n = n[:, None]
         mixed = centre.T @ (x + n / 2 * centre)
         x = x + n * centre
-        return Moments(
-            xx + mixed + mixed.T, xy + centre.T @ y + x.T @ level, x.sum(0), (y + n * level).sum(0), n.sum()
-        )
+        xx.add_(mixed).add_(mixed.T)
+        return Moments(xx, xy + centre.T @ y + x.T @ level, x.sum(0), (y + n * level).sum(0), n.sum())
 
 
 class Gram:
@@ -162,13 +161,11 @@ def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = Tr
     """
     total = moments.n.clamp_min(1e-12)
     mean_x, mean_y = moments.x / total, moments.y / total
-    centred, cross = moments.xx, moments.xy
+    left, cross = moments.xx, moments.xy
     if intercept:
-        centred = centred - torch.outer(moments.x, mean_x)
-        cross = cross - torch.outer(moments.x, mean_y)
-    pull = strength * centred.diagonal().mean().clamp_min(1e-12)
-    left = centred.clone()
-    left.diagonal().add_(pull)
+        left, cross = (torch.addr(of, moments.x, mean, alpha=-1) for of, mean in ((left, mean_x), (cross, mean_y)))
+    pull = strength * left.diagonal().mean().clamp_min(1e-12)
+    left = torch.diagonal_scatter(left, left.diagonal() + pull)
     start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
     right = cross + pull * (prior.double() - start).T
     with one_thread():

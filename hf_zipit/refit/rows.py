@@ -6,6 +6,7 @@ A row is one position of one sample. Positions that the head reads count more; o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,6 +19,19 @@ Picked = Tensor | slice
 
 NEARLY_ALL = 4 / 3
 """Of so many rows for every one that is wanted, all are taken: leaving a few out would cost more than using them."""
+
+
+def at_rows(value: Tensor, channel_axis: int, rows: Picked) -> Tensor:
+    """Some rows of a value, `[rows, units]`."""
+    if channel_axis == -1:
+        return value.flatten(0, -2)[rows]
+    value = value.movedim(channel_axis, -1)
+    return value[places(value.shape[:-1], rows)]
+
+
+def places(shape: Sequence[int], rows: Picked) -> tuple[Tensor, ...]:
+    """Where rows are, axis by axis, in a value of a shape that goes without its channels."""
+    return torch.unravel_index(torch.arange(prod(shape))[rows], tuple(shape))
 
 
 class Rows:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from hf_zipit.errors import SpecError
-from hf_zipit.refit.convolution import at_places, folded, patches, restored
+from hf_zipit.refit.convolution import folded, patches, restored
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
@@ -30,7 +30,7 @@ def solve_linear(fit: Fit, site: Site) -> None:
     gram = Gram(weight.shape[1], weight.shape[0], weight)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
-        rows, picked = fit.rows.pick(x, b, -1, weight.shape[1])
+        rows, picked = fit.pick(site, x, b)
         gram.add(x.flatten(0, -2)[rows], fit.targets.of(site, b, rows), picked)
     fit.write(site, *ridge(gram.reduce(fit.add_up), weight, fit.config.ridge, site.bias is not None))
 
@@ -45,9 +45,8 @@ def solve_conv(fit: Fit, site: Site) -> None:
     gram = Gram(flat.shape[1], flat.shape[0], prior)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
-        y = fit.targets.of(site, b)
-        rows, picked = fit.rows.pick(y, b, 1, flat.shape[1])
-        gram.add(patches(x, weight, site.node, rows), at_places(y, rows), picked)
+        rows, picked = fit.pick(site, fit.values.of(site.node, 0, b), b)
+        gram.add(patches(x, weight, site.node, rows), fit.targets.of(site, b, rows), picked)
     moments = gram.reduce(fit.add_up)
     slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
     fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
@@ -90,7 +89,7 @@ def solve_norm(fit: Fit, site: Site) -> None:
     channels = ChannelSums.empty(len(scale))
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
-        rows, picked = fit.rows.pick(x, b, -1, len(scale))
+        rows, picked = fit.pick(site, x, b)
         eps = float(site.node.args[4])  # type: ignore[arg-type]
         normed = functional.layer_norm(x.flatten(0, -2)[rows], scale.shape, eps=eps)
         channels.add(normed, fit.targets.of(site, b, rows), picked)

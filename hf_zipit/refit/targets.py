@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from hf_zipit.align.maps import Alignment
 from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.refit.graph import Site
-from hf_zipit.refit.rows import Picked
+from hf_zipit.refit.rows import Picked, at_rows
 from hf_zipit.refit.store import MERGED
 from hf_zipit.refit.values import Values
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
@@ -42,7 +42,9 @@ class Targets:
             return target
         other = self.values.of(site.other, MERGED, b)
         if rows is not None:
-            other = other.expand(*site.stream.meta["val"].shape[:-1], -1).flatten(0, -2)[rows]
+            shape = list(site.stream.meta["val"].shape)
+            shape[site.channel_axis] = -1
+            other = at_rows(other.expand(shape), site.channel_axis, rows)
         return target - other
 
     def reached(self, site: Site, b: int, rows: Picked | None = None) -> Tensor:
@@ -63,15 +65,16 @@ class Targets:
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
         total: Tensor | None = None
+        units = axis if rows is None else -1
         task = self.values.batches[b].task
         for t, weight in enumerate(self.weights(task)):
             y = self.values.store[node, t, b]
-            y = self._in_merged_units(y if rows is None else y.flatten(0, -2)[rows], axis, label, t)
+            y = self._in_merged_units(y if rows is None else at_rows(y, axis, rows), units, label, t)
             total = y * weight if total is None else total.add_(y, alpha=weight)
         assert total is not None
         scale = self._scale(label, task)
         return (
-            total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[axis % total.dim() + 1 :]))
+            total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[units % total.dim() + 1 :]))
         )
 
     def weights(self, task: int | None) -> list[float]:

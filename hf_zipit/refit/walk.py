@@ -127,6 +127,7 @@ class Walk:
         reached = [position[site.stream or site.output] for site in self.sites.values()]
         reached += [position[node] for node in self.doors.values()]
         solved_as_a_whole, expiring = self._in_attention_layers(), self._expiring()
+        made_by = {site.output: site for site in self.sites.values() if site.node not in self.in_attention}
         solved: Doors = {}
         with values.store, self._bar() as bar:
             for i, node in enumerate(self.program.nodes[: max(reached, default=-1) + 1]):
@@ -143,9 +144,9 @@ class Walk:
                 for entry, source in self.doors.items():
                     if source is node:
                         solved[entry] = solve_door(self.fit, entry, node)
-                if site is not None:
-                    error = self._note(site)
-                    bar.set_postfix_str(f"{site.module}, error {error:.3f}", refresh=False)
+                if node in made_by:
+                    error = self._note(made_by[node])
+                    bar.set_postfix_str(f"{made_by[node].module}, error {error:.3f}", refresh=False)
                     bar.update()
                 for expired in expiring.get(i, ()):
                     values.forget(expired)

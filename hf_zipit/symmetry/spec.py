@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 
 from torch import Tensor, nn
 
 from hf_zipit.adapters import Adapter, adapter_for
+from hf_zipit.symmetry.likeness import Memory, likeness
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
     Block,
@@ -22,7 +22,7 @@ from hf_zipit.symmetry.spaces import (
     Trace,
     product_key,
 )
-from hf_zipit.symmetry.trace import tied_names, trace
+from hf_zipit.symmetry.trace import trace
 
 __all__ = [
     "AxisLabel",
@@ -66,12 +66,7 @@ class MergeSpec(Trace):
             return cls._traced(model, inputs, adapter or adapter_for(model), folding)
         like = likeness(model)
         key = None if like is None else (like, folding)
-        found = _TRACED.pop(key, None) or cls._traced(model, None, adapter_for(model), folding)
-        if key is not None:
-            _TRACED[key] = found
-            while len(_TRACED) > REMEMBERED:
-                del _TRACED[next(iter(_TRACED))]
-        return found
+        return _TRACED.get(key, lambda: cls._traced(model, None, adapter_for(model), folding))
 
     @classmethod
     def _traced(
@@ -89,31 +84,7 @@ class MergeSpec(Trace):
         return cls(**{field.name: getattr(found, field.name) for field in fields(found)})
 
 
-REMEMBERED = 8
-"""How many architectures are remembered: a search or a sweep merges the same experts many times."""
-
-_TRACED: dict[Hashable, MergeSpec] = {}
-
-
-def likeness(model: nn.Module) -> Hashable | None:
-    """What two models have in common if one's trace is the other's: class, modules, tensors, configuration.
-
-    None for a model whose trace cannot be known by that: it has no configuration, or something was hung onto it (a
-    replaced `forward`, as by accelerate, or a hook).
-    """
-    config = getattr(model, "config", None)
-    changed = any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    if changed or not hasattr(config, "to_dict"):
-        return None
-    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    shapes = tuple((name, tuple(tensor.shape), tensor.dtype.is_floating_point) for name, tensor in tensors)
-    ties = tuple(map(tuple, tied_names(model)))
-    return type(model), repr(model), _settings(config), shapes, ties
-
-
-def _settings(config: object) -> str:
-    """A configuration in full, with what `to_dict` leaves out (how attention is computed), nested ones as well."""
-    return json.dumps(vars(config), default=lambda x: vars(x) if hasattr(x, "to_dict") else str(x))
+_TRACED: Memory[MergeSpec] = Memory()
 
 
 def fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -12,8 +12,9 @@ from torch.nn import functional
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import SpecError
 from hf_zipit.planning.plan import Plan, make_plan
-from hf_zipit.refit.convolution import at_places, patches
+from hf_zipit.refit.convolution import patches
 from hf_zipit.refit.graph import Program, Site, find_sites
+from hf_zipit.refit.rows import at_rows
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.trace import select_outputs
 
@@ -184,6 +185,6 @@ def test_patches_times_weights_are_the_convolution(settings: dict):
         found = functional.linear(patches(x, weight, site.node, slice(None)), weight.flatten(1), model[0].bias)
         rows = torch.tensor([5, 0, len(expected) - 1])
         some = functional.linear(patches(x, weight, site.node, rows), weight.flatten(1), model[0].bias)
-        assert torch.equal(at_places(named(x), rows), expected[rows])
+        assert torch.equal(at_rows(named(x), 1, rows), expected[rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(some, expected[rows], rtol=1e-5, atol=1e-5)

@@ -123,7 +123,8 @@ class Measured:
         self.spread[site] = float(misfit(fit, site)[1].sum())
 
     def total(self, fit: Fit, site: Site) -> float:
-        fit.values.compute(site.node, MERGED)
+        for node in dict.fromkeys((site.node, site.output)):
+            fit.values.compute(node, MERGED)
         return float(misfit(fit, site)[0].sum())
 
     def solve_door(self, fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tensor]]:

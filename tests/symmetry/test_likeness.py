@@ -1,0 +1,79 @@
+"""A trace is made once for models that are alike, and never taken for that of others."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.vit.modeling_vit import ViTMLP
+
+from hf_zipit.refit.forward_pass import forward_pass
+from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry import likeness as memories
+from hf_zipit.symmetry.likeness import Memory, likeness
+
+from .. import tiny
+from ..test_invariants import calibration
+
+
+def test_a_trace_is_made_once_for_models_that_are_alike():
+    one, other = tiny.build("vit", 0), tiny.build("vit", 1)
+    assert MergeSpec.from_model(one) is MergeSpec.from_model(other)
+    fewer_heads = tiny.build("vit", num_attention_heads=2)  # all tensors have the same sizes
+    assert MergeSpec.from_model(fewer_heads) is not MergeSpec.from_model(one)
+    assert MergeSpec.from_model(tiny.build("vit-eager")) is not MergeSpec.from_model(one)
+
+
+def test_a_model_with_a_hook_is_like_no_other():
+    hooked = tiny.build("vit")
+    hooked.vit.register_forward_pre_hook(lambda module, args: None)
+    assert likeness(hooked) is None
+
+
+def test_a_module_whose_numbers_were_changed_is_another():
+    plain, scaled = tiny.build("vit", 0), tiny.build("vit", 1)
+    assert likeness(plain) == likeness(scaled) == likeness(plain.train())
+    scaled.vit.layers[0].attention.scaling *= 2
+    assert likeness(scaled) != likeness(plain)
+
+
+def test_a_class_whose_code_was_replaced_is_another(monkeypatch: pytest.MonkeyPatch):
+    before, forward = likeness(tiny.build("vit")), ViTMLP.forward
+    monkeypatch.setattr(ViTMLP, "forward", lambda self, hidden_states: forward(self, hidden_states))
+    assert likeness(tiny.build("vit")) != before
+
+
+def test_forward_passes_are_known_by_the_shapes_of_their_inputs_and_by_what_they_return():
+    one, other = tiny.build("vit", 0), tiny.build("vit", 1)
+    inputs = calibration(one)
+    made = forward_pass(one, inputs, ("logits",))
+    assert forward_pass(other, {name: x + 1 for name, x in inputs.items()}, ("logits",)) is made
+    assert forward_pass(one, inputs, None) is not made
+    fewer = {name: x[:3] for name, x in inputs.items()}
+    assert forward_pass(one, fewer, ("logits",)) is not made
+    doubled = {name: x.double() for name, x in inputs.items()}
+    assert forward_pass(other.double(), doubled, ("logits",)) is not made
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-masked", "resnet-basic", "llama"])
+def test_no_weights_are_kept_alive(name: str):
+    model = tiny.build(name)
+    made = forward_pass(model, calibration(model), None)
+    left = [weakref.ref(x) for x in (model, *model.parameters(), *model.buffers())]
+    del model
+    gc.collect()
+    assert made.nodes and not any(x() is not None for x in left)
+
+
+def test_what_was_asked_for_longest_ago_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memories, "REMEMBERED", 2)
+    memory: Memory[Tensor] = Memory()
+    made = {key: memory.get(key, lambda: torch.zeros(1)) for key in "ab"}
+    assert memory.get("a", lambda: torch.zeros(1)) is made["a"]
+    memory.get("c", lambda: torch.zeros(1))
+    assert memory.get("a", lambda: torch.zeros(1)) is made["a"]
+    assert memory.get("b", lambda: torch.zeros(1)) is not made["b"]
+    assert memory.get(None, lambda: torch.zeros(1)) is not memory.get(None, lambda: torch.zeros(1))
