@@ -35,7 +35,7 @@ from hf_zipit.refit.forward_pass import FORWARD_PASSES
 from hf_zipit.refit.stage import prepared, refit
 from hf_zipit.report.tables import new_table
 
-SAMPLES = (16, 64, 128, 256, 512, 1024)
+SAMPLES = (64, 128, 256, 512, 1024)
 AT_SAMPLES, AT_DEPTH = 512, 1.0  # where the other one varies
 
 

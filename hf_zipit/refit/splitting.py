@@ -143,10 +143,8 @@ def is_proven(
     }
     head_dims = {layer.module: split.width for layer, split in splits.items() if layer.module is not None}
     try:
-        whole, narrow = (
-            run_with(variant(model, {}, dims), given, some, fields)
-            for dims, given in (({}, tensors), (head_dims, narrow_tensors))
-        )
+        whole = run_with(model, tensors, some, fields)
+        narrow = run_with(variant(model, {}, head_dims), narrow_tensors, some, fields)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return False
     return bool(whole) and all(
