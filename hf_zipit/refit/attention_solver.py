@@ -37,6 +37,7 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.heads import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
 from hf_zipit.refit.regression import Gram, Moments, ridge
+from hf_zipit.refit.rows import at_rows
 from hf_zipit.refit.splitting import Split
 from hf_zipit.refit.store import MERGED
 from hf_zipit.symmetry.spec import product_key
@@ -165,9 +166,9 @@ class AttentionSolver:
             gram = Gram(start.shape[1], len(start), start)
             for b in range(len(self.fit.values.batches)):
                 value = self.fit.values.of(x, MERGED, b)
-                rows, picked = self.fit.rows.pick(value, b, -1, value.shape[-1])
-                y = [self.fit.values.of(x, t, b).flatten(0, -2)[rows] for t in self.tasks]
-                gram.add(value.flatten(0, -2)[rows], torch.cat(y, -1), picked)
+                rows, picked = self.fit.rows.pick(value.shape, b, -1, value.shape[-1])
+                y = [at_rows(self.fit.values.of(x, t, b), -1, rows) for t in self.tasks]
+                gram.add(at_rows(value, -1, rows), torch.cat(y, -1), picked)
             moments = gram.reduce(self.fit.add_up)
             slope, shift = ridge(moments, start, self.fit.config.ridge)
             inputs = list(zip(slope.chunk(len(self.tasks)), shift.chunk(len(self.tasks)), strict=True))
@@ -290,8 +291,8 @@ class AttentionSolver:
             means = self._means(_with_empty_heads(values, empty), b)[:, : len(slopes)]
             fit.values.store[attention.node, "means", b] = means
             means = means.transpose(1, 2).flatten(2)
-            rows, picked = fit.rows.pick(means, b, -1, means.shape[-1])
-            gram.add(means.flatten(0, -2)[rows], fit.targets.of(attention.output, b, rows), picked)
+            rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
+            gram.add(at_rows(means, -1, rows), fit.targets.of(attention.output, b, rows), picked)
         return gram.reduce(fit.add_up)
 
     def _put_means(self, mixes: Sequence[Tensor], count: int) -> None:

@@ -44,6 +44,6 @@ def solve_door(fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tens
             if batch.task not in (None, t):
                 continue
             x, y = (fit.values.of(node, who, b).movedim(entry.axis, -1) for who in (MERGED, t))
-            gram.add(x.flatten(0, -2), y.flatten(0, -2), fit.rows.weights(y, b, -1))
+            gram.add(x.flatten(0, -2), y.flatten(0, -2), fit.rows.weights(y.shape, b, -1))
         found.append(ridge(gram.reduce(fit.add_up), prior, fit.config.ridge))
     return found

@@ -14,6 +14,7 @@ from hf_zipit.refit.graph import Site
 from hf_zipit.refit.rows import Picked, Rows
 from hf_zipit.refit.targets import Targets
 from hf_zipit.refit.values import Values
+from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.spec import MergeSpec
 
 
@@ -38,11 +39,11 @@ class Fit:
     targets: Targets
     add_up: Callable[[Tensor], Tensor]
 
-    def pick(self, site: Site, value: Tensor, b: int) -> tuple[Picked, Tensor]:
+    def pick(self, site: Site, b: int) -> tuple[Picked, Tensor]:
         """The rows of a site's value that enter its regression, and their weights."""
         shape = self.values.merged[site.weight].shape
         inputs = prod(shape[1:]) if site.kind in ("linear", "conv") else shape[-1]
-        return self.rows.pick(value, b, site.channel_axis, inputs)
+        return self.rows.pick(shape_of(site.stream or site.output), b, site.channel_axis, inputs)
 
     def write(self, site: Site, weight: Tensor, bias: Tensor | None = None) -> None:
         """Put a solution into the merged model; where a site has no bias, none is written."""

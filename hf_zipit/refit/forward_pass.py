@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
-from hf_zipit.symmetry.likeness import Memory, likeness
+from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.ops import is_in_place, op_name
 from hf_zipit.symmetry.trace import export, module_stack
 
@@ -50,9 +50,12 @@ def forward_pass(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[s
     Raises:
         SpecError: if the model cannot be traced, or writes into a part of a tensor that is read as a whole later.
     """
-    like = likeness(model)
-    shapes = tuple(sorted((name, _look(x)) for name, x in inputs.items()))
-    return FORWARD_PASSES.get(None if like is None else (like, shapes, fields), lambda: _made(model, inputs, fields))
+    of_model = trace_key(model)
+    key = None
+    if of_model is not None:
+        kinds = tuple((x.dtype, x.device) for x in (*model.parameters(), *model.buffers()))
+        key = of_model, kinds, tuple(sorted((name, _look(x)) for name, x in inputs.items())), fields
+    return FORWARD_PASSES.get(key, lambda: _made(model, inputs, fields))
 
 
 def _look(x: Any) -> Hashable:

@@ -32,7 +32,7 @@ def misfit(fit: Fit, site: Site) -> tuple[Tensor, Tensor]:
     sums = torch.zeros(len(fit.tasks) + 1, width + 3, dtype=torch.float64)
     for b, batch in enumerate(fit.values.batches):
         made = _made(fit, site, b)
-        rows, weight = fit.pick(site, made, b)
+        rows, weight = fit.pick(site, b)
         y = fit.targets.reached(site, b, rows)
         off = at_rows(made, site.channel_axis, rows) - y
         squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]

@@ -68,8 +68,13 @@ class Moments:
         return Moments(mix @ self.xx @ mix.T, mix @ left.xy, mix @ self.x, left.y, self.n, start)
 
 
-def _some(rows: Tensor) -> slice:
-    return slice(None, None, max(1, len(rows) // LOOK))
+GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo one, are spread evenly and in step with nothing: every 50th row may be a class token."""
+
+
+def some_rows(rows: Tensor) -> Tensor:
+    """The numbers of the rows that are looked at, at most `LOOK`."""
+    return (torch.arange(min(LOOK, len(rows)), dtype=torch.float64) * GOLDEN % 1 * len(rows)).long()
 
 
 class Sums:
@@ -84,7 +89,7 @@ class Sums:
         self.blocks: list[tuple[Tensor, ...]] = []  # of each the middle of inputs and targets, the sums, the weight
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        some = _some(x)
+        some = some_rows(x)
         means = x[some].mean(0), y[some].mean(0)
         root = weight.sqrt()
         x, y = ((part - mean).mul_(root[:, None]) for part, mean in zip((x, y), means, strict=True))
@@ -132,7 +137,7 @@ class Gram:
     def _helps(self, x: Tensor, y: Tensor) -> bool:
         """Whether the first solution leaves little of some targets."""
         assert self.start is not None
-        some = _some(x)
+        some = some_rows(x)
         left = y[some] - x[some] @ self.start.to(x).T
         spread, off = (part.var(0, correction=0).sum() for part in (y[some], left))
         return bool(off < LITTLE * spread)
@@ -170,7 +175,11 @@ def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = Tr
     right = cross + pull * (prior.double() - start).T
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(left)
-        slope = torch.linalg.lstsq(left, right).solution if failed else torch.cholesky_solve(right, factor)
+        if failed:  # rounding of float32 products is larger than the pull: where little is seen, the pull decides
+            values, vectors = torch.linalg.eigh(left)
+            slope = vectors @ (vectors.mT @ right / values.clamp_min(pull)[:, None])
+        else:
+            slope = torch.cholesky_solve(right, factor)
     change = slope.T
     return start + change, (mean_y - change @ mean_x) if intercept else torch.zeros_like(mean_y)
 

@@ -23,10 +23,10 @@ NEARLY_ALL = 4 / 3
 
 def at_rows(value: Tensor, channel_axis: int, rows: Picked) -> Tensor:
     """Some rows of a value, `[rows, units]`."""
-    if channel_axis == -1:
-        return value.flatten(0, -2)[rows]
     value = value.movedim(channel_axis, -1)
-    return value[places(value.shape[:-1], rows)]
+    if channel_axis == -1 or isinstance(rows, slice):
+        return value.flatten(0, -2)[rows]
+    return value[places(value.shape[:-1], rows)]  # without a copy of all of it
 
 
 def places(shape: Sequence[int], rows: Picked) -> tuple[Tensor, ...]:
@@ -46,17 +46,17 @@ class Rows:
         self._weights: dict[tuple[object, ...], Tensor] = {}
         self._picked: dict[tuple[object, ...], tuple[Picked, Tensor]] = {}
 
-    def weights(self, value: Tensor, b: int, channel_axis: int) -> Tensor:
+    def weights(self, shape: Sequence[int], b: int, channel_axis: int) -> Tensor:
         """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
-        key = self._key(value, b, channel_axis)
+        key = self._key(shape, b, channel_axis)
         if key not in self._weights:
             self._weights[key] = self._weigh(*key)
         return self._weights[key]
 
-    def _key(self, value: Tensor, b: int, channel_axis: int) -> tuple[tuple[int, ...], bool, int]:
+    def _key(self, shape: Sequence[int], b: int, channel_axis: int) -> tuple[tuple[int, ...], bool, int]:
         """What a value's rows depend on: its shape but for the channels, whether these come last, and the batch."""
-        axis = channel_axis % max(value.dim(), 1)
-        return tuple(n for i, n in enumerate(value.shape) if i != axis), axis == value.dim() - 1, b
+        axis = channel_axis % max(len(shape), 1)
+        return tuple(n for i, n in enumerate(shape) if i != axis), axis == len(shape) - 1, b
 
     def _weigh(self, shape: tuple[int, ...], is_last: bool, b: int) -> Tensor:
         batch = self.batches[b]
@@ -67,11 +67,11 @@ class Rows:
         weights[batch.real :] = 0
         return weights.reshape(-1)
 
-    def pick(self, value: Tensor, b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
+    def pick(self, shape: Sequence[int], b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
         """The rows of a value that enter a regression on so many `inputs`, and their weights; the same every time."""
-        key = (*self._key(value, b, channel_axis), inputs)
+        key = (*self._key(shape, b, channel_axis), inputs)
         if key not in self._picked:
-            self._picked[key] = self.sample(self.weights(value, b, channel_axis), b, inputs)
+            self._picked[key] = self.sample(self.weights(shape, b, channel_axis), b, inputs)
         return self._picked[key]
 
     def sample(self, weights: Tensor, b: int, inputs: int) -> tuple[Picked, Tensor]:

@@ -17,6 +17,7 @@ from hf_zipit.refit.convolution import folded, patches, restored
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
+from hf_zipit.refit.rows import at_rows
 from hf_zipit.refit.store import MERGED
 
 
@@ -30,8 +31,8 @@ def solve_linear(fit: Fit, site: Site) -> None:
     gram = Gram(weight.shape[1], weight.shape[0], weight)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
-        rows, picked = fit.pick(site, x, b)
-        gram.add(x.flatten(0, -2)[rows], fit.targets.of(site, b, rows), picked)
+        rows, picked = fit.pick(site, b)
+        gram.add(at_rows(x, -1, rows), fit.targets.of(site, b, rows), picked)
     fit.write(site, *ridge(gram.reduce(fit.add_up), weight, fit.config.ridge, site.bias is not None))
 
 
@@ -45,7 +46,7 @@ def solve_conv(fit: Fit, site: Site) -> None:
     gram = Gram(flat.shape[1], flat.shape[0], prior)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
-        rows, picked = fit.pick(site, fit.values.of(site.node, 0, b), b)
+        rows, picked = fit.pick(site, b)
         gram.add(patches(x, weight, site.node, rows), fit.targets.of(site, b, rows), picked)
     moments = gram.reduce(fit.add_up)
     slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
@@ -76,7 +77,7 @@ def solve_embedding(fit: Fit, site: Site) -> None:
         indices = fit.values.of(site.node.args[1], MERGED, b)
         y = fit.targets.of(site, b)
         indices = indices.expand(y.shape[:-1]).reshape(-1)
-        weight = fit.rows.weights(y, b, -1)
+        weight = fit.rows.weights(y.shape, b, -1)
         total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
         count.index_add_(0, indices, weight.double())
     total, count = fit.add_up(total), fit.add_up(count)
@@ -89,9 +90,9 @@ def solve_norm(fit: Fit, site: Site) -> None:
     channels = ChannelSums.empty(len(scale))
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
-        rows, picked = fit.pick(site, x, b)
+        rows, picked = fit.pick(site, b)
         eps = float(site.node.args[4])  # type: ignore[arg-type]
-        normed = functional.layer_norm(x.flatten(0, -2)[rows], scale.shape, eps=eps)
+        normed = functional.layer_norm(at_rows(x, -1, rows), scale.shape, eps=eps)
         channels.add(normed, fit.targets.of(site, b, rows), picked)
     channels.sums = fit.add_up(channels.sums)
     fit.write(site, *scale_and_shift(channels, scale, fit.config.ridge))

@@ -8,7 +8,7 @@ from dataclasses import fields
 from torch import Tensor, nn
 
 from hf_zipit.adapters import Adapter, adapter_for
-from hf_zipit.symmetry.likeness import Memory, likeness
+from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
     Block,
@@ -64,9 +64,10 @@ class MergeSpec(Trace):
         """
         if inputs is not None or adapter is not None:
             return cls._traced(model, inputs, adapter or adapter_for(model), folding)
-        like = likeness(model)
-        key = None if like is None else (like, folding)
-        return _TRACED.get(key, lambda: cls._traced(model, None, adapter_for(model), folding))
+        key = trace_key(model)
+        return TRACES.get(
+            None if key is None else (key, folding), lambda: cls._traced(model, None, adapter_for(model), folding)
+        )
 
     @classmethod
     def _traced(
@@ -84,7 +85,7 @@ class MergeSpec(Trace):
         return cls(**{field.name: getattr(found, field.name) for field in fields(found)})
 
 
-_TRACED: Memory[MergeSpec] = Memory()
+TRACES: Memory[MergeSpec] = Memory()
 
 
 def fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor
 
-from hf_zipit.refit.regression import TRIANGLE, ChannelSums, Gram, Moments, ridge, scale_and_shift
+from hf_zipit.refit.regression import LOOK, TRIANGLE, ChannelSums, Gram, Moments, ridge, scale_and_shift, some_rows
 
 INPUTS, OUTPUTS, ROWS = 5, 3, 200
 
@@ -96,6 +98,38 @@ def test_fewer_rows_than_inputs_stay_at_the_prior_where_nothing_is_known(prior):
     slope, _ = ridge(moments_of(x, x[:, :1] * torch.tensor([[7.0, 8, 9]]), torch.ones(2)), prior, 1e-6)
     torch.testing.assert_close(slope[:, 1:], prior[:, 1:])
     torch.testing.assert_close(slope[:, 0], torch.tensor([7.0, 8, 9], dtype=torch.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_what_rounding_made_indefinite_is_left_to_the_pull(prior):
+    """A variance of less than nothing, by more than the pull, is taken for none; all else is solved as it would be."""
+    x = (
+        torch.eye(INPUTS, dtype=torch.float64).repeat(2, 1)
+        * torch.tensor([1.0, -1]).repeat_interleave(INPUTS)[:, None]
+    )
+    basis = torch.linalg.qr(torch.randn(INPUTS, INPUTS, generator=torch.Generator().manual_seed(5)).double()).Q
+    x[:, -1] = 0
+    moments = moments_of(x @ basis.T, x @ torch.ones(INPUTS, OUTPUTS, dtype=torch.float64), torch.ones(len(x)))
+    unseen = basis[:, -1]
+    rounded = replace(moments, xx=moments.xx - 1e-3 * torch.outer(unseen, unseen))
+    for given in (moments, rounded):
+        slope, _ = ridge(given, prior, 1e-5)
+        torch.testing.assert_close(slope @ unseen, prior @ unseen)
+        torch.testing.assert_close(
+            slope @ basis[:, :-1], torch.ones(OUTPUTS, INPUTS - 1).double(), rtol=1e-3, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("positions", range(2, 100))
+def test_the_rows_that_are_looked_at_are_not_all_of_one_position(positions: int):
+    """A first solution that is right everywhere is seen to be, though all samples have one class token."""
+    x = torch.randn(64, positions, INPUTS, generator=torch.Generator().manual_seed(6))
+    x[:, 0] = 0.5
+    rows, prior = x.flatten(0, 1), torch.randn(OUTPUTS, INPUTS, generator=torch.Generator().manual_seed(7))
+    gram = Gram(INPUTS, OUTPUTS, prior)
+    gram.add(rows, rows @ prior.T, torch.ones(len(rows)))
+    assert gram.left.blocks and not gram.whole.blocks
+    seen = torch.bincount(some_rows(rows) % positions, minlength=positions)
+    assert seen.sum() == LOOK and seen.max() <= LOOK / 2 + 1
 
 
 @pytest.mark.parametrize("intercept", [True, False])

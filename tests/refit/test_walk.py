@@ -28,9 +28,10 @@ from hf_zipit.refit.batches import micro_batches
 from hf_zipit.refit.convolution import patches, restored
 from hf_zipit.refit.doors import solve_door
 from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.forward_pass import FORWARD_PASSES
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.misfit import UNKNOWN_TASK, misfit
-from hf_zipit.refit.rows import Rows
+from hf_zipit.refit.rows import Picked, Rows
 from hf_zipit.refit.solvers import norm_names, solve
 from hf_zipit.refit.store import MERGED
 from hf_zipit.refit.walk import Walk
@@ -297,6 +298,37 @@ def test_units_that_one_expert_has_are_that_experts():
                 values.store[site.node, who, b] = torch.full((8, 17, size), float(who + 1))
             target = targets.of(site, b)
             torch.testing.assert_close(target[0, 0], torch.tensor([1.0] * size + [2.0] * size))
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet-basic", "resnet-bottleneck"])
+@pytest.mark.parametrize("rows", [slice(None), torch.tensor([40, 3, 17])], ids=["all", "some"])
+def test_targets_of_rows_are_rows_of_the_targets(name: str, rows: Picked):
+    """Of convolutions and of writers into a residual stream as well."""
+    compared: set[tuple[str, bool]] = set()
+
+    class Comparing(Measured):
+        def solve(self, fit: Fit, site: Site) -> None:
+            super().solve(fit, site)
+            if site.kind in ("linear", "conv"):
+                whole, found = fit.targets.of(site, 0), fit.targets.of(site, 0, rows)
+                expected = whole.movedim(site.channel_axis, -1).flatten(0, -2)[rows]
+                torch.testing.assert_close(found, expected, rtol=0, atol=0)
+                compared.add((site.kind, site.stream is not None))
+
+    Comparing().refit(name, "zip", micro_batch=4)
+    assert compared >= {("linear" if name == "vit" else "conv", writes) for writes in (True, False)}
+
+
+@pytest.mark.parametrize("name", ["vit", "bert-sequence", "resnet-basic"])
+def test_a_remembered_forward_pass_serves_other_experts_as_one_of_their_own(name: str):
+    models = experts(name)
+    FORWARD_PASSES.clear()
+    fresh = refitted(models, by_task(calibration(models[0])), method="zip")
+    FORWARD_PASSES.clear()
+    others = tiny.build(name, 11), tiny.build(name, 12)
+    refitted(others, by_task(calibration(others[0])), method="zip")
+    again = refitted(models, by_task(calibration(models[0])), method="zip")
+    assert_bit_identical(model_tensors(again), model_tensors(fresh))
 
 
 def small_walk(models, data, maps: Alignment | None = None, **settings: object) -> Walk:

@@ -12,8 +12,8 @@ from transformers.models.vit.modeling_vit import ViTMLP
 
 from hf_zipit.refit.forward_pass import forward_pass
 from hf_zipit.symmetry import MergeSpec
-from hf_zipit.symmetry import likeness as memories
-from hf_zipit.symmetry.likeness import Memory, likeness
+from hf_zipit.symmetry import memory as memories
+from hf_zipit.symmetry.memory import Memory, trace_key
 
 from .. import tiny
 from ..test_invariants import calibration
@@ -30,20 +30,34 @@ def test_a_trace_is_made_once_for_models_that_are_alike():
 def test_a_model_with_a_hook_is_like_no_other():
     hooked = tiny.build("vit")
     hooked.vit.register_forward_pre_hook(lambda module, args: None)
-    assert likeness(hooked) is None
+    assert trace_key(hooked) is None
 
 
 def test_a_module_whose_numbers_were_changed_is_another():
     plain, scaled = tiny.build("vit", 0), tiny.build("vit", 1)
-    assert likeness(plain) == likeness(scaled) == likeness(plain.train())
+    assert trace_key(plain) == trace_key(scaled) == trace_key(plain.train())
     scaled.vit.layers[0].attention.scaling *= 2
-    assert likeness(scaled) != likeness(plain)
+    assert trace_key(scaled) != trace_key(plain)
+
+
+@pytest.mark.parametrize("value", [2.0, (1, 2), torch.ones(2), torch.relu, "one", None])
+def test_what_hangs_on_a_module_counts(value: object):
+    plain, other, alike = (tiny.build("vit") for _ in range(3))
+    for model, hung in ((plain, 3.0), (other, value), (alike, value)):
+        model.vit.layers[0].mlp.hung = hung
+    assert trace_key(alike) == trace_key(other) != trace_key(plain)
+
+
+def test_another_method_of_a_class_counts(monkeypatch: pytest.MonkeyPatch):
+    before = trace_key(tiny.build("vit"))
+    monkeypatch.setattr(ViTMLP, "of_its_own", lambda self: None, raising=False)
+    assert trace_key(tiny.build("vit")) != before
 
 
 def test_a_class_whose_code_was_replaced_is_another(monkeypatch: pytest.MonkeyPatch):
-    before, forward = likeness(tiny.build("vit")), ViTMLP.forward
+    before, forward = trace_key(tiny.build("vit")), ViTMLP.forward
     monkeypatch.setattr(ViTMLP, "forward", lambda self, hidden_states: forward(self, hidden_states))
-    assert likeness(tiny.build("vit")) != before
+    assert trace_key(tiny.build("vit")) != before
 
 
 def test_forward_passes_are_known_by_the_shapes_of_their_inputs_and_by_what_they_return():
@@ -52,6 +66,7 @@ def test_forward_passes_are_known_by_the_shapes_of_their_inputs_and_by_what_they
     made = forward_pass(one, inputs, ("logits",))
     assert forward_pass(other, {name: x + 1 for name, x in inputs.items()}, ("logits",)) is made
     assert forward_pass(one, inputs, None) is not made
+    assert forward_pass(tiny.build("vit").bfloat16(), inputs, ("logits",)) is not made
     fewer = {name: x[:3] for name, x in inputs.items()}
     assert forward_pass(one, fewer, ("logits",)) is not made
     doubled = {name: x.double() for name, x in inputs.items()}
