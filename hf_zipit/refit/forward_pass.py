@@ -50,16 +50,13 @@ def forward_pass(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[s
     Raises:
         SpecError: if the model cannot be traced, or writes into a part of a tensor that is read as a whole later.
     """
-    of_model = trace_key(model)
-    key = None
-    if of_model is not None:
-        kinds = tuple((x.dtype, x.device) for x in (*model.parameters(), *model.buffers()))
-        key = of_model, kinds, tuple(sorted((name, _look(x)) for name, x in inputs.items())), fields
-    return FORWARD_PASSES.get(key, lambda: _made(model, inputs, fields))
+    kinds = tuple((x.dtype, x.device) for x in (*model.parameters(), *model.buffers()))
+    shapes = tuple(sorted((name, _shape(x)) for name, x in inputs.items()))
+    return FORWARD_PASSES.get(trace_key(model, kinds, shapes, fields), lambda: _made(model, inputs, fields))
 
 
-def _look(x: Any) -> Hashable:
-    """What a trace knows of an input."""
+def _shape(x: Any) -> Hashable:
+    """What a trace knows of an input: of a switch, such as `use_cache`, all."""
     return (tuple(x.shape), str(x.dtype)) if isinstance(x, Tensor) else repr(x)
 
 

@@ -16,6 +16,7 @@ from hf_zipit.refit.graph import Site
 from hf_zipit.refit.rows import Picked, at_rows
 from hf_zipit.refit.store import MERGED
 from hf_zipit.refit.values import Values
+from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 
@@ -42,7 +43,7 @@ class Targets:
             return target
         other = self.values.of(site.other, MERGED, b)
         if rows is not None:
-            shape = list(site.stream.meta["val"].shape)
+            shape = shape_of(site.stream)
             shape[site.channel_axis] = -1
             other = at_rows(other.expand(shape), site.channel_axis, rows)
         return target - other

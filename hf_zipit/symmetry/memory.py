@@ -43,8 +43,10 @@ class Memory(Generic[Made]):
         self._made.clear()
 
 
-def trace_key(model: nn.Module) -> Hashable | None:
+def trace_key(model: nn.Module, *more: Hashable) -> Hashable | None:
     """What a model's trace depends on: its configuration, its modules with their code and attributes, its tensors.
+
+    `more` is what else it depends on.
 
     Not known is code that modules call by a global name; who replaces that has to clear the memories. None for a model
     that cannot be known by a key: it has no configuration, or something was hung onto it (a replaced `forward`, as by
@@ -56,9 +58,12 @@ def trace_key(model: nn.Module) -> Hashable | None:
         return None
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     shapes = tuple((name, tuple(tensor.shape), tensor.dtype.is_floating_point) for name, tensor in tensors)
-    modules = tuple((type(module), _code(type(module)), tuple(_attributes(module))) for module in model.modules())
+    modules = tuple(
+        (name, type(module), _code(type(module)), tuple(_attributes(module)))
+        for name, module in model.named_modules(remove_duplicate=False)
+    )
     ties = tuple(map(tuple, tied_names(model)))
-    return repr(model), _settings(config), modules, shapes, ties
+    return _settings(config), modules, shapes, ties, more
 
 
 def _code(kind: type[nn.Module]) -> tuple[FunctionType, ...]:
@@ -71,10 +76,10 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Hashable]]:
     """What hangs on a module beside its tensors, modules and configurations: a trace may hold it as it was."""
     for name, value in vars(module).items():
         if name not in OF_EVERY_MODULE and not hasattr(value, "to_dict"):
-            yield name, _look(value)
+            yield name, _content(value)
 
 
-def _look(value: Any) -> Hashable:
+def _content(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return tuple(value.shape), str(value.dtype), value.device.type != "meta" and str(value.tolist())
     return value if isinstance(value, (type, FunctionType)) else repr(value)

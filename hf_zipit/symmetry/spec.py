@@ -64,10 +64,7 @@ class MergeSpec(Trace):
         """
         if inputs is not None or adapter is not None:
             return cls._traced(model, inputs, adapter or adapter_for(model), folding)
-        key = trace_key(model)
-        return TRACES.get(
-            None if key is None else (key, folding), lambda: cls._traced(model, None, adapter_for(model), folding)
-        )
+        return TRACES.get(trace_key(model, folding), lambda: cls._traced(model, None, adapter_for(model), folding))
 
     @classmethod
     def _traced(
