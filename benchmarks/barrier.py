@@ -21,10 +21,10 @@ import typer
 
 from benchmarks.results import checked
 from benchmarks.zoo import RECIPES, Pair, load
-from hf_zipit.align.registry import METHODS
 from hf_zipit.errors import ZipItError
 from hf_zipit.files import check_writable, write_json
 from hf_zipit.landscapes.survey import Survey
+from hf_zipit.registry import METHODS
 from hf_zipit.report.tables import share
 
 WITH_DATA = ("permute", "zip", "dual")

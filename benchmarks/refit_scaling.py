@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.zoo import RECIPES, Pair, load
-from hf_zipit.align.trunk import align_trunk
-from hf_zipit.combine.trunk import combine_trunk
+from hf_zipit.align.stage import align_trunk
+from hf_zipit.combine.combine import combine_trunk
+from hf_zipit.data.micro_batches import MicroBatch
 from hf_zipit.merging import plan
 from hf_zipit.refit import RefitConfig
-from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.forward_pass import FORWARD_PASSES
 from hf_zipit.refit.stage import prepared, refit
 from hf_zipit.report.tables import new_table

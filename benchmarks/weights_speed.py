@@ -17,8 +17,8 @@ import torch
 import typer
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_zipit.align.registry import Network
-from hf_zipit.align.weights import match_weights
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.weights import match_weights
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec

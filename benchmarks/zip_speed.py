@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_zipit.align.zip import zip_units
+from hf_zipit.align.methods.zip import zip_units
 
 
 def correlation(units: int, experts: int = 2, seed: int = 0) -> Tensor:

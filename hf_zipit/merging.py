@@ -18,14 +18,13 @@ from transformers import PreTrainedModel
 
 from hf_zipit.align.align import check_settings, residual_spaces, wants_folding
 from hf_zipit.align.procrustes import rotating
-from hf_zipit.align.registry import METHODS
-from hf_zipit.align.trunk import align_trunk
+from hf_zipit.align.stage import align_trunk
 from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.widening import widenable_spaces
-from hf_zipit.combine.registry import COMBINERS
-from hf_zipit.combine.trunk import combine_trunk
-from hf_zipit.correct.registry import check_corrections
+from hf_zipit.combine.combine import combine_trunk
+from hf_zipit.correct.correction import check_corrections
 from hf_zipit.correct.stage import correct
+from hf_zipit.data.sources import Renamed
 from hf_zipit.errors import DataError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.loading import Experts, load_experts
@@ -33,14 +32,13 @@ from hf_zipit.experts.origins import origins, versions
 from hf_zipit.experts.processors import processors_of
 from hf_zipit.files import check_writable
 from hf_zipit.observe import Moments
-from hf_zipit.observe.data import Renamed
 from hf_zipit.observe.observed import moments_for
 from hf_zipit.planning.plan import Plan, fold_experts, make_plan, with_doors
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.joint import calibrate_joint
 from hf_zipit.refit.stage import prepared
 from hf_zipit.refit.stage import refit as refit_trunk
-from hf_zipit.registry import check_options
+from hf_zipit.registry import METHODS, RULES, check_options
 from hf_zipit.schema import build as build_section
 
 logger = logging.getLogger(__name__)
@@ -66,7 +64,7 @@ def plan(
     """
     entry = METHODS.get(method)
     check_options(method, entry.function, options or {})
-    COMBINERS.get(combine)
+    RULES.get(combine)
     loaded = load_experts(experts)
     planned = make_plan(loaded, depth, folding=wants_folding(method, residual, overrides))
     if residual == "orthogonal" and not set(rotating(planned.spec)) & set(residual_spaces(planned.spec)):

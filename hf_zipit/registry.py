@@ -1,8 +1,9 @@
-"""A room's registry: a name for everything that can be chosen there, filled by the room's own files.
+"""The registry: names for everything that can be chosen, filled by one package of ours and by other people's packages.
 
-A room is a package (`hf_zipit.align`, `hf_zipit.combine`, ...) whose modules register what they define when they are
-imported. The registry imports all of them at the first look-up, so that adding a method is adding one file and nothing
-else. A method's options are the keyword-only parameters of its function: its signature is its schema.
+Methods, rules, corrections and adapters register themselves when their modules are imported. At the first look-up the
+registry imports all modules of its package, so that adding one is adding one file, and then what installed packages
+announce under its entry point group, so that third parties add theirs without a change here. What is chosen takes
+options: they are the keyword-only parameters of its function. Its signature is its schema.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import logging
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
 from hf_zipit.errors import RecipeError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -28,23 +33,25 @@ KINDS: dict[type, tuple[str, Any]] = {
 
 
 class Registry(Generic[T]):
-    """Names and what they stand for, found in the modules of one package.
+    """Names and what they stand for.
 
     Args:
-        kind: what is registered, for error messages: `"method"`, `"combiner"`.
-        room: the package whose modules register themselves, such as `"hf_zipit.align"`.
+        kind: what is registered, for error messages: `"method"`, `"rule"`.
+        package: the package whose modules register themselves, such as `"hf_zipit.align.methods"`.
+        group: the entry point group under which other packages announce modules that register more.
     """
 
-    def __init__(self, kind: str, room: str):
+    def __init__(self, kind: str, package: str, group: str):
         self.kind = kind
-        self.room = room
+        self.package = package
+        self.group = group
         self._entries: dict[str, T] = {}
         self._found = False
 
     def add(self, name: str, entry: T) -> T:
         """Register `entry`; raises ValueError when the name is taken: a mistake in the code, not in a recipe."""
         if name in self._entries:
-            raise ValueError(f"There are two {self.kind}s named {name!r} in {self.room}; rename one of them.")
+            raise ValueError(f"There are two {self.kind}s named {name!r}; rename one of them.")
         self._entries[name] = entry
         return entry
 
@@ -54,6 +61,11 @@ class Registry(Generic[T]):
         if name not in self._entries:
             raise RecipeError(f"There is no {self.kind} named {name!r}; {suggestion(name, self.names())}")
         return self._entries[name]
+
+    def find(self, name: str) -> T | None:
+        """What `name` stands for; None when there is no such thing."""
+        self._find()
+        return self._entries.get(name)
 
     def names(self) -> tuple[str, ...]:
         """Every registered name, sorted."""
@@ -73,11 +85,29 @@ class Registry(Generic[T]):
     def _find(self) -> None:
         if self._found:
             return
-        package = importlib.import_module(self.room)
+        package = importlib.import_module(self.package)
         for module in sorted(info.name for info in pkgutil.iter_modules(package.__path__)):
-            importlib.import_module(f"{self.room}.{module}")
-        # Only now: an import that failed must fail again at the next look-up, not leave half a room behind.
+            importlib.import_module(f"{self.package}.{module}")
+        # Only now: an import that failed must fail again at the next look-up, not leave half a registry behind.
         self._found = True
+        for plugin in sorted(entry_points(group=self.group), key=lambda plugin: (plugin.name, plugin.value)):
+            try:
+                plugin.load()
+            except Exception as error:  # somebody else's code may raise anything; ours must go on without it
+                logger.warning("The %s of the plugin %s was not loaded: %s", self.kind, plugin.value, error)
+
+
+METHODS: Registry[Any] = Registry("method", "hf_zipit.align.methods", "hf_zipit.methods")
+"""Alignment methods: `hf_zipit.align.method.Method`."""
+
+RULES: Registry[Any] = Registry("rule", "hf_zipit.combine.rules", "hf_zipit.rules")
+"""Combining rules: `hf_zipit.combine.rule.Rule`."""
+
+CORRECTIONS: Registry[Any] = Registry("correction", "hf_zipit.correct", "hf_zipit.corrections")
+"""Corrections of merged models: `hf_zipit.correct.correction.Correction`."""
+
+ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.adapters")
+"""Adapters by the `model_type` of the configurations they serve: `hf_zipit.adapters.auto.Adapter`."""
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -236,8 +236,7 @@ def test_every_equation_can_be_shown() -> None:
 
 
 def test_every_method_and_every_public_name_has_its_page() -> None:
-    from hf_zipit.align.registry import METHODS
-    from hf_zipit.correct.registry import CORRECTIONS
+    from hf_zipit.registry import CORRECTIONS, METHODS
 
     pages = {page.stem for page in (ROOT / "docs" / "methods").glob("*.md")}
     assert set(METHODS.names()) <= pages

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 import hf_zipit.planning.plan
 from hf_zipit import merge, plan
 from hf_zipit.adapters import adapter_for
-from hf_zipit.align.registry import METHODS
 from hf_zipit.errors import OutputError, SpecError
 from hf_zipit.planning.plan import check_coverage
+from hf_zipit.registry import METHODS
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors, perturb

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from hf_zipit.adapters import Adapter
 from hf_zipit.align.align import align
-from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.average import average
-from hf_zipit.combine.transform import unmerge_index
+from hf_zipit.combine.rules.average import average
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import unmerge_index
 from hf_zipit.modeling.entries import IndexEntry
 from hf_zipit.observe import Moments, observe
 from hf_zipit.planning.cut import cut_model

@@ -16,9 +16,9 @@ import hf_zipit
 
 ROOMS = (
     "errors", "registry", "files", "schema",  # tools
-    "adapters", "symmetry", "planning",  # what a model is, and what merging it would mean
+    "adapters", "symmetry", "maps", "planning",  # what a model is, and what merging it would mean
     "hub", "modeling", "experts",  # models: merged ones, and those they are made of
-    "observe", "align", "combine", "assembly", "refit", "correct",  # the stages
+    "data", "observe", "align", "combine", "assembly", "refit", "correct",  # the stages
     "evaluation", "report", "recipe", "merging", "landscapes", "searching", "running",
     "",  # the face
     "cli",

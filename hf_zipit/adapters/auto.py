@@ -12,6 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from hf_zipit.registry import ADAPTERS
+
 BATCH = 2  # larger than one: an axis of size one cannot be told from no axis
 TOKENS = 7  # a prime, unlike any width: easy to recognise in an error
 
@@ -89,6 +91,13 @@ class Adapter:
     def read_positions(self, model: nn.Module) -> dict[str, str]:
         """Which positions the head reads: see `hf_zipit.refit.positions.Positions`."""
         return {}
+
+
+def register(adapter: type[Adapter]) -> type[Adapter]:
+    """Decorator that makes a class the adapter of its `model_types`; raises ValueError if one has an adapter."""
+    for model_type in adapter.model_types:
+        ADAPTERS.add(model_type, adapter())
+    return adapter
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:

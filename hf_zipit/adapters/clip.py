@@ -7,11 +7,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_zipit.adapters.auto import Adapter
+from hf_zipit.adapters.auto import Adapter, register
 
 PROJECTIONS = ("visual_projection", "text_projection", "logit_scale")
 
 
+@register
 class CLIPAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("clip", "clip_vision_model", "clip_text_model")
 

@@ -6,9 +6,10 @@ from typing import ClassVar
 
 from torch import nn
 
-from hf_zipit.adapters.auto import Adapter
+from hf_zipit.adapters.auto import Adapter, register
 
 
+@register
 class PoolFormerAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("poolformer",)
 

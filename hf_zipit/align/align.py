@@ -14,13 +14,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_zipit.align.circuits import match_circuits
-from hf_zipit.align.maps import Map
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.circuits import match_circuits
 from hf_zipit.align.procrustes import rotate_streams, rotating
-from hf_zipit.align.registry import METHODS, Network
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.maps.space_map import Map
 from hf_zipit.planning.cut import NOT_IN_TRUNK
+from hf_zipit.registry import METHODS
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry
 
 Residual = Literal["match", "identity", "orthogonal"]

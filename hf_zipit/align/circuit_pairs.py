@@ -14,11 +14,11 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from hf_zipit.align.aligned import comparable, in_merged_units, resolvable
 from hf_zipit.align.circuit_bases import FREE, Bases
-from hf_zipit.align.maps import LinearMap, Map, SpaceMap
-from hf_zipit.align.permute import assign
-from hf_zipit.align.registry import Network
-from hf_zipit.align.settled import comparable, in_merged_units, resolvable
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.permute import assign
+from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry
 
 

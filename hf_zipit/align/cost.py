@@ -13,7 +13,7 @@ from math import prod
 
 from torch import Tensor
 
-from hf_zipit.align.settled import STATISTICS
+from hf_zipit.align.aligned import STATISTICS
 from hf_zipit.symmetry.spec import MergeSpec
 
 

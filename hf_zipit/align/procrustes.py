@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import LinearMap, Map
+from hf_zipit.maps.space_map import LinearMap, Map
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
 UNTURNED = 1e-9

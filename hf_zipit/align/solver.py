@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.heads import block_scores, holds_blocks
-from hf_zipit.align.maps import LinearMap, Map, SpaceMap
-from hf_zipit.align.permute import match_to_reference
-from hf_zipit.align.products import merged_sizes, trace_out
-from hf_zipit.align.registry import METHODS, Method, Network
-from hf_zipit.registry import check_options
+from hf_zipit.align.method import Method, Network
+from hf_zipit.align.methods.permute import match_to_reference
+from hf_zipit.maps.products import merged_sizes, trace_out
+from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
+from hf_zipit.registry import METHODS, check_options
 from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey, Space, Symmetry
 
 logger = logging.getLogger(__name__)

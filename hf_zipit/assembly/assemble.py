@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.align.products import merged_sizes
-from hf_zipit.combine.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.errors import ExpertError
+from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
 from hf_zipit.planning.cut import Cut, Entry
 from hf_zipit.symmetry.proof import model_tensors

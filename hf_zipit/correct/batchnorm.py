@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.correct.data import Batches, running, size_of
-from hf_zipit.correct.registry import register
+from hf_zipit.correct.correction import register
 from hf_zipit.correct.sites import is_batch_norm
+from hf_zipit.data.batches import Batches, running, size_of
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 

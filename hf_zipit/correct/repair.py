@@ -25,10 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.transform import features_to_merged, only_groups
-from hf_zipit.correct.data import Batches, pieces, running
-from hf_zipit.correct.registry import register
+from hf_zipit.correct.correction import register
 from hf_zipit.correct.sites import Site, is_batch_norm, layers
 from hf_zipit.correct.statistics import (
     Statistics,
@@ -41,7 +38,10 @@ from hf_zipit.correct.statistics import (
     towards,
     watching,
 )
+from hf_zipit.data.batches import Batches, pieces, running
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import features_to_merged, only_groups
 from hf_zipit.observe.record import probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, fitted, product_key

@@ -28,9 +28,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.correct.data import Batches, Inputs, pieces, running
-from hf_zipit.correct.registry import register
+from hf_zipit.correct.correction import register
 from hf_zipit.correct.repair import PIECE
 from hf_zipit.correct.sites import Site, block_inputs, layers
 from hf_zipit.correct.statistics import (
@@ -44,7 +42,9 @@ from hf_zipit.correct.statistics import (
     towards,
     watching,
 )
+from hf_zipit.data.batches import Batches, Inputs, pieces, running
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
 from hf_zipit.planning.plan import Plan

@@ -9,12 +9,13 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.correct.data import Batches
-from hf_zipit.correct.registry import CORRECTIONS, check_corrections
+from hf_zipit.correct.correction import check_corrections
+from hf_zipit.data.batches import Batches
 from hf_zipit.errors import DataError
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.observe import Moments
 from hf_zipit.planning.plan import Plan
+from hf_zipit.registry import CORRECTIONS
 
 
 def correct(

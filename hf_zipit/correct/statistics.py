@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.correct.sites import Site
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.modeling.entries import first_argument
 from hf_zipit.symmetry.spec import MergeSpec, fitted, product_key
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_zipit.data.inputs import ModelInputs, prepare, tensor_of
+from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
+from hf_zipit.data.sources import Renamed
 from hf_zipit.errors import DataError
-from hf_zipit.evaluation.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.modeling.skeleton import source_class
-from hf_zipit.observe.data import Renamed
-from hf_zipit.observe.inputs import ModelInputs, prepare, tensor_of
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.batches import Collate, Reading, classes_of, inputs_of
-from hf_zipit.evaluation.labels import IGNORED, first
 from hf_zipit.evaluation.results import Accuracy, Evaluation
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel

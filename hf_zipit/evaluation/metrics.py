@@ -24,8 +24,8 @@ from datasets import Sequence as SequenceOf
 from torch import Tensor
 from transformers import EvalPrediction
 
+from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.evaluation.labels import IGNORED, first
 from hf_zipit.registry import suggestion
 
 IDS = {"predictions": Value("int64"), "references": Value("int64")}

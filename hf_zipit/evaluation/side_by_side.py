@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
-from hf_zipit.evaluation.labels import IGNORED
+from hf_zipit.data.labels import IGNORED
 from hf_zipit.modeling import ZipItForMaskedLM, merged_class
 from hf_zipit.modeling.joint import vote
 

@@ -22,8 +22,8 @@ from datasets import ClassLabel, Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.errors import DataError
-from hf_zipit.evaluation.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.modeling import ZipItPreTrainedModel
 
 Row = Mapping[str, Any]

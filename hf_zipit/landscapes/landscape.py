@@ -23,8 +23,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from hf_zipit.data.held_out import Answers
 from hf_zipit.errors import RecipeError
-from hf_zipit.evaluation.held_out import Answers
 from hf_zipit.experts.loading import Experts
 from hf_zipit.landscapes.results import Landscape
 from hf_zipit.landscapes.survey import Survey

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_zipit.align.maps import Alignment, SpaceMap
-from hf_zipit.combine.transform import to_merged, unmerge_matrix
-from hf_zipit.combine.trunk import in_float32
+from hf_zipit.combine.combine import in_float32
 from hf_zipit.errors import ExpertError
+from hf_zipit.maps.space_map import Alignment, SpaceMap
+from hf_zipit.maps.transform import to_merged, unmerge_matrix
 from hf_zipit.modeling.entries import DenseEntry
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors

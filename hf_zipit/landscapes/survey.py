@@ -13,17 +13,17 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_zipit.align.trunk import align_trunk
+from hf_zipit.align.stage import align_trunk
+from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, limit, whole
+from hf_zipit.data.inputs import ModelInputs
+from hf_zipit.data.labels import IGNORED
+from hf_zipit.data.sources import by_task
 from hf_zipit.errors import RecipeError
-from hf_zipit.evaluation.held_out import Answers, HeldOut, divide, held_out, limit, whole
-from hf_zipit.evaluation.labels import IGNORED
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.landscapes.results import Curve, Measured, Plane
 from hf_zipit.landscapes.surface import Surface, make_surface
 from hf_zipit.merging import merge, plan, refit_settings
 from hf_zipit.observe import Moments
-from hf_zipit.observe.data import by_task
-from hf_zipit.observe.inputs import ModelInputs
 from hf_zipit.observe.observed import Observed, moments_for
 from hf_zipit.planning.plan import fold_experts
 from hf_zipit.registry import suggestion

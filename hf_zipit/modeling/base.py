@@ -17,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -32,7 +33,6 @@ from ..hub.processors import FOLDER as PROCESSORS
 from ..hub.processors import Files, processor_files, write_files
 from .configuration import ZipItConfig, nearest
 from .entries import Entry, attach, leave, make_entries
-from .expert import plain_expert
 from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
@@ -190,7 +190,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
             ZipItError: the task is unknown.
             ExpertError: no plain model can compute it; see `expert.py`.
         """
-        return plain_expert(self, task)
+        # A model is below what takes it apart: what that needs (symmetries, cuts) is of no use to a model that runs.
+        return import_module("hf_zipit.assembly.disassemble").plain_expert(self, task)
 
     # --------------------------------------------------------------------------------------- computing
 

@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from hf_zipit.data.processes import placed, summed
+from hf_zipit.data.sources import CalibrationBatch, calibration_batches, count_batches
 from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
-from hf_zipit.observe.data import CalibrationBatch, calibration_batches, count_batches
 from hf_zipit.observe.moments import Moments, Sums
-from hf_zipit.observe.processes import placed, summed
 from hf_zipit.observe.record import Choose, Recorder, choose_share, keep_all, probe_name
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
 
@@ -65,7 +65,7 @@ def observe(
     Args:
         spec: the experts' architecture; its probes say where to look.
         experts: the models by task. Those placed by a `device_map` stay where they are.
-        calibration: unlabelled inputs, see `hf_zipit.observe.data`; every process must be given the same.
+        calibration: unlabelled inputs, see `hf_zipit.data.sources`; every process must be given the same.
         keys: the products to observe; all that have a probe by default.
         processor: image processor, tokenizer or processor, for raw images and texts.
         batch_size: samples per forward pass.

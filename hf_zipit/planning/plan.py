@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_zipit.errors import SpecError
-from hf_zipit.planning.axes import check_axes
+from hf_zipit.maps.rows import check_axes
 from hf_zipit.planning.compatible import check_experts
 from hf_zipit.planning.cut import Cut, cut_model
 from hf_zipit.symmetry.folding import Model, fold

@@ -76,8 +76,8 @@ def check_model_source(source: str, task: str) -> None:
 
 def _check_merging(recipe: Recipe) -> None:
     from hf_zipit.align.align import override_choice  # imports torch
-    from hf_zipit.align.registry import METHODS
-    from hf_zipit.correct.registry import check_corrections
+    from hf_zipit.correct.correction import check_corrections
+    from hf_zipit.registry import METHODS
 
     for key in ("method", "depth"):
         values = getattr(recipe, key)

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, in_channels
+from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import DataError
-from hf_zipit.evaluation.labels import LABEL_COLUMNS
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.hub.reasons import first_line, why
-from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, in_channels
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from math import prod
 
 from torch import fx
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.align.products import merged_sizes
+from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.graph import Program, Site
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import MergeSpec, Symmetry, product_key

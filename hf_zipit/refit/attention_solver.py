@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hf_zipit.align.products import factor_indices
-from hf_zipit.combine.transform import features_to_merged, unmerge_matrix
+from hf_zipit.maps.products import factor_indices
+from hf_zipit.maps.transform import features_to_merged, unmerge_matrix
 from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Site

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from hf_zipit.combine.transform import unmerge_matrix
 from hf_zipit.errors import SpecError
+from hf_zipit.maps.transform import unmerge_matrix
 from hf_zipit.planning.cut import Cut, Entry
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Program

@@ -8,7 +8,7 @@ from math import prod
 
 from torch import Tensor
 
-from hf_zipit.align.maps import Alignment
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.rows import Picked, Rows

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_zipit.data.micro_batches import MicroBatch
 from hf_zipit.errors import RecipeError
-from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.regression import Gram, ridge
 
 RIDGE = 1e-2

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
-from hf_zipit.align.maps import Alignment
+from hf_zipit.data.micro_batches import MicroBatch, micro_batches
+from hf_zipit.data.processes import summed
+from hf_zipit.data.sources import calibration_batches
 from hf_zipit.errors import DataError
-from hf_zipit.observe import calibration_batches
-from hf_zipit.observe.processes import summed
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit.batches import MicroBatch, micro_batches
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.variants import variant

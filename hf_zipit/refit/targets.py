@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.transform import features_to_merged, only_groups, shares_held
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.rows import Picked, at_rows
 from hf_zipit.refit.store import MERGED

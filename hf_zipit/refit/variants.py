@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from torch import nn
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.align.products import merged_sizes
+from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
 from hf_zipit.symmetry.spec import MergeSpec, product_key

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
-from hf_zipit.align.maps import Alignment
+from hf_zipit.data.micro_batches import MicroBatch
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
-from hf_zipit.refit.batches import MicroBatch
 from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.doors import Doors, find_doors, solve_door
 from hf_zipit.refit.fit import Fit

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import ExpertError
-from hf_zipit.evaluation.labels import LABEL_COLUMNS
 from hf_zipit.hub.processors import FOLDER as PROCESSORS
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.modeling import ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class

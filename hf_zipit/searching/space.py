@@ -18,11 +18,10 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from hf_zipit.align.registry import METHODS
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.sections import REFIT, real_method
 from hf_zipit.refit import RefitConfig
-from hf_zipit.registry import check_options, suggestion
+from hf_zipit.registry import METHODS, check_options, suggestion
 
 
 @dataclass(frozen=True)

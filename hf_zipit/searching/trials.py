@@ -25,14 +25,14 @@ from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, whole
+from hf_zipit.data.inputs import ModelInputs
+from hf_zipit.data.sources import by_task
 from hf_zipit.errors import RecipeError, ZipItError
-from hf_zipit.evaluation.held_out import Answers, HeldOut, divide, held_out, whole
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.merging import merge, plan
 from hf_zipit.observe import Moments
-from hf_zipit.observe.data import by_task
-from hf_zipit.observe.inputs import ModelInputs
 from hf_zipit.observe.observed import Observed
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.searching.costs import expert_macs, merged_macs

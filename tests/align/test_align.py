@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.align import align, residual_spaces
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.products import merged_index, trace_out
-from hf_zipit.align.registry import METHODS, Network, register
+from hf_zipit.align.method import Network, register
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.maps.products import merged_index, trace_out
+from hf_zipit.maps.space_map import SpaceMap
+from hf_zipit.registry import METHODS
 from hf_zipit.symmetry.spec import Factor
 from tests.align.toys import correlation, space, spec_of, vectors
 

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_zipit.align.cca import canonical_correlations
+from hf_zipit.align.aligned import in_merged_units
 from hf_zipit.align.circuit_bases import balance, basis, pair_basis, pair_likeness
 from hf_zipit.align.circuit_pairs import CircuitFamily, circuits_of, match_family
-from hf_zipit.align.circuits import match_circuits
-from hf_zipit.align.maps import LinearMap, SpaceMap
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.cca import canonical_correlations
+from hf_zipit.align.methods.circuits import match_circuits
 from hf_zipit.align.procrustes import match_rotations, rotation
-from hf_zipit.align.registry import Network
-from hf_zipit.align.settled import in_merged_units
-from hf_zipit.combine.transform import features_to_merged, to_merged, unmerge_matrix
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import LinearMap, SpaceMap
+from hf_zipit.maps.transform import features_to_merged, to_merged, unmerge_matrix
 from hf_zipit.symmetry.group import _random_map, apply_element, random_element, transform
 from hf_zipit.symmetry.spec import Factor, Space, Symmetry, product_key
 from tests.align.toys import space, spec_of

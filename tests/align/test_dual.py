@@ -10,10 +10,10 @@ from torch import Tensor
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.align.align import align, residual_spaces
-from hf_zipit.align.dual import match_dual
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.registry import Network
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.dual import match_dual
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.observe.observe import observe
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey

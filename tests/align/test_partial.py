@@ -14,11 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from hf_zipit.adapters import adapter_for
 from hf_zipit.align.align import align
 from hf_zipit.align.cost import multiplications, parameters
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.partial import allocate, keep_apart, lacking_similarity, match_partial, worst_units
-from hf_zipit.align.registry import Network
-from hf_zipit.combine.average import average
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.partial import allocate, keep_apart, lacking_similarity, match_partial, worst_units
+from hf_zipit.combine.rules.average import average
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.merging import merge, plan
 from hf_zipit.symmetry.spec import Factor
 from tests import tiny

@@ -7,8 +7,8 @@ from itertools import permutations
 import pytest
 import torch
 
-from hf_zipit.align.identity import identity
-from hf_zipit.align.permute import permute
+from hf_zipit.align.methods.identity import identity
+from hf_zipit.align.methods.permute import permute
 from tests.align.toys import correlation, partition
 
 

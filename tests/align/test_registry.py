@@ -6,17 +6,16 @@ import sys
 
 import pytest
 
-from hf_zipit.align.registry import METHODS, register
-from hf_zipit.combine.registry import COMBINERS
+from hf_zipit.align.method import register
 from hf_zipit.errors import RecipeError
-from hf_zipit.registry import Registry, check_options, options_of
+from hf_zipit.registry import METHODS, RULES, Registry, check_options, options_of
 
 
 def test_methods_of_the_room_are_found_and_say_what_they_need():
     assert {"identity", "permute", "zip"} <= set(METHODS)
     assert METHODS.get("identity").needs == frozenset()
     assert METHODS.get("zip").needs == {"moments"}
-    assert "average" in COMBINERS
+    assert "average" in RULES
 
 
 def test_a_method_is_one_new_file(tmp_path, monkeypatch):
@@ -24,7 +23,7 @@ def test_a_method_is_one_new_file(tmp_path, monkeypatch):
     room.mkdir()
     (room / "__init__.py").write_text("")
     (room / "registry.py").write_text(
-        "from hf_zipit.registry import Registry\nTHINGS = Registry('thing', room='a_room')\n"
+        "from hf_zipit.registry import Registry\nTHINGS = Registry('thing', package='a_room', group='a_group')\n"
     )
     (room / "new.py").write_text("from a_room.registry import THINGS\nTHINGS.add('new', 7)\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -37,7 +36,7 @@ def test_a_method_is_one_new_file(tmp_path, monkeypatch):
 
 
 def test_a_name_cannot_be_taken_twice():
-    things: Registry[int] = Registry("thing", room="hf_zipit.combine")
+    things: Registry[int] = Registry("thing", package="hf_zipit.combine", group="things")
     things.add("one", 1)
     with pytest.raises(ValueError, match="two things named 'one'"):
         things.add("one", 2)

@@ -12,10 +12,10 @@ import torch
 from hf_zipit import merge, plan
 from hf_zipit.align.align import residual_spaces
 from hf_zipit.align.procrustes import rotating
-from hf_zipit.align.registry import METHODS
-from hf_zipit.align.trunk import align_trunk
+from hf_zipit.align.stage import align_trunk
 from hf_zipit.modeling.entries import DenseEntry, IndexEntry
 from hf_zipit.observe import observe
+from hf_zipit.registry import METHODS
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.folding import fold
 from hf_zipit.symmetry.group import apply_element, random_element

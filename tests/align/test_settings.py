@@ -11,12 +11,13 @@ from torch import nn
 
 from hf_zipit import merge, plan
 from hf_zipit.align.align import check_settings, override_choice
-from hf_zipit.align.registry import METHODS, Network, register
-from hf_zipit.align.trunk import align_trunk
+from hf_zipit.align.method import Network, register
+from hf_zipit.align.stage import align_trunk
 from hf_zipit.errors import RecipeError
 from hf_zipit.observe import Moments
 from hf_zipit.observe.observed import moments_for
 from hf_zipit.planning.plan import Plan
+from hf_zipit.registry import METHODS
 from tests import tiny
 from tests.align.toys import space, spec_of
 

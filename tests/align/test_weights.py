@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.align import align, residual_spaces
-from hf_zipit.align.evidence import families
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.registry import Network
-from hf_zipit.align.settled import comparable, settle
-from hf_zipit.align.weights import Descent, match_weights, random_orders
-from hf_zipit.combine.average import average
+from hf_zipit.align.aligned import comparable, settle
+from hf_zipit.align.method import Network
+from hf_zipit.align.methods.weights import Descent, match_weights, random_orders
+from hf_zipit.align.similarity import families
+from hf_zipit.combine.rules.average import average
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors, perturb
 from hf_zipit.symmetry.spec import Factor, MergeSpec

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_zipit.align.zip import zip_units
+from hf_zipit.align.methods.zip import zip_units
 from hf_zipit.errors import RecipeError
 from tests.align.toys import correlation, partition, vectors
 

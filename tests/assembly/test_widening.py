@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_zipit.adapters import adapter_for
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.partial import keep_apart
+from hf_zipit.align.methods.partial import keep_apart
 from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.widening import widenable_spaces
-from hf_zipit.combine.trunk import combine_trunk
+from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.merging import merge, plan
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry import MergeSpec

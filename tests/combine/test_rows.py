@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from hf_zipit import merge, plan
-from hf_zipit.align.maps import LinearMap, SpaceMap
-from hf_zipit.combine.transform import to_merged
 from hf_zipit.errors import SpecError
-from hf_zipit.planning.axes import check_axes, outer_elsewhere
+from hf_zipit.maps.rows import check_axes, outer_elsewhere
+from hf_zipit.maps.space_map import LinearMap, SpaceMap
+from hf_zipit.maps.transform import to_merged
 from hf_zipit.planning.plan import check_coverage
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors, perturb

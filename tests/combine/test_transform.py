@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.combine.average import average
-from hf_zipit.combine.transform import merge_tensor, to_merged, unmerge_index
+from hf_zipit.combine.rules.average import average
 from hf_zipit.errors import SpecError
+from hf_zipit.maps.space_map import SpaceMap
+from hf_zipit.maps.transform import merge_tensor, to_merged, unmerge_index
 from hf_zipit.symmetry.spec import AxisLabel, Factor, product_key
 from tests.align.toys import space, spec_of
 

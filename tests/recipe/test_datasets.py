@@ -14,9 +14,9 @@ from PIL import Image as Picture
 from transformers import PreTrainedModel
 
 import hf_zipit
+from hf_zipit.data.sources import Renamed
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.observe import calibration_batches
-from hf_zipit.observe.data import Renamed
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sources import load_source, part_of, rename
 from hf_zipit.running.data import merged_task_data, recipe_data

@@ -17,14 +17,14 @@ from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
-from hf_zipit.align.maps import Alignment, SpaceMap
-from hf_zipit.align.trunk import align_trunk
-from hf_zipit.combine.trunk import combine_trunk
+from hf_zipit.align.stage import align_trunk
+from hf_zipit.combine.combine import combine_trunk
+from hf_zipit.data.micro_batches import micro_batches
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.maps.space_map import Alignment, SpaceMap
 from hf_zipit.planning.cut import Entry
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, solvers, stage, walk
-from hf_zipit.refit.batches import micro_batches
 from hf_zipit.refit.convolution import patches, restored
 from hf_zipit.refit.doors import solve_door
 from hf_zipit.refit.fit import Fit

@@ -20,8 +20,8 @@ import hf_zipit.observe.observed
 import hf_zipit.searching.trials as searching
 from hf_zipit import merge, search
 from hf_zipit.adapters import adapter_for
+from hf_zipit.data.held_out import divide, held_out
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.evaluation.held_out import divide, held_out
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.report.frontier import search_notes, search_table

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from hf_zipit.data.processes import placed, summed
+from hf_zipit.data.sources import CalibrationBatch, calibration_batches
 from hf_zipit.errors import DataError
-from hf_zipit.observe import Moments, calibration_batches
-from hf_zipit.observe.data import CalibrationBatch
-from hf_zipit.observe.processes import placed, summed
 
 Inputs = dict[str, Tensor]
 
@@ -53,7 +52,7 @@ class Batches:
     processes: int = 1
     add_up: Callable[[Tensor], Tensor] = unchanged
     device: torch.device = torch.device("cpu")
-    moments: Moments | None = None
+    moments: Any = None
 
     @classmethod
     def of(
@@ -64,9 +63,9 @@ class Batches:
         processor: Any = None,
         batch_size: int = 32,
         accelerator: Accelerator | None = None,
-        moments: Moments | None = None,
+        moments: Any = None,
     ) -> Batches:
-        """Batches of calibration data of any usual kind: see `hf_zipit.observe.data`.
+        """Batches of calibration data of any usual kind: see `hf_zipit.data.sources`.
 
         Raises:
             DataError: if the data cannot be used.

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
+from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, Columns, ModelInputs, prepare
 from hf_zipit.errors import DataError
-from hf_zipit.observe.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, Columns, ModelInputs, prepare
 
 # How many axes a batch of these inputs has: tells a list of batches from a list of samples.
 _BATCH_AXES = {"pixel_values": 4, "input_ids": 2, "input_values": 2, "input_features": 3, "inputs_embeds": 3}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.registry import register
+from hf_zipit.align.method import register
+from hf_zipit.maps.space_map import SpaceMap
 
 
 @register("identity", needs=set())

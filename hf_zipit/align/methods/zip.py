@@ -29,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.registry import register
+from hf_zipit.align.method import register
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import SpaceMap
 
 TWIN_TOLERANCE = 1e-6
 """Correlations nearer than this to a unit's correlation with itself count as equal to it: float32 is no better."""

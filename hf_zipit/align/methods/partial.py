@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.cost import Cost, multiplications, parameters
-from hf_zipit.align.maps import Alignment, Map, SpaceMap
-from hf_zipit.align.products import merged_index, merged_sizes
-from hf_zipit.align.registry import Network, register
+from hf_zipit.align.method import Network, register
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.products import merged_index, merged_sizes
+from hf_zipit.maps.space_map import Alignment, Map, SpaceMap
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey
 
 LEAST_GAIN = 1e-5

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.registry import register
+from hf_zipit.align.method import register
+from hf_zipit.maps.space_map import SpaceMap
 
 SAME_INDEX_BONUS = 1e-9
 """Far below any measured difference of correlations: it decides ties."""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.registry import register
-from hf_zipit.combine.transform import merge_tensor
+from hf_zipit.combine.rule import register
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import merge_tensor
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
 
 

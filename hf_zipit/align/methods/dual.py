@@ -27,13 +27,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.products import merged_index, merged_sizes
-from hf_zipit.align.registry import Network, register
-from hf_zipit.align.settled import comparable, in_merged_units, resolvable
+from hf_zipit.align.aligned import comparable, in_merged_units, resolvable
+from hf_zipit.align.method import Network, register
+from hf_zipit.align.methods.weights import random_orders
 from hf_zipit.align.solver import Choice, Solver
-from hf_zipit.align.weights import random_orders
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.products import merged_index, merged_sizes
+from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.spec import ProductKey, product_key
 
 LEAST_IMPROVEMENT = 1e-9

@@ -14,9 +14,9 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import Alignment, SpaceMap
-from hf_zipit.align.products import factor_indices, merged_index, merged_sizes, turn
-from hf_zipit.align.registry import Network
+from hf_zipit.align.method import Network
+from hf_zipit.maps.products import factor_indices, merged_index, merged_sizes, turn
+from hf_zipit.maps.space_map import Alignment, SpaceMap
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry, product_key
 
 STATISTICS = ("running_mean", "running_var")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hf_zipit.align.align import align
-from hf_zipit.align.maps import Alignment
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.observe import Moments
 from hf_zipit.observe.record import probe_name
 from hf_zipit.planning.plan import Plan

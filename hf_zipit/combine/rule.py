@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from hf_zipit.registry import Registry
+from hf_zipit.registry import RULES
 
 Rule = TypeVar("Rule", bound=Callable[..., Tensor])
 
@@ -30,14 +30,11 @@ class Combiner:
     needs: frozenset[str] = frozenset()
 
 
-COMBINERS: Registry[Combiner] = Registry("combiner", room="hf_zipit.combine")
-
-
 def register(name: str, *, needs: frozenset[str] | set[str] = frozenset()) -> Callable[[Rule], Rule]:
     """Decorator that makes a function a rule of this room."""
 
     def decorate(function: Rule) -> Rule:
-        COMBINERS.add(name, Combiner(name, function, frozenset(needs)))
+        RULES.add(name, Combiner(name, function, frozenset(needs)))
         return function
 
     return decorate

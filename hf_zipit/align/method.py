@@ -22,8 +22,8 @@ from typing import Any, Literal, TypeVar
 
 from torch import Tensor
 
-from hf_zipit.align.maps import Map
-from hf_zipit.registry import Registry
+from hf_zipit.maps.space_map import Map
+from hf_zipit.registry import METHODS
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
 Scope = Literal["space", "network"]
@@ -75,9 +75,6 @@ class Network:
     settled: Mapping[str, Map] = field(default_factory=dict)
     widenable: frozenset[str] = frozenset()
     covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
-
-
-METHODS: Registry[Method] = Registry("method", room="hf_zipit.align")
 
 
 def register(

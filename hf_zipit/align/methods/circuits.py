@@ -23,13 +23,13 @@ from itertools import combinations
 
 import torch
 
+from hf_zipit.align.aligned import comparable, resolvable
 from hf_zipit.align.circuit_pairs import circuits_of, in_own_basis, known_around, match_family, unit_rows
-from hf_zipit.align.maps import LinearMap, Map
+from hf_zipit.align.method import Network, register
+from hf_zipit.align.methods.weights import match_weights
 from hf_zipit.align.procrustes import match_rotations, rotating
-from hf_zipit.align.registry import Network, register
-from hf_zipit.align.settled import comparable, resolvable
-from hf_zipit.align.weights import match_weights
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import LinearMap, Map
 from hf_zipit.symmetry.spec import Symmetry
 
 LEAST_IMPROVEMENT = 1e-7

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_zipit.data.inputs import ModelInputs
+from hf_zipit.data.labels import IGNORED
+from hf_zipit.data.sources import by_task, calibration_batches, is_batch
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.evaluation.labels import IGNORED
-from hf_zipit.observe.data import by_task, calibration_batches, is_batch
-from hf_zipit.observe.inputs import ModelInputs
 
 Answers = Literal["auto", "labels", "experts"]
 
@@ -68,7 +68,7 @@ def divide(
     """Divide calibration data: what is left for merging, and what is held out.
 
     Args:
-        calibration: see `hf_zipit.observe.data`, but nothing that can be read only in order.
+        calibration: see `hf_zipit.data.sources`, but nothing that can be read only in order.
         model: an expert.
         tasks: the experts' tasks.
         share: of every task's samples that is held out, rounded up, above 0 and below 1.

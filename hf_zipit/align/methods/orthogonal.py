@@ -14,10 +14,10 @@ permuted like the rest.
 from __future__ import annotations
 
 from hf_zipit.align.circuit_pairs import circuits_of, in_own_basis, match_family
-from hf_zipit.align.maps import Map
+from hf_zipit.align.method import Network, register
 from hf_zipit.align.procrustes import rotate_streams, rotating
-from hf_zipit.align.registry import Network, register
 from hf_zipit.align.solver import Choice, Solver
+from hf_zipit.maps.space_map import Map
 from hf_zipit.symmetry.spec import Symmetry
 
 

@@ -5,7 +5,7 @@ A correction is a function
     correction(merged, experts, planned, alignment, batches, *, option=default, ...) -> None
 
 that changes the merged model in place: `experts` are the models by task, `planned` is the plan of the merge,
-`alignment` holds its maps and `batches` the calibration data (`hf_zipit.correct.data.Batches`). Its keyword-only
+`alignment` holds its maps and `batches` the calibration data (`hf_zipit.data.batches.Batches`). Its keyword-only
 parameters are its options. What must hold: a model merged with itself stays that model.
 """
 
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from hf_zipit.errors import RecipeError
-from hf_zipit.registry import Registry, check_options
+from hf_zipit.registry import CORRECTIONS, check_options
 
 Function = TypeVar("Function", bound=Callable[..., None])
 
@@ -28,9 +28,6 @@ class Correction:
     name: str
     function: Callable[..., None]
     last: bool = False
-
-
-CORRECTIONS: Registry[Correction] = Registry("correction", room="hf_zipit.correct")
 
 
 def register(name: str, *, last: bool = False) -> Callable[[Function], Function]:

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import Alignment, LinearMap, Map
+from hf_zipit.maps.space_map import Alignment, LinearMap, Map
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, product_key
 
 

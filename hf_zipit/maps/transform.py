@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import Alignment, LinearMap, SpaceMap
-from hf_zipit.align.products import factor_indices, merged_index, merged_sizes, turn
-from hf_zipit.combine.rows import axes_to_merge, row_by_row
 from hf_zipit.errors import SpecError
+from hf_zipit.maps.products import factor_indices, merged_index, merged_sizes, turn
+from hf_zipit.maps.rows import axes_to_merge, row_by_row
+from hf_zipit.maps.space_map import Alignment, LinearMap, SpaceMap
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, ProductKey, product_key
 
 

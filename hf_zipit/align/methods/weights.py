@@ -25,11 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_zipit.align.evidence import RELATIVE_GAIN, Evidence, Family, Orders, families, unit_rows
-from hf_zipit.align.maps import SpaceMap
-from hf_zipit.align.registry import Network, register
-from hf_zipit.align.settled import Expert, settle
+from hf_zipit.align.aligned import Expert, settle
+from hf_zipit.align.method import Network, register
+from hf_zipit.align.similarity import RELATIVE_GAIN, Evidence, Family, Orders, families, unit_rows
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.group import transform
 from hf_zipit.symmetry.spec import MergeSpec
 

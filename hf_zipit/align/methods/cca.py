@@ -17,10 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_zipit.align.maps import LinearMap
+from hf_zipit.align.method import register
 from hf_zipit.align.procrustes import rotations_to_reference
-from hf_zipit.align.registry import register
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.space_map import LinearMap
 from hf_zipit.symmetry.spec import Symmetry
 
 SMALLEST = 1e-12

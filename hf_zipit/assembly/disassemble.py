@@ -15,26 +15,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..adapters import adapter_for
-from ..errors import ExpertError
-from ..planning.cut import Cut, cut_model
-from ..planning.cut import Entry as Door
-from ..symmetry.group import transform
-from ..symmetry.proof import model_tensors
-from ..symmetry.spec import MergeSpec, ProductKey, fitted, product_key
-from .configuration import ZipItConfig
-from .entries import DenseEntry, Entry
-from .head_dims import head_dim_name
-from .skeleton import skeleton
-
-if TYPE_CHECKING:
-    from .base import ZipItPreTrainedModel
+from hf_zipit.adapters import adapter_for
+from hf_zipit.errors import ExpertError
+from hf_zipit.modeling.base import ZipItPreTrainedModel
+from hf_zipit.modeling.configuration import ZipItConfig
+from hf_zipit.modeling.entries import DenseEntry, Entry
+from hf_zipit.modeling.head_dims import head_dim_name
+from hf_zipit.modeling.skeleton import skeleton
+from hf_zipit.planning.cut import Cut, cut_model
+from hf_zipit.planning.cut import Entry as Door
+from hf_zipit.symmetry.group import transform
+from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, fitted, product_key
 
 TOLERANCE = 1e-4
 """Largest relative difference to the outputs of the merged model."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from hf_zipit.align.maps import Alignment
-from hf_zipit.combine.registry import COMBINERS
-from hf_zipit.combine.transform import plain_average
 from hf_zipit.errors import SpecError
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import plain_average
 from hf_zipit.planning.plan import Plan
+from hf_zipit.registry import RULES
 from hf_zipit.symmetry.proof import model_tensors
 
 
@@ -18,7 +18,7 @@ def combine_trunk(
     experts: Mapping[str, nn.Module], planned: Plan, alignment: Alignment, combine: str = "average"
 ) -> dict[str, Tensor]:
     """The merged tensors of the trunk, by their names in the source model."""
-    rule = COMBINERS.get(combine).function
+    rule = RULES.get(combine).function
     spec = planned.spec
     experts_tensors = [model_tensors(model) for model in experts.values()]
     merged = {}

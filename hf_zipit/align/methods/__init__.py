@@ -1,0 +1,1 @@
+"""The alignment methods, one a file; each registers itself (`hf_zipit.align.method`)."""

@@ -1,0 +1,1 @@
+"""The combining rules, one a file; each registers itself (`hf_zipit.combine.rule`)."""
