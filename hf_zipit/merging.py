@@ -33,7 +33,7 @@ from hf_zipit.experts.processors import processors_of
 from hf_zipit.files import check_writable
 from hf_zipit.observe import Moments
 from hf_zipit.observe.observed import moments_for
-from hf_zipit.planning.plan import Plan, fold_experts, make_plan, with_doors
+from hf_zipit.planning.plan import Plan, fold_experts, make_plan, with_readouts
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.joint import calibrate_joint
 from hf_zipit.refit.stage import prepared
@@ -76,7 +76,7 @@ def plan(
     needs = check_settings(planned.spec, len(loaded), method, options=options, residual=residual, overrides=overrides)
     wide = widenable_spaces(next(iter(loaded.values())), planned.spec) if "widths" in needs else frozenset()
     if refit_settings(refit) is not None:
-        planned = with_doors(planned)
+        planned = with_readouts(planned)
     return replace(planned, passes=int("moments" in needs), widenable=wide)
 
 
@@ -168,13 +168,13 @@ def merge(
         processor=processor,
         batch_size=batch_size,
         accelerator=accelerator,
-        share=share,
+        row_fraction=share,
         seed=seed,
         progress=progress,
     )
     alignment = align_trunk(folded, planned, found, method, **settings)
     trunk = combine_trunk(folded, planned, alignment, combine)
-    doors = head_dims = report = None
+    readouts = head_dims = report = None
     turned: frozenset[str] = frozenset()
     if refitting is not None and planned.cut.trunk:
         refitted = refit_trunk(
@@ -189,7 +189,7 @@ def merge(
             seed=seed,
             progress=progress,
         )
-        trunk, doors, report = refitted.tensors, refitted.doors, refitted.report
+        trunk, readouts, report = refitted.tensors, refitted.readouts, refitted.report
         head_dims, turned = refitted.head_dims, refitted.turned
     recipe = {
         "method": method,
@@ -209,7 +209,7 @@ def merge(
     if report is not None:
         recipe["refit_errors"] = report.to_dict()
     merged = assemble(
-        folded, planned.spec, planned.cut, trunk, alignment, doors=doors, head_dims=head_dims, method=recipe
+        folded, planned.spec, planned.cut, trunk, alignment, readouts=readouts, head_dims=head_dims, method=recipe
     )
     correct(
         merged,

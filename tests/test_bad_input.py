@@ -104,7 +104,7 @@ WRONG_SETTINGS: dict[str, tuple[Arguments, str]] = {
         "'identity' has no option 'alpha'",
     ),
     "option out of range": ({"options": {"alpha": 3.0}}, "alpha is 3.0; it must be between 0 and 1"),
-    "unknown combiner": ({"combine": "averag"}, "no combiner named 'averag'; did you mean 'average'"),
+    "unknown combiner": ({"combine": "averag"}, "no rule named 'averag'; did you mean 'average'"),
     "unknown residual": ({"residual": "rotate"}, "residual is 'rotate'"),
     "override of nothing": ({"overrides": {"*.nothing": "permute"}}, r"'\*\.nothing' matches no movable space"),
     "override out of range": ({"overrides": {"*.fc1": {"method": "zip", "beta": -1}}}, "beta is -1"),

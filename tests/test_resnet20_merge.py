@@ -94,7 +94,7 @@ def spec_and_nodes(adapter: Adapter | None = None) -> tuple[MergeSpec, dict[str,
 @cache
 def moments() -> Moments:
     spec, _ = spec_and_nodes()
-    return observe(spec, experts(), numbers()["x"], batch_size=16, share=1.0, progress=False)
+    return observe(spec, experts(), numbers()["x"], batch_size=16, row_fraction=1.0, progress=False)
 
 
 def published_correlations(nodes: Mapping[str, ProductKey]) -> dict[ProductKey, Tensor]:
@@ -189,9 +189,9 @@ def test_partial_merge_is_the_published_one():
     for number, expert in enumerate(experts().values()):
         branch = copy.deepcopy(expert)
         branch.load_state_dict({**branch.state_dict(), **trunk})
-        door = IndexEntry(entry.axis, spec.size(entry.key), alignment[entry.key[0]].size)
-        door.index.copy_(unmerge_index(alignment, entry.key, number, spec))
-        branch.get_submodule(entry.target).register_forward_pre_hook(door.before, with_kwargs=True)
+        readout = IndexEntry(entry.axis, spec.size(entry.key), alignment[entry.key[0]].size)
+        readout.index.copy_(unmerge_index(alignment, entry.key, number, spec))
+        branch.get_submodule(entry.target).register_forward_pre_hook(readout.before, with_kwargs=True)
         with torch.no_grad():
             outputs.append(branch(numbers()["x"][:8]))
     assert_near(torch.stack(outputs), numbers()["zip_partial21.out"], 1e-5)

@@ -88,7 +88,7 @@ class Adapter:
         """Output fields in a basis that the merged model may change, because each task reads them through U_t."""
         return () if self.head(model) else ("last_hidden_state", "pooler_output")
 
-    def read_positions(self, model: nn.Module) -> dict[str, str]:
+    def readout_positions(self, model: nn.Module) -> dict[str, str]:
         """Which positions the head reads: see `hf_zipit.refit.positions.Positions`."""
         return {}
 

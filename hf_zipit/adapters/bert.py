@@ -13,7 +13,7 @@ from hf_zipit.adapters.auto import Adapter, register
 class BertAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("bert", "roberta", "roberta-prelayernorm", "distilbert", "electra")
 
-    def read_positions(self, model: nn.Module) -> dict[str, str]:
+    def readout_positions(self, model: nn.Module) -> dict[str, str]:
         name = type(model).__name__
         if name.endswith("ForMaskedLM"):
             return {"text": "masked"}

@@ -32,7 +32,7 @@ class CLIPAdapter(Adapter):
         inputs["input_ids"][:, -1] = config.eos_token_id  # type: ignore[attr-defined]  # the position that is pooled
         return inputs
 
-    def read_positions(self, model: nn.Module) -> dict[str, str]:
+    def readout_positions(self, model: nn.Module) -> dict[str, str]:
         pooled = not type(model).__name__.endswith("ForImageClassification")  # which averages the patches
         config = getattr(model.config, "text_config", None) or model.config
         # Old configurations have a wrong end token, 2; their models pool where the id is highest.

@@ -13,5 +13,5 @@ from hf_zipit.adapters.auto import Adapter, register
 class ViTAdapter(Adapter):
     model_types: ClassVar[tuple[str, ...]] = ("vit", "deit")
 
-    def read_positions(self, model: nn.Module) -> dict[str, str]:
+    def readout_positions(self, model: nn.Module) -> dict[str, str]:
         return {"image": "first"}

@@ -1,6 +1,6 @@
 """Alignment of a whole model: which method every movable space gets, and one map for each of them.
 
-Matchers of one space are run by the solver (`solver.py`). A whole-network method sees what they have settled.
+Matchers of one space are run by the solver (`solver.py`). A whole-network method sees what they have fixed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def align(
     left = {name: _fitting(choice, spec.spaces[name]) for name, choice in choices.items() if name not in rotated}
     if default.method.scope == "network":
         solver.solve({name: choice for name, choice in left.items() if choice is not default})
-        solver.maps |= default.method.function(replace(network, settled=solver.maps), **default.options)
+        solver.maps |= default.method.function(replace(network, fixed_maps=solver.maps), **default.options)
     else:
         solver.solve(left)
     return {name: solver.maps[name] for name in choices if name in solver.maps}
@@ -106,14 +106,14 @@ def check_settings(
         RecipeError: as `align` does.
     """
     default = Choice.of(method, options or {})
-    rehearsed: list[Choice] = []
+    dry_run_done: list[Choice] = []
     choices = _choices(spec, default, residual, overrides or {})
     for name, choice in sorted(choices.items(), key=lambda item: spec.spaces[item[0]].size):
-        if choice not in rehearsed:
-            rehearsed.append(choice)
-            choice.rehearse(experts, spec.spaces[name].size)
-    if default.method.scope == "network" and default not in rehearsed:
-        default.rehearse(experts)
+        if choice not in dry_run_done:
+            dry_run_done.append(choice)
+            choice.dry_run(experts, spec.spaces[name].size)
+    if default.method.scope == "network" and default not in dry_run_done:
+        default.dry_run(experts)
     needs = frozenset().union(*(choice.method.needs for choice in choices.values()))
     if residual == "orthogonal":
         needs |= {"covariances"} if "moments" in needs else {"weights"}
@@ -160,7 +160,7 @@ def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Ov
             raise RecipeError(f"The override for {pattern!r} matches no movable space; `hf-zipit inspect` lists them.")
         choices |= dict.fromkeys(movable, choice)
     if default.method.scope == "network":
-        _check_settled(spec, {name: choice for name, choice in choices.items() if choice is not default})
+        _check_fixed(spec, {name: choice for name, choice in choices.items() if choice is not default})
     return choices
 
 
@@ -208,10 +208,10 @@ def override_choice(pattern: str, override: str | Mapping[str, Any]) -> Choice:
     return choice
 
 
-def _check_settled(spec: MergeSpec, settled: Mapping[str, Choice]) -> None:
+def _check_fixed(spec: MergeSpec, fixed: Mapping[str, Choice]) -> None:
     """What is matched before a whole-network method runs must not live within what that method will match."""
-    for name, choice in settled.items():
-        outer = [other for other in spec.spaces[name].within if spec.movable(other) and other not in settled]
+    for name, choice in fixed.items():
+        outer = [other for other in spec.spaces[name].within if spec.movable(other) and other not in fixed]
         if "moments" in choice.method.needs and outer:
             raise RecipeError(f"{name} cannot be matched before {outer[0]}, which it lives within; override it too.")
 

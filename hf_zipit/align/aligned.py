@@ -1,4 +1,4 @@
-"""What whole-network methods compare: the experts' weights, in the merged units of spaces that are settled already.
+"""What whole-network methods compare: the experts' weights, in the merged units of spaces that are fixed already.
 
 Spaces that were decided before (a residual stream left at identity, an override) are not to be changed, but the other
 spaces must see both experts through them: M_t on axes that hold such a space, U_t on axes that read it. After that
@@ -47,7 +47,7 @@ def comparable(network: Network) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Expert:
-    """An expert's weights as floats, in the merged units of the spaces that are settled; made when asked for."""
+    """An expert's weights as floats, in the merged units of the spaces that are fixed; made when asked for."""
 
     network: Network
     number: int
@@ -56,16 +56,16 @@ class Expert:
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.network.weights[self.number][name]
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        spec, maps = self.network.spec, self.network.settled
+        spec, maps = self.network.spec, self.network.fixed_maps
         return in_merged_units(tensor, spec.axes[name], maps, spec, self.number)
 
 
-def settle(network: Network) -> tuple[MergeSpec, list[Expert]]:
-    """The spec in which settled spaces are fixed, of their merged sizes, and the experts' weights in it."""
+def with_fixed_maps(network: Network) -> tuple[MergeSpec, list[Expert]]:
+    """The spec in which spaces with a fixed map are fixed, of their merged sizes, and the experts' weights in it."""
     spaces = dict(network.spec.spaces)
-    for name, space_map in network.settled.items():
-        spaces[name] = replace(spaces[name], size=space_map.size, symmetry=Symmetry.FIXED, frozen_by="its settled map")
-    names = tuple(n for n in comparable(network) if resolvable(network.spec.axes[n], network.settled, network.spec))
+    for name, space_map in network.fixed_maps.items():
+        spaces[name] = replace(spaces[name], size=space_map.size, symmetry=Symmetry.FIXED, frozen_by="its fixed map")
+    names = tuple(n for n in comparable(network) if resolvable(network.spec.axes[n], network.fixed_maps, network.spec))
     return replace(network.spec, spaces=spaces), [Expert(network, t, names) for t in range(network.experts)]
 
 

@@ -30,7 +30,7 @@ class CircuitFamily:
         heads: the space of the heads; None for a space that stands alone.
         inner: the spaces between two linear maps, whose symmetry is in `FREE`.
         copies: the space of the queries inside a key/value group, where there is one.
-        paired: whether the heads are to be paired; else they are fixed or settled.
+        paired: whether the heads are to be paired; else their map is fixed.
     """
 
     heads: str | None
@@ -45,22 +45,22 @@ class CircuitFamily:
         return (*own, *self.inner, *((self.copies,) if self.copies else ()))
 
 
-def circuit_families(spec: MergeSpec, settled: Mapping[str, Map]) -> list[CircuitFamily]:
+def circuit_families(spec: MergeSpec, fixed_maps: Mapping[str, Map]) -> list[CircuitFamily]:
     """The families that circuits can decide: heads with at most one other movable space inside.
 
-    What is settled is not touched; a family whose heads are open but something inside them is settled is left alone.
+    What has a fixed map is not touched; a family whose heads are open but something inside them has one is left alone.
     """
     found = []
     for root, inner in spec.families():
         if not inner:
-            if root.symmetry in FREE and root.name not in settled:
+            if root.symmetry in FREE and root.name not in fixed_maps:
                 found.append(CircuitFamily(None, (root.name,)))
             continue
         free = tuple(s.name for s in inner if s.symmetry in FREE)
         others = [s.name for s in inner if s.symmetry not in FREE]
         nested = any(s.within != (root.name,) for s in inner) or root.symmetry > Symmetry.PERMUTATION
-        if free and len(others) <= 1 and not nested and not any(s.name in settled for s in inner):
-            paired = spec.movable(root.name) and root.name not in settled
+        if free and len(others) <= 1 and not nested and not any(s.name in fixed_maps for s in inner):
+            paired = spec.movable(root.name) and root.name not in fixed_maps
             found.append(CircuitFamily(root.name, free, others[0] if others else None, paired))
     return found
 
@@ -70,7 +70,7 @@ def circuits_of(network: Network) -> tuple[Network, list[CircuitFamily]]:
 
     No other method knows what to do with those.
     """
-    families = circuit_families(network.spec, network.settled)
+    families = circuit_families(network.spec, network.fixed_maps)
     inside = {name for family in families for name in family.inner}
     rotary = (name for name, space in network.spec.spaces.items() if space.symmetry is Symmetry.ROTARY)
     spec = network.spec.with_fixed(set(rotary) - inside, "its heads are not matched by circuits")

@@ -10,7 +10,7 @@ the spaces depend on each other's maps (weight matching),
     aligner(network, *, option=default, ...) -> dict[str, Map]
 
 What a method `needs` tells the earlier stages what to gather: `"moments"`, `"weights"`, `"widths"` (which spaces may
-be wider than an expert's), or nothing. Before any data is read a method is rehearsed with its options on a space of
+be wider than an expert's), or nothing. Before any data is read a method is dry_run_done with its options on a space of
 a few units (`solver.py`), so that values out of range show there.
 """
 
@@ -62,7 +62,7 @@ class Network:
         experts: their number, T.
         correlations: per observed product of spaces, float64 `[T * size, T * size]`; empty if the method needs none.
         weights: one state dict per expert; empty unless the method needs weights.
-        settled: maps that are decided already (a residual stream left at identity, overrides); not to be changed.
+        fixed_maps: maps that are decided already (a residual stream left at identity, overrides); not to be changed.
         widenable: the spaces that may have more merged units than an expert has; empty unless the method needs it.
         covariances: as `correlations`, for the products of spaces that allow more than permutations, from where their
             units are held and not read; empty unless the method needs them.
@@ -72,7 +72,7 @@ class Network:
     experts: int
     correlations: Mapping[ProductKey, Tensor] = field(default_factory=dict)
     weights: Sequence[Mapping[str, Tensor]] = ()
-    settled: Mapping[str, Map] = field(default_factory=dict)
+    fixed_maps: Mapping[str, Map] = field(default_factory=dict)
     widenable: frozenset[str] = frozenset()
     covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
 

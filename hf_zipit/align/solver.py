@@ -39,14 +39,14 @@ class Choice:
         method = METHODS.get(name)
         return cls(method, check_options(name, method.function, options))
 
-    def rehearse(self, experts: int, units: int = 2) -> None:
+    def dry_run(self, experts: int, units: int = 2) -> None:
         """Run the method on one space of units that resemble nothing, for what it raises about its options."""
         correlation = torch.eye(experts * units, dtype=torch.float64)
         if self.method.scope == "space":
             self.method.function(correlation, experts, **self.options)
             return
         spaces = {"units": Space("units", units, Symmetry.PERMUTATION), "inputs": Space("inputs", 2, Symmetry.FIXED)}
-        spec = MergeSpec("Rehearsal", spaces, {"weight": ((Factor("units"),), (Factor("inputs", dual=True),))})
+        spec = MergeSpec("DryRun", spaces, {"weight": ((Factor("units"),), (Factor("inputs", dual=True),))})
         weights = [{"weight": torch.eye(units, 2)}] * experts
         network = Network(spec, experts, {("units",): correlation}, weights, widenable=frozenset({"units"}))
         self.method.function(network, **self.options)

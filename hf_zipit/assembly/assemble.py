@@ -15,7 +15,7 @@ from hf_zipit.maps.products import merged_sizes
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
-from hf_zipit.planning.cut import Cut, Entry
+from hf_zipit.planning.cut import Cut, ReadPoint
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 
@@ -27,7 +27,7 @@ def assemble(
     trunk: Mapping[str, Tensor],
     alignment: Alignment,
     *,
-    doors: Mapping[Entry, Sequence[tuple[Tensor, Tensor]]] | None = None,
+    readouts: Mapping[ReadPoint, Sequence[tuple[Tensor, Tensor]]] | None = None,
     head_dims: Mapping[str, int] | None = None,
     method: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -39,7 +39,7 @@ def assemble(
         cut: what is in the trunk.
         trunk: the merged tensors by their name in the source model.
         alignment: the maps of the movable spaces in the trunk.
-        doors: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
+        readouts: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
         head_dims: by path the width of a head in attention layers that have more and narrower heads than an expert's.
         method: what to remember about how the model was made; JSON-serialisable.
 
@@ -54,8 +54,8 @@ def assemble(
         tasks=list(experts),
         task_labels=labels_of(experts),
         shared=list(cut.shared),
-        entries=[_setting("module", entry, spec, alignment, doors) for entry in cut.entries],
-        exits=[_setting("field", entry, spec, alignment, doors) for entry in cut.exits],
+        entries=[_setting("module", entry, spec, alignment, readouts) for entry in cut.entries],
+        exits=[_setting("field", entry, spec, alignment, readouts) for entry in cut.exits],
         trunk_shapes=other_shapes(trunk, next(iter(sources.values()))),
         head_dims=dict(head_dims or {}),
         depth=cut.depth,
@@ -69,8 +69,8 @@ def assemble(
         modules = [*zip(cut.entries, merged.entries[key], strict=True)]
         modules += zip(cut.exits, merged.exits[key], strict=True)
         for entry, module in modules:
-            if doors is not None:
-                module.load_state_dict(dict(zip(("weight", "bias"), doors[entry][number], strict=True)))
+            if readouts is not None:
+                module.load_state_dict(dict(zip(("weight", "bias"), readouts[entry][number], strict=True)))
             elif only_groups(alignment, entry.key):
                 module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
             else:
@@ -100,10 +100,10 @@ def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> d
     return {name: list(t.shape) for name, t in trunk.items() if t.shape != source[name].shape}
 
 
-def _setting(where: str, entry: Entry, spec: MergeSpec, alignment: Alignment, doors: Any) -> dict[str, Any]:
+def _setting(where: str, entry: ReadPoint, spec: MergeSpec, alignment: Alignment, readouts: Any) -> dict[str, Any]:
     units = spec.size(entry.key)
     size = prod(merged_sizes(entry.key, alignment, spec))
-    kind = "index" if doors is None and only_groups(alignment, entry.key) else "dense"
+    kind = "index" if readouts is None and only_groups(alignment, entry.key) else "dense"
     return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 
 

@@ -24,11 +24,10 @@ from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import ExpertError
 from hf_zipit.modeling.base import ZipItPreTrainedModel
 from hf_zipit.modeling.configuration import ZipItConfig
+from hf_zipit.modeling.empty_model import empty_model
 from hf_zipit.modeling.entries import DenseEntry, Entry
 from hf_zipit.modeling.head_dims import head_dim_name
-from hf_zipit.modeling.skeleton import skeleton
-from hf_zipit.planning.cut import Cut, cut_model
-from hf_zipit.planning.cut import Entry as Door
+from hf_zipit.planning.cut import Cut, ReadPoint, cut_model
 from hf_zipit.symmetry.group import transform
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, fitted, product_key
@@ -58,12 +57,12 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         raise ExpertError(_cannot(merged, task, "its merged layers are wider or narrower than an expert's"))
     if config.rescaled is not None:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
-    model = skeleton(with_heads(config, merged, task), task).eval()
+    model = empty_model(with_heads(config, merged, task), task).eval()
     trunk, branch = model_tensors(merged.trunk), model_tensors(merged.branches[key])
     found = {name: (trunk if name in trunk else branch)[name] for name in model_tensors(model)}
     found = {name: tensor.detach().cpu() for name, tensor in found.items()}
     if config.entries or config.exits:
-        found = _without_doors(merged, task, model, found, set(trunk))
+        found = _without_readouts(merged, task, model, found, set(trunk))
     for name, tensor in model_tensors(model).items():
         tensor.copy_(found[name])
     error = difference(merged, model, task)
@@ -89,7 +88,7 @@ def with_heads(config: ZipItConfig, merged: ZipItPreTrainedModel, task: str) -> 
     if not config.head_dims:
         return config
     changed = copy.deepcopy(config)
-    plain = skeleton(changed, task)
+    plain = empty_model(changed, task)
     towers: dict[int, tuple[PreTrainedConfig, set[int]]] = {}
     for path, module in plain.named_modules():
         if (name := head_dim_name(module)) is not None:
@@ -114,7 +113,7 @@ def _cannot(merged: ZipItPreTrainedModel, task: str, reason: str) -> str:
     return f"the task {task!r} of this merged model cannot be a plain {merged.config.source_architecture}: {reason}"
 
 
-def _without_doors(
+def _without_readouts(
     merged: ZipItPreTrainedModel, task: str, model: PreTrainedModel, tensors: dict[str, Tensor], trunk: set[str]
 ) -> dict[str, Tensor]:
     """The plain model's tensors with the entries and exits led away."""
@@ -122,18 +121,18 @@ def _without_doors(
     spec = MergeSpec.from_model(model)
     cut = _cut_of(config.cut, config.depth, model, spec)
     settings = [*config.entries, *config.exits]
-    doors = [*cut.entries, *cut.exits]
+    readouts = [*cut.entries, *cut.exits]
     targets = [setting.get("module", setting.get("field")) for setting in settings]
-    if [door.target for door in doors] != targets:
+    if [readout.target for readout in readouts] != targets:
         raise ExpertError(_cannot(merged, task, "its configuration does not say where it was cut"))
-    maps = dict(zip(doors, [*merged.entries[key], *merged.exits[key]], strict=True))
+    maps = dict(zip(readouts, [*merged.entries[key], *merged.exits[key]], strict=True))
     tensors = dict(tensors)
     orders = _orders(maps, spec)
     for name in trunk & tensors.keys() & spec.axes.keys():
         tensors[name] = transform(tensors[name], spec.axes[name], spec, orders)
-    for door in cut.entries:
-        if door.key[0] not in orders:
-            _fold(door, maps[door], model, tensors, trunk, spec)
+    for readout in cut.entries:
+        if readout.key[0] not in orders:
+            _fold(readout, maps[readout], model, tensors, trunk, spec)
     return tensors
 
 
@@ -141,20 +140,20 @@ def _cut_of(block: str | None, depth: float | None, model: nn.Module, spec: Merg
     return cut_model(model, spec, block if block is not None else 1.0 if depth is None else depth)
 
 
-def _orders(maps: Mapping[Door, Entry], spec: MergeSpec) -> dict[str, Tensor]:
-    """By space the order of units, int64 `[units]`, where every door of the space only orders them."""
+def _orders(maps: Mapping[ReadPoint, Entry], spec: MergeSpec) -> dict[str, Tensor]:
+    """By space the order of units, int64 `[units]`, where every readout of the space only orders them."""
     found: dict[str, Tensor] = {}
     mixed: set[str] = set()
-    for door, entry in maps.items():
+    for readout, entry in maps.items():
         order = _order(entry)
-        space = door.key[0]
+        space = readout.key[0]
         if (
-            len(door.key) > 1
+            len(readout.key) > 1
             or order is None
             or spec.spaces[space].within
             or not torch.equal(found.setdefault(space, order), order)
         ):
-            mixed.update(door.key)
+            mixed.update(readout.key)
     return {space: order for space, order in found.items() if space not in mixed}
 
 
@@ -167,7 +166,7 @@ def _order(entry: Entry) -> Tensor | None:
 
 
 def _fold(
-    door: Door, entry: Entry, model: nn.Module, tensors: dict[str, Tensor], trunk: set[str], spec: MergeSpec
+    readout: ReadPoint, entry: Entry, model: nn.Module, tensors: dict[str, Tensor], trunk: set[str], spec: MergeSpec
 ) -> None:
     """Put U_t, and where it has one its bias, into the linear layers of the branch that read the trunk here.
 
@@ -176,10 +175,10 @@ def _fold(
     weight, bias = as_matrix(entry)
     for name in sorted(tensors.keys() & spec.axes.keys() - trunk):
         owner, _, leaf = name.rpartition(".")
-        reads = [axis for axis, label in enumerate(spec.axes[name]) if product_key(label) == door.key]
+        reads = [axis for axis, label in enumerate(spec.axes[name]) if product_key(label) == readout.key]
         if reads != [1] or leaf != "weight" or not isinstance(model.get_submodule(owner), nn.Linear):
             continue  # if it matters, the outputs will differ
-        matrix, own, last = tensors[name].double(), f"{owner}.bias", _last_bias(door.key, trunk, spec)
+        matrix, own, last = tensors[name].double(), f"{owner}.bias", _last_bias(readout.key, trunk, spec)
         tensors[name] = (matrix @ weight).to(tensors[name].dtype)
         if own in tensors:
             tensors[own] = (tensors[own].double() + matrix @ bias).to(tensors[own].dtype)

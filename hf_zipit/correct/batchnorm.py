@@ -59,10 +59,10 @@ def batchnorm_reset(
 
 def add_up_statistics(norms: list[nn.Module], seen: int, passes: int, batches: Batches) -> None:
     """The mean over all processes' samples; one that had none adds nothing."""
-    counts = batches.add_up(torch.tensor([seen, passes], dtype=torch.float64))
+    counts = batches.all_reduce(torch.tensor([seen, passes], dtype=torch.float64))
     for norm in norms:
         for statistic in (norm.running_mean, norm.running_var):
-            total = batches.add_up(statistic.double() * seen)
+            total = batches.all_reduce(statistic.double() * seen)
             statistic.copy_(total / counts[0])
         if norm.num_batches_tracked is not None:
             norm.num_batches_tracked.fill_(int(counts[1]))

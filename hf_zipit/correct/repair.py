@@ -123,7 +123,7 @@ def _repair_measured(
     for t, expert in enumerate(experts.values()):
         view = mixed_in_merged(alignment, planned.spec, t)
         with running([expert], batches.device):
-            found.append(measure(expert, sites, pieces(inputs, PIECE), batches.add_up, view=view))
+            found.append(measure(expert, sites, pieces(inputs, PIECE), batches.all_reduce, view=view))
     targets = {
         name: shared_statistics([own[name] for own in found], site, alignment, planned.spec)
         for name, site in sites.items()
@@ -133,7 +133,7 @@ def _repair_measured(
 
     def see(name: str, value: Tensor) -> Tensor:
         axis = sites[name].axis
-        now = UnitSums.of(value, axis, mask).statistics(batches.add_up)
+        now = UnitSums.of(value, axis, mask).statistics(batches.all_reduce)
         scale, shift = (x.to(value.device) for x in towards(targets[name], now, eps))
         taken = fold(modules[name], scale, shift)
         return along(value, scale, taken, axis)

@@ -8,10 +8,11 @@ with the statistics of expert t (in merged units) and of the merged model on unl
 which has one correction for all tasks, this needs the task at inference. The corrections are stored in the merged
 model, one per task and site, and applied when `task=` is given.
 
-Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the doors, where a
+Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the readouts, where a
 branch reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on
-the task: there only the doors are corrected, with statistics of their own, measured behind the uncorrected trunk. That
-gives every head the scale it had in its expert; the joint answer can be better or worse for it (`joint=False`: off).
+the task: there only the readouts are corrected, with statistics of their own, measured behind the uncorrected trunk.
+That gives every head the scale it had in its expert; the joint answer can be better or worse for it (`joint=False`:
+off).
 
 Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees
 what the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
@@ -72,11 +73,11 @@ def rescale_shift(
         planned: the plan of the merge.
         alignment: its maps.
         batches: calibration data; each task's corrections are measured on its own samples, where they are known.
-        modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the doors always
-            are.
+        modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the
+            readouts always are.
         samples: of each task, at most; the activations of all of them at one site are held at once.
         eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
-        joint: whether the doors are corrected in joint forward passes, too.
+        joint: whether the readouts are corrected in joint forward passes, too.
 
     Raises:
         RecipeError: if no module has a path of these patterns.
@@ -130,17 +131,19 @@ def expert_statistics(
     batches: Batches,
     view: View = lambda site, value: value,
 ) -> dict[str, Statistics]:
-    """An expert's statistics at the sites, as `view` shows them, and at the doors in its own units."""
-    doors = {door_name("entries", i): Site(e.target, "input", e.axis, ()) for i, e in enumerate(planned.cut.entries)}
+    """An expert's statistics at the sites, as `view` shows them, and at the readouts in its own units."""
+    readouts = {
+        readout_name("entries", i): Site(e.target, "input", e.axis, ()) for i, e in enumerate(planned.cut.entries)
+    }
     fields = [(exit_.target, exit_.axis) for exit_ in planned.cut.exits]
-    found = measure(expert, {**sites, **doors}, pieces(inputs, PIECE), batches.add_up, fields, view)
+    found = measure(expert, {**sites, **readouts}, pieces(inputs, PIECE), batches.all_reduce, fields, view)
     for i, exit_ in enumerate(planned.cut.exits):
         if exit_.target in found:
-            found[door_name("exits", i)] = found.pop(exit_.target)
+            found[readout_name("exits", i)] = found.pop(exit_.target)
     return found
 
 
-def door_name(kind: str, number: int) -> str:
+def readout_name(kind: str, number: int) -> str:
     return f"{kind}:{number}"
 
 
@@ -175,20 +178,20 @@ def fit_task(
     affines: dict[str, Affine] = {}
     modules: dict[str, torch.nn.Module] = {}
     watched: dict[str, Site] = {}
-    for kind, doors in (("entries", merged.entries[key]), ("exits", merged.exits[key])):
-        for i, door in enumerate(doors):
-            name = door_name(kind, i)
+    for kind, readouts in (("entries", merged.entries[key]), ("exits", merged.exits[key])):
+        for i, readout in enumerate(readouts):
+            name = readout_name(kind, i)
             if name in targets:
                 pair = merged.rescales[kind][key][i]
                 affines[name] = pair.joint if jointly else pair.alone
-                modules[name], watched[name] = door, Site("", "output", door.axis, ())
+                modules[name], watched[name] = readout, Site("", "output", readout.axis, ())
     for i, (name, site) in enumerate(sites.items()):
         affines[name] = merged.rescales["trunk"][i][key]
         modules[name], watched[name] = merged.trunk.get_submodule(site.module), site
     mask = mask_of(inputs)
 
     def see(name: str, value: Tensor) -> None:
-        now = UnitSums.of(value, watched[name].axis, mask).statistics(batches.add_up)
+        now = UnitSums.of(value, watched[name].axis, mask).statistics(batches.all_reduce)
         scale, shift = towards(targets[name], now, eps)
         if name in held:  # a merged unit without any unit of this expert has no target
             scale = scale.where(held[name], torch.ones_like(scale))

@@ -52,9 +52,9 @@ class UnitSums:
             sums += torch.stack([torch.ones_like(wide).sum(0), wide.sum(0), wide.square().sum(0)]).cpu()
         return cls(sums)
 
-    def statistics(self, add_up: Callable[[Tensor], Tensor]) -> Statistics:
-        """Over all processes; `add_up` sums a tensor over them."""
-        count, total, squares = add_up(self.sums)
+    def statistics(self, all_reduce: Callable[[Tensor], Tensor]) -> Statistics:
+        """Over all processes; `all_reduce` sums a tensor over them."""
+        count, total, squares = all_reduce(self.sums)
         mean = total / count
         return Statistics(mean, (squares / count - mean.square()).clamp_min(0).sqrt())
 
@@ -115,7 +115,7 @@ def measure(
     model: nn.Module,
     sites: Mapping[str, Site],
     inputs: Iterable[Mapping[str, Tensor]],
-    add_up: Callable[[Tensor], Tensor],
+    all_reduce: Callable[[Tensor], Tensor],
     fields: Sequence[tuple[str, int]] = (),
     view: View = lambda site, value: value,
 ) -> dict[str, Statistics]:
@@ -125,7 +125,7 @@ def measure(
         model: in eval mode.
         sites: by any names.
         inputs: batches.
-        add_up: sums a tensor over the processes.
+        all_reduce: sums a tensor over the processes.
         fields: outputs to be measured, too: field (dotted) and axis; they are found under the field's name.
         view: what is measured of a site's value: itself, or its `mixed_in_merged` units.
     """
@@ -150,7 +150,7 @@ def measure(
             for field, axis in fields:
                 if (value := field_of(output, field)) is not None:
                     add(field, value, axis)
-    return {name: UnitSums(sums).statistics(add_up) for name, sums in found.items() if calls[name] == passes}
+    return {name: UnitSums(sums).statistics(all_reduce) for name, sums in found.items() if calls[name] == passes}
 
 
 def mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from hf_zipit.data.processes import placed, summed
+from hf_zipit.data.processes import all_reduce_sum, placed
 from hf_zipit.data.sources import CalibrationBatch, calibration_batches
 from hf_zipit.errors import DataError
 
@@ -41,7 +41,7 @@ class Batches:
         batches: all batches, the same in every process.
         pad: the token that fills up shorter sequences.
         process, processes: this process's number and how many there are.
-        add_up: the sum of a tensor over the processes.
+        all_reduce: the sum of a tensor over the processes.
         device: where models run.
         moments: the experts' moments, if the merge gathered them.
     """
@@ -50,7 +50,7 @@ class Batches:
     pad: int = 0
     process: int = 0
     processes: int = 1
-    add_up: Callable[[Tensor], Tensor] = unchanged
+    all_reduce: Callable[[Tensor], Tensor] = unchanged
     device: torch.device = torch.device("cpu")
     moments: Any = None
 
@@ -76,8 +76,8 @@ class Batches:
 
         pad = getattr(model.config, "pad_token_id", None) or 0
         number, count = accelerator.process_index, accelerator.num_processes
-        add_up = partial(summed, accelerator=accelerator)
-        return cls(tuple(batches), pad, number, count, add_up, accelerator.device, moments)
+        all_reduce = partial(all_reduce_sum, accelerator=accelerator)
+        return cls(tuple(batches), pad, number, count, all_reduce, accelerator.device, moments)
 
     def together(self, task: str | None, samples: int) -> Inputs:
         """This process's share of a task's first `samples` samples as one batch; of every task's, if `task` is None.

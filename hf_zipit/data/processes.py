@@ -32,7 +32,7 @@ def placed(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
-def summed(tensor: Tensor, accelerator: Accelerator) -> Tensor:
+def all_reduce_sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """The sum of a tensor over all processes, where the tensor is."""
     if accelerator.num_processes == 1:
         return tensor

@@ -14,7 +14,7 @@ from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.data.sources import Renamed
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
-from hf_zipit.modeling.skeleton import source_class
+from hf_zipit.modeling.empty_model import source_class
 
 
 @dataclass(frozen=True)

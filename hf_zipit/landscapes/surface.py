@@ -96,7 +96,7 @@ def make_surface(
     Raises:
         ExpertError: if the aligned trunks are the same.
     """
-    moves = [*_trunk(experts, planned, alignment, merged, pair), *_doors(planned, alignment, merged)]
+    moves = [*_trunk(experts, planned, alignment, merged, pair), *_readouts(planned, alignment, merged)]
     length = _inner((move.east, move.east) for move in moves if move.counts)
     if not length > 0:
         raise ExpertError(
@@ -167,18 +167,18 @@ def _trunk(
         yield _Move.between(targets, *ends, counts=name in parameters)
 
 
-def _doors(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> Iterator[_Move]:
-    """Fitted doors belong to the merge; the aligned experts are read through U_t."""
+def _readouts(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> Iterator[_Move]:
+    """Fitted readouts belong to the merge; the aligned experts are read through U_t."""
     for number, task in enumerate(planned.tasks):
         key = merged.branch_names[task]
         pairs = [*zip(planned.cut.entries, merged.entries[key], strict=True)]
         pairs += zip(planned.cut.exits, merged.exits[key], strict=True)
-        for entry, door in pairs:
-            if isinstance(door, DenseEntry):
-                plain = unmerge_matrix(alignment, entry.key, number, planned.spec).to(door.weight)
-                zeros = torch.zeros_like(door.bias)
-                yield _Move.between([door.weight], plain, plain)
-                yield _Move.between([door.bias], zeros, zeros)
+        for entry, readout in pairs:
+            if isinstance(readout, DenseEntry):
+                plain = unmerge_matrix(alignment, entry.key, number, planned.spec).to(readout.weight)
+                zeros = torch.zeros_like(readout.bias)
+                yield _Move.between([readout.weight], plain, plain)
+                yield _Move.between([readout.bias], zeros, zeros)
 
 
 def _random_norths(moves: Sequence[_Move], length: float, seed: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
     merged(pixel_values=x).logits                  # joint: the classes of all tasks, the trunk runs once
     merged(pixel_values=x, task="shoes").logits    # one task, exactly what that branch computes
 
-Nothing here knows a model family: trunk and branches are modules of the source class (`trunk.py`, `skeleton.py`),
+Nothing here knows a model family: trunk and branches are modules of the source class (`trunk.py`, `empty_model.py`),
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 What must hold: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
@@ -32,12 +32,12 @@ from ..files import adding_to
 from ..hub.processors import FOLDER as PROCESSORS
 from ..hub.processors import Files, processor_files, write_files
 from .configuration import ZipItConfig, nearest
+from .empty_model import empty_model
 from .entries import Entry, attach, leave, make_entries
 from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
-from .skeleton import skeleton
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 
 if TYPE_CHECKING:
@@ -75,17 +75,17 @@ class ZipItPreTrainedModel(PreTrainedModel):
         if config.task is not None:  # given to `from_pretrained`, which sets the field alone
             config.answer_for(config.task)
         self.branch_names = module_names(config.tasks)
-        first = skeleton(config, config.tasks[0])
+        first = empty_model(config, config.tasks[0])
         check_shared(first, config.shared)
         self.adopt(first)
-        # The trunk is what the first skeleton gives up. So its modules read the configuration of the first branch,
+        # The trunk is what the first empty model gives up. So its modules read the configuration of the first branch,
         # and settings made later (`set_attn_implementation`) reach the trunk, too.
         self.trunk = take_trunk(first, config.shared)
         resize(self.trunk, config.trunk_shapes)
         cut_heads(self.trunk, config.head_dims)
         self.branches = nn.ModuleDict()
-        for task, key in self.branch_names.items():  # one skeleton more is held whole at a time
-            model = first if task == config.tasks[0] else skeleton(config, task)
+        for task, key in self.branch_names.items():  # one empty model more is held whole at a time
+            model = first if task == config.tasks[0] else empty_model(config, task)
             self.branches[key] = make_branch(model, self.trunk, config.shared, key)
         self.entries = nn.ModuleDict({key: make_entries(config.entries, "module") for key in self.branches})
         self.exits = nn.ModuleDict({key: make_entries(config.exits, "field") for key in self.branches})
@@ -110,8 +110,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
         self._make_rescales()
 
     def _make_rescales(self) -> None:
-        doors = {"entries": self.entries, "exits": self.exits}
-        self.rescales = make_rescales(self.config.rescaled, self.trunk, doors, self.branches)
+        readouts = {"entries": self.entries, "exits": self.exits}
+        self.rescales = make_rescales(self.config.rescaled, self.trunk, readouts, self.branches)
         self.rescales.train(self.training)
 
     def adopt(self, model: PreTrainedModel) -> None:

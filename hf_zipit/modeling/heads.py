@@ -16,8 +16,8 @@ from transformers.utils.generic import can_return_tuple
 from ..errors import ZipItError
 from .base import Task, ZipItPreTrainedModel
 from .configuration import ZipItConfig
+from .empty_model import source_class
 from .joint import joint_embedding, mask_foreign, pick, side_by_side, vote
-from .skeleton import source_class
 from .trunk import run_together
 
 

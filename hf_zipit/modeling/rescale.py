@@ -2,7 +2,7 @@
 
 A trunk module that was merged from several tasks' has no task's statistics. Where the task is known, `scale * x +
 shift` per unit gives the units the statistics of that task's expert. Inside the trunk that is so when one task runs
-alone. In a joint forward pass the trunk runs once for all, and only the doors, where a branch reads the trunk, are
+alone. In a joint forward pass the trunk runs once for all, and only the readouts, where a branch reads the trunk, are
 corrected, by a second pair of numbers that was measured behind the uncorrected trunk.
 
 State dict: `rescales.trunk.NUMBER.TASK`, `rescales.entries.TASK.NUMBER.{alone,joint}`, `rescales.exits...`, each with
@@ -71,12 +71,12 @@ class TrunkRescale(nn.ModuleDict):
 
 
 class DoorRescale(nn.Module):
-    """A door's two corrections: when its task runs alone, and in a joint forward pass."""
+    """A readout's two corrections: when its task runs alone, and in a joint forward pass."""
 
-    def __init__(self, door: Entry) -> None:
+    def __init__(self, readout: Entry) -> None:
         super().__init__()
-        self.alone = Affine(door.axis, door.units)
-        self.joint = Affine(door.axis, door.units)
+        self.alone = Affine(readout.axis, readout.units)
+        self.joint = Affine(readout.axis, readout.units)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Forward hook of the entry or exit."""
@@ -86,7 +86,7 @@ class DoorRescale(nn.Module):
 def make_rescales(
     settings: Sequence[Mapping[str, Any]],
     trunk: nn.Module,
-    doors: Mapping[str, nn.ModuleDict],
+    readouts: Mapping[str, nn.ModuleDict],
     tasks: Iterable[str],
 ) -> nn.ModuleDict:
     """The corrections, hooked to their modules; bound methods, so that a deep copy reads the copy's.
@@ -94,7 +94,7 @@ def make_rescales(
     Args:
         settings: `config.rescaled`.
         trunk: the trunk.
-        doors: `entries` and `exits` of the merged model.
+        readouts: `entries` and `exits` of the merged model.
         tasks: the tasks' names as modules.
 
     Raises:
@@ -114,9 +114,9 @@ def make_rescales(
             module.register_forward_hook(rescale.after)
         inside.append(rescale)
     found = nn.ModuleDict({"trunk": inside})
-    for kind, by_task in doors.items():
+    for kind, by_task in readouts.items():
         found[kind] = nn.ModuleDict({task: nn.ModuleList(map(DoorRescale, by_task[task])) for task in tasks})
         for task in tasks:
-            for door, rescale in zip(by_task[task], found[kind][task], strict=True):
-                door.register_forward_hook(rescale.after)
+            for readout, rescale in zip(by_task[task], found[kind][task], strict=True):
+                readout.register_forward_hook(rescale.after)
     return found

@@ -136,8 +136,8 @@ class Moments:
     Attributes:
         tasks: the experts, in order.
         sums: the sums by product and probe.
-        fingerprint: what was observed: `experts` (sha256 by task), `data` (sha256), `samples`, `seed`, `share` and the
-            library's `version`.
+        fingerprint: what was observed: `experts` (sha256 by task), `data` (sha256), `samples`, `seed`,
+            `row_fraction` and the library's `version`.
         device: where sums are added up.
     """
 

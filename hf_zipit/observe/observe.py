@@ -4,7 +4,7 @@ All experts see the same inputs, whichever task these belong to: only so can the
 2305.03053). Moments add, so that the batches can be shared out among the processes that `accelerate` starts, and be
 summed once at the end: process r takes the batches i with i mod processes = r. Every sample counts exactly once.
 
-A rehearsal on two samples comes first. It finds wrong data and silent probes before the long pass, in every process
+A dry run on two samples comes first. It finds wrong data and silent probes before the long pass, in every process
 alike, and counts what a forward pass costs, from which the share of rows follows: the moments of a space of d units
 take (T d)^2 multiply-accumulates a row, and the pass must not cost more than the forward passes it rides on.
 """
@@ -26,23 +26,23 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from hf_zipit.data.processes import placed, summed
+from hf_zipit.data.processes import all_reduce_sum, placed
 from hf_zipit.data.sources import CalibrationBatch, calibration_batches, count_batches
 from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.observe.moments import Moments, Sums
-from hf_zipit.observe.record import Choose, Recorder, choose_share, keep_all, probe_name
+from hf_zipit.observe.record import Choose, Recorder, choose_rows, keep_all, probe_name
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
 
-REHEARSAL_SAMPLES = 2
+DRY_RUN_SAMPLES = 2
 MINIMUM_ROWS = 64
-"""With `share="auto"`, rows of a probe and batch that are kept whatever they cost."""
+"""With `row_fraction="auto"`, rows of a probe and batch that are kept whatever they cost."""
 
 ENOUGH_ROWS = 1024
 """Rows that are multiplied at once, where batches have fewer."""
 
 FORWARD_SHARE = 0.5
-"""With `share="auto"`, what the moments may cost, as a share of the forward passes."""
+"""With `row_fraction="auto"`, what the moments may cost, as a share of the forward passes."""
 
 
 def observe(
@@ -54,7 +54,7 @@ def observe(
     processor: Any = None,
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
-    share: float | Literal["auto"] = "auto",
+    row_fraction: float | Literal["auto"] = "auto",
     seed: int = 0,
     progress: bool = True,
 ) -> Moments:
@@ -70,8 +70,8 @@ def observe(
         processor: image processor, tokenizer or processor, for raw images and texts.
         batch_size: samples per forward pass.
         accelerator: where to run; made if none is given.
-        share: share of the rows (tokens, positions) of every batch that is used, in (0, 1]; `"auto"` takes as many as
-            cost half as much as the forward passes, and at least 64 rows of every probe and batch.
+        row_fraction: share of the rows (tokens, positions) of every batch that is used, in (0, 1]; `"auto"`
+            takes as many as cost half as much as the forward passes, and at least 64 rows of every probe and batch.
         seed: of the choice of rows. The same seed and data give the same moments for any number of processes, up to
             rounding.
         progress: whether to show a progress bar on stderr.
@@ -80,9 +80,9 @@ def observe(
         DataError: if the data is empty, of unknown tasks, or not what the model takes.
         ExpertError: if an expert's features are NaN or infinite, or differ in shape from the others'.
         SpecError: if a probe does not exist or never fires.
-        RecipeError: if `share` is not in (0, 1].
+        RecipeError: if `row_fraction` is not in (0, 1].
     """
-    _check_share(share)
+    _check_fraction(row_fraction)
     if not experts:
         raise ExpertError("There are no experts to observe.")
     accelerator = accelerator or Accelerator()
@@ -96,8 +96,8 @@ def observe(
     # Not inference_mode: buffers that a model makes on its first pass would be of no use to a later training.
     with placed(experts.values(), accelerator.device), recorder.attached(experts), torch.no_grad():
         first = next(batches)  # an empty collection raises here
-        affordable = _rehearse(recorder, experts, first, accelerator.device)
-        used, minimum = (affordable, MINIMUM_ROWS) if share == "auto" else (float(share), 1)
+        affordable = _dry_run(recorder, experts, first, accelerator.device)
+        used, minimum = (affordable, MINIMUM_ROWS) if row_fraction == "auto" else (float(row_fraction), 1)
         moments = Moments(tasks, device=_moments_device(recorder, len(tasks), accelerator.device))
         waiting = _Waiting(moments, products)
         digests: list[tuple[int, str, int]] = []
@@ -106,7 +106,7 @@ def observe(
             for index, batch in enumerate(_bar(chain([first], batches), total, shown)):
                 if index % accelerator.num_processes != accelerator.process_index:
                     continue
-                choose = choose_share(used, minimum, seed, index)
+                choose = choose_rows(used, minimum, seed, index)
                 features = {
                     task: _run(recorder, task, expert, batch.inputs, accelerator.device, choose)
                     for task, expert in experts.items()
@@ -114,7 +114,7 @@ def observe(
                 waiting.add(features)
                 digest = digest_tensors(sorted(batch.inputs.items()), str(batch.task))
                 digests.append((index, digest, batch.samples))
-            waiting.settle()
+            waiting.flush()
     if accelerator.num_processes > 1:
         moments = _reduce(moments, accelerator, spec, products)
         digests = sorted(gather_object(digests))
@@ -122,7 +122,7 @@ def observe(
         "data": digest_strings(digest for _, digest, _ in digests),
         "samples": sum(samples for _, _, samples in digests),
         "seed": seed,
-        "share": used,
+        "row_fraction": used,
         "version": _version(),
     }
     moments = moments.to("cpu")
@@ -130,9 +130,9 @@ def observe(
     return moments
 
 
-def _check_share(share: float | str) -> None:
-    if share != "auto" and not (isinstance(share, (int, float)) and 0 < share <= 1):
-        raise RecipeError(f"The share of rows must be 'auto' or a number above 0 and at most 1, not {share!r}.")
+def _check_fraction(row_fraction: float | str) -> None:
+    if row_fraction != "auto" and not (isinstance(row_fraction, (int, float)) and 0 < row_fraction <= 1):
+        raise RecipeError(f"row_fraction must be 'auto' or a number above 0 and at most 1, not {row_fraction!r}.")
 
 
 def _products(spec: MergeSpec, keys: Iterable[ProductKey] | None) -> dict[ProductKey, tuple[Probe, ...]]:
@@ -147,7 +147,7 @@ def _products(spec: MergeSpec, keys: Iterable[ProductKey] | None) -> dict[Produc
     return {key: products[key] for key in keys}
 
 
-def _rehearse(
+def _dry_run(
     recorder: Recorder, experts: Mapping[str, nn.Module], first: CalibrationBatch, device: torch.device
 ) -> float:
     """Run one expert on two samples; return the share of rows whose moments cost half as much as the forward passes.
@@ -155,7 +155,7 @@ def _rehearse(
     The forward pass is counted as it runs and not taken from the spec: calibration texts may be longer than its own.
     """
     task, expert = next(iter(experts.items()))
-    inputs = {name: tensor[:REHEARSAL_SAMPLES] for name, tensor in first.inputs.items()}
+    inputs = {name: tensor[:DRY_RUN_SAMPLES] for name, tensor in first.inputs.items()}
     with FlopCounterMode(display=False) as counter:
         features = _run(recorder, task, expert, inputs, device)
     _check_fired(recorder, features, task)
@@ -235,14 +235,14 @@ class _Waiting:
                 )
             self.features[name].append([rows[name] for rows in features.values()])
             if sum(len(rows[0]) for rows in self.features[name]) >= ENOUGH_ROWS:
-                self._settle(key, name)
+                self._flush(key, name)
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Add what still waits."""
         for key, name in self.names:
-            self._settle(key, name)
+            self._flush(key, name)
 
-    def _settle(self, key: ProductKey, name: str) -> None:
+    def _flush(self, key: ProductKey, name: str) -> None:
         if batches := self.features[name]:
             self.moments.add(key, [torch.cat(parts) for parts in zip(*batches, strict=True)], name)
             self.features[name] = []
@@ -291,7 +291,7 @@ def _reduce(
 def _reduce_sums(sums: Sums, accelerator: Accelerator) -> Sums:
     """First the mean of all processes' rows, then the sums about it, so that no digits are lost to a large mean."""
 
-    add = partial(summed, accelerator=accelerator)
+    add = partial(all_reduce_sum, accelerator=accelerator)
     count = int(add(torch.tensor([sums.count])))
     mean = add(sums.total + sums.count * sums.shift) / count
     about = sums.about(mean)

@@ -32,7 +32,7 @@ def keep_all(probe: str, call: int, rows: int) -> None:
     """Choose every row."""
 
 
-def choose_share(share: float, minimum: int, seed: int, batch: int) -> Choose:
+def choose_rows(row_fraction: float, minimum: int, seed: int, batch: int) -> Choose:
     """Choose a seeded share of the rows, at least `minimum` of them where there are so many.
 
     The choice depends on the batch, the probe and the call, and on nothing else: every expert is asked for the same
@@ -40,7 +40,7 @@ def choose_share(share: float, minimum: int, seed: int, batch: int) -> Choose:
     """
 
     def choose(probe: str, call: int, rows: int) -> Tensor | None:
-        kept = max(minimum, round(share * rows), 1)
+        kept = max(minimum, round(row_fraction * rows), 1)
         if kept >= rows:
             return None
         digest = hashlib.sha256(f"{seed}/{batch}/{probe}/{call}".encode()).digest()

@@ -21,7 +21,7 @@ NOT_IN_TRUNK = "it is not in the trunk"
 
 
 @dataclass(frozen=True)
-class Entry:
+class ReadPoint:
     """A place where a branch reads a value of the trunk.
 
     Attributes:
@@ -52,8 +52,8 @@ class Cut:
     depth: float
     trunk: frozenset[str]
     shared: tuple[str, ...]
-    entries: tuple[Entry, ...]
-    exits: tuple[Entry, ...]
+    entries: tuple[ReadPoint, ...]
+    exits: tuple[ReadPoint, ...]
 
     def spaces(self, spec: MergeSpec) -> frozenset[str]:
         """Movable spaces that some tensor of the trunk has."""
@@ -140,7 +140,7 @@ def cut_model(model: nn.Module, spec: MergeSpec, depth: float | str) -> Cut:
         depth=sum(counts) / total if total else float(not nothing),
         trunk=trunk,
         shared=_shared_modules(model, trunk),
-        entries=_entries(spec, in_trunk, _doors(spec, counts)),
+        entries=_entries(spec, in_trunk, _readouts(spec, counts)),
         exits=_exits(spec, in_trunk),
     )
 
@@ -192,42 +192,42 @@ def _shared_modules(model: nn.Module, trunk: frozenset[str]) -> tuple[str, ...]:
     return tuple(shared)
 
 
-def _doors(spec: MergeSpec, counts: Sequence[int]) -> frozenset[str]:
+def _readouts(spec: MergeSpec, counts: Sequence[int]) -> frozenset[str]:
     """Modules through which a branch may read the trunk: the first block of every tower's branch, and the head."""
-    doors = set(spec.head)
+    readouts = set(spec.head)
     for tower, count in enumerate(counts):
         paths = [block.path for block in spec.blocks if block.tower == tower]
-        doors.update(paths[count : count + 1])
-    return frozenset(doors)
+        readouts.update(paths[count : count + 1])
+    return frozenset(readouts)
 
 
-def _entries(spec: MergeSpec, in_trunk: InTrunk, doors: frozenset[str]) -> tuple[Entry, ...]:
+def _entries(spec: MergeSpec, in_trunk: InTrunk, readouts: frozenset[str]) -> tuple[ReadPoint, ...]:
     """Where a branch takes over a value that moves.
 
     Raises:
-        SpecError: if it does so elsewhere than at a door, or takes two values through one door.
+        SpecError: if it does so elsewhere than at a readout, or takes two values through one readout.
     """
-    entries: dict[Entry, None] = {}
+    entries: dict[ReadPoint, None] = {}
     taken: dict[str, str] = {}
     for crossing in spec.crossings:
         moving = [axis for axis, label in enumerate(crossing.axes) if _moves(label, spec)]
         if not moving or not in_trunk(crossing.made) or in_trunk(crossing.read):
             continue
-        door = next((path for path in crossing.stack if path in doors), None)
-        if door is None:
+        readout = next((path for path in crossing.stack if path in readouts), None)
+        if readout is None:
             raise SpecError(_cannot_cut(spec, crossing))
-        if taken.setdefault(door, crossing.value) != crossing.value or len(moving) > 1:
+        if taken.setdefault(readout, crossing.value) != crossing.value or len(moving) > 1:
             raise SpecError(
-                f"{spec.architecture} cannot be cut before {door}: it reads more than one value of the trunk; choose "
-                "another depth"
+                f"{spec.architecture} cannot be cut before {readout}: it reads more than one value of the trunk; "
+                "choose another depth"
             )
-        entries[Entry(door, moving[0], product_key(crossing.axes[moving[0]]))] = None
+        entries[ReadPoint(readout, moving[0], product_key(crossing.axes[moving[0]]))] = None
     return tuple(entries)
 
 
-def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[Entry, ...]:
+def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[ReadPoint, ...]:
     return tuple(
-        Entry(field, axis, product_key(label))
+        ReadPoint(field, axis, product_key(label))
         for field, axes in spec.outputs.items()
         if in_trunk(spec.output_places[field])
         for axis, label in enumerate(axes)

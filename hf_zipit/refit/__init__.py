@@ -6,7 +6,7 @@ its relatives (PLeaS, arXiv 2407.02447; RegMean++) are described in `walk.py`, w
 
 from __future__ import annotations
 
-from hf_zipit.refit.config import RefitConfig
+from hf_zipit.config import RefitConfig
 from hf_zipit.refit.report import RefitReport
 
 __all__ = ["RefitConfig", "RefitReport"]

@@ -169,7 +169,7 @@ class AttentionSolver:
                 rows, picked = self.fit.rows.pick(value.shape, b, -1, value.shape[-1])
                 y = [at_rows(self.fit.values.of(x, t, b), -1, rows) for t in self.tasks]
                 gram.add(at_rows(value, -1, rows), torch.cat(y, -1), picked)
-            moments = gram.reduce(self.fit.add_up)
+            moments = gram.reduce(self.fit.all_reduce)
             slope, shift = ridge(moments, start, self.fit.config.ridge)
             inputs = list(zip(slope.chunk(len(self.tasks)), shift.chunk(len(self.tasks)), strict=True))
             for site in sites:
@@ -293,7 +293,7 @@ class AttentionSolver:
             means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
             gram.add(at_rows(means, -1, rows), fit.targets.of(attention.output, b, rows), picked)
-        return gram.reduce(fit.add_up)
+        return gram.reduce(fit.all_reduce)
 
     def _put_means(self, mixes: Sequence[Tensor], count: int) -> None:
         """What the merged layer's attention gives: the mix of what was averaged is the average of the mix."""

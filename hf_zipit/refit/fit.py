@@ -8,8 +8,8 @@ from math import prod
 
 from torch import Tensor
 
+from hf_zipit.config import RefitConfig
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.rows import Picked, Rows
 from hf_zipit.refit.targets import Targets
@@ -27,7 +27,7 @@ class Fit:
         spec, alignment: the spaces, and each one's maps.
         values: what the ops of the forward pass give.
         rows: which of them enter a regression; `targets`: what they should be.
-        add_up: sums a tensor over all processes.
+        all_reduce: sums a tensor over all processes.
     """
 
     tasks: tuple[str, ...]
@@ -37,7 +37,7 @@ class Fit:
     values: Values
     rows: Rows
     targets: Targets
-    add_up: Callable[[Tensor], Tensor]
+    all_reduce: Callable[[Tensor], Tensor]
 
     def pick(self, site: Site, b: int) -> tuple[Picked, Tensor]:
         """The rows of a site's value that enter its regression, and their weights."""

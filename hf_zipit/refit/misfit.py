@@ -40,7 +40,7 @@ def misfit(fit: Fit, site: Site) -> tuple[Tensor, Tensor]:
         scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])
         task = len(fit.tasks) if batch.task is None else batch.task
         sums[task] += torch.cat([scalars, (weight @ y).double()])
-    sums = fit.add_up(sums)
+    sums = fit.all_reduce(sums)
     off, square, rows = sums[:, :3].T
     spread = square - sums[:, 3:].square().sum(1) / rows.clamp_min(1e-12)
     return off, torch.where(spread > 1e-6 * square, spread, 0.0)  # below it is rounding

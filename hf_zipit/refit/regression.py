@@ -142,8 +142,8 @@ class Gram:
         spread, off = (part.var(0, correction=0).sum() for part in (y[some], left))
         return bool(off < LITTLE * spread)
 
-    def reduce(self, add_up: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
-        """The moments of all processes; `add_up` sums a tensor over them."""
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
+        """The moments of all processes; `all_reduce` sums a tensor over them."""
         if not self.whole.blocks:
             found = self.left.moments()
         else:
@@ -151,7 +151,7 @@ class Gram:
             found = found if self.start is None else found.without(self.start)
             if self.left.blocks:
                 found = Moments(*map(torch.add, found.sums, self.left.moments().sums))
-        return Moments(*map(add_up, found.sums), start=self.start)
+        return Moments(*map(all_reduce, found.sums), start=self.start)
 
 
 @torch.no_grad()

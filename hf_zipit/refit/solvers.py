@@ -33,7 +33,7 @@ def solve_linear(fit: Fit, site: Site) -> None:
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
         gram.add(at_rows(x, -1, rows), fit.targets.of(site, b, rows), picked)
-    fit.write(site, *ridge(gram.reduce(fit.add_up), weight, fit.config.ridge, site.bias is not None))
+    fit.write(site, *ridge(gram.reduce(fit.all_reduce), weight, fit.config.ridge, site.bias is not None))
 
 
 def solve_conv(fit: Fit, site: Site) -> None:
@@ -48,7 +48,7 @@ def solve_conv(fit: Fit, site: Site) -> None:
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
         gram.add(patches(x, weight, site.node, rows), fit.targets.of(site, b, rows), picked)
-    moments = gram.reduce(fit.add_up)
+    moments = gram.reduce(fit.all_reduce)
     slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
     fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
     if eps is not None:
@@ -80,7 +80,7 @@ def solve_embedding(fit: Fit, site: Site) -> None:
         weight = fit.rows.weights(y.shape, b, -1)
         total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
         count.index_add_(0, indices, weight.double())
-    total, count = fit.add_up(total), fit.add_up(count)
+    total, count = fit.all_reduce(total), fit.all_reduce(count)
     pull = fit.config.ridge * count.mean().clamp_min(1e-12)
     fit.write(site, (total + pull * table.double()) / (count + pull)[:, None])
 
@@ -94,7 +94,7 @@ def solve_norm(fit: Fit, site: Site) -> None:
         eps = float(site.node.args[4])  # type: ignore[arg-type]
         normed = functional.layer_norm(at_rows(x, -1, rows), scale.shape, eps=eps)
         channels.add(normed, fit.targets.of(site, b, rows), picked)
-    channels.sums = fit.add_up(channels.sums)
+    channels.sums = fit.all_reduce(channels.sums)
     fit.write(site, *scale_and_shift(channels, scale, fit.config.ridge))
 
 
@@ -108,7 +108,7 @@ def solve_offset(fit: Fit, site: Site) -> None:
         summed = missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape))
         total = total + summed.reshape(offset.shape)
         count += missing.numel() // offset.numel()
-    fit.write(site, fit.add_up(torch.as_tensor(total)) / fit.add_up(torch.tensor(float(count))))
+    fit.write(site, fit.all_reduce(torch.as_tensor(total)) / fit.all_reduce(torch.tensor(float(count))))
 
 
 SOLVERS: dict[str, Callable[[Fit, Site], None]] = {

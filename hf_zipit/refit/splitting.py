@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from hf_zipit.modeling.head_dims import head_dim_name
 from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.graph import Arguments, Program
-from hf_zipit.refit.variants import variant
+from hf_zipit.refit.resized_copy import resized_copy
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.proof import model_tensors, run_with
 
@@ -144,7 +144,7 @@ def is_proven(
     head_dims = {layer.module: split.width for layer, split in splits.items() if layer.module is not None}
     try:
         whole = run_with(model, tensors, some, fields)
-        narrow = run_with(variant(model, {}, head_dims), narrow_tensors, some, fields)
+        narrow = run_with(resized_copy(model, {}, head_dims), narrow_tensors, some, fields)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return False
     return bool(whole) and all(

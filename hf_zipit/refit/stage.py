@@ -1,4 +1,4 @@
-"""The refit as a stage of `merge`: calibration data and combined tensors in, refitted tensors and doors out."""
+"""The refit as a stage of `merge`: calibration data and combined tensors in, refitted tensors and readouts out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
+from hf_zipit.config import RefitConfig
 from hf_zipit.data.micro_batches import MicroBatch, micro_batches
-from hf_zipit.data.processes import summed
+from hf_zipit.data.processes import all_reduce_sum
 from hf_zipit.data.sources import calibration_batches
 from hf_zipit.errors import DataError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit.config import RefitConfig
 from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.variants import variant
+from hf_zipit.refit.resized_copy import resized_copy
 from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.proof import model_tensors
 
@@ -77,9 +77,9 @@ def refit(
         cut=planned.cut,
         alignment=alignment,
         config=config,
-        positions=read_positions(model, processor, config),
+        positions=readout_positions(model, processor, config),
         fields=adapter_for(model).outputs(model),
-        add_up=partial(summed, accelerator=accelerator),
+        all_reduce=partial(all_reduce_sum, accelerator=accelerator),
         seed=seed,
         progress=progress and accelerator.is_main_process,
     )
@@ -105,7 +105,7 @@ def with_fused_attention(model: PreTrainedModel) -> PreTrainedModel:
     """The model, or one with the same tensors whose attention is one op, by which its layers are found."""
     if getattr(model.config, "_attn_implementation", None) in (None, "sdpa"):
         return model
-    other = variant(model, {}, {})
+    other = resized_copy(model, {}, {})
     try:
         other.set_attn_implementation("sdpa")
     except (ValueError, NotImplementedError, ImportError):  # its class has none
@@ -119,9 +119,9 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return model if ready and model.device.type == "cpu" else copy.deepcopy(model).to("cpu", torch.float32)
 
 
-def read_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) -> Positions:
+def readout_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) -> Positions:
     """Which positions the head reads: the adapter's word, with the ids of the special tokens."""
-    read = adapter_for(model).read_positions(model)
+    read = adapter_for(model).readout_positions(model)
     text_config = getattr(model.config, "text_config", None) or model.config
     mask = getattr(getattr(processor, "tokenizer", processor), "mask_token_id", None)
     return Positions(
@@ -129,5 +129,5 @@ def read_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) 
         image=read.get("image", "all"),
         mask_token=getattr(model.config, "mask_token_id", None) if mask is None else mask,
         end_token=getattr(text_config, "eos_token_id", None),
-        weight=config.read_weight,
+        weight=config.readout_weight,
     )

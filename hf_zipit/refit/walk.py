@@ -8,7 +8,7 @@ model (`values.py`). At a module with weights
 - weights are solved by ridge regression (`regression.py`, `solvers.py`) towards the combined weights, and the walk
   goes on with them. Attention is solved as a whole (`attention_solver.py`).
 
-Where a branch leaves the trunk, the maps to the experts' own units are solved as well (`doors.py`).
+Where a branch leaves the trunk, the maps to the experts' own units are solved as well (`readouts.py`).
 
 Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. What must hold: experts that compute the same (a model and
 its permuted copy) are a fixed point.
@@ -24,25 +24,25 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm.auto import tqdm
 
+from hf_zipit.config import RefitConfig
 from hf_zipit.data.micro_batches import MicroBatch
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
-from hf_zipit.refit.config import RefitConfig
-from hf_zipit.refit.doors import Doors, find_doors, solve_door
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.misfit import relative_errors
 from hf_zipit.refit.positions import Positions
+from hf_zipit.refit.readouts import Readouts, find_readouts, solve_readout
 from hf_zipit.refit.report import RefitReport
+from hf_zipit.refit.resized_copy import merged_shapes, resized_copy
 from hf_zipit.refit.rows import Rows
 from hf_zipit.refit.solvers import norm_names, solve
 from hf_zipit.refit.splitting import Split, find_splits
 from hf_zipit.refit.store import MERGED
 from hf_zipit.refit.targets import Targets
 from hf_zipit.refit.values import Values
-from hf_zipit.refit.variants import merged_shapes, variant
 from hf_zipit.symmetry.spec import MergeSpec
 
 
@@ -52,7 +52,7 @@ class Refitted:
 
     Attributes:
         tensors: the trunk's new tensors.
-        doors: the maps from merged units to the experts' own.
+        readouts: the maps from merged units to the experts' own.
         head_dims: by path the width of a head in attention layers whose heads were split.
         turned: weights whose outputs are no expert's units any more: queries, keys and values of attention layers that
             were solved as a whole, in a basis of their own.
@@ -61,7 +61,7 @@ class Refitted:
     """
 
     tensors: dict[str, Tensor]
-    doors: Doors
+    readouts: Readouts
     head_dims: dict[str, int]
     turned: frozenset[str]
     report: RefitReport
@@ -85,19 +85,19 @@ class Walk:
         config: RefitConfig,
         positions: Positions,
         fields: tuple[str, ...] | None = None,
-        add_up: Callable[[Tensor], Tensor] = lambda x: x,
+        all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
         seed: int = 0,
         progress: bool = True,
     ) -> None:
-        """See `stage.refit`; `add_up` sums a tensor over all processes, `fields` are the outputs that count."""
+        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count."""
         self.cut, self.progress = cut, progress
         export = partial(Program, inputs=batches[0].inputs, fields=fields, trunk=cut.trunk)
         self.program = export(model)
         if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
-            wide = export(variant(model, merged_shapes(spec, alignment), {}))
+            wide = export(resized_copy(model, merged_shapes(spec, alignment), {}))
             self.program.adopt(self.program.arguments_in(wide))
         self.sites = find_sites(self.program, cut.trunk, spec.head)
-        self.doors = find_doors(self.program, cut)
+        self.readouts = find_readouts(self.program, cut)
         self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
@@ -112,23 +112,23 @@ class Walk:
             batches,
             positions,
             per_input=config.rows_per_input,
-            all_batches=int(add_up(torch.tensor(float(len(batches))))),
+            all_batches=int(all_reduce(torch.tensor(float(len(batches))))),
             seed=seed,
         )
-        targets = Targets(values, spec, alignment, config.own_weight)
-        self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, add_up)
+        targets = Targets(values, spec, alignment, config.own_task_weight)
+        self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
         self.errors: dict[str, dict[str, float]] = {}
         self.ahead = 0
 
     @torch.no_grad()
     def run(self) -> Refitted:
-        """Walk to the last node that the trunk or a door needs."""
+        """Walk to the last node that the trunk or a readout needs."""
         values, position = self.fit.values, self.program.position
         reached = [position[site.stream or site.output] for site in self.sites.values()]
-        reached += [position[node] for node in self.doors.values()]
+        reached += [position[node] for node in self.readouts.values()]
         solved_as_a_whole, expiring = self._in_attention_layers(), self._expiring()
         made_by = {site.output: site for site in self.sites.values() if site.node not in self.in_attention}
-        solved: Doors = {}
+        solved: Readouts = {}
         with values.store, self._bar() as bar:
             for i, node in enumerate(self.program.nodes[: max(reached, default=-1) + 1]):
                 self._advance_experts(i)
@@ -141,9 +141,9 @@ class Walk:
                     self._solve_attention(node)
                 if node not in solved_as_a_whole:
                     values.compute(node, MERGED)
-                for entry, source in self.doors.items():
+                for entry, source in self.readouts.items():
                     if source is node:
-                        solved[entry] = solve_door(self.fit, entry, node)
+                        solved[entry] = solve_readout(self.fit, entry, node)
                 if node in made_by:
                     error = self._note(made_by[node])
                     bar.set_postfix_str(f"{made_by[node].module}, error {error:.3f}", refresh=False)

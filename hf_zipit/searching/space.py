@@ -6,7 +6,7 @@
     options:
       zip: {alpha: [0.1, 0.3], beta: {low: 0, high: 1}}      # for zip and zip+refit
       dual: {balance: {low: 0.1, high: 0.9}}
-    refit: {own_weight: [0.5, 1.0]}                          # for the methods with +refit behind their names
+    refit: {own_task_weight: [0.5, 1.0]}                          # for the methods with +refit behind their names
 
 What must hold: an option only counts for its method, so that no two settings of a grid are the same merge.
 """
@@ -164,7 +164,7 @@ class Space:
         return method.endswith(REFIT) or (self.refit is not None and not marked)
 
     def dimensions(self, method: str) -> dict[str, Choices]:
-        """What there is to choose for a method, by name: `depth`, `residual`, `zip.alpha`, `refit.own_weight`."""
+        """What there is to choose for a method, by name: `depth`, `residual`, `zip.alpha`, `refit.own_task_weight`."""
         plain = method.removesuffix(REFIT)
         options = {**self.options.get(plain, {}), **self.options.get(method, {})}
         refit = (self.refit or {}) if self.refitted(method) else {}

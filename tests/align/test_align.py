@@ -246,11 +246,11 @@ def test_a_whole_network_method_gets_what_is_settled(monkeypatch):
 
     @register("reverse", needs={"weights"}, scope="network")
     def reverse(network: Network, *, twice: bool = False):
-        seen.append((set(network.settled), len(network.weights), twice))
+        seen.append((set(network.fixed_maps), len(network.weights), twice))
         return {
             name: SpaceMap(s.size, torch.stack([torch.arange(s.size), torch.arange(s.size).flip(0)]))
             for name, s in network.spec.spaces.items()
-            if name not in network.settled
+            if name not in network.fixed_maps
         }
 
     found = align(STREAM, {}, 2, "reverse", residual="identity", weights=({}, {}), options={"twice": True})

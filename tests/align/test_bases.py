@@ -239,12 +239,12 @@ def test_pairs_whose_heads_circuits_cannot_match_are_left_alone():
     """As where something inside the heads was decided before: nothing else can turn pairs."""
     weights = grouped_weights()
     kept = SpaceMap(4, torch.arange(4).expand(2, 3, 4))
-    network = Network(GROUPED, 2, weights=[weights, grouped_weights(50)], settled={"value": kept})
+    network = Network(GROUPED, 2, weights=[weights, grouped_weights(50)], fixed_maps={"value": kept})
     seen, families = circuits_of(network)
     assert families == []
     assert seen.spec.spaces["dim"].symmetry is Symmetry.FIXED
     assert set(match_circuits(network)) == {"kv", "copies"}
-    assert set(match_circuits(replace(network, settled={}))) == {"kv", "copies", "value", "dim"}
+    assert set(match_circuits(replace(network, fixed_maps={}))) == {"kv", "copies", "value", "dim"}
 
 
 def test_exchanging_the_experts_changes_no_circuit():

@@ -147,9 +147,9 @@ def test_what_cannot_be_rotated_is_said_once_and_matched(caplog):
 def test_doors_are_matrices_where_the_stream_turns_and_the_model_saves_and_loads(tmp_path):
     models = turned("vit")
     result = merged(models, "orthogonal", depth=0.5)
-    doors = [door for task in result.entries.values() for door in task]
-    assert doors
-    assert all(isinstance(door, DenseEntry) for door in doors)
+    readouts = [readout for task in result.entries.values() for readout in task]
+    assert readouts
+    assert all(isinstance(readout, DenseEntry) for readout in readouts)
     assert all(isinstance(d, IndexEntry) for task in merged(models, "cca", depth=0.5).entries.values() for d in task)
     result.save_pretrained(tmp_path)
     loaded = type(result).from_pretrained(tmp_path)

@@ -88,7 +88,7 @@ def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
 @cache
 def gathered() -> tuple[Plan, Moments]:
     planned = plan(experts(), method="zip")
-    found = moments_for(experts(), planned, IMAGES, None, None, share=1.0, progress=False)
+    found = moments_for(experts(), planned, IMAGES, None, None, row_fraction=1.0, progress=False)
     assert found is not None
     return planned, found
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.align import align, residual_spaces
-from hf_zipit.align.aligned import comparable, settle
+from hf_zipit.align.aligned import comparable, with_fixed_maps
 from hf_zipit.align.method import Network
 from hf_zipit.align.methods.weights import Descent, match_weights, random_orders
 from hf_zipit.align.similarity import families
@@ -94,7 +94,7 @@ def test_published_sweeps(case):
 
 
 def _settled(spec: MergeSpec, weights: Sequence[Tensors]):
-    fixed, experts = settle(Network(spec, 2, weights=weights))
+    fixed, experts = with_fixed_maps(Network(spec, 2, weights=weights))
     return fixed, *experts
 
 
@@ -196,14 +196,14 @@ def test_settled_maps_are_looked_through():
     copy = apply_element(weights, spec, element)
     (residual,) = residual_spaces(spec)
     # The copy's unit i is the original's unit element[i].
-    settled = {name: SpaceMap(len(element[name]), torch.stack([torch.arange(len(element[name])), element[name]]))
+    fixed_maps = {name: SpaceMap(len(element[name]), torch.stack([torch.arange(len(element[name])), element[name]]))
                for name in (residual, "model.layers.0.self_attn.heads")}  # fmt: skip
-    found = match_weights(Network(spec, 2, weights=[weights, copy], settled=settled), sweeps=1)
-    assert not set(found) & set(settled)
-    assert_same(merged([weights, copy], {**settled, **found}, spec), weights)
+    found = match_weights(Network(spec, 2, weights=[weights, copy], fixed_maps=fixed_maps), sweeps=1)
+    assert not set(found) & set(fixed_maps)
+    assert_same(merged([weights, copy], {**fixed_maps, **found}, spec), weights)
 
     wrong = _identity(residual, 32)
-    found = match_weights(Network(spec, 2, weights=[weights, copy], settled=wrong))
+    found = match_weights(Network(spec, 2, weights=[weights, copy], fixed_maps=wrong))
     with pytest.raises(AssertionError):
         assert_same(merged([weights, copy], {**wrong, **found}, spec), weights)
 
@@ -218,9 +218,9 @@ def test_settled_groups_are_looked_through():
     # b reads the same from the merged unit, but something else from either of the joined ones.
     b = (a + 10 * torch.randn(6, 1, generator=generator) * torch.tensor([1.0, -1.0, 0.0, 0.0]))[order]
     joined = {"stream": SpaceMap(3, torch.tensor([[0, 0, 1, 2], [0, 0, 1, 2]]))}
-    found = match_weights(Network(spec, 2, weights=[{"up": a}, {"up": b}], settled=joined))
+    found = match_weights(Network(spec, 2, weights=[{"up": a}, {"up": b}], fixed_maps=joined))
     assert torch.equal(found["hidden"].labels[1], order)
-    apart = match_weights(Network(spec, 2, weights=[{"up": a}, {"up": b}], settled=_identity("stream", 4)))
+    apart = match_weights(Network(spec, 2, weights=[{"up": a}, {"up": b}], fixed_maps=_identity("stream", 4)))
     assert not torch.equal(apart["hidden"].labels[1], order)
 
 

@@ -260,7 +260,9 @@ def test_batchnorm_reset_is_the_same_over_several_processes():
     for process in range(2):
         seen: list[Tensor] = []
         sums.append(seen)
-        first_norm(Batches(batches.batches, process=process, processes=2, add_up=lambda x, s=seen: s.append(x) or x))
+        first_norm(
+            Batches(batches.batches, process=process, processes=2, all_reduce=lambda x, s=seen: s.append(x) or x)
+        )
     (counts_a, mean_a, var_a, *_), (counts_b, mean_b, var_b, *_) = sums
     whole = first_norm(batches)
     total = counts_a + counts_b
@@ -292,8 +294,8 @@ def measured_gap(
     first = models["a"]
     sites = {s.module: s for s in layers(first, planned) if is_folding(first.get_submodule(s.module))}
     inputs = batches.together(None, 1000)
-    own = [measure(model, sites, [inputs], batches.add_up) for model in models.values()]
-    found = measure(OfTask(result, "a"), in_trunk(result, sites), [inputs], batches.add_up)
+    own = [measure(model, sites, [inputs], batches.all_reduce) for model in models.values()]
+    found = measure(OfTask(result, "a"), in_trunk(result, sites), [inputs], batches.all_reduce)
     assert found.keys() == sites.keys()
     gaps = {"with bias": 0.0, "std": 0.0}
     for module, site in sites.items():
@@ -327,7 +329,7 @@ def test_both_forms_of_repair_agree_where_nothing_is_assumed(name: str):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
     models = {"a": first, "b": second}
     inputs = calibration(name)
-    moments = observe(planned.spec, models, inputs, batch_size=64, progress=False, share=1.0)
+    moments = observe(planned.spec, models, inputs, batch_size=64, progress=False, row_fraction=1.0)
     batches = replace(Batches.of(inputs, models), moments=moments)
     alignment = align_trunk(models, planned, None, "identity")
     plain, measured, closed = (merge(models, inputs, method="identity", progress=False) for _ in range(3))
@@ -344,7 +346,7 @@ def test_repair_from_moments_leaves_a_model_merged_with_itself(name: str):
     model = in_general_position(tiny.build(name), torch.Generator().manual_seed(1))
     inputs = example_inputs(model)
     settings = {"repair": {"statistics": "moments"}}
-    result = merge({"a": model, "b": model}, inputs, corrections=settings, progress=False, share=1.0)
+    result = merge({"a": model, "b": model}, inputs, corrections=settings, progress=False, row_fraction=1.0)
     assert_same(outputs(result, inputs, model, task="b"), outputs(model, inputs, model), 1e-4)
 
 
@@ -358,7 +360,7 @@ def test_repair_from_moments_needs_them():
 
 @each_kind
 def test_rescaled_units_have_their_experts_statistics(name: str):
-    """In task mode at every site of the trunk and every door; in the joint pass at the doors.
+    """In task mode at every site of the trunk and every readout; in the joint pass at the readouts.
 
     But for units that are constant in the merged model, which can be given a mean only.
     """
@@ -380,11 +382,11 @@ def test_rescaled_units_have_their_experts_statistics(name: str):
             worst = max(worst, gap(only(found[key], held), only(target, held)))
             untouched = max(untouched, gap(only(missed[key], held), only(target, held)))
         for joint in (False, True):
-            for door, statistics in door_statistics(result, task, inputs, joint).items():
+            for readout, statistics in door_statistics(result, task, inputs, joint).items():
                 alive = statistics.std > 0
                 assert alive.float().mean() > 0.9
-                worst = max(worst, gap(only(statistics, alive), only(wanted[door], alive)))
-                torch.testing.assert_close(statistics.mean, wanted[door].mean, atol=1e-4, rtol=1e-4)
+                worst = max(worst, gap(only(statistics, alive), only(wanted[readout], alive)))
+                torch.testing.assert_close(statistics.mean, wanted[readout].mean, atol=1e-4, rtol=1e-4)
     assert worst < 1e-3 < untouched
 
 
@@ -399,7 +401,7 @@ def site_statistics(
     found: dict[str, Statistics] = {}
 
     def note(key: str, value: Tensor, axis: int) -> None:
-        found[key] = UnitSums.of(value, axis, inputs.get("attention_mask")).statistics(batches.add_up)
+        found[key] = UnitSums.of(value, axis, inputs.get("attention_mask")).statistics(batches.all_reduce)
 
     handles = []
     for key, site in sites.items():
@@ -422,12 +424,12 @@ def door_statistics(
     found: dict[str, Statistics] = {}
     handles = []
     for kind in ("entries", "exits"):
-        for i, door in enumerate(getattr(model, kind)[model.branch_names[task]]):
+        for i, readout in enumerate(getattr(model, kind)[model.branch_names[task]]):
 
             def note(module: nn.Module, args: tuple, out: Tensor, name: str = f"{kind}:{i}") -> None:
                 found[name] = UnitSums.of(out, module.axis, inputs.get("attention_mask")).statistics(lambda x: x)
 
-            handles.append(door.register_forward_hook(note))
+            handles.append(readout.register_forward_hook(note))
     with torch.no_grad():
         model(**inputs, task=None if joint else task)
     for handle in handles:

@@ -172,7 +172,14 @@ def test_save_and_load_are_identical(tmp_path: Path):
     moments = moments_of(*features(50, mean=10), probe="block0:output:-1")
     moments.add(("heads", "query"), features(20, seed=3), "q:output:-1")
     experts = fingerprint_experts(mlps())
-    moments.fingerprint = {"experts": experts, "data": "d", "samples": 50, "seed": 0, "share": 0.5, "version": "1"}
+    moments.fingerprint = {
+        "experts": experts,
+        "data": "d",
+        "samples": 50,
+        "seed": 0,
+        "row_fraction": 0.5,
+        "version": "1",
+    }
     path = moments.save(tmp_path / "moments.safetensors")
     assert os.listdir(tmp_path) == ["moments.safetensors"]
     loaded = Moments.load(path, experts)

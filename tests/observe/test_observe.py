@@ -16,6 +16,7 @@ from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.observe import Moments, observe, record
 from hf_zipit.observe import observe as observe_function
 from hf_zipit.symmetry.spec import Probe
+from tests.data.test_sources import KINDS, X
 from tests.observe.models import (
     BERT_SPEC,
     HIDDEN,
@@ -30,7 +31,6 @@ from tests.observe.models import (
     vit,
     vit_spec,
 )
-from tests.observe.test_data import KINDS, X
 from tests.observe.worker import calibration
 from tests.processes import run_in_two_processes
 
@@ -55,33 +55,35 @@ def assert_same(one: Moments, two: Moments, tolerance: float = 1e-6) -> None:
 
 def test_moments_are_those_of_all_experts_on_all_data():
     experts, parts = mlps(), {"clothes": data(37), "shoes": data(20, seed=1) + 1}
-    moments = observe(MLP_SPEC, experts, parts, share=1.0, batch_size=8)
+    moments = observe(MLP_SPEC, experts, parts, row_fraction=1.0, batch_size=8)
     features = hidden(experts, torch.cat([parts["clothes"], parts["shoes"]]))
     assert moments.tasks == ("clothes", "shoes") and moments.count(HIDDEN) == 57
     torch.testing.assert_close(moments.covariance(HIDDEN), covariance(features), atol=1e-6, rtol=0)
     torch.testing.assert_close(moments.mean(HIDDEN), features.mean(0), atol=1e-6, rtol=0)
     assert moments.fingerprint["experts"] == fingerprint_experts(experts)
-    assert moments.fingerprint["samples"] == 57 and moments.fingerprint["share"] == 1.0
+    assert moments.fingerprint["samples"] == 57 and moments.fingerprint["row_fraction"] == 1.0
 
 
 def test_outputs_are_seen_before_they_are_overwritten_in_place():
     experts, x = mlps(), data()
     before = torch.cat([expert.first(x) for expert in experts.values()], 1).detach().double()
-    moments = observe(PRE_SPEC, experts, x, share=1.0)
+    moments = observe(PRE_SPEC, experts, x, row_fraction=1.0)
     torch.testing.assert_close(moments.covariance(HIDDEN), covariance(before), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_gives_the_same_moments(kind: str):
     experts = mlps()
-    moments = observe(MLP_SPEC, experts, KINDS[kind](), share=1.0, batch_size=4)
-    assert_same(moments, observe(MLP_SPEC, experts, X, share=1.0, batch_size=4), 1e-3 * float(X.max()) ** 2 * 1e-6)
+    moments = observe(MLP_SPEC, experts, KINDS[kind](), row_fraction=1.0, batch_size=4)
+    assert_same(
+        moments, observe(MLP_SPEC, experts, X, row_fraction=1.0, batch_size=4), 1e-3 * float(X.max()) ** 2 * 1e-6
+    )
 
 
 def test_passes_add():
     experts, x = mlps(), data(48)
-    whole = observe(MLP_SPEC, experts, x, share=1.0, batch_size=16)
-    parts = [observe(MLP_SPEC, experts, part, share=1.0, batch_size=16) for part in x.split(32)]
+    whole = observe(MLP_SPEC, experts, x, row_fraction=1.0, batch_size=16)
+    parts = [observe(MLP_SPEC, experts, part, row_fraction=1.0, batch_size=16) for part in x.split(32)]
     merged = parts[0].merge(parts[1])
     assert_same(whole, merged)
     assert merged.fingerprint["samples"] == 48 and merged.fingerprint["experts"] == whole.fingerprint["experts"]
@@ -90,13 +92,13 @@ def test_passes_add():
 def test_the_order_of_experts_changes_only_the_order():
     experts, x = mlps(), data()
     swapped = {task: experts[task] for task in ("shoes", "clothes")}
-    one, two = (observe(MLP_SPEC, e, x, share=1.0) for e in (experts, swapped))
+    one, two = (observe(MLP_SPEC, e, x, row_fraction=1.0) for e in (experts, swapped))
     assert_same(one.select(("shoes", "clothes")), two)
 
 
 def test_one_object_may_be_two_experts():
     expert, x = MLP(seed=1), data()
-    moments = observe(MLP_SPEC, {"a": expert, "b": expert}, x, share=1.0)
+    moments = observe(MLP_SPEC, {"a": expert, "b": expert}, x, row_fraction=1.0)
     assert moments.count(HIDDEN) == len(x)
     correlation = moments.correlation(HIDDEN)
     torch.testing.assert_close(correlation[:6, 6:], correlation[:6, :6])
@@ -128,7 +130,7 @@ def test_axes_calls_and_keywords():
     x = torch.randn(6, 3, 2, 5)
     with torch.no_grad():
         out = torch.cat([experts[t].conv(x).movedim(1, -1).reshape(60, 4) for t in "ab"], 1).double()
-    moments = observe(spec, experts, x, share=1.0, batch_size=4)
+    moments = observe(spec, experts, x, row_fraction=1.0, batch_size=4)
     expected = {"conv:output:1": out, "twice:input:-3": [out, 2 * out], "twice:output:1": [2 * out, 2 * out + 1]}
     for probe, rows in expected.items():
         rows = torch.cat(rows) if isinstance(rows, list) else rows
@@ -139,8 +141,8 @@ def test_axes_calls_and_keywords():
 def test_padded_tokens_are_no_data():
     experts = {"a": bert(1), "b": bert(2)}
     ids = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
-    padded = observe(BERT_SPEC, experts, [{"input_ids": row} for row in ids], share=1.0, batch_size=2)
-    alone = [observe(BERT_SPEC, experts, torch.tensor([row]), share=1.0, batch_size=1) for row in ids]
+    padded = observe(BERT_SPEC, experts, [{"input_ids": row} for row in ids], row_fraction=1.0, batch_size=2)
+    alone = [observe(BERT_SPEC, experts, torch.tensor([row]), row_fraction=1.0, batch_size=1) for row in ids]
     single = alone[0].merge(alone[1]).merge(alone[2]).merge(alone[3])
     assert padded.count(("mlp",)) == padded.count(("stream",)) == 10
     assert padded.count(("pooled",)) == 4  # one row a sample: the mask has nothing to say there
@@ -150,7 +152,7 @@ def test_padded_tokens_are_no_data():
 def test_subsampling_is_seeded_and_the_same_rows_for_all_experts():
     expert, x = MLP(seed=1), data(96).reshape(12, 8, 5)
     experts = {"a": expert, "b": expert}
-    runs = [observe(MLP_SPEC, experts, x, share=0.25, seed=seed, batch_size=4) for seed in (0, 0, 1)]
+    runs = [observe(MLP_SPEC, experts, x, row_fraction=0.25, seed=seed, batch_size=4) for seed in (0, 0, 1)]
     assert runs[0].count(HIDDEN) == 24
     assert torch.equal(runs[0].covariance(HIDDEN), runs[1].covariance(HIDDEN))
     assert not torch.allclose(runs[0].covariance(HIDDEN), runs[2].covariance(HIDDEN))
@@ -160,14 +162,14 @@ def test_subsampling_is_seeded_and_the_same_rows_for_all_experts():
 
 def test_batches_and_probes_choose_different_rows():
     rows = {
-        (batch, probe): tuple(record.choose_share(0.1, 1, 0, batch)(probe, 0, 200).tolist())
+        (batch, probe): tuple(record.choose_rows(0.1, 1, 0, batch)(probe, 0, 200).tolist())
         for batch in range(3)
         for probe in ("a:input:-1", "b:input:-1")
     }
     assert len(set(rows.values())) == 6
     assert all(list(r) == sorted(set(r)) and len(r) == 20 and r[-1] < 200 for r in rows.values())
-    assert record.choose_share(0.1, 64, 0, 0)("a", 0, 64) is None
-    assert len(record.choose_share(0.1, 64, 0, 0)("a", 0, 65)) == 64
+    assert record.choose_rows(0.1, 64, 0, 0)("a", 0, 64) is None
+    assert len(record.choose_rows(0.1, 64, 0, 0)("a", 0, 65)) == 64
 
 
 def test_automatic_share_bounds_the_cost(monkeypatch: pytest.MonkeyPatch):
@@ -179,7 +181,7 @@ def test_automatic_share_bounds_the_cost(monkeypatch: pytest.MonkeyPatch):
     forward = 2 * 400 * 64 * (5 + 3)
     cost = moments.count(HIDDEN) * (2 * 64) ** 2
     assert 0.3 * forward < cost <= 0.55 * forward
-    assert moments.fingerprint["share"] == pytest.approx(0.5 * forward / (400 * (2 * 64) ** 2))
+    assert moments.fingerprint["row_fraction"] == pytest.approx(0.5 * forward / (400 * (2 * 64) ** 2))
     monkeypatch.setattr(observe_module, "MINIMUM_ROWS", 64)
     assert observe(spec, experts, x, batch_size=10).count(HIDDEN) == 64
 
@@ -228,7 +230,7 @@ def test_dropout_is_off_during_the_pass():
             return self.last(torch.dropout(torch.relu(self.first(x)), 0.5, self.training))
 
     experts = {"clothes": Dropping(seed=1).train(), "shoes": Dropping(seed=2).train()}
-    moments = observe(MLP_SPEC, experts, data(), share=1.0)
+    moments = observe(MLP_SPEC, experts, data(), row_fraction=1.0)
     torch.testing.assert_close(moments.covariance(HIDDEN), covariance(hidden(experts, data())), atol=1e-6, rtol=0)
     assert experts["clothes"].training
 
@@ -274,17 +276,17 @@ def test_experts_that_run_differently_are_told():
             return x
 
     with pytest.raises(ExpertError, match=r"last:input:-1.*\{'a': 50, 'b': 100\}"):
-        observe(MLP_SPEC, {"a": MLP(), "b": Twice()}, data(), batch_size=50, share=1.0)
+        observe(MLP_SPEC, {"a": MLP(), "b": Twice()}, data(), batch_size=50, row_fraction=1.0)
     with pytest.raises(SpecError, match="'b' did not call.*last:input:-1"):
         observe(MLP_SPEC, {"a": MLP(), "b": Never()}, data())
 
 
 def test_few_rows_wait_and_none_is_lost(monkeypatch: pytest.MonkeyPatch):
     experts, x = mlps(), data(50)
-    expected = observe(MLP_SPEC, experts, x, share=1.0)
+    expected = observe(MLP_SPEC, experts, x, row_fraction=1.0)
     for enough in (1, 7, 1000):
         monkeypatch.setattr(observe_module, "ENOUGH_ROWS", enough)
-        assert_same(observe(MLP_SPEC, experts, x, share=1.0, batch_size=3), expected)
+        assert_same(observe(MLP_SPEC, experts, x, row_fraction=1.0, batch_size=3), expected)
 
 
 def test_inputs_that_do_not_fit_are_told():
@@ -296,10 +298,10 @@ def test_inputs_that_do_not_fit_are_told():
         observe(MLP_SPEC, {}, data())
 
 
-@pytest.mark.parametrize("share", [0, -0.1, 1.5, "half", None])
-def test_share_is_checked(share: object):
-    with pytest.raises(RecipeError, match="share"):
-        observe(MLP_SPEC, mlps(), data(), share=share)
+@pytest.mark.parametrize("row_fraction", [0, -0.1, 1.5, "half", None])
+def test_share_is_checked(row_fraction: object):
+    with pytest.raises(RecipeError, match="row_fraction"):
+        observe(MLP_SPEC, mlps(), data(), row_fraction=row_fraction)
 
 
 # --- placement ---
@@ -309,12 +311,12 @@ def test_offloaded_experts_are_observed_where_they_are():
     """Weights on the meta device outside forward, as under `device_map` with offloading."""
     placed, images = {"a": vit(1), "b": vit(2)}, torch.randn(8, 3, 8, 8)
     spec = vit_spec(placed["a"])
-    expected = observe(spec, placed, images, share=1.0)
+    expected = observe(spec, placed, images, row_fraction=1.0)
     for model in placed.values():
         accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
         model.hf_device_map = {"": "cpu"}
     assert all(parameter.is_meta for parameter in placed["a"].parameters())
-    moments = observe(spec, placed, images, share=1.0)
+    moments = observe(spec, placed, images, row_fraction=1.0)
     assert_same(moments, expected)
     assert moments.fingerprint == expected.fingerprint
     assert all(parameter.is_meta for parameter in placed["a"].parameters())
@@ -330,7 +332,7 @@ def test_inputs_go_to_the_first_device_that_computes():
 
 def test_half_precision_experts_take_float32_data():
     experts = {task: expert.bfloat16() for task, expert in mlps().items()}
-    moments = observe(MLP_SPEC, experts, data(), share=1.0)
+    moments = observe(MLP_SPEC, experts, data(), row_fraction=1.0)
     features = torch.cat([torch.relu(e.first(data().bfloat16())) for e in experts.values()], 1).detach().double()
     torch.testing.assert_close(moments.covariance(HIDDEN), covariance(features), atol=1e-6, rtol=0)
 
@@ -348,7 +350,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_give_the_moments_of_one(two_processes: Path):
     experts = {"clothes": vit(1), "shoes": vit(2)}
-    single = observe(vit_spec(experts["clothes"]), experts, calibration(), batch_size=4, share=0.7, seed=3)
+    single = observe(vit_spec(experts["clothes"]), experts, calibration(), batch_size=4, row_fraction=0.7, seed=3)
     ranks = [Moments.load(two_processes / f"good{rank}.safetensors", fingerprint_experts(experts)) for rank in (0, 1)]
     assert single.fingerprint["samples"] == 31
     for moments in ranks:

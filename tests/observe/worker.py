@@ -26,7 +26,7 @@ def observe_and_save(accelerator: Accelerator, data: dict[str, torch.Tensor], pa
     experts = {"clothes": vit(1), "shoes": vit(2)}
     spec = vit_spec(experts["clothes"])
     try:
-        observe(spec, experts, data, batch_size=4, share=0.7, seed=3, accelerator=accelerator).save(
+        observe(spec, experts, data, batch_size=4, row_fraction=0.7, seed=3, accelerator=accelerator).save(
             f"{path}.safetensors"
         )
     except ZipItError as error:

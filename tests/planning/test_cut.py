@@ -126,8 +126,8 @@ def test_a_branch_enters_the_trunk_wherever_the_cut_is(name, depth):
         assert cut.entries == cut.exits == ()
         return
     assert cut.entries or cut.exits
-    doors = {entry.target for entry in cut.entries}
-    assert len(doors) == len(cut.entries)
+    readouts = {entry.target for entry in cut.entries}
+    assert len(readouts) == len(cut.entries)
     for entry in cut.entries:
         model.get_submodule(entry.target)
         assert not any(is_within(tensor, entry.target) for tensor in cut.trunk)
@@ -136,9 +136,9 @@ def test_a_branch_enters_the_trunk_wherever_the_cut_is(name, depth):
         assert exit_.key == product_key(spec.outputs[exit_.target][exit_.axis])
     for tower, count in enumerate(cut.blocks):
         paths = [block.path for block in spec.blocks if block.tower == tower]
-        assert doors & set(paths) <= set(paths[count : count + 1])
+        assert readouts & set(paths) <= set(paths[count : count + 1])
         if count < len(paths):
-            assert paths[count] in doors
+            assert paths[count] in readouts
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

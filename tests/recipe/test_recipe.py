@@ -94,7 +94,7 @@ WRONG = {
     "unknown option": ({"options": {"zip": {"alfa": 0.3}}}, RecipeError, "did you mean 'alpha'"),
     "unknown refit setting": ({"refit": {"rigde": 1e-3}}, RecipeError, "refit.rigde .* did you mean 'ridge'"),
     "wrong refit setting": ({"refit": {"ridge": "much"}}, RecipeError, "refit.ridge should be a number"),
-    "refit setting out of range": ({"refit": {"own_weight": 2}}, RecipeError, "at most 1"),
+    "refit setting out of range": ({"refit": {"own_task_weight": 2}}, RecipeError, "at most 1"),
     "refit yes and no": ({"refit": False, "method": "zip+refit", "save": None}, RecipeError, "refit is false"),
     "refit without data": (
         {"refit": True, "method": "average", "calibration": None, "save": None},

@@ -20,10 +20,10 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Program, Site, find_sites
 from hf_zipit.refit.heads import Metric, logit_factors, value_factors
 from hf_zipit.refit.misfit import relative_errors
+from hf_zipit.refit.resized_copy import resized_copy
 from hf_zipit.refit.solvers import solve_linear
 from hf_zipit.refit.splitting import find_splits, is_proven, narrower
 from hf_zipit.refit.store import MERGED
-from hf_zipit.refit.variants import variant
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, Symmetry, fitted
@@ -151,7 +151,7 @@ def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: 
     assert {(s.count * s.width, s.width) for s in splits.values()} == {(n.heads * n.width, dim) for n in layers}
     for split in splits.values():
         program.adopt(split.arguments)
-    cut = variant(model, {}, {layer.module: dim for layer in layers})
+    cut = resized_copy(model, {}, {layer.module: dim for layer in layers})
     with torch.no_grad():
         expected = select_outputs(cut(**inputs), fields)
         values: dict[fx.Node, object] = {}
@@ -215,7 +215,7 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     data = dict.fromkeys(tasks, calibration(models[0]))
     lost = {}
     for split in (True, False):
-        settings = RefitConfig(own_weight=1 / count, ridge=ridge, rows_per_input=0, split_heads=split)
+        settings = RefitConfig(own_task_weight=1 / count, ridge=ridge, rows_per_input=0, split_heads=split)
         experts = dict(zip(tasks, models, strict=True))
         merged = merge(experts, data, method="identity", refit=settings, progress=False)
         assert ("vit.layers.0.attention" in merged.config.head_dims) == split

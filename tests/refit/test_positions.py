@@ -7,7 +7,7 @@ import torch
 
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.stage import read_positions
+from hf_zipit.refit.stage import readout_positions
 
 from .. import tiny
 
@@ -66,11 +66,11 @@ class Tokenizer:
     ],
 )
 def test_what_the_heads_read(name: str, text: str, image: str):
-    found = read_positions(tiny.build(name), Tokenizer(), RefitConfig(read_weight=7))
+    found = readout_positions(tiny.build(name), Tokenizer(), RefitConfig(readout_weight=7))
     assert (found.text, found.image, found.weight, found.mask_token) == (text, image, 7, 0)
 
 
 def test_clip_reads_its_end_token():
     towers = {"text_config": {**tiny.TEXT, "eos_token_id": 9}, "vision_config": tiny.IMAGE}
-    found = read_positions(tiny.build("clip", **towers), None, RefitConfig())
+    found = readout_positions(tiny.build("clip", **towers), None, RefitConfig())
     assert (found.text, found.end_token, found.mask_token) == ("end", 9, None)

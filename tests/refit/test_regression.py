@@ -149,7 +149,7 @@ def test_a_weight_is_a_repetition(rows):
 
 
 def test_reduced_parts_are_the_whole(rows):
-    """`add_up` is called once for every tensor, in the same order in every process: here two take turns."""
+    """`all_reduce` is called once for every tensor, in the same order in every process: here two take turns."""
     first, second = (gram_of(*(tensor[i::2] for tensor in rows)) for i in range(2))
     sent: list[Tensor] = []
     second.reduce(lambda tensor: sent.append(tensor) or tensor)  # type: ignore[func-returns-value]

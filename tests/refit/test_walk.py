@@ -22,15 +22,15 @@ from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.data.micro_batches import micro_batches
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment, SpaceMap
-from hf_zipit.planning.cut import Entry
+from hf_zipit.planning.cut import ReadPoint
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, solvers, stage, walk
 from hf_zipit.refit.convolution import patches, restored
-from hf_zipit.refit.doors import solve_door
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.forward_pass import FORWARD_PASSES
 from hf_zipit.refit.graph import Site
 from hf_zipit.refit.misfit import UNKNOWN_TASK, misfit
+from hf_zipit.refit.readouts import solve_readout
 from hf_zipit.refit.rows import Picked, Rows
 from hf_zipit.refit.solvers import norm_names, solve
 from hf_zipit.refit.store import MERGED
@@ -96,7 +96,7 @@ def test_inputs_that_were_not_seen(name: str):
 def test_three_copies(name: str):
     it = case(name)
     models = (it.moved, it.model, it.moved_again)
-    result = refitted(models, by_task(it.inputs, "abc"), method="permute", own_weight=1.0)
+    result = refitted(models, by_task(it.inputs, "abc"), method="permute", own_task_weight=1.0)
     for task, model in zip("abc", models, strict=True):
         assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
 
@@ -105,7 +105,7 @@ def test_three_copies(name: str):
 
 
 class Measured:
-    """Measures every site before and after it is solved, and keeps what the doors read."""
+    """Measures every site before and after it is solved, and keeps what the readouts read."""
 
     def __init__(self) -> None:
         self.before: dict[Site, float] = {}
@@ -128,16 +128,16 @@ class Measured:
             fit.values.compute(node, MERGED)
         return float(misfit(fit, site)[0].sum())
 
-    def solve_door(self, fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
+    def solve_readout(self, fit: Fit, entry: ReadPoint, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
         self.seen[entry.target] = [fit.values.of(node, MERGED, b).clone() for b in range(len(fit.values.batches))]
-        return solve_door(fit, entry, node)
+        return solve_readout(fit, entry, node)
 
     def refit(self, name: str, method: str, **settings: object) -> PreTrainedModel:
         models = experts(name)
         with (
             patch.object(stage, "Walk", self.start),
             patch.object(walk, "solve", self.solve),
-            patch.object(walk, "solve_door", self.solve_door),
+            patch.object(walk, "solve_readout", self.solve_readout),
         ):
             return refitted(models, by_task(calibration(models[0])), method=method, **settings)
 
@@ -173,7 +173,7 @@ def test_the_report_has_every_site_and_task(name: str):
 @each_kind
 @pytest.mark.parametrize("depth", [1.0, 0.5])
 def test_the_walk_ends_where_the_merged_model_is(name: str, depth: float):
-    """What the walk saw at the doors is what the assembled model hands its branches. (A tied table read under its
+    """What the walk saw at the readouts is what the assembled model hands its branches. (A tied table read under its
     other name, or statistics that do not fit the new weights, would show.)"""
     found, result = measured(name, depth=depth)
     seen: dict[str, list[Tensor]] = {}
@@ -183,9 +183,9 @@ def test_the_walk_ends_where_the_merged_model_is(name: str, depth: float):
         (result.config.entries, "module", result.entries[key]),
         (result.config.exits, "field", result.exits[key]),
     ):
-        for setting, door in zip(settings, maps, strict=True):
+        for setting, readout in zip(settings, maps, strict=True):
             hooks.append(
-                door.register_forward_pre_hook(
+                readout.register_forward_pre_hook(
                     lambda _, args, target=setting[where]: seen.setdefault(target, []).append(args[0])
                 )
             )
@@ -289,8 +289,8 @@ def test_units_that_one_expert_has_are_that_experts():
     size = planned.spec.spaces[name].size
     apart = SpaceMap(2 * size, torch.arange(2 * size).reshape(2, size))
     alignment = align_trunk(dict(zip("ab", models, strict=True)), planned, None, "identity")
-    for own_weight in (0.5, 0.8, 1.0):
-        walk = small_walk(models, data, {**alignment, name: apart}, own_weight=own_weight)
+    for own_task_weight in (0.5, 0.8, 1.0):
+        walk = small_walk(models, data, {**alignment, name: apart}, own_task_weight=own_task_weight)
         values, targets = walk.fit.values, walk.fit.targets
         site = next(s for s in walk.sites.values() if [f.space for f in targets.label(s)] == [name])
         for b in range(len(values.batches)):
@@ -340,7 +340,7 @@ def small_walk(models, data, maps: Alignment | None = None, **settings: object) 
     walk = Walk(
         models[0], [model_tensors(m) for m in models], combine_trunk(named, planned, alignment),
         stage.prepared(data, models[0], list(named), config, None), tasks="ab", spec=planned.spec, cut=planned.cut,
-        alignment=alignment, config=config, positions=stage.read_positions(models[0], None, config), progress=False,
+        alignment=alignment, config=config, positions=stage.readout_positions(models[0], None, config), progress=False,
     )  # fmt: skip
     walk.fit.targets.alignment = maps or alignment
     return walk
@@ -348,7 +348,7 @@ def small_walk(models, data, maps: Alignment | None = None, **settings: object) 
 
 def test_own_weight_is_the_own_experts_share():
     models = experts("vit")
-    walk = small_walk(models, by_task(calibration(models[0])), own_weight=0.8)
+    walk = small_walk(models, by_task(calibration(models[0])), own_task_weight=0.8)
     values, targets = walk.fit.values, walk.fit.targets
     assert targets.weights(0) == pytest.approx([0.8, 0.2]) and targets.weights(1) == pytest.approx([0.2, 0.8])
     assert targets.weights(None) == [0.5, 0.5]
@@ -362,7 +362,7 @@ def test_samples_of_unknown_task():
     models = experts("vit")
     result = refitted(models, calibration(models[0]), **STEADY)
     assert all(set(e) == {UNKNOWN_TASK} for e in RefitReport.of(result).errors.values())
-    known = refitted(models, by_task(calibration(models[0])), own_weight=0.5, **STEADY)
+    known = refitted(models, by_task(calibration(models[0])), own_task_weight=0.5, **STEADY)
     assert set(RefitReport.of(known).errors) == set(RefitReport.of(result).errors)
     # With equal shares the task of a sample says nothing to the trunk.
     others = model_tensors(known.trunk)
@@ -422,7 +422,7 @@ def test_experts_are_left_alone_and_half_precision_works():
         ({"rigde": 1}, "refit.rigde is no known key; did you mean 'ridge'"),
         ({"ridge": "much"}, "refit.ridge should be a number"),
         ({"ridge": 0}, "above 0"),
-        ({"own_weight": 1.5}, "at most 1"),
+        ({"own_task_weight": 1.5}, "at most 1"),
         ({"micro_batch": 0}, "at least 1"),
     ],
 )

@@ -160,7 +160,7 @@ def test_features_need_a_score_of_their_own():
 def test_options_count_for_their_method_only():
     space = Space.of(
         {"method": ["permute", "zip", "zip+refit"], "depth": [1, 0.5], "residual": "match",
-         "options": {"zip": {"alpha": [0.1, 0.3]}}, "refit": {"own_weight": [0.5, 1.0]}}
+         "options": {"zip": {"alpha": [0.1, 0.3]}}, "refit": {"own_task_weight": [0.5, 1.0]}}
     )  # fmt: skip
     grid = space.grid()
     assert len(grid) == 2 * (1 + 2 + 2 * 2)
@@ -169,7 +169,8 @@ def test_options_count_for_their_method_only():
     assert by_method["permute"].options == {} and by_method["permute"].refit is None
     assert by_method["zip"].refit is None
     assert by_method["zip+refit"].arguments() == {
-        "method": "zip", "options": {"alpha": 0.3}, "depth": 0.5, "residual": "match", "refit": {"own_weight": 1.0}
+        "method": "zip", "options": {"alpha": 0.3}, "depth": 0.5, "residual": "match",
+        "refit": {"own_task_weight": 1.0},
     }  # fmt: skip
 
 

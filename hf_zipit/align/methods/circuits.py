@@ -40,12 +40,12 @@ def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[
     """Align all open spaces from the weights: streams by rotations, heads by circuits, the rest by `weights`.
 
     Args:
-        network: the spaces, the experts' weights and the maps that are settled already.
+        network: the spaces, the experts' weights and the maps that are fixed already.
         sweeps: at most so many rounds, 1 or more.
         seed: of the order in which `weights` visits spaces.
 
     Returns:
-        The maps of all movable spaces that are not settled.
+        The maps of all movable spaces without a fixed map.
 
     Raises:
         RecipeError: `sweeps` is less than 1.
@@ -54,11 +54,11 @@ def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[
         raise RecipeError(f"circuits' option sweeps is {sweeps}; it must be 1 or more.")
     network, families = circuits_of(network)
     spec = network.spec
-    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
+    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
     inside = {name for family in families for name in family.members}
     streams = [name for name in rotating(spec) if name in opened]
     rest = [name for name in opened if name not in inside and name not in streams]
-    maps: dict[str, Map] = dict(network.settled)
+    maps: dict[str, Map] = dict(network.fixed_maps)
     best, kept = -float("inf"), maps
     for _ in range(sweeps):
         for name in streams:
@@ -91,18 +91,20 @@ def rotate_stream(name: str, network: Network, maps: Mapping[str, Map]) -> Linea
 
 
 def _match_rest(
-    network: Network, rest: Sequence[str], inside: Iterable[str], settled: Mapping[str, Map], seed: int
+    network: Network, rest: Sequence[str], inside: Iterable[str], fixed_maps: Mapping[str, Map], seed: int
 ) -> dict[str, Map]:
     """Weight matching of the spaces in `rest`; parameters of spaces that have no map yet are left out."""
     spec = network.spec
-    waiting = {name for name in inside if name not in settled}
+    waiting = {name for name in inside if name not in fixed_maps}
     known = {
         name
         for name, labels in spec.axes.items()
         if not waiting.intersection(factor.space for label in labels for factor in label)
     }
     weights = [{name: tensor for name, tensor in own.items() if name in known} for own in network.weights]
-    alone = replace(network, spec=spec.with_fixed(waiting, "circuits match it"), weights=weights, settled=settled)
+    alone = replace(
+        network, spec=spec.with_fixed(waiting, "circuits match it"), weights=weights, fixed_maps=fixed_maps
+    )
     found = match_weights(alone, seed=seed)
     return {name: found[name] for name in rest}
 

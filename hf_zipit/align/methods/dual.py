@@ -54,7 +54,7 @@ def match_dual(
     """Match all open spaces by weights and activations.
 
     Args:
-        network: the spaces, the experts' correlations and weights, and the maps that are settled already.
+        network: the spaces, the experts' correlations and weights, and the maps that are fixed already.
         balance: lambda, the share of the weights in the similarity, 0 to 1; worth a search. What is only observed, or
             only seen in weights, counts as it is.
         variant: `"align"` matches units one-to-one (`permute`), `"zip"` also joins units of one expert (`zip`).
@@ -64,7 +64,7 @@ def match_dual(
         seed: of the order of the visits.
 
     Returns:
-        The maps of all movable spaces that are not settled.
+        The maps of all movable spaces without a fixed map.
 
     Raises:
         RecipeError: an option is out of range.
@@ -107,8 +107,8 @@ class _State:
     similarities: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        spec, settled = self.network.spec, self.network.settled
-        self.maps = dict(settled)
+        spec, fixed = self.network.spec, self.network.fixed_maps
+        self.maps = dict(fixed)
         self.families = {}
         for root, inner in spec.families():
             members = (root, *inner) if spec.movable(root.name) else inner
@@ -137,7 +137,7 @@ class _State:
 
     def open_maps(self) -> dict[str, SpaceMap]:
         """The maps of the open spaces, which are replaced and never changed."""
-        return {name: space_map for name, space_map in self.maps.items() if name not in self.network.settled}
+        return {name: space_map for name, space_map in self.maps.items() if name not in self.network.fixed_maps}
 
     def _similarities(self, family: tuple[str, ...]) -> dict[ProductKey, Tensor]:
         """S of every product with a space of the family, `[T * size, T * size]`."""

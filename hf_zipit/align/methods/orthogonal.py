@@ -28,15 +28,15 @@ def match_orthogonal(network: Network) -> dict[str, Map]:
     """Align all open spaces: streams by Procrustes, heads by circuits, the rest by `permute`.
 
     Args:
-        network: the spaces, the experts' correlations, covariances and weights, and the maps that are settled already.
+        network: the spaces, the experts' correlations, covariances and weights, and the maps that are fixed already.
 
     Returns:
-        The maps of all movable spaces that are not settled.
+        The maps of all movable spaces without a fixed map.
     """
     network, families = circuits_of(network)
     spec = network.spec
-    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
-    maps: dict[str, Map] = dict(network.settled)
+    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
+    maps: dict[str, Map] = dict(network.fixed_maps)
     maps |= rotate_streams(spec, network.covariances, network.experts, [n for n in rotating(spec) if n in opened])
     inside = {name for family in families for name in family.members}
     rest = [name for name in opened if name not in maps and name not in inside]

@@ -44,12 +44,12 @@ def match_partial(
 
     Args:
         network: the spaces, the experts' correlations, the trunk's weights (of which only sizes are read), the maps
-            that are settled already, and the spaces that may be wider.
+            that are fixed already, and the spaces that may be wider.
         budget: the size of the merged trunk relative to one expert's, 1 or more.
         of: what is counted: `"parameters"`, or the multiply-accumulates of a forward pass (`"flops"`).
 
     Returns:
-        The maps of all movable spaces that are not settled.
+        The maps of all movable spaces without a fixed map.
 
     Raises:
         RecipeError: an option is out of range, or no space may be wider.
@@ -59,10 +59,10 @@ def match_partial(
     if of not in ("parameters", "flops"):
         raise RecipeError(f"partial's option of is {of!r}; it must be 'parameters' or 'flops'.")
     spec = network.spec
-    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.settled]
+    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
     if opened and not network.widenable:
         raise RecipeError(f"No layer of {spec.architecture} can be made wider; use permute instead of partial.")
-    solver = Solver(spec, network.correlations, network.experts, dict(network.settled))
+    solver = Solver(spec, network.correlations, network.experts, dict(network.fixed_maps))
     solver.solve(dict.fromkeys(opened, Choice.of("permute", {})))
     maps = solver.maps
     gains = {name: gain for name in opened if (gain := _gain(network, name, maps)) is not None}
@@ -79,7 +79,7 @@ def _gain(network: Network, name: str, maps: Alignment) -> Tensor | None:
     within = spec.spaces[name].within
     inner = {space.name for space in spec.spaces.values() if name in space.within and spec.movable(space.name)}
     # What lives within a new unit needs a map with a row for it.
-    if name not in network.widenable or inner & set(network.settled) or (inner and within):
+    if name not in network.widenable or inner & set(network.fixed_maps) or (inner and within):
         return None
     keys = [key for key in network.correlations if {name, *within} <= set(key)]
     keys = [key for key in keys if all(one_to_one(maps[n]) for n in key if n in maps)]

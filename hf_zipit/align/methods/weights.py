@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_zipit.align.aligned import Expert, settle
+from hf_zipit.align.aligned import Expert, with_fixed_maps
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.similarity import RELATIVE_GAIN, Evidence, Family, Orders, families, unit_rows
 from hf_zipit.errors import RecipeError
@@ -42,19 +42,19 @@ def match_weights(network: Network, *, sweeps: int = 100, seed: int = 0) -> dict
     in total (as cosines: an expert with large weights is not nearer to anybody).
 
     Args:
-        network: the spaces, the experts' weights and the maps that are settled already.
+        network: the spaces, the experts' weights and the maps that are fixed already.
         sweeps: at most so many visits of every space, 1 or more.
         seed: of the order of the visits.
 
     Returns:
-        The maps of all movable spaces that are not settled, in the units of the reference expert.
+        The maps of all movable spaces without a fixed map, in the units of the reference expert.
 
     Raises:
         RecipeError: `sweeps` is less than 1.
     """
     if sweeps < 1:
         raise RecipeError(f"the option sweeps is {sweeps}; it must be 1 or more.")
-    spec, experts = settle(network)
+    spec, experts = with_fixed_maps(network)
     pairs = {}
     total = np.zeros(network.experts)
     for a, b in combinations(range(network.experts), 2):

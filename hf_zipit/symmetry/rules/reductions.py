@@ -33,7 +33,7 @@ def reduced_value(node: fx.Node, x: Value, reduced: Sequence[int]) -> Value:
 
 
 @rule("sum", "mean")
-def add_up(run: Interpreter, node: fx.Node, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
+def all_reduce(run: Interpreter, node: fx.Node, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
     reduced = dims(dim, len(x.axes))
     for i in reduced:
         run.atoms.restrict(x.axes[i], ORTHOGONAL if node.args[0] in run.squares else ONES)

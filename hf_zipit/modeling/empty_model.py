@@ -31,12 +31,12 @@ def source_class(architecture: str | None) -> type[PreTrainedModel]:
     return found
 
 
-def skeleton(config: ZipItConfig, task: str) -> PreTrainedModel:
+def empty_model(config: ZipItConfig, task: str) -> PreTrainedModel:
     """A model of the source class with the task's labels; its weights mean nothing."""
-    return source_class(config.source_architecture)(skeleton_config(config, task))
+    return source_class(config.source_architecture)(empty_model_config(config, task))
 
 
-def skeleton_config(config: ZipItConfig, task: str) -> PreTrainedConfig:
+def empty_model_config(config: ZipItConfig, task: str) -> PreTrainedConfig:
     """The source configuration (a copy) with the task's labels, plain outputs and no tied weights."""
     if config.source_config is None:
         raise ZipItError("The configuration has no source_config; give the experts' configuration.")

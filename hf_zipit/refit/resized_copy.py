@@ -18,7 +18,7 @@ from hf_zipit.symmetry.spec import MergeSpec, product_key
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def variant(model: Model, shapes: Mapping[str, list[int]], head_dims: Mapping[str, int]) -> Model:
+def resized_copy(model: Model, shapes: Mapping[str, list[int]], head_dims: Mapping[str, int]) -> Model:
     """A copy with other shapes and heads; the tensors whose shapes stay are the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})

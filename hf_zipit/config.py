@@ -12,9 +12,10 @@ class RefitConfig:
     """How modules are regressed on the experts' features.
 
     Attributes:
-        own_weight: w, the weight of a task's own expert in the target on that task's samples; the others share 1 - w.
+        own_task_weight: w, the weight of a task's own expert in the target on that task's samples; the others
+            share 1 - w.
             From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
-        read_weight: how often the positions that the head reads (a class token, masked tokens) count.
+        readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the pull towards the combined weights, relative to the mean of the Gram matrix's diagonal.
         rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
@@ -25,8 +26,8 @@ class RefitConfig:
             lowered on the others', all by the same amount, so that the order within a task stays as it is.
     """
 
-    own_weight: float = 0.55
-    read_weight: float = 30.0
+    own_task_weight: float = 0.55
+    readout_weight: float = 30.0
     ridge: float = 1e-4
     rows_per_input: int = 32
     split_heads: bool = True
@@ -35,9 +36,9 @@ class RefitConfig:
     joint_heads: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.own_weight <= 1:
-            raise RecipeError(f"refit's own_weight is {self.own_weight}; it must be above 0 and at most 1")
-        for name in ("read_weight", "ridge", "memory_gb"):
+        if not 0 < self.own_task_weight <= 1:
+            raise RecipeError(f"refit's own_task_weight is {self.own_task_weight}; it must be above 0 and at most 1")
+        for name in ("readout_weight", "ridge", "memory_gb"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be above 0")
         if self.micro_batch < 1 or self.rows_per_input < 0:

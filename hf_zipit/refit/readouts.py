@@ -9,32 +9,32 @@ from torch import Tensor, fx
 
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.transform import unmerge_matrix
-from hf_zipit.planning.cut import Cut, Entry
+from hf_zipit.planning.cut import Cut, ReadPoint
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.graph import Program
 from hf_zipit.refit.regression import Gram, ridge
 from hf_zipit.refit.store import MERGED
 
-Doors = dict[Entry, list[tuple[Tensor, Tensor]]]
+Readouts = dict[ReadPoint, list[tuple[Tensor, Tensor]]]
 """Per entry or exit and task `(weight [d, k], bias [d])`: from merged units to the expert's own."""
 
 
-def find_doors(program: Program, cut: Cut) -> dict[Entry, fx.Node]:
+def find_readouts(program: Program, cut: Cut) -> dict[ReadPoint, fx.Node]:
     """The node whose value each entry or exit reads.
 
     Raises:
         SpecError: if an entry reads nothing of the trunk.
     """
-    doors = {}
+    readouts = {}
     for entry in cut.entries:
         node = program.value_read_by(entry.target, entry.axis + 1)
         if node is None:
             raise SpecError(f"nothing of the trunk enters {entry.target}; this model cannot be refitted at this depth")
-        doors[entry] = node
-    return doors | {entry: program.outputs[entry.target] for entry in cut.exits}
+        readouts[entry] = node
+    return readouts | {entry: program.outputs[entry.target] for entry in cut.exits}
 
 
-def solve_door(fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
+def solve_readout(fit: Fit, entry: ReadPoint, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
     """For every task the map from the merged units to the expert's own, on the task's own samples."""
     found = []
     for t in fit.values.experts:
@@ -45,5 +45,5 @@ def solve_door(fit: Fit, entry: Entry, node: fx.Node) -> list[tuple[Tensor, Tens
                 continue
             x, y = (fit.values.of(node, who, b).movedim(entry.axis, -1) for who in (MERGED, t))
             gram.add(x.flatten(0, -2), y.flatten(0, -2), fit.rows.weights(y.shape, b, -1))
-        found.append(ridge(gram.reduce(fit.add_up), prior, fit.config.ridge))
+        found.append(ridge(gram.reduce(fit.all_reduce), prior, fit.config.ridge))
     return found
