@@ -45,7 +45,6 @@ def survey_of(pair: Pair, samples: int, calibration: int) -> Survey:
         {task: dict(pair.splits[task]["validation"]) for task in pair.experts},
         samples=samples,
         seed=SEED,
-        progress=False,
     )
 
 

@@ -243,7 +243,7 @@ def merged_with_cost(pair: Pair, calibration: Any, settings: Mapping[str, Any]) 
     plan(pair.experts, **planned)  # imports what tracing needs; merging on few samples would leave memory to reuse
     before = restart_peak()
     start, work = time.perf_counter(), time.process_time()
-    merged = merge(pair.experts, calibration, processor=pair.tokenizer, seed=SEED, progress=False, **settings)
+    merged = merge(pair.experts, calibration, processor=pair.tokenizer, seed=SEED, **settings)
     seconds, work = time.perf_counter() - start, time.process_time() - work
     peak = None if before is None else resident("VmHWM") - before
     return merged, {"seconds": seconds, "cpu_seconds": work, "peak_mib": peak}

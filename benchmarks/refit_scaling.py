@@ -28,7 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.zoo import RECIPES, Pair, load
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.combine.combine import combine_trunk
-from hf_zipit.data.micro_batches import MicroBatch
+from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.merging import plan
 from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.forward_pass import FORWARD_PASSES
@@ -68,7 +68,7 @@ def measure(pair: Pair, samples: int, depth: float, repeats: int) -> Point:
         return seconds(lambda: run_experts(list(pair.experts.values()), batches))
 
     def fitted() -> float:
-        return seconds(lambda: refit(*given, processor=pair.tokenizer, progress=False))
+        return seconds(lambda: refit(*given, processor=pair.tokenizer))
 
     def first() -> float:
         FORWARD_PASSES.clear()

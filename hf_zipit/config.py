@@ -1,22 +1,52 @@
-"""The settings of the refit, with the defaults that `benchmarks/` chose on validation data."""
+"""The settings of a merge: everything that decides its result, in one place.
+
+A `MergeConfig` is built once, from keywords, a recipe, the command line or a saved model, and checked against the
+registries when it is built. Every stage reads it from the plan. A new setting is one field here.
+
+How a merge is run (devices, progress bars, what is observed already) decides nothing and is not in here.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
 
 from hf_zipit.errors import RecipeError
+from hf_zipit.files import write_json
+from hf_zipit.registry import CORRECTIONS, METHODS, RULES, check_options, suggestion
+from hf_zipit.schema import build
+
+AUTO = "auto"
+"""Chosen when the experts are known: see `hf_zipit.planning.auto`."""
+
+REFIT = "+refit"
+"""The end of a method's name, in recipes and tables, where the refit comes after it."""
+
+RESIDUALS = ("match", "identity", "orthogonal")
+
+SEEDS = 2**32
+"""So many seeds there are: numpy takes no negative ones and, where Optuna draws, no larger ones."""
+
+FILE = "merge_config.json"
+
+Named = str | Mapping[str, Mapping[str, Any] | None] | Sequence[Any]
+"""One name or several, with options: `"repair"`, `("a", "b")`, `{"a": {"x": 1}}` or `[{"a": {"x": 1}}, "b"]`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
-    """How modules are regressed on the experts' features.
+    """How modules are regressed on the experts' features, with the defaults that `benchmarks/` chose on validation
+    data.
 
     Attributes:
-        own_task_weight: w, the weight of a task's own expert in the target on that task's samples; the others
-            share 1 - w.
-            From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
+        own_task_weight: w, the weight of a task's own expert in the target on that task's samples; the others share
+            1 - w. From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
         readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
-        ridge: lambda, the pull towards the combined weights, relative to the mean of the Gram matrix's diagonal.
+        ridge: lambda, the penalty on the distance to the combined weights, relative to the mean of the Gram matrix's
+            diagonal.
         rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
@@ -43,3 +73,204 @@ class RefitConfig:
                 raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be above 0")
         if self.micro_batch < 1 or self.rows_per_input < 0:
             raise RecipeError("refit's micro_batch must be at least 1 and rows_per_input at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig:
+    """How experts are merged.
+
+    Attributes:
+        method: how units are matched, one of `hf_zipit.align.methods`; `"identity"` is plain averaging, `"auto"` the
+            best that is known for what is given: see `hf_zipit.planning.auto`.
+        options: the method's own options, such as `{"alpha": 0.3}`.
+        depth: the share of blocks that is merged, or the path of the block before which the trunk ends. 1 leaves only
+            the task heads apart, 0 keeps the experts side by side.
+        residual: what happens to the residual stream: `"match"` it like the rest, leave it at `"identity"`, or rotate
+            it by the best `"orthogonal"` map, for which the norms are folded into their readers; where a model's norms
+            cannot be folded (BERT, ResNet) it is matched.
+        overrides: another method for spaces whose name fits a pattern, `{"*.mlp.*": "permute"}`; the first pattern
+            that fits decides.
+        combine: how aligned weights become one, a rule of `hf_zipit.combine.rules`.
+        combine_options: the rule's own options.
+        refit: True, a `RefitConfig` or its settings: regress every merged module on what the experts compute on the
+            calibration data; False or None: do not. `"auto"`: where the method is `"auto"` and there is data.
+        corrections: what is corrected afterwards, in this order, by name or as `{name: options}`; see
+            `hf_zipit.correct`. `"auto"`: what an automatic method needs, else nothing.
+        row_fraction: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
+            passes.
+        seed: of everything that is drawn.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
+    """
+
+    method: str = AUTO
+    options: Mapping[str, Any] = field(default_factory=dict)
+    depth: float | str = 1.0
+    residual: Literal["match", "identity", "orthogonal"] = "match"
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    combine: str = "average"
+    combine_options: Mapping[str, Any] = field(default_factory=dict)
+    refit: RefitConfig | Mapping[str, Any] | bool | Literal["auto"] | None = AUTO
+    corrections: Named | Literal["auto"] = AUTO
+    row_fraction: float | Literal["auto"] = AUTO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        own = self.method != AUTO
+        self._set("options", dict(self.options or {}))
+        self._set("combine_options", dict(self.combine_options or {}))
+        self._set("overrides", in_order(self.overrides or {}))
+        if own:
+            check_options(self.method, METHODS.get(self.method).function, self.options)
+        elif self.options:
+            raise RecipeError(f"options {sorted(self.options)} are a method's own; name the method that they are for.")
+        check_options(self.combine, RULES.get(self.combine).function, self.combine_options)
+        if self.refit != AUTO or own:
+            self._set("refit", refit_config(False if self.refit == AUTO else self.refit))
+        if self.corrections != AUTO or own:
+            self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
+        if not isinstance(self.depth, str) and not 0 <= self.depth <= 1:
+            raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
+        if self.residual not in RESIDUALS:
+            raise RecipeError(f"residual is {self.residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
+        if self.row_fraction != AUTO and not (_is_number(self.row_fraction) and 0 < self.row_fraction <= 1):
+            raise RecipeError(
+                f"row_fraction is {self.row_fraction!r}; it must be 'auto' or a number above 0 and at most 1."
+            )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
+            raise RecipeError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}.")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # frozen from here on, not while it is made
+
+    @property
+    def name(self) -> str:
+        """The method in one word: `zip`, or `zip+refit`."""
+        return f"{self.method}{REFIT}" if isinstance(self.refit, RefitConfig) else self.method
+
+    @property
+    def automatic(self) -> bool:
+        """Whether something is left to be chosen."""
+        return AUTO in (self.method, self.refit, self.corrections)
+
+    @classmethod
+    def of(cls, config: MergeConfig | Mapping[str, Any] | None = None, **settings: Any) -> MergeConfig:
+        """A config with some settings changed.
+
+        Raises:
+            RecipeError: a setting is unknown or out of range.
+        """
+        if not isinstance(config, (MergeConfig, Mapping, type(None))):
+            raise RecipeError(
+                f"The config is a {type(config).__name__}; give a MergeConfig, or its settings as keywords."
+            )
+        known = [f.name for f in fields(cls)]
+        given = config if isinstance(config, Mapping) else {}
+        for name in (*given, *settings):
+            if name not in known:
+                raise RecipeError(f"There is no setting {name!r} of a merge; {suggestion(name, known)}")
+        settings = {**given, **settings}
+        if not isinstance(config, MergeConfig):
+            return cls(**settings)
+        # What an earlier method chose for itself is not asked of another one.
+        if settings.get("method", config.method) != config.method:
+            settings.setdefault("options", {})
+        return replace(config, **settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `from_dict` reads again; what is in order is a list: files sort the keys of mappings."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        plain["overrides"] = [{name: value} for name, value in self.overrides.items()]
+        if isinstance(self.refit, RefitConfig):
+            plain["refit"] = asdict(self.refit)
+        if self.corrections != AUTO:
+            plain["corrections"] = [{name: dict(options)} for name, options in self.corrections.items()]
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> MergeConfig:
+        """The config of plain values; keys that are no settings are passed over (a saved model remembers more)."""
+        return cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """The file `merge_config.json` in a folder, which is made where there is none."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_json(Path(folder) / FILE, self.to_dict())
+        return Path(folder) / FILE
+
+    @classmethod
+    def from_pretrained(cls, source: Any, **loading: Any) -> MergeConfig:
+        """What made a merged model, or what `save_pretrained` wrote.
+
+        Args:
+            source: a merged model, its folder or repo id, or a folder with a `merge_config.json`.
+            loading: arguments of a configuration's `from_pretrained`, such as `revision`.
+
+        Raises:
+            RecipeError: the model does not say how it was made.
+        """
+        if isinstance(source, (str, Path)):
+            own = Path(source).expanduser() / FILE
+            if own.is_file():
+                return cls.from_dict(json.loads(own.read_text(encoding="utf-8")))
+            from transformers import PreTrainedConfig  # takes seconds
+
+            content = PreTrainedConfig.get_config_dict(str(source), **loading)[0].get("method") or {}
+        else:
+            content = getattr(getattr(source, "config", None), "method", None) or {}
+        if "method" not in content:
+            raise RecipeError(f"{source if isinstance(source, str) else 'The model'} does not say how it was merged.")
+        return cls.from_dict(content)
+
+
+def refit_config(refit: RefitConfig | Mapping[str, Any] | bool | None) -> RefitConfig | None:
+    """The settings of the refit; None where there is none.
+
+    Raises:
+        RecipeError: for an unknown setting or a value out of range.
+    """
+    if isinstance(refit, (RefitConfig, type(None))):
+        return refit
+    if isinstance(refit, bool):
+        return RefitConfig() if refit else None
+    return build(RefitConfig, refit, "refit")
+
+
+def correction_options(corrections: Named) -> dict[str, dict[str, Any]]:
+    """The options of every correction by its name, in the order in which they are applied.
+
+    Raises:
+        RecipeError: if one is unknown, given twice or out of place, or has no such option.
+    """
+    given = in_order(corrections, "corrections")
+    for position, name in enumerate(given, start=1):
+        if CORRECTIONS.get(name).last and position < len(given):
+            raise RecipeError(
+                f"{name!r} must be the last of the corrections {list(given)}: the others change what it reads."
+            )
+    return {name: check_options(name, CORRECTIONS.get(name).function, given[name] or {}) for name in given}
+
+
+def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
+    """Names and what stands beside them, in order, from any of the ways to write that.
+
+    Raises:
+        RecipeError: a name is given twice, or it is none of these ways.
+    """
+    if isinstance(named, Mapping):
+        return dict(named)
+    found: dict[str, Any] = {}
+    for item in (named,) if isinstance(named, str) else tuple(named):
+        pairs = item.items() if isinstance(item, Mapping) else ((item, None),)
+        for name, value in pairs:
+            if not isinstance(name, str):
+                raise RecipeError(f"{what} should hold names, but holds {name!r}.")
+            if name in found:
+                raise RecipeError(f"{what} names {name!r} twice; each is applied once.")
+            found[name] = value
+    return found
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -111,9 +111,9 @@ ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.ada
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The options of a method, by name: the keyword-only parameters of its function."""
+    """The options of a method, by name: the keyword-only parameters of its function, but a rule's base."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "base"}
 
 
 def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

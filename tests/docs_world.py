@@ -63,7 +63,7 @@ def make_world(folder: Path) -> Path:
     for seed, split in enumerate(("train", "test")):
         pictures(40, seed).to_parquet(str(data / f"{split}-00000-of-00001.parquet"))
     experts = {task: str(folder / "me" / f"vit-{task}") for task in CLASSES}
-    merged = hf_zipit.merge(experts, prepared(), method="permute", progress=False)
+    merged = hf_zipit.merge(experts, prepared(), method="permute")
     merged.save_pretrained(folder / "me" / "merged")
     shutil.copytree(ROOT / "recipes", folder / "recipes")
     shorten(folder / "recipes" / "quickstart.yaml")

@@ -126,7 +126,7 @@ def assert_one_sentence(error: BaseException) -> None:
 def test_wrong_experts(case: str):
     arguments, message = WRONG_EXPERTS[case]
     with pytest.raises(ExpertError, match=message) as raised:
-        merge(calibration=Untouchable(), progress=False, **arguments())
+        merge(calibration=Untouchable(), **arguments())
     assert_one_sentence(raised.value)
 
 
@@ -134,7 +134,7 @@ def test_wrong_experts(case: str):
 def test_wrong_settings(case: str):
     arguments, message = WRONG_SETTINGS[case]
     with pytest.raises(RecipeError, match=message) as raised:
-        merge(calibration=Untouchable(), progress=False, **two(**arguments))
+        merge(calibration=Untouchable(), **two(**arguments))
     assert_one_sentence(raised.value)
 
 
@@ -159,7 +159,7 @@ def test_a_plan_tells_the_same(case: str):
 )
 def test_wrong_data(calibration: Any, message: str):
     with pytest.raises(DataError, match=message) as raised:
-        merge(calibration=calibration, progress=False, **two())
+        merge(calibration=calibration, **two())
     assert_one_sentence(raised.value)
 
 
@@ -169,14 +169,14 @@ def test_nan_in_activations_names_the_module():
         model.vit.layers[0].mlp.fc1.weight.mul_(1e30)
         model.vit.layers[0].mlp.fc1.bias.fill_(3e38)
     with pytest.raises(ExpertError, match=r"'shoes' computes NaN or infinite values.*vit\.layers\.0\.mlp") as raised:
-        merge(calibration=torch.ones(4, 3, 16, 16) * 1e10, progress=False, **against(model))
+        merge(calibration=torch.ones(4, 3, 16, 16) * 1e10, **against(model))
     assert_one_sentence(raised.value)
 
 
 def test_unwritable_moments(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError) as raised:
-        merge(calibration=Untouchable(), progress=False, **two(save_moments=tmp_path / "file" / "moments.safetensors"))
+        merge(calibration=Untouchable(), **two(save_moments=tmp_path / "file" / "moments.safetensors"))
     assert_one_sentence(raised.value)
 
 
@@ -192,7 +192,7 @@ def test_model_that_cannot_be_traced():
 
     models = {name: Asking(vit().config) for name in ("clothes", "shoes")}
     with pytest.raises(SpecError, match=r"could not be traced with inputs \['pixel_values'\]") as raised:
-        merge(models, Untouchable(), progress=False)
+        merge(models, Untouchable())
     assert "\n" not in str(raised.value)
 
 

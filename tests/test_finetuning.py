@@ -31,7 +31,7 @@ def merged(corrections: tuple[str, ...] = ()) -> ZipItPreTrainedModel:
     experts = dict(zip(TASKS, pair("vit"), strict=True))
     pixels = torch.tensor(DATA["clothes"]["pixel_values"])
     return hf_zipit.merge(
-        experts, pixels, method="zip", depth=0.5, corrections=corrections, progress=False, batch_size=16
+        experts, pixels, method="zip", depth=0.5, corrections=corrections, batch_size=16
     )
 
 

@@ -164,7 +164,7 @@ def assert_bit_identical(found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 
 def merged(models: Sequence[PreTrainedModel], inputs: Mapping[str, Tensor], **settings: object) -> PreTrainedModel:
-    return merge(dict(zip("abc", models, strict=False)), dict(inputs), progress=False, **settings)
+    return merge(dict(zip("abc", models, strict=False)), dict(inputs), **settings)
 
 
 def assert_computes_its_experts(
@@ -245,9 +245,9 @@ def test_depth_zero_is_the_experts(name: str):
 def test_order_of_experts(name: str, method: str, count: int, depth: float):
     models = experts(name, count)
     inputs = calibration(models[0])
-    there = merge(dict(zip("abc", models, strict=False)), inputs, method=method, depth=depth, progress=False)
+    there = merge(dict(zip("abc", models, strict=False)), inputs, method=method, depth=depth)
     back = merge(
-        dict(reversed(list(zip("abc", models, strict=False)))), inputs, method=method, depth=depth, progress=False
+        dict(reversed(list(zip("abc", models, strict=False)))), inputs, method=method, depth=depth
     )
     assert back.config.tasks == there.config.tasks[::-1]
     for task, model in zip("abc", models, strict=False):

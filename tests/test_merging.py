@@ -54,8 +54,8 @@ def test_experts_from_folders(tmp_path: Path):
     for task, model in models.items():
         model.save_pretrained(tmp_path / task)
     folders = {"clothes": tmp_path / "clothes", "shoes": str(tmp_path / "shoes")}
-    result = merge(folders, IMAGES, depth=0.5, progress=False)
-    assert_bit_identical(result, merge(models, IMAGES, depth=0.5, progress=False))
+    result = merge(folders, IMAGES, depth=0.5)
+    assert_bit_identical(result, merge(models, IMAGES, depth=0.5))
     found = {task: origin["model"] for task, origin in result.config.method["experts"].items()}
     assert found == {task: str(folder) for task, folder in folders.items()}
     result.save_pretrained(tmp_path / "merged")
@@ -65,7 +65,7 @@ def test_experts_from_folders(tmp_path: Path):
 
 def test_config_says_how_it_was_made():
     settings = {"options": {"beta": 0.5}, "residual": "identity", "overrides": {"*.fc1": "permute"}, "seed": 3}
-    result = merge(experts(), IMAGES, depth="vit.layers.1", progress=False, **settings)
+    result = merge(experts(), IMAGES, depth="vit.layers.1", **settings)
     method = json.loads(json.dumps(result.config.method))
     assert method | settings == method
     assert (method["method"], method["combine"], method["depth"]) == ("zip", "average", "vit.layers.1")
@@ -73,21 +73,21 @@ def test_config_says_how_it_was_made():
 
 
 def test_labels():
-    assert merge(experts((3, 4)), IMAGES, progress=False).config.num_labels == 7
+    assert merge(experts((3, 4)), IMAGES).config.num_labels == 7
     named = experts((3, 3))
     for model in named.values():
         model.config.id2label = {0: "cat", 1: "dog", 2: "eel"}
-    result = merge(named, IMAGES, progress=False)
+    result = merge(named, IMAGES)
     assert result.config.id2label == {0: "cat", 1: "dog", 2: "eel"}
     assert logits(result).shape == (4, 3)
 
 
 def test_moments_are_kept_and_serve_again(tmp_path: Path):
     models, data, path = experts(), Counted(), tmp_path / "new folder" / "moments.safetensors"
-    result = merge(models, data, progress=False, save_moments=path)
+    result = merge(models, data, save_moments=path)
     assert data.passes == 1
-    again = merge(models, data, progress=False, moments=path)
-    also = merge(models, data, progress=False, moments=Moments.load(path))
+    again = merge(models, data, moments=path)
+    also = merge(models, data, moments=Moments.load(path))
     assert data.passes == 1
     assert_bit_identical(again, result)
     assert_bit_identical(also, result)
@@ -95,13 +95,13 @@ def test_moments_are_kept_and_serve_again(tmp_path: Path):
 
 def test_moments_serve_shallower_merges(tmp_path: Path):
     models, path = experts(), tmp_path / "moments.safetensors"
-    merge(models, IMAGES, progress=False, share=1.0, save_moments=path)
+    merge(models, IMAGES, share=1.0, save_moments=path)
     size = path.stat().st_size
     for depth in (0.0, 0.5):
-        fresh = merge(models, IMAGES, depth=depth, progress=False, share=1.0)
+        fresh = merge(models, IMAGES, depth=depth, share=1.0)
         assert_bit_identical(merge(models, depth=depth, moments=path), fresh)
     shallow = tmp_path / "shallow.safetensors"
-    merge(models, IMAGES, depth=0.5, progress=False, save_moments=shallow)
+    merge(models, IMAGES, depth=0.5, save_moments=shallow)
     assert shallow.stat().st_size < size
     with pytest.raises(DataError, match="less depth"):
         merge(models, moments=shallow)
@@ -110,7 +110,7 @@ def test_moments_serve_shallower_merges(tmp_path: Path):
 @pytest.mark.parametrize("loaded", [False, True])
 def test_moments_of_other_experts(tmp_path: Path, loaded: bool):
     models, path = experts(), tmp_path / "moments.safetensors"
-    merge(models, IMAGES, progress=False, save_moments=path)
+    merge(models, IMAGES, save_moments=path)
     moments = Moments.load(path) if loaded else path
     with pytest.raises(DataError, match="other experts: the weights of \\['shoes'\\]"):
         merge(models | {"shoes": tiny.build("vit", 7, num_labels=4)}, moments=moments)
@@ -123,8 +123,8 @@ def test_moments_of_other_experts(tmp_path: Path, loaded: bool):
 def test_under_an_accelerator_of_the_user():
     accelerator = Accelerator(cpu=True)
     models = experts()
-    result = merge(models, IMAGES, progress=False, accelerator=accelerator)
-    assert_bit_identical(result, merge(models, IMAGES, progress=False))
+    result = merge(models, IMAGES, accelerator=accelerator)
+    assert_bit_identical(result, merge(models, IMAGES))
 
 
 def test_methods_without_moments_read_no_data():
@@ -143,7 +143,7 @@ def test_methods_without_moments_read_no_data():
 def test_a_plan_knows_the_size_of_the_merge(name: str, depth: float, refit: bool):
     models = dict(zip("ab", tiny.pair(name), strict=True))
     settings = {"method": "identity", "depth": depth, "refit": refit}
-    merged = merge(models, calibration(models["a"]), **settings, progress=False)
+    merged = merge(models, calibration(models["a"]), **settings)
     parameters = plan(models, **settings).parameters
     assert parameters["merged"] == parameters["trunk"] + parameters["branches"] == merged.num_parameters()
 
@@ -152,7 +152,7 @@ def test_wider_trunk_is_saved_and_loaded(tmp_path: Path):
     """k > d merged units: every unit of both experts' first MLP is kept apart, so that this layer loses nothing."""
     name = "vit.layers.0.mlp.fc1"
     overrides = {name: {"method": "zip", "size": 128}}
-    result = merge(experts(), IMAGES, progress=False, overrides=overrides)
+    result = merge(experts(), IMAGES, overrides=overrides)
     assert result.trunk.get_submodule(name).weight.shape == (128, 32)
     result.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)

@@ -94,7 +94,7 @@ def spec_and_nodes(adapter: Adapter | None = None) -> tuple[MergeSpec, dict[str,
 @cache
 def moments() -> Moments:
     spec, _ = spec_and_nodes()
-    return observe(spec, experts(), numbers()["x"], batch_size=16, row_fraction=1.0, progress=False)
+    return observe(spec, experts(), numbers()["x"], batch_size=16, row_fraction=1.0)
 
 
 def published_correlations(nodes: Mapping[str, ProductKey]) -> dict[ProductKey, Tensor]:

@@ -5,6 +5,7 @@ Matchers of one space are run by the solver (`solver.py`). A whole-network metho
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,11 +19,14 @@ from hf_zipit.align.method import Network
 from hf_zipit.align.methods.circuits import match_circuits
 from hf_zipit.align.procrustes import rotate_streams, rotating
 from hf_zipit.align.solver import Choice, Solver
+from hf_zipit.config import MergeConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Map
 from hf_zipit.planning.cut import NOT_IN_TRUNK
 from hf_zipit.registry import METHODS
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry
+
+logger = logging.getLogger(__name__)
 
 Residual = Literal["match", "identity", "orthogonal"]
 Overrides = Mapping[str, "str | Mapping[str, Any]"]
@@ -40,6 +44,7 @@ def align(
     weights: Sequence[Mapping[str, Tensor]] = (),
     widenable: frozenset[str] = frozenset(),
     covariances: Mapping[ProductKey, Tensor] | None = None,
+    seed: int = 0,
 ) -> dict[str, Map]:
     """Align the experts in every movable space.
 
@@ -85,15 +90,7 @@ def align(
     return {name: solver.maps[name] for name in choices if name in solver.maps}
 
 
-def check_settings(
-    spec: MergeSpec,
-    experts: int,
-    method: str,
-    *,
-    options: Mapping[str, Any] | None = None,
-    residual: Residual = "match",
-    overrides: Overrides | None = None,
-) -> frozenset[str]:
+def check_settings(spec: MergeSpec, experts: int, config: MergeConfig) -> frozenset[str]:
     """Raise what `align` would raise about its settings, before any data is read.
 
     Every matcher is run once on the smallest space that it is for, with units that resemble nothing, a whole-network
@@ -105,17 +102,23 @@ def check_settings(
     Raises:
         RecipeError: as `align` does.
     """
-    default = Choice.of(method, options or {})
+    default = Choice.of(config.method, config.options)
     dry_run_done: list[Choice] = []
-    choices = _choices(spec, default, residual, overrides or {})
+    choices = _choices(spec, default, config.residual, config.overrides)
     for name, choice in sorted(choices.items(), key=lambda item: spec.spaces[item[0]].size):
         if choice not in dry_run_done:
             dry_run_done.append(choice)
             choice.dry_run(experts, spec.spaces[name].size)
     if default.method.scope == "network" and default not in dry_run_done:
         default.dry_run(experts)
+    if config.residual == "orthogonal" and not set(rotating(spec)) & set(residual_spaces(spec)):
+        logger.info(
+            "residual='orthogonal': %s has no norm that could be folded out of its residual stream, which is matched "
+            "unit by unit instead.",
+            spec.architecture,
+        )
     needs = frozenset().union(*(choice.method.needs for choice in choices.values()))
-    if residual == "orthogonal":
+    if config.residual == "orthogonal":
         needs |= {"covariances"} if "moments" in needs else {"weights"}
     return needs
 

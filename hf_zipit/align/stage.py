@@ -1,45 +1,43 @@
-"""The alignment of a trunk: what the methods look at, taken from moments and experts, and the maps they find."""
+"""The alignment of a trunk: what the methods read, taken from moments and experts, and the maps they find."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_zipit.align.align import align
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.observe import Moments
+from hf_zipit.observe.moments import Moments
 from hf_zipit.observe.record import probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
 
-def align_trunk(
-    experts: Mapping[str, nn.Module],
-    planned: Plan,
-    moments: Moments | None,
-    method: str,
-    *,
-    options: Mapping[str, Any] | None = None,
-    residual: str = "match",
-    overrides: Mapping[str, Any] | None = None,
-) -> Alignment:
-    """Maps of the movable spaces in the trunk."""
+def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
+    """Maps of the movable spaces in the trunk.
+
+    Args:
+        planned: the plan of the merge.
+        moments: of its experts, folded where the plan says so; None for methods that read none.
+    """
+    config = planned.config
     correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
-    covariances = {} if moments is None else covariances_of(moments, planned.spec)
+    weights = [
+        {name: tensor for name, tensor in model_tensors(model).items() if name in planned.cut.trunk}
+        for model in planned.folded.values()
+    ]
     return align(
         planned.spec,
         correlations,
-        len(experts),
-        method,
-        options=options,
-        residual=residual,
-        overrides=overrides,
-        weights=[{n: t for n, t in model_tensors(m).items() if n in planned.cut.trunk} for m in experts.values()],
+        len(planned.tasks),
+        config.method,
+        options=config.options,
+        residual=config.residual,
+        overrides=config.overrides,
+        weights=weights,
         widenable=planned.widenable,
-        covariances=covariances,
+        covariances={} if moments is None else covariances_of(moments, planned.spec),
+        seed=config.seed,
     )
 
 

@@ -16,51 +16,45 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
 from hf_zipit.planning.cut import Cut, ReadPoint
+from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 
+Readouts = Mapping[ReadPoint, Sequence[tuple[Tensor, Tensor]]]
+"""Per entry or exit and task a fitted map `(weight [d, k], bias [d])` from merged units to the expert's own."""
+
 
 def assemble(
-    experts: Mapping[str, PreTrainedModel],
-    spec: MergeSpec,
-    cut: Cut,
+    planned: Plan,
     trunk: Mapping[str, Tensor],
-    alignment: Alignment,
+    maps: Alignment,
     *,
-    readouts: Mapping[ReadPoint, Sequence[tuple[Tensor, Tensor]]] | None = None,
+    readouts: Readouts | None = None,
     head_dims: Mapping[str, int] | None = None,
-    method: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The merged model.
+    """The merged model, in eval mode, of the class for the experts' kind of head.
 
     Args:
-        experts: the experts by task; the tensors outside the trunk are copied.
-        spec: their spec.
-        cut: what is in the trunk.
+        planned: the plan of the merge; the experts' tensors outside the trunk are copied.
         trunk: the merged tensors by their name in the source model.
-        alignment: the maps of the movable spaces in the trunk.
+        maps: the maps of the movable spaces in the trunk.
         readouts: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
         head_dims: by path the width of a head in attention layers that have more and narrower heads than an expert's.
-        method: what to remember about how the model was made; JSON-serialisable.
-
-    Returns:
-        A model in eval mode of the class for the experts' kind of head.
     """
-    first = next(iter(experts.values()))
+    spec, cut, experts = planned.spec, planned.cut, planned.folded
     sources = {task: model_tensors(model) for task, model in experts.items()}
     config = ZipItConfig(
-        source_architecture=type(first).__name__,
-        source_config=first.config,
+        source_architecture=type(planned.model).__name__,
+        source_config=planned.model.config,
         tasks=list(experts),
         task_labels=labels_of(experts),
         shared=list(cut.shared),
-        entries=[_setting("module", entry, spec, alignment, readouts) for entry in cut.entries],
-        exits=[_setting("field", entry, spec, alignment, readouts) for entry in cut.exits],
+        entries=[_setting("module", entry, spec, maps, readouts) for entry in cut.entries],
+        exits=[_setting("field", entry, spec, maps, readouts) for entry in cut.exits],
         trunk_shapes=other_shapes(trunk, next(iter(sources.values()))),
         head_dims=dict(head_dims or {}),
         depth=cut.depth,
         cut=first_own_block(spec, cut),
-        method=dict(method or {}),
     )
     merged = build(config)
     fill(merged, sources, trunk)
@@ -71,10 +65,10 @@ def assemble(
         for entry, module in modules:
             if readouts is not None:
                 module.load_state_dict(dict(zip(("weight", "bias"), readouts[entry][number], strict=True)))
-            elif only_groups(alignment, entry.key):
-                module.index.copy_(unmerge_index(alignment, entry.key, number, spec))
+            elif only_groups(maps, entry.key):
+                module.index.copy_(unmerge_index(maps, entry.key, number, spec))
             else:
-                module.weight.data.copy_(unmerge_matrix(alignment, entry.key, number, spec))
+                module.weight.data.copy_(unmerge_matrix(maps, entry.key, number, spec))
     return merged.eval()
 
 
@@ -100,10 +94,12 @@ def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> d
     return {name: list(t.shape) for name, t in trunk.items() if t.shape != source[name].shape}
 
 
-def _setting(where: str, entry: ReadPoint, spec: MergeSpec, alignment: Alignment, readouts: Any) -> dict[str, Any]:
+def _setting(
+    where: str, entry: ReadPoint, spec: MergeSpec, maps: Alignment, readouts: Readouts | None
+) -> dict[str, Any]:
     units = spec.size(entry.key)
-    size = prod(merged_sizes(entry.key, alignment, spec))
-    kind = "index" if readouts is None and only_groups(alignment, entry.key) else "dense"
+    size = prod(merged_sizes(entry.key, maps, spec))
+    kind = "index" if readouts is None and only_groups(maps, entry.key) else "dense"
     return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 
 

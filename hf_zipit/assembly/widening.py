@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_zipit.adapters import adapter_for
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.products import merged_index
 from hf_zipit.maps.space_map import Alignment, SpaceMap
-from hf_zipit.maps.transform import merge_tensor
 from hf_zipit.modeling.trunk import resize
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb, run_with
 from hf_zipit.symmetry.spec import MergeSpec, Space, fitted, product_key

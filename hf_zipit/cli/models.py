@@ -10,7 +10,7 @@ import typer
 
 from hf_zipit.cli.app import app
 from hf_zipit.cli.options import Columns, Json, Quiet, parse_columns, parse_depth, parse_experts
-from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, watched, working
+from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
 
 
@@ -33,11 +33,16 @@ def merge(
     column: Columns = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="How units are matched: zip, permute, weights, ...")
-    ] = "zip",
+        str, typer.Option("--method", "-m", help="How units are matched: auto (the best known), zip, permute, ...")
+    ] = "auto",
     refit: Annotated[
-        bool, typer.Option("--refit/--no-refit", help="Regress merged modules on what the experts compute.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Regress merged modules on what the experts compute; auto does where there is data.",
+            show_default=False,
+        ),
+    ] = None,
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
@@ -55,7 +60,7 @@ def merge(
     with working(quiet) as say:
         from hf_zipit.files import check_result_folder
         from hf_zipit.recipe.loading import check_recipe
-        from hf_zipit.recipe.sections import REFIT, Calibration, ExpertEntry, Recipe
+        from hf_zipit.recipe.sections import REFIT, CalibrationData, ExpertEntry, Recipe
         from hf_zipit.running.run import run_recipe
 
         say("checking")
@@ -63,18 +68,18 @@ def merge(
         columns = parse_columns(column)
         data = None
         if calibration:
-            data = Calibration(calibration, split, columns=columns, streaming=streaming, samples=samples)
+            data = CalibrationData(calibration, split, columns=columns, streaming=streaming, samples=samples)
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
             name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(parse_depth(depth),),
-            output=out, seed=seed,
+            output=out, seed=seed, refit=False if refit is False else None,
         )  # fmt: skip
         check_recipe(recipe)
         check_result_folder(out)
         if dry_run:
             print_plans(recipe, as_json, say)
             return
-        result = run_recipe(recipe, save="model", progress=watched(quiet), say=say)
+        result = run_recipe(recipe, save="model", say=say)
     print_result(result, as_json)
 
 

@@ -62,11 +62,6 @@ def print_result(result: RunResult, as_json: bool) -> None:
         console.print(f"pushed   {result.pushed}", soft_wrap=True)
 
 
-def watched(quiet: bool) -> bool:
-    """Whether to draw progress bars: in a log they are only noise."""
-    return not quiet and sys.stderr.isatty()
-
-
 def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2, ensure_ascii=False))
 
@@ -107,7 +102,8 @@ def working(quiet: bool) -> Iterator[Any]:
 
     huggingface_hub.logging.set_verbosity_error()  # it tells every retry; the sentence at the end says it all
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    if quiet or not sys.stderr.isatty():  # in a log they are only noise
+        transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("datasets").setLevel(logging.ERROR)
     yield say

@@ -9,7 +9,7 @@ import typer
 
 from hf_zipit.cli.app import app
 from hf_zipit.cli.options import Json, Out, Quiet, RecipePath, parse_depth, read_recipe
-from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, watched, working
+from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
 
 
@@ -37,7 +37,7 @@ def run(
             return
         from hf_zipit.running.run import run_recipe
 
-        result = run_recipe(loaded, progress=watched(quiet), say=say)
+        result = run_recipe(loaded, say=say)
     print_result(result, as_json)
 
 
@@ -79,7 +79,7 @@ def sweep(
         refit = None if marked == [True, False] else loaded.refit  # its settings were for methods that are left out
         loaded = replace(loaded, method=methods, depth=depths, options=options, refit=refit, save=None)
         check_recipe(loaded)
-        result = run_recipe(loaded, save="nothing", progress=watched(quiet), say=say)
+        result = run_recipe(loaded, save="nothing", say=say)
         if plot is not None and result.experts is None:
             say(f"these models have no classes, so there is no accuracy to draw into {plot}")
         elif plot is not None:
@@ -129,7 +129,7 @@ def search(
         def watch(trial: Any) -> None:
             say(f"{trial.number + 1}: {trial.setting}: {trial.error or format(trial.score, '.3f')}")
 
-        result = search_recipe(loaded, progress=watched(quiet), say=say, watch=watch)
+        result = search_recipe(loaded, say=say, watch=watch)
         if result.best_or_none is None:
             result.best  # noqa: B018 - raises the sentence that says why
         result.save(folder, recipe=loaded, title=loaded.name)
@@ -177,7 +177,7 @@ def landscape(
         folder = check_writable(out or loaded.folder / "landscape")
         found = landscape_recipe(
             loaded, method=method, depth=parse_depth(depth) if depth else None, grid=grid, steps=steps,
-            samples=samples, progress=watched(quiet), say=say,
+            samples=samples, say=say,
         )  # fmt: skip
         found.save(folder, title=loaded.name)
     if as_json:

@@ -38,10 +38,12 @@ from hf_zipit.correct.statistics import (
     towards,
     watching,
 )
-from hf_zipit.data.batches import Batches, pieces, running
+from hf_zipit.data.calibration import Calibration, pieces
+from hf_zipit.data.processes import running
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups
+from hf_zipit.observe.moments import Moments
 from hf_zipit.observe.record import probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, fitted, product_key
@@ -53,10 +55,10 @@ PIECE = 64
 @register("repair")
 def repair(
     merged: PreTrainedModel,
-    experts: Mapping[str, PreTrainedModel],
     planned: Plan,
     alignment: Alignment,
-    batches: Batches,
+    calibration: Calibration,
+    moments: Moments | None,
     *,
     statistics: str = "measured",
     samples: int = 256,
@@ -66,10 +68,10 @@ def repair(
 
     Args:
         merged: changed in place.
-        experts: the models by task.
         planned: the plan of the merge.
         alignment: its maps.
-        batches: calibration data; all experts see all of it.
+        calibration: calibration data; all experts see all of it.
+        moments: the experts', if the merge gathered them.
         statistics: `"measured"` on the data, or from the experts' `"moments"` (the merge must have gathered them).
         samples: of each task, at most; the measured form holds the activations of all of them at one layer.
         eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
@@ -78,13 +80,13 @@ def repair(
         RecipeError: for an unknown form.
         DataError: if moments are asked for and there are none.
     """
-    first = next(iter(experts.values()))
+    first = planned.model
     sites = {site.module: site for site in layers(first, planned) if is_folding(first.get_submodule(site.module))}
     if statistics == "moments":
         with torch.no_grad():
-            _repair_from_moments(merged, experts, planned, alignment, batches, sites, eps)
+            _repair_from_moments(merged, planned, alignment, moments, sites, eps)
     elif statistics == "measured":
-        _repair_measured(merged, experts, planned, alignment, batches, sites, samples, eps)
+        _repair_measured(merged, planned, alignment, calibration, sites, samples, eps)
     else:
         raise RecipeError(f"repair's statistics is {statistics!r}; it must be 'measured' or 'moments'")
 
@@ -110,20 +112,19 @@ def fold(module: nn.Module, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _repair_measured(
     merged: PreTrainedModel,
-    experts: Mapping[str, PreTrainedModel],
     planned: Plan,
     alignment: Alignment,
-    batches: Batches,
+    calibration: Calibration,
     sites: Mapping[str, Site],
     samples: int,
     eps: float,
 ) -> None:
-    inputs = batches.together(None, samples)
+    inputs = calibration.together(None, samples)
     found = []
-    for t, expert in enumerate(experts.values()):
+    for t, expert in enumerate(planned.folded.values()):
         view = mixed_in_merged(alignment, planned.spec, t)
-        with running([expert], batches.device):
-            found.append(measure(expert, sites, pieces(inputs, PIECE), batches.all_reduce, view=view))
+        with running([expert], calibration.device):
+            found.append(measure(expert, sites, pieces(inputs, PIECE), calibration.all_reduce, view=view))
     targets = {
         name: shared_statistics([own[name] for own in found], site, alignment, planned.spec)
         for name, site in sites.items()
@@ -133,45 +134,51 @@ def _repair_measured(
 
     def see(name: str, value: Tensor) -> Tensor:
         axis = sites[name].axis
-        now = UnitSums.of(value, axis, mask).statistics(batches.all_reduce)
+        now = UnitSums.of(value, axis, mask).statistics(calibration.all_reduce)
         scale, shift = (x.to(value.device) for x in towards(targets[name], now, eps))
         taken = fold(modules[name], scale, shift)
         return along(value, scale, taken, axis)
 
     modules = {name: merged.trunk.get_submodule(name) for name in targets}
-    with running([merged], batches.device), watching(modules, {name: sites[name] for name in targets}, see):
+    with running([merged], calibration.device), watching(modules, {name: sites[name] for name in targets}, see):
         merged(**fitted(inputs, merged), task=planned.tasks[0])
 
 
 def _repair_from_moments(
     merged: PreTrainedModel,
-    experts: Mapping[str, PreTrainedModel],
     planned: Plan,
     alignment: Alignment,
-    batches: Batches,
+    moments: Moments | None,
     sites: Mapping[str, Site],
     eps: float,
 ) -> None:
-    if batches.moments is None:
+    if moments is None:
         raise DataError(
             "repair from moments needs a method that gathers them, such as 'zip'; use statistics='measured'"
         )
+    observed = False
     for path, site in sites.items():
         module = merged.trunk.get_submodule(path)
         probe = probe_of(path, planned.spec) if isinstance(module, (nn.Linear, Conv1D)) else None
         if probe is None:
             continue
+        observed = True
         name = probe_name(probe)
-        mean, covariance = batches.moments.mean(probe.key, name), batches.moments.covariance(probe.key, name)
-        size = len(mean) // len(experts)
+        mean, covariance = moments.mean(probe.key, name), moments.covariance(probe.key, name)
+        size = len(mean) // len(planned.tasks)
         own = []
-        for t, expert in enumerate(experts.values()):
+        for t, expert in enumerate(planned.folded.values()):
             units = slice(t * size, (t + 1) * size)
             view = partial(mixed_in_merged(alignment, planned.spec, t), replace(site, axis=0))
             own.append(output_statistics(expert.get_submodule(path), mean[units], covariance[units, units], view))
         target = shared_statistics(own, site, alignment, planned.spec)
-        given = merged_input(probe, mean, covariance, alignment, planned.spec, len(experts))
+        given = merged_input(probe, mean, covariance, alignment, planned.spec, len(planned.tasks))
         fold(module, *towards(target, output_statistics(module, *given), eps))
+    if not observed:
+        raise RecipeError(
+            f"repair from moments finds no linear layer of {planned.architecture} whose input was observed, so that "
+            "it would change nothing; use statistics='measured'"
+        )
 
 
 def probe_of(path: str, spec: MergeSpec) -> Probe | None:

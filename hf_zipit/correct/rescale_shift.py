@@ -43,11 +43,13 @@ from hf_zipit.correct.statistics import (
     towards,
     watching,
 )
-from hf_zipit.data.batches import Batches, Inputs, pieces, running
+from hf_zipit.data.calibration import Calibration, Inputs, pieces
+from hf_zipit.data.processes import running
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
+from hf_zipit.observe.moments import Moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 
@@ -55,10 +57,10 @@ from hf_zipit.symmetry.spec import fitted
 @register("rescale-shift", last=True)
 def rescale_shift(
     merged: PreTrainedModel,
-    experts: Mapping[str, PreTrainedModel],
     planned: Plan,
     alignment: Alignment,
-    batches: Batches,
+    calibration: Calibration,
+    moments: Moments | None,
     *,
     modules: Sequence[str] = ("*",),
     samples: int = 256,
@@ -69,10 +71,9 @@ def rescale_shift(
 
     Args:
         merged: changed in place: it gets `rescales` and `config.rescaled`.
-        experts: the models by task.
         planned: the plan of the merge.
         alignment: its maps.
-        batches: calibration data; each task's corrections are measured on its own samples, where they are known.
+        calibration: calibration data; each task's corrections are measured on its own samples, where they are known.
         modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the
             readouts always are.
         samples: of each task, at most; the activations of all of them at one site are held at once.
@@ -82,24 +83,24 @@ def rescale_shift(
     Raises:
         RecipeError: if no module has a path of these patterns.
     """
-    sites = chosen_sites(next(iter(experts.values())), planned, modules)
-    inputs = {task: batches.together(task, samples) for task in experts}
+    sites = chosen_sites(planned.model, planned, modules)
+    inputs = {task: calibration.together(task, samples) for task in planned.tasks}
     targets = {}
-    for task, expert in experts.items():
+    for task, expert in planned.folded.items():
         view = mixed_in_merged(alignment, planned.spec, planned.tasks.index(task))
-        with running([expert], batches.device):
-            targets[task] = expert_statistics(expert, sites, planned, inputs[task], batches, view)
+        with running([expert], calibration.device):
+            targets[task] = expert_statistics(expert, sites, planned, inputs[task], calibration, view)
     sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
     first = targets[planned.tasks[0]]
     merged.add_rescales([setting(site, first[name], alignment, planned) for name, site in sites.items()])
-    with running([merged], batches.device):
+    with running([merged], calibration.device):
         for number, task in enumerate(planned.tasks):
             own, held = dict(targets[task]), {}
             for name, site in sites.items():
                 own[name], held[name] = to_own_average(own[name], site, alignment, planned, number)
             if joint:
-                fit_task(merged, task, {}, own, {}, inputs[task], batches, eps, jointly=True)
-            fit_task(merged, task, sites, own, held, inputs[task], batches, eps, jointly=False)
+                fit_task(merged, task, {}, own, {}, inputs[task], calibration, eps, jointly=True)
+            fit_task(merged, task, sites, own, held, inputs[task], calibration, eps, jointly=False)
 
 
 def chosen_sites(model: PreTrainedModel, planned: Plan, patterns: Sequence[str]) -> dict[str, Site]:
@@ -128,7 +129,7 @@ def expert_statistics(
     sites: Mapping[str, Site],
     planned: Plan,
     inputs: Inputs,
-    batches: Batches,
+    calibration: Calibration,
     view: View = lambda site, value: value,
 ) -> dict[str, Statistics]:
     """An expert's statistics at the sites, as `view` shows them, and at the readouts in its own units."""
@@ -136,7 +137,7 @@ def expert_statistics(
         readout_name("entries", i): Site(e.target, "input", e.axis, ()) for i, e in enumerate(planned.cut.entries)
     }
     fields = [(exit_.target, exit_.axis) for exit_ in planned.cut.exits]
-    found = measure(expert, {**sites, **readouts}, pieces(inputs, PIECE), batches.all_reduce, fields, view)
+    found = measure(expert, {**sites, **readouts}, pieces(inputs, PIECE), calibration.all_reduce, fields, view)
     for i, exit_ in enumerate(planned.cut.exits):
         if exit_.target in found:
             found[readout_name("exits", i)] = found.pop(exit_.target)
@@ -169,7 +170,7 @@ def fit_task(
     targets: Mapping[str, Statistics],
     held: Mapping[str, Tensor],
     inputs: Inputs,
-    batches: Batches,
+    calibration: Calibration,
     eps: float,
     jointly: bool,
 ) -> None:
@@ -191,7 +192,7 @@ def fit_task(
     mask = mask_of(inputs)
 
     def see(name: str, value: Tensor) -> None:
-        now = UnitSums.of(value, watched[name].axis, mask).statistics(batches.all_reduce)
+        now = UnitSums.of(value, watched[name].axis, mask).statistics(calibration.all_reduce)
         scale, shift = towards(targets[name], now, eps)
         if name in held:  # a merged unit without any unit of this expert has no target
             scale = scale.where(held[name], torch.ones_like(scale))

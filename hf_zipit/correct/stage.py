@@ -2,56 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Collection
 from dataclasses import replace
-from typing import Any
 
-from accelerate import Accelerator
+import torch
 from transformers import PreTrainedModel
 
-from hf_zipit.correct.correction import check_corrections
-from hf_zipit.data.batches import Batches
-from hf_zipit.errors import DataError
+from hf_zipit.data.calibration import Calibration
+from hf_zipit.errors import DataError, ExpertError
+from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.observe import Moments
+from hf_zipit.observe.moments import Moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import CORRECTIONS
+from hf_zipit.symmetry.proof import model_tensors
+
+logger = logging.getLogger(__name__)
 
 
 def correct(
     merged: PreTrainedModel,
-    experts: Mapping[str, PreTrainedModel],
     planned: Plan,
-    alignment: Alignment,
-    calibration: Any,
-    corrections: Sequence[str] | Mapping[str, Mapping[str, Any] | None],
+    maps: Alignment,
+    calibration: Calibration | None,
     *,
-    processor: Any = None,
-    batch_size: int = 32,
-    accelerator: Accelerator | None = None,
     moments: Moments | None = None,
-    turned: Collection[str] = (),
+    reparametrised: Collection[str] = (),
 ) -> None:
-    """Apply corrections to a merged model, in the order given, in place.
+    """Apply the config's corrections to a merged model, in their order, in place.
 
     A model whose trunk is empty (depth 0) is left as it is: there is nothing to correct. So are weights that a refit
-    `turned` into a basis of their own: their outputs are no expert's units, and have nobody's mean and deviation.
+    reparametrised: their outputs are no expert's units, and have nobody's mean and deviation.
 
     Raises:
-        RecipeError: as `check_corrections`.
         DataError: without calibration data, or if it cannot be used.
+        ExpertError: a corrected tensor is not finite.
     """
-    wanted = check_corrections(corrections)
-    if not wanted:
+    wanted = planned.config.corrections
+    if not wanted or not planned.cut.trunk:
         return
     if calibration is None:
-        name = next(iter(wanted))
-        raise DataError(f"{name} runs models on data: pass a little unlabelled data as calibration=")
-    if not planned.cut.trunk:
-        return
-    batches = Batches.of(
-        calibration, experts, processor=processor, batch_size=batch_size, accelerator=accelerator, moments=moments
-    )
-    planned = replace(planned, cut=replace(planned.cut, trunk=planned.cut.trunk.difference(turned)))
+        raise DataError(f"{next(iter(wanted))} runs models on data: pass a little unlabelled data as calibration=")
+    planned = replace(planned, cut=replace(planned.cut, trunk=planned.cut.trunk.difference(reparametrised)))
     for name, options in wanted.items():
-        CORRECTIONS.get(name).function(merged, experts, planned, alignment, batches, **options)
+        before = fingerprint_experts({name: merged})
+        CORRECTIONS.get(name).function(merged, planned, maps, calibration, moments, **options)
+        if fingerprint_experts({name: merged}) == before:
+            logger.warning("%s changed nothing: it found nothing of its kind in %s.", name, planned.architecture)
+        for tensor_name, tensor in model_tensors(merged).items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ExpertError(
+                    f"{name} leaves numbers that are not finite in {tensor_name}; check the calibration data and the "
+                    "experts' weights"
+                )

@@ -32,6 +32,13 @@ def placed(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def running(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Models in eval mode on a device, without gradients; as they were on leaving."""
+    with placed(models, device), torch.no_grad():
+        yield
+
+
 def all_reduce_sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:
     """The sum of a tensor over all processes, where the tensor is."""
     if accelerator.num_processes == 1:

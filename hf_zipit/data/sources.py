@@ -1,4 +1,4 @@
-"""Calibration data of any usual kind -> batches of a model's inputs.
+"""Calibration data of any usual kind -> raw batches, the columns of a few samples each.
 
 What is taken, per task (`{"clothes": data, "shoes": data}`) or as one collection for all tasks:
 
@@ -10,27 +10,25 @@ What is taken, per task (`{"clothes": data, "shoes": data}`) or as one collectio
 - a list, or a `torch` dataset, of samples (dicts, tensors, or tuples of which the first is the input);
 - any of these as `Renamed(data, {"img": "image"})`, where the columns have other names.
 
-What must hold: the order is the same in every pass and every process. The tasks take turns, so that any first part of
-the batches covers all of them. A batch is prepared when its inputs are read: a process that skips it pays nothing for
-it. Labels are dropped: nothing here may learn from them.
+Nothing is read before its batch is asked for, as far as the kind of the data allows that.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
-from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, Columns, ModelInputs, prepare
+from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, Columns, ModelInputs
 from hf_zipit.errors import DataError
 
 # How many axes a batch of these inputs has: tells a list of batches from a list of samples.
@@ -57,76 +55,6 @@ class Renamed:
         if not isinstance(self.data, (list, tuple)):
             return self.data
         return [self.rename(dict(row)) if isinstance(row, Mapping) else row for row in self.data]
-
-
-@dataclass(frozen=True)
-class CalibrationBatch:
-    """Inputs of the model for some samples of one task.
-
-    Attributes:
-        task: the task that the samples belong to; None for one collection for all tasks.
-    """
-
-    task: str | None
-    _prepare: Callable[[], dict[str, Tensor]] = field(repr=False)
-
-    @cached_property
-    def inputs(self) -> dict[str, Tensor]:
-        """The model's keyword arguments: tensors `[samples, ...]`, prepared when first read."""
-        return self._prepare()
-
-    @property
-    def samples(self) -> int:
-        return len(next(iter(self.inputs.values())))
-
-
-def calibration_batches(
-    calibration: Any,
-    model: nn.Module,
-    tasks: Sequence[str],
-    *,
-    processor: Any = None,
-    batch_size: int = 32,
-) -> Iterator[CalibrationBatch]:
-    """Batches of at most `batch_size` samples, the tasks taking turns.
-
-    Args:
-        calibration: see the module's docstring.
-        model: an expert; says which inputs there are.
-        tasks: the experts' tasks.
-        processor: image processor, tokenizer or processor, for raw images and texts.
-        batch_size: larger batches of a `DataLoader` or iterable are split, smaller ones are left.
-
-    Raises:
-        DataError: if there is no data (of a task), a task is unknown or missing, or the columns are not the model's.
-    """
-    if batch_size < 1:
-        raise DataError(f"The batch size must be at least 1, not {batch_size}.")
-    inputs = ModelInputs.of(model)
-    sources = by_task(calibration, inputs, tasks)
-    streams = {task: _raw_batches(data, inputs.main, batch_size, _name(task)) for task, data in sources.items()}
-    started = set()
-    while streams:
-        for task, stream in list(streams.items()):
-            load = next(stream, None)
-            if load is not None:
-                started.add(task)
-                yield CalibrationBatch(task, partial(prepare, load, inputs, processor, _name(task)))
-            elif task in started:
-                del streams[task]
-            else:
-                raise DataError(f"There is no calibration data{_name(task)}: it is empty.")
-
-
-def count_batches(calibration: Any, model: nn.Module, tasks: Sequence[str], batch_size: int) -> int | None:
-    """How many batches there will be, where that can be told without reading them."""
-    inputs = ModelInputs.of(model)
-    counts = [_count(data, inputs.main, batch_size) for data in by_task(calibration, inputs, tasks).values()]
-    return None if None in counts else sum(counts)
-
-
-def _name(task: str | None) -> str:
-    return "" if task is None else f" for the task {task!r}"
 
 
 def by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
@@ -170,9 +98,20 @@ def _is_input(name: str, inputs: ModelInputs, raw: Sequence[str]) -> bool:
 # --- collections -> raw batches: callables that give the columns of one batch ---
 
 
-def _raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable[[], Columns]]:
+def raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable[[], Columns]]:
+    """For every batch of at most `size` samples what gives its columns.
+
+    Args:
+        data: one collection; see the module's docstring.
+        main: the model's main input.
+        size: larger batches of a `DataLoader` or iterable are split, smaller ones are left.
+        name: what to add to "the calibration data" in errors.
+
+    Raises:
+        DataError: the collection is of no kind that can be read.
+    """
     if isinstance(data, Renamed):
-        loads = _raw_batches(data.rows(), main, size, name)
+        loads = raw_batches(data.rows(), main, size, name)
         return (partial(_renamed, data, load) for load in loads)
     if isinstance(data, (Tensor, np.ndarray)):
         data = {main: data}
@@ -198,18 +137,6 @@ def _raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callabl
 
 def _renamed(data: Renamed, load: Callable[[], Columns]) -> Columns:
     return data.rename(load())
-
-
-def _count(data: Any, main: str, size: int) -> int | None:
-    if isinstance(data, Renamed):
-        data = data.rows()
-    if isinstance(data, Mapping):
-        data = next(iter(data.values()), ())
-    if isinstance(data, (list, tuple)) and data and is_batch(data[0], main):
-        return None
-    if isinstance(data, DataLoader):
-        return len(data) if hasattr(data.dataset, "__len__") and (data.batch_size or size + 1) <= size else None
-    return -(-len(data) // size) if hasattr(data, "__len__") else None
 
 
 def _is_from_datasets(data: Any, name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -54,6 +55,44 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
     if len(found) < 2:
         raise ExpertError(f"merging needs at least two experts, but only {names[0]!r} was given")
     return found
+
+
+def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+    """By task the model that each expert started from; empty where none is given.
+
+    Args:
+        base: one model for all experts, or one for each by task: loaded, or a repo id or folder, which is loaded with
+            the experts' class. A head that it lacks is left as it is initialised, for heads are never merged.
+        experts: the loaded experts.
+
+    Raises:
+        ExpertError: a base cannot be loaded, or there is not one for every expert.
+    """
+    if base is None:
+        return {}
+    given = dict(base) if isinstance(base, Mapping) else dict.fromkeys(experts, base)
+    if set(given) != set(experts):
+        raise ExpertError(f"base= names {sorted(given)}, but the experts are {sorted(experts)}; give one for each")
+    loaded: dict[Any, PreTrainedModel] = {}
+    for task, source in given.items():
+        key = source if isinstance(source, (str, Path)) else id(source)
+        if key not in loaded:
+            loaded[key] = _load_base(task, source, experts[task])
+    return {task: loaded[s if isinstance(s, (str, Path)) else id(s)] for task, s in given.items()}
+
+
+def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedModel:
+    if isinstance(source, nn.Module):
+        return source.eval()
+    with torch.random.fork_rng(devices=[]):  # a head that is missing is initialised
+        try:
+            model = type(expert).from_pretrained(
+                source, config=expert.config, dtype=torch.float32, ignore_mismatched_sizes=True
+            )
+        except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+            reason = why(error, str(source), None)
+            raise ExpertError(f"the base of {task!r} could not be loaded from {source}: {reason}") from error
+    return model.eval()
 
 
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:

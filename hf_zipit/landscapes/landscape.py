@@ -17,35 +17,31 @@ tensor by tensor (after Li et al., Visualizing the Loss Landscape of Neural Nets
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from hf_zipit.config import MergeConfig
 from hf_zipit.data.held_out import Answers
 from hf_zipit.errors import RecipeError
 from hf_zipit.experts.loading import Experts
 from hf_zipit.landscapes.results import Landscape
 from hf_zipit.landscapes.survey import Survey
-from hf_zipit.merging import refit_settings
-from hf_zipit.observe import Moments
-from hf_zipit.recipe.sections import REFIT
-from hf_zipit.refit import RefitConfig
+from hf_zipit.merging import DATA_SETTINGS, plan
+from hf_zipit.observe.moments import Moments
+
+METHOD = "weights"
+"""How units are matched where nothing is said: without data, so that every sample can be measured on."""
 
 
 def landscape(
     experts: Experts,
     calibration: Any,
+    config: MergeConfig | None = None,
     *,
     validation: Any = None,
-    method: str = "weights",
-    options: Mapping[str, Any] | None = None,
-    depth: float | str = 1.0,
-    residual: str = "match",
-    overrides: Mapping[str, Any] | None = None,
-    combine: str = "average",
-    refit: bool | RefitConfig | Mapping[str, Any] = False,
     pair: Sequence[str] | None = None,
     grid: int = 13,
     margin: float = 0.35,
@@ -53,22 +49,19 @@ def landscape(
     samples: int = 128,
     hold_out: float = 0.25,
     answers: Answers = "auto",
-    processor: Any = None,
-    batch_size: int = 64,
     moments: Moments | str | Path | None = None,
     accelerator: Accelerator | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **settings: Any,
 ) -> Landscape:
     """Measure the loss around two experts and their merge.
 
     Args:
         experts: the models by task name, as for `merge`.
-        calibration: a little data: one part is what the merge looks at, if it needs data, another is measured on.
-        validation: data to measure on, in place of a part of the calibration data.
-        method, options, depth, residual, overrides, combine, refit: of the merge, as for `merge`. Corrections belong
+        calibration: a little data: one part is what the merge reads, if it needs data, another is measured on.
+        config: of the merge; or its fields as keywords. By default units are matched by `weights`. Corrections belong
             to one point, not to a plane, and are left out. The refit pairs attention heads (`split_heads` is off):
             between models with different heads there is no line.
+        validation: data to measure on, in place of a part of the calibration data.
         pair: the tasks of the two experts; the first two by default.
         grid: points on each axis of the plane, 2 or more; 0 for no plane. Every point runs all samples once.
         margin: how far the plane goes beyond the points, in distances of the experts.
@@ -76,12 +69,9 @@ def landscape(
         samples: of each task, at most, that are measured on.
         hold_out: the share of the calibration data that is measured on.
         answers: `"labels"`, `"experts"` or `"auto"`: see `hf_zipit.search`.
-        processor: image processor or tokenizer for raw data.
-        batch_size: samples per forward pass.
         moments: of the same experts, as for `merge`.
         accelerator: where the experts are observed; the losses are measured where `merge` leaves the model.
-        seed: of everything that is drawn.
-        progress: show progress bars on stderr.
+        settings: fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
     Raises:
         ExpertError: if the experts do not fit each other, or their aligned trunks are the same.
@@ -92,21 +82,23 @@ def landscape(
             f"steps, grid and samples are {steps}, {grid} and {samples}; there must be 3 or more steps, 2 or more "
             "points on an axis (or 0, for no plane), and 1 or more samples."
         )
+    reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
+    if config is None and "method" not in settings:
+        settings["method"] = METHOD
+    config = MergeConfig.of(config, **settings, corrections=())
     survey = Survey.of(
-        experts, calibration, validation, samples=samples, hold_out=hold_out, answers=answers, processor=processor,
-        batch_size=batch_size, moments=moments, accelerator=accelerator, seed=seed, progress=progress,
+        experts, calibration, validation, samples=samples, hold_out=hold_out, answers=answers, seed=config.seed,
+        moments=moments, accelerator=accelerator, **reading,
     )  # fmt: skip
     chosen = survey.pair(pair)
-    surface = survey.surface(
-        chosen, method=method, options=options, depth=depth, residual=residual, overrides=overrides, combine=combine,
-        refit=refit,
-    )  # fmt: skip
+    surface = survey.surface(chosen, config)
     aligned = survey.curve(surface, steps)
     plane = survey.plane(surface, grid, margin) if grid else None
     naive = None
-    if method != "identity":
-        naive = survey.curve(survey.surface(chosen, method="identity", depth=depth), steps)
-    name = f"{method}{REFIT}" if refit_settings(refit) else method
+    if surface.method != "identity":
+        plain = MergeConfig(method="identity", depth=config.depth, seed=config.seed)
+        naive = survey.curve(survey.surface(chosen, plain), steps)
     return Landscape(
-        chosen, name, surface.depth, survey.held.answers, survey.held.counts, aligned, naive, plane
+        chosen, plan(survey.experts, config).config.name, surface.depth, survey.held.answers, survey.held.counts,
+        aligned, naive, plane
     )  # fmt: skip

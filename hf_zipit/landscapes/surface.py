@@ -74,29 +74,25 @@ class Surface:
 
 @torch.no_grad()
 def make_surface(
-    experts: Mapping[str, PreTrainedModel],
     planned: Plan,
     alignment: Alignment,
     merged: PreTrainedModel,
     pair: tuple[str, str],
     *,
-    method: str,
     seed: int = 0,
 ) -> Surface:
     """The plane through two aligned experts and a merge.
 
     Args:
-        experts: the experts by task, with their norms folded where the plan says so.
         planned, alignment: of the merge.
         merged: what came out; it is changed from now on.
         pair: the tasks of the two experts.
-        method: the name of the method.
         seed: of the random direction where the merge is on the line between the experts.
 
     Raises:
         ExpertError: if the aligned trunks are the same.
     """
-    moves = [*_trunk(experts, planned, alignment, merged, pair), *_readouts(planned, alignment, merged)]
+    moves = [*_trunk(planned.folded, planned, alignment, merged, pair), *_readouts(planned, alignment, merged)]
     length = _inner((move.east, move.east) for move in moves if move.counts)
     if not length > 0:
         raise ExpertError(
@@ -116,7 +112,9 @@ def make_surface(
         for move, north in zip(moves, norths, strict=True)
     ]
     points = {pair[0]: (0.0, 0.0), pair[1]: (1.0, 0.0), "merge": (share, off)}
-    return Surface(method, planned.cut.depth, merged, places, points, _is_exact(alignment), through_merge)
+    return Surface(
+        planned.config.method, planned.cut.depth, merged, places, points, _is_exact(alignment), through_merge
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,59 +8,50 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils.logging import tqdm
 
 from hf_zipit.align.stage import align_trunk
-from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, limit, whole
-from hf_zipit.data.inputs import ModelInputs
+from hf_zipit.config import MergeConfig
+from hf_zipit.data.calibration import Calibration
+from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, limit
 from hf_zipit.data.labels import IGNORED
-from hf_zipit.data.sources import by_task
 from hf_zipit.errors import RecipeError
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.landscapes.results import Curve, Measured, Plane
 from hf_zipit.landscapes.surface import Surface, make_surface
-from hf_zipit.merging import merge, plan, refit_settings
-from hf_zipit.observe import Moments
-from hf_zipit.observe.observed import Observed, moments_for
-from hf_zipit.planning.plan import fold_experts
+from hf_zipit.merging import merge, plan
+from hf_zipit.observe.moments import Moments
+from hf_zipit.observe.shared import SharedMoments, moments_for
 from hf_zipit.registry import suggestion
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Experts, the data that merges may look at, and the samples that losses are measured on."""
+    """Experts, the data that merges may read, and the samples that losses are measured on."""
 
     experts: Mapping[str, PreTrainedModel]
-    calibration: Any
+    calibration: Calibration
     held: HeldOut
-    processor: Any = None
-    batch_size: int = 64
     moments: Moments | str | Path | None = None
-    accelerator: Accelerator | None = None
     seed: int = 0
-    progress: bool = True
-    _observed: dict[float | str, Observed] = field(default_factory=dict)
+    _shared: dict[float | str, SharedMoments] = field(default_factory=dict)
 
     @classmethod
     def of(
         cls, experts: Experts, calibration: Any, validation: Any = None, *, samples: int = 128,
-        hold_out: float = 0.25, answers: Answers = "auto", seed: int = 0, **settings: Any,
+        hold_out: float = 0.25, answers: Answers = "auto", seed: int = 0, moments: Moments | str | Path | None = None,
+        **reading: Any,
     ) -> Survey:  # fmt: skip
-        """Load the experts and divide the data; see `landscape`."""
+        """Load the experts and divide the data; `reading` are settings of `Calibration`. See `landscape`."""
         loaded = load_experts(experts)
-        first, tasks = next(iter(loaded.values())), list(loaded)
+        data = Calibration.of(calibration, **reading).read(loaded)
         if validation is None:
-            rest, part = divide(calibration, first, tasks, hold_out, seed)
-            calibration = whole(rest)
+            data, part = divide(data, hold_out, seed)
         else:
-            part = by_task(validation, ModelInputs.of(first), tasks)
-        part = limit(whole(part), first, tasks, samples, seed)
-        kept = {name: settings[name] for name in ("processor", "batch_size") if name in settings}
-        held = held_out(part, loaded, answers=answers, **kept)
-        return cls(loaded, calibration, held, seed=seed, **settings)
+            part = Calibration.of(validation, **reading).read(loaded)
+        return cls(loaded, data, held_out(limit(part, samples, seed), loaded, answers=answers), moments, seed)
 
     def pair(self, wanted: Sequence[str] | None) -> tuple[str, str]:
         """The tasks of two experts, the first two by default."""
@@ -73,34 +64,21 @@ class Survey:
             raise RecipeError(f"A line runs between two different experts, not between {chosen}.")
         return chosen[0], chosen[1]
 
-    def surface(self, pair: tuple[str, str], *, method: str, **settings: Any) -> Surface:
-        """Merge, and lay the plane through two experts; `settings` are those of `merge`."""
-        refit = refit_settings(settings.pop("refit", False))
-        if refit is not None:  # between models with different heads there is no line
-            refit = replace(refit, split_heads=False)
-        planned = plan(self.experts, method=method, **settings)
+    def surface(self, pair: tuple[str, str], config: MergeConfig) -> Surface:
+        """Merge, and lay the plane through two experts."""
+        config = plan(self.experts, config).config  # with what an automatic method chooses
+        if config.refit is not None:  # between models with different heads there is no line
+            config = replace(config, refit=replace(config.refit, split_heads=False))
+        planned = plan(self.experts, config)
         if not planned.cut.trunk:
             raise RecipeError("At this depth nothing is shared, so that there is nothing to move; take a larger one.")
-        depth = settings.get("depth", 1.0)
-        observed = self._observed.setdefault(depth, self._observe(depth))
-        found = observed.moments(planned)
-        folded = fold_experts(self.experts, planned)
-        aligning = {name: settings[name] for name in ("options", "residual", "overrides") if name in settings}
-        here = None if found is None else moments_for(folded, planned, None, found, None)
-        alignment = align_trunk(folded, planned, here, method, **aligning)
-        merged = merge(
-            self.experts, self.calibration, method=method, refit=refit or False, processor=self.processor,
-            batch_size=self.batch_size, moments=found, accelerator=self.accelerator, seed=self.seed,
-            progress=self.progress, **settings,
-        )  # fmt: skip
-        return make_surface(folded, planned, alignment, merged, pair, method=method, seed=self.seed)
-
-    def _observe(self, depth: float | str) -> Observed:
-        """What serves all methods at one depth."""
-        return Observed(
-            self.experts, self.calibration, [depth], self.moments, processor=self.processor,
-            batch_size=self.batch_size, accelerator=self.accelerator, seed=self.seed, progress=self.progress,
-        )  # fmt: skip
+        shared = self._shared.setdefault(
+            config.depth, SharedMoments(self.experts, self.calibration, [config.depth], self.moments)
+        )
+        found = shared.moments(planned)
+        maps = align_trunk(planned, None if found is None else moments_for(planned, None, found))
+        merged = merge(self.experts, self.calibration, config, moments=found)
+        return make_surface(planned, maps, merged, pair, seed=self.seed)
 
     def curve(self, surface: Surface, steps: int) -> Curve:
         """Measure on the line between the aligned experts."""
@@ -122,8 +100,8 @@ class Survey:
 
     def _measure(self, surface: Surface, points: Sequence[tuple[float, float]], what: str) -> Measured:
         found = []
-        for point in tqdm(points, desc=what, unit="point", disable=not self.progress):
-            found.append(losses(surface.move(*point), self.held, self.batch_size))
+        for point in tqdm(points, desc=what, unit="point"):
+            found.append(losses(surface.move(*point), self.held, self.calibration.batch_size))
         tasks = list(self.held.tasks)
         return Measured(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
 

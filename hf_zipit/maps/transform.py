@@ -1,12 +1,10 @@
-"""The merge and unmerge maps applied to tensors: sum_t M_t W_t U_t.
+"""The merge and unmerge maps applied to one expert's tensors and features: T M_t W_t U_t.
 
 An axis that holds a space's units (a vector axis) is merged by M_t, one that reads them (a dual axis) is entered
 through U_t. Where both only group units, both are one `index_add_` along the axis and no matrix product; on a vector
 axis the units are weighted by 1 / |group|. Changes of basis (`LinearMap`) are multiplied in afterwards. T M_t rather
 than M_t is applied to every expert, and the mean is taken over the experts: then a one-to-one map only moves numbers,
 and every axis that has no map (a class, a position, a kernel's width) is averaged as it should be.
-
-Everything is summed in float64, in which the mean of T equal float32 numbers is that number, for every T.
 """
 
 from __future__ import annotations
@@ -21,40 +19,6 @@ from hf_zipit.maps.products import factor_indices, merged_index, merged_sizes, t
 from hf_zipit.maps.rows import axes_to_merge, row_by_row
 from hf_zipit.maps.space_map import Alignment, LinearMap, SpaceMap
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, ProductKey, product_key
-
-
-def merge_tensor(
-    tensors: Sequence[Tensor], label_axes: Sequence[AxisLabel], alignment: Alignment, spec: MergeSpec
-) -> Tensor:
-    """The merged tensor: the mean over the experts of their tensors in the merged units.
-
-    Args:
-        tensors: the experts' tensors, of one shape and dtype.
-        label_axes: one label per axis.
-        alignment: the map of every movable space.
-        spec: the sizes of the spaces.
-
-    Returns:
-        A tensor of the merged sizes, in the experts' dtype.
-
-    Raises:
-        SpecError: the tensors do not have the shape that the labels say, or integers that cannot be averaged differ.
-    """
-    if not tensors[0].is_floating_point():
-        return _agreed(tensors, label_axes, alignment)
-    total = sum(to_merged(tensor.double(), label_axes, alignment, spec, t) for t, tensor in enumerate(tensors))
-    return (total / len(tensors)).to(tensors[0].dtype)
-
-
-def plain_average(tensors: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors that the forward pass does not read, which therefore have no labels.
-
-    Raises:
-        SpecError: integers that cannot be averaged differ.
-    """
-    if not tensors[0].is_floating_point():
-        return _agreed(tensors, (), {})
-    return (sum(tensor.double() for tensor in tensors) / len(tensors)).to(tensors[0].dtype)
 
 
 def to_merged(
@@ -138,14 +102,3 @@ def _vector_weight(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expe
         share = space_map.experts / counts.double()
         weight = share if weight is None else weight * share
     return weight
-
-
-def _agreed(tensors: Sequence[Tensor], label_axes: Sequence[AxisLabel], alignment: Alignment) -> Tensor:
-    """The one value of integer or boolean tensors, such as position ids; of counters, the largest."""
-    if not tensors[0].dim():
-        return torch.stack(list(tensors)).amax(0)
-    if any(factor.space in alignment for label in label_axes for factor in label):
-        raise SpecError(f"A {tensors[0].dtype} tensor has an axis in a movable space; it cannot be averaged there.")
-    if not all(torch.equal(tensors[0], other) for other in tensors[1:]):
-        raise SpecError(f"The experts have different values in a {tensors[0].dtype} tensor, which cannot be averaged.")
-    return tensors[0].clone()

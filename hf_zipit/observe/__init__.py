@@ -1,7 +1,6 @@
-"""Looking at what the experts' units do on a little unlabelled data: probes -> `Moments`, in one streaming pass."""
+"""What the experts' units do on a little unlabelled data: probes -> `Moments`, in one streaming pass."""
 
-from hf_zipit.data.sources import CalibrationBatch, calibration_batches
 from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.observe import observe
+from hf_zipit.observe.observe import gather_moments, observe
 
-__all__ = ["CalibrationBatch", "Moments", "calibration_batches", "observe"]
+__all__ = ["Moments", "gather_moments", "observe"]

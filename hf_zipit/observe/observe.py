@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain
 from typing import Any, Literal
 
 import torch
@@ -24,14 +23,16 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm
 
+from hf_zipit.config import AUTO
+from hf_zipit.data.calibration import Calibration, CalibrationBatch
 from hf_zipit.data.processes import all_reduce_sum, placed
-from hf_zipit.data.sources import CalibrationBatch, calibration_batches, count_batches
-from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError, ZipItError
+from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.observe.moments import Moments, Sums
 from hf_zipit.observe.record import Choose, Recorder, choose_rows, keep_all, probe_name
+from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
 
 DRY_RUN_SAMPLES = 2
@@ -45,65 +46,64 @@ FORWARD_SHARE = 0.5
 """With `row_fraction="auto"`, what the moments may cost, as a share of the forward passes."""
 
 
-def observe(
+def observe(planned: Plan, calibration: Any) -> Moments:
+    """The moments of the experts of a plan, folded where it says so: those of every product of spaces that has a
+    probe.
+
+    Args:
+        planned: the plan of the merge; its config says how many rows are used, and holds the seed.
+        calibration: a `Calibration`, or data that one is made of.
+
+    Raises:
+        DataError, ExpertError, SpecError: as `gather_moments` does.
+    """
+    config, data = planned.config, Calibration.of(calibration).read(planned.experts)
+    return gather_moments(planned.spec, planned.folded, data, row_fraction=config.row_fraction, seed=config.seed)
+
+
+def gather_moments(
     spec: MergeSpec,
     experts: Mapping[str, nn.Module],
-    calibration: Any,
+    calibration: Calibration,
     *,
     keys: Iterable[ProductKey] | None = None,
-    processor: Any = None,
-    batch_size: int = 32,
-    accelerator: Accelerator | None = None,
-    row_fraction: float | Literal["auto"] = "auto",
+    row_fraction: float | Literal["auto"] = AUTO,
     seed: int = 0,
-    progress: bool = True,
 ) -> Moments:
     """Run the experts over calibration data and gather the moments of every observable product of spaces.
 
     The experts come back as they were: on their device, in their training mode, without hooks.
 
     Args:
-        spec: the experts' architecture; its probes say where to look.
+        spec: the experts' architecture; its probes say where to read.
         experts: the models by task. Those placed by a `device_map` stay where they are.
-        calibration: unlabelled inputs, see `hf_zipit.data.sources`; every process must be given the same.
+        calibration: unlabelled inputs, read for these experts; every process must be given the same.
         keys: the products to observe; all that have a probe by default.
-        processor: image processor, tokenizer or processor, for raw images and texts.
-        batch_size: samples per forward pass.
-        accelerator: where to run; made if none is given.
-        row_fraction: share of the rows (tokens, positions) of every batch that is used, in (0, 1]; `"auto"`
-            takes as many as cost half as much as the forward passes, and at least 64 rows of every probe and batch.
+        row_fraction: share of the rows (tokens, positions) of every batch that is used, in (0, 1]; `"auto"` takes as
+            many as cost half as much as the forward passes, and at least 64 rows of every probe and batch.
         seed: of the choice of rows. The same seed and data give the same moments for any number of processes, up to
             rounding.
-        progress: whether to show a progress bar on stderr.
 
     Raises:
-        DataError: if the data is empty, of unknown tasks, or not what the model takes.
+        DataError: if the data is not what the model takes.
         ExpertError: if an expert's features are NaN or infinite, or differ in shape from the others'.
         SpecError: if a probe does not exist or never fires.
-        RecipeError: if `row_fraction` is not in (0, 1].
     """
-    _check_fraction(row_fraction)
-    if not experts:
-        raise ExpertError("There are no experts to observe.")
-    accelerator = accelerator or Accelerator()
     products = _products(spec, keys)
-    tasks, reader = tuple(experts), next(iter(experts.values()))
+    tasks, accelerator = tuple(experts), calibration.run_on()
     fingerprint = {"experts": fingerprint_experts(experts)}
-
-    batches = calibration_batches(calibration, reader, tasks, processor=processor, batch_size=batch_size)
-    total = count_batches(calibration, reader, tasks, batch_size)
+    batches = calibration.batches()
     recorder = Recorder({probe: spec.size(key) for key, found in products.items() for probe in found})
     # Not inference_mode: buffers that a model makes on its first pass would be of no use to a later training.
     with placed(experts.values(), accelerator.device), recorder.attached(experts), torch.no_grad():
-        first = next(batches)  # an empty collection raises here
-        affordable = _dry_run(recorder, experts, first, accelerator.device)
-        used, minimum = (affordable, MINIMUM_ROWS) if row_fraction == "auto" else (float(row_fraction), 1)
+        affordable = _dry_run(recorder, experts, batches[0], accelerator.device)
+        used, minimum = (affordable, MINIMUM_ROWS) if row_fraction == AUTO else (float(row_fraction), 1)
         moments = Moments(tasks, device=_moments_device(recorder, len(tasks), accelerator.device))
         waiting = _Waiting(moments, products)
         digests: list[tuple[int, str, int]] = []
         with _together(accelerator):
-            shown = progress and accelerator.is_main_process
-            for index, batch in enumerate(_bar(chain([first], batches), total, shown)):
+            shown = tqdm(batches, desc="observe", unit="batch", disable=not accelerator.is_main_process)
+            for index, batch in enumerate(shown):
                 if index % accelerator.num_processes != accelerator.process_index:
                     continue
                 choose = choose_rows(used, minimum, seed, index)
@@ -128,11 +128,6 @@ def observe(
     moments = moments.to("cpu")
     moments.fingerprint = fingerprint
     return moments
-
-
-def _check_fraction(row_fraction: float | str) -> None:
-    if row_fraction != "auto" and not (isinstance(row_fraction, (int, float)) and 0 < row_fraction <= 1):
-        raise RecipeError(f"row_fraction must be 'auto' or a number above 0 and at most 1, not {row_fraction!r}.")
 
 
 def _products(spec: MergeSpec, keys: Iterable[ProductKey] | None) -> dict[ProductKey, tuple[Probe, ...]]:
@@ -296,10 +291,6 @@ def _reduce_sums(sums: Sums, accelerator: Accelerator) -> Sums:
     mean = add(sums.total + sums.count * sums.shift) / count
     about = sums.about(mean)
     return Sums(count, mean, add(about.total), add(about.second))
-
-
-def _bar(batches: Iterable[CalibrationBatch], total: int | None, shown: bool) -> Iterable[CalibrationBatch]:
-    return tqdm(batches, total=total, desc="observe", unit="batch", disable=not shown)
 
 
 def _version() -> str:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from hf_zipit.errors import SpecError
+from hf_zipit.config import AUTO, MergeConfig
+from hf_zipit.errors import ExpertError, SpecError
 from hf_zipit.maps.rows import check_axes
 from hf_zipit.planning.compatible import check_experts
 from hf_zipit.planning.cut import Cut, cut_model
-from hf_zipit.symmetry.folding import Model, fold
+from hf_zipit.symmetry.folding import fold
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 from hf_zipit.symmetry.summary import coverage
@@ -21,39 +23,65 @@ BYTES_PER_MOMENT = 8
 """Second moments are accumulated in float64."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What a merge will do.
+    """What a merge will do, and what it does it with: every stage takes it.
 
     Attributes:
-        architecture: the experts' class.
-        tasks: the experts, in order.
+        config: the settings, nothing left to choose.
+        experts: the models by task, as they were given.
+        folded: the models that every later stage works on: with their norms folded where the plan says so. They
+            compute what the experts compute, and share all tensors that folding does not change.
+        bases: by task the model that the expert started from, folded alike; empty where no rule asks for them.
         spec: the architecture's spaces and labels; spaces that only branches have are fixed.
         cut: what is merged and what stays apart.
         parameters: elements of one expert, of the `trunk`, of all `branches`, of the `merged` model and of all
-            `experts`.
+            `experts`. Sizes are those of maps that group units; a method may make layers wider.
         coverage: elements of the trunk under `movable` spaces, under `fixed` ones only, and `unused` by the forward
             pass.
         moment_bytes: memory of the moments.
-        passes: forward passes over the calibration data (of all experts together), 0 where the method needs none.
+        needs: what the methods read: a subset of `{"moments", "covariances", "weights", "widths"}`.
         widenable: spaces that may be wider in the merged model than in an expert, where the method needs to know.
     """
 
-    architecture: str
-    tasks: tuple[str, ...]
+    config: MergeConfig
+    experts: Mapping[str, PreTrainedModel]
+    folded: Mapping[str, PreTrainedModel]
+    bases: Mapping[str, PreTrainedModel]
     spec: MergeSpec
     cut: Cut
     parameters: Mapping[str, int]
     coverage: Mapping[str, int]
     moment_bytes: int
-    passes: int
+    needs: frozenset[str] = frozenset()
     widenable: frozenset[str] = frozenset()
 
+    @property
+    def architecture(self) -> str:
+        """The experts' class."""
+        return self.spec.architecture
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The experts' names, in order."""
+        return tuple(self.experts)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The first expert, for what all have in common."""
+        return next(iter(self.folded.values()))
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of all experts over the calibration data before they are aligned, 0 where none is needed."""
+        return int("moments" in self.needs)
+
     def to_dict(self) -> dict[str, Any]:
-        """The plan without the spec's tables, ready for JSON."""
+        """The plan without the models and the spec's tables, ready for JSON."""
         return {
             "architecture": self.architecture,
             "tasks": list(self.tasks),
+            "config": self.config.to_dict(),
             "depth": self.cut.depth,
             "blocks_in_trunk": list(self.cut.blocks),
             "shared_modules": list(self.cut.shared),
@@ -71,70 +99,88 @@ class Plan:
         }
 
 
-def make_plan(experts: Mapping[str, nn.Module], depth: float | str, *, passes: int = 0, folding: bool = False) -> Plan:
-    """Check the experts, infer the spec, divide the model.
+def make_plan(
+    experts: Mapping[str, PreTrainedModel],
+    config: MergeConfig,
+    *,
+    folding: bool = False,
+    bases: Mapping[str, PreTrainedModel] | None = None,
+) -> Plan:
+    """The plan, but for what the methods need: check the experts, infer the spec, divide the model.
 
-    With `folding` the spec is that of the experts with their norms folded: see `fold_experts`.
+    Args:
+        experts: the models by task.
+        config: the settings.
+        folding: plan for the experts with their norms folded into their readers.
+        bases: by task the model that the expert started from.
 
     Raises:
-        ExpertError: if the experts do not fit each other, or one holds NaN.
+        ExpertError: if the experts do not fit each other, one holds NaN, or a norm cannot be folded.
         SpecError: if the model cannot be traced or cut, or a tensor of the trunk is covered by no rule.
         RecipeError: if the depth is no share and no block.
     """
     first = next(iter(experts.values()))
     spec = MergeSpec.from_model(first, folding=folding)
     check_experts(experts, spec.head)
-    cut = cut_model(first, spec, depth)
+    cut = cut_model(first, spec, config.depth)
     tensors = model_tensors(first)
     spec = cut.trunk_spec(spec)
     check_coverage(spec, cut)
-    sizes = {task: sum(p.numel() for p in model.parameters()) for task, model in experts.items()}
+    check_bases(bases or {}, tensors, cut)
     trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
+    folds = spec.folds
+    return Plan(
+        config=config,
+        experts=dict(experts),
+        folded={
+            task: fold(model, folds, f"the expert {task!r}") if folds else model for task, model in experts.items()
+        },
+        bases={
+            task: fold(model, folds, f"the base of {task!r}") if folds else model
+            for task, model in (bases or {}).items()
+        },
+        spec=spec,
+        cut=cut,
+        parameters=count_parameters(experts, spec, cut, trunk, readouts=config.refit not in (None, AUTO)),
+        coverage=coverage(spec, first, trunk),
+        moment_bytes=sum(BYTES_PER_MOMENT * (len(experts) * spec.size(probe.key)) ** 2 for probe in spec.probes),
+    )
+
+
+def count_parameters(
+    experts: Mapping[str, nn.Module], spec: MergeSpec, cut: Cut, trunk: Collection[str], *, readouts: bool
+) -> dict[str, int]:
+    """Elements by part. A refit fits an affine map `[d, d + 1]` for every place and task that reads the trunk."""
+    tensors = model_tensors(next(iter(experts.values())))
+    sizes = [sum(p.numel() for p in model.parameters()) for model in experts.values()]
     in_trunk = sum(tensors[name].numel() for name in trunk)
     branches = sum(  # a head that is tied to the embeddings is untied: every task keeps its own
         sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in cut.trunk)
         for model in experts.values()
     )
-    width = len(experts)
-    return Plan(
-        architecture=spec.architecture,
-        tasks=tuple(experts),
-        spec=spec,
-        cut=cut,
-        parameters={
-            "expert": next(iter(sizes.values())),
-            "experts": sum(sizes.values()),
-            "trunk": in_trunk,
-            "branches": branches,
-            "merged": in_trunk + branches,
-        },
-        coverage=coverage(spec, first, trunk),
-        moment_bytes=sum(BYTES_PER_MOMENT * (width * spec.size(probe.key)) ** 2 for probe in spec.probes),
-        passes=passes,
-    )
+    if readouts and cut.trunk:
+        read = [spec.size(place.key) for place in (*cut.entries, *cut.exits)]
+        branches += len(experts) * sum(size * (size + 1) for size in read)
+    return {
+        "expert": sizes[0],
+        "experts": sum(sizes),
+        "trunk": in_trunk,
+        "branches": branches,
+        "merged": in_trunk + branches,
+    }
 
 
-def with_readouts(planned: Plan) -> Plan:
-    """The plan of a refit, which fits an affine map `[d, d + 1]` for every place and task that reads the trunk."""
-    if not planned.cut.trunk:
-        return planned
-    sizes = [planned.spec.size(entry.key) for entry in (*planned.cut.entries, *planned.cut.exits)]
-    readouts = len(planned.tasks) * sum(size * (size + 1) for size in sizes)
-    grown = {part: planned.parameters[part] + readouts for part in ("branches", "merged")}
-    return replace(planned, parameters={**planned.parameters, **grown})
-
-
-def fold_experts(experts: Mapping[str, Model], planned: Plan) -> dict[str, Model]:
-    """The experts that every stage after the plan works on: with their norms folded where the plan says so.
-
-    They compute what the experts compute, and share all tensors that folding does not change.
-
-    Raises:
-        ExpertError: if a norm cannot be folded.
-    """
-    if not planned.spec.folds:
-        return dict(experts)
-    return {task: fold(model, planned.spec.folds, f"the expert {task!r}") for task, model in experts.items()}
+def check_bases(bases: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], cut: Cut) -> None:
+    """A base must have every tensor of the trunk in the experts' shape; raises ExpertError that names the first."""
+    for task, base in bases.items():
+        own = model_tensors(base)
+        for name in sorted(cut.trunk):
+            found = tuple(own[name].shape) if name in own else "missing"
+            if found != tuple(tensors[name].shape):
+                raise ExpertError(
+                    f"the tensor {name} is {found} in the base of {task!r}, but {tuple(tensors[name].shape)} in the "
+                    "experts; give the model that they were trained from, loaded with their class"
+                )
 
 
 def check_coverage(spec: MergeSpec, cut: Cut) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hf_zipit.align.align import override_choice
+from hf_zipit.config import AUTO, SEEDS, MergeConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.files import check_result_folder, check_writable
 from hf_zipit.hub.cache import looks_local
-from hf_zipit.recipe.sections import ALIASES, REFIT, Data, Push, Recipe, is_refitted, real_method
+from hf_zipit.recipe.sections import ALIASES, REFIT, Data, Push, Recipe, real_method
 from hf_zipit.recipe.sources import BUILT_IN, check_source
-from hf_zipit.registry import check_options, suggestion
-from hf_zipit.schema import build, read_yaml
-
-SEEDS = 2**32
-"""So many seeds there are: numpy takes no negative ones and, where Optuna draws, no larger ones."""
+from hf_zipit.registry import METHODS, suggestion
+from hf_zipit.schema import read_yaml
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -24,7 +23,7 @@ def load_recipe(path: str | Path) -> Recipe:
         DataError: if a data set or folder does not exist.
         OutputError: if the output folder cannot be written.
     """
-    recipe = build(Recipe, read_yaml(path))
+    recipe = Recipe.from_dict(read_yaml(path))
     check_recipe(recipe)
     return recipe
 
@@ -75,10 +74,6 @@ def check_model_source(source: str, task: str) -> None:
 
 
 def _check_merging(recipe: Recipe) -> None:
-    from hf_zipit.align.align import override_choice  # imports torch
-    from hf_zipit.correct.correction import check_corrections
-    from hf_zipit.registry import METHODS
-
     for key in ("method", "depth"):
         values = getattr(recipe, key)
         if not values:
@@ -86,28 +81,22 @@ def _check_merging(recipe: Recipe) -> None:
         if len(set(values)) < len(values):
             raise RecipeError(f"{key} holds a value twice in {list(values)}.")
     for method in recipe.method:
-        if real_method(method) not in METHODS:
+        if real_method(method) not in (AUTO, *METHODS.names()):
             name = method.removesuffix(REFIT)
-            raise RecipeError(f"There is no method {name!r}; {suggestion(name, (*METHODS.names(), *ALIASES))}")
-    for depth in recipe.depth:
-        if isinstance(depth, float) and not 0 <= depth <= 1:
-            raise RecipeError(f"depth should be a share from 0 to 1 or the path of a block, but is {depth!r}.")
-    for method, options in recipe.options.items():
+            raise RecipeError(f"There is no method {name!r}; {suggestion(name, (AUTO, *METHODS.names(), *ALIASES))}")
+    for method in recipe.options:
         if method not in recipe.method:
             raise RecipeError(f"options.{method} is for no method of this recipe; {suggestion(method, recipe.method)}")
-        check_options(method, METHODS.get(real_method(method)).function, options)
-    for pattern, override in recipe.overrides.items():
-        override_choice(pattern, override)
     if recipe.refit is False and any(method.endswith(REFIT) for method in recipe.method):
         raise RecipeError(f"refit is false, but method asks for it with {REFIT}; leave out one of them.")
-    check_corrections(recipe.corrections)
+    for config in recipe.configs.values():
+        for pattern, override in config.overrides.items():
+            override_choice(pattern, override)
     for key, seed in {"seed": recipe.seed, **{f"experts.{t}.seed": e.seed for t, e in recipe.experts.items()}}.items():
         if seed is not None and not 0 <= seed < SEEDS:
             raise RecipeError(f"{key} should be from 0 to {SEEDS - 1}, but is {seed}.")
     if recipe.threads is not None and recipe.threads < 1:
         raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
-    if recipe.residual not in ("match", "identity", "orthogonal"):
-        raise RecipeError(f"residual should be 'match', 'identity' or 'orthogonal', but is {recipe.residual!r}.")
     kept = recipe.kept
     if kept.method not in recipe.method or kept.depth not in recipe.depth:
         raise RecipeError(
@@ -117,8 +106,7 @@ def _check_merging(recipe: Recipe) -> None:
 
 
 def _check_data(recipe: Recipe) -> None:
-    needs_none = all(real_method(m) == "identity" and not is_refitted(recipe, m) for m in recipe.method)
-    if recipe.calibration is None and (not needs_none or recipe.corrections):
+    if recipe.calibration is None and any(map(_reads_data, recipe.configs.values())):
         raise RecipeError(
             "calibration is missing; name a data set on which the experts can be observed (`--calibration` of merge)."
         )
@@ -140,6 +128,13 @@ def _check_data(recipe: Recipe) -> None:
             _check_section(recipe, name, section)
         else:
             _check_source(name, section.dataset, section.folder)
+
+
+def _reads_data(config: MergeConfig) -> bool:
+    """Whether a merge cannot do without calibration data."""
+    method = METHODS.find(config.method)
+    explicit = config.refit not in (None, AUTO) or (config.corrections != AUTO and bool(config.corrections))
+    return explicit or (method is not None and bool(method.needs & {"moments", "covariances"}))
 
 
 def _check_push(push: Push) -> None:

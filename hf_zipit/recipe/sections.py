@@ -13,26 +13,34 @@
 
 Every method is run at every depth; the one under `save` is kept. A method that ends in `+refit` is followed by the
 closed-form regression of `hf_zipit.refit`; with `refit: true`, or settings of it, and no such name, every method is.
-Paths are taken from the folder that the command runs in.
+All other fields of `MergeConfig` (`residual`, `overrides`, `combine`, `corrections`, ...) are keys, too. Paths are
+taken from the folder that the command runs in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from hf_zipit.config import AUTO, REFIT, MergeConfig, RefitConfig
+from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.training import Training
-from hf_zipit.refit import RefitConfig
+from hf_zipit.registry import suggestion
+from hf_zipit.schema import build
 
 ALIASES = {"average": "identity"}
 """Names that recipes may use for methods: averaging is what merging with identity maps is."""
 
-REFIT = "+refit"
-"""The end of a method's name in a recipe that asks for the refit after it."""
+
+LISTED = ("method", "depth", "options", "refit", "seed")
+"""Settings of a merge that a recipe has in its own form: several of them, by method, or for more than the merge."""
+
+SETTINGS = tuple(f.name for f in fields(MergeConfig) if f.name not in LISTED)
+"""Settings of a merge that are keys of a recipe as they are, for all its merges."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Calibration(Data):
+class CalibrationData(Data):
     """The data that the experts are observed on. Its labels only say which task a sample belongs to."""
 
     split: str = "train"
@@ -199,15 +207,14 @@ class Recipe:
     Attributes:
         name: of the merged model.
         experts: by task, in the order of their classes in the joint logits.
+        base: the model that the experts started from, or one for each by task, for `combine` rules that need it.
         calibration, evaluation: the data; without evaluation nothing is measured.
-        method: one or several of `hf_zipit.align`'s methods, or `average`; with `+refit` behind it, refitted.
+        method: one or several of `hf_zipit.align.methods`, `average` or `auto`; with `+refit` behind it, refitted.
         depth: one or several shares of the blocks that are merged, or paths of blocks.
         options: by method, that method's own options.
         refit: true, or settings of the refit: for the methods with `+refit` behind their names; where none has it, for
             all.
-        corrections: `hf_zipit.correct`'s corrections of every merge, in order, by name or as `{name: options}`.
-        residual: `match`, `identity` or `orthogonal`: what happens to the residual stream.
-        overrides: methods for spaces whose name fits a pattern.
+        settings: the other fields of `MergeConfig`, for every merge; in the file they are keys of their own.
         save: which merge is kept; the first method at the first depth by default.
         push: where the kept model is pushed to.
         train: how experts without a model are trained.
@@ -220,15 +227,14 @@ class Recipe:
 
     name: str
     experts: Mapping[str, ExpertEntry]
-    calibration: Calibration | None = None
+    base: str | Mapping[str, str] | None = None
+    calibration: CalibrationData | None = None
     evaluation: Measured | None = None
-    method: tuple[str, ...] = ("zip",)
+    method: tuple[str, ...] = (AUTO,)
     depth: tuple[float | str, ...] = (1.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refit: RefitConfig | bool | None = None
-    corrections: tuple[str, ...] | Mapping[str, Mapping[str, Any]] = ()
-    residual: str = "match"
-    overrides: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     save: Save | None = None
     push: Push | None = None
     train: Train | None = None
@@ -248,12 +254,47 @@ class Recipe:
         """Which merge is kept."""
         return self.save or Save(self.method[0], self.depth[0])
 
+    @classmethod
+    def from_dict(cls, content: Any) -> Recipe:
+        """The recipe of plain values, as a YAML file holds them.
+
+        Raises:
+            RecipeError: for an unknown key, a missing one or a value of a wrong type.
+        """
+        if not isinstance(content, Mapping):
+            return build(cls, content)
+        known = [*(f.name for f in fields(cls) if f.name != "settings"), *SETTINGS]
+        for key in content:
+            if key not in known:
+                raise RecipeError(f"{key} is not a known key; {suggestion(str(key), known)}")
+        settings = {key: value for key, value in content.items() if key in SETTINGS}
+        rest = {key: value for key, value in content.items() if key not in SETTINGS}
+        return build(cls, {**rest, "settings": settings})
+
+    def config(self, method: str, depth: float | str) -> MergeConfig:
+        """The settings of the merge by one of the methods at one of the depths.
+
+        Raises:
+            RecipeError: one is wrong.
+        """
+        plain = real_method(method)
+        refit = (self.refit or True) if is_refitted(self, method) else False
+        if plain == AUTO and self.refit is None and not method.endswith(REFIT):
+            refit = AUTO
+        return MergeConfig.of(
+            self.settings, method=plain, depth=depth, options=self.options.get(method, {}), refit=refit, seed=self.seed
+        )
+
+    @property
+    def configs(self) -> dict[tuple[str, float | str], MergeConfig]:
+        """The settings of every merge, by method and depth; raises as `config` does."""
+        return {(method, depth): self.config(method, depth) for method in self.method for depth in self.depth}
+
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as plain values that `load_recipe` reads again; what is not set is left out."""
-        plain = _plain(asdict(self))
-        if isinstance(self.corrections, Mapping):  # one without options is wanted all the same
-            plain["corrections"] = {name: dict(options) for name, options in self.corrections.items()}
-        return plain
+        """The recipe as plain values that `from_dict` reads again; what is not set is left out."""
+        plain = _plain(asdict(replace(self, settings={})))
+        # As they are: a correction without options is wanted all the same.
+        return {**plain, **{key: _listed(key, value) for key, value in self.settings.items()}}
 
     def to_yaml(self) -> str:
         """The recipe as a YAML file."""
@@ -271,9 +312,12 @@ def is_refitted(recipe: Recipe, method: str) -> bool:
     return method.endswith(REFIT) or (bool(recipe.refit) and not any(m.endswith(REFIT) for m in recipe.method))
 
 
-def refit_settings(recipe: Recipe, method: str) -> RefitConfig | bool:
-    """What `merge` is to be told about the refit after `method`."""
-    return (recipe.refit or True) if is_refitted(recipe, method) else False
+def _listed(key: str, value: Any) -> Any:
+    """A setting as YAML knows it; a list where its order means something, for files sort the keys of mappings."""
+    if isinstance(value, Mapping):
+        in_order = key in ("corrections", "overrides")
+        return [{name: item} for name, item in value.items()] if in_order else dict(value)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _plain(value: Any) -> Any:

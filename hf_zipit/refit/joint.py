@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_zipit.data.micro_batches import MicroBatch
+from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import RecipeError
+from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.regression import Gram, ridge
 
 RIDGE = 1e-2
@@ -25,24 +26,28 @@ RIDGE = 1e-2
 
 
 @torch.no_grad()
-def calibrate_joint(merged: PreTrainedModel, batches: Sequence[MicroBatch]) -> None:
-    """Add every task's log-odds to its logits, in place.
+def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibration | None) -> None:
+    """Add every task's log-odds to its logits, in place, where the config asks for joint heads.
 
     Args:
         merged: a merged model whose joint logits are the tasks' side by side.
-        batches: calibration data that says which task each sample is of.
+        planned: the plan of the merge.
+        calibration: data that says which task each sample is of.
 
     Raises:
-        RecipeError: if the joint output is no concatenation, a head does not end in a linear layer, or a batch has no
+        RecipeError: if the joint output is no concatenation, a head does not end in a linear layer, or a sample has no
             task.
     """
-    tasks = merged.config.tasks
+    config = planned.config.refit
+    if config is None or not config.joint_heads:
+        return
     if merged.config.joint != "concatenate" or not merged.config.task_labels:
         raise RecipeError("joint_heads needs tasks with different classes; this joint output is no concatenation")
-    if any(batch.task is None for batch in batches):
+    if not calibration.by_task:
         raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
-    features = {task: head_features(merged, task, batches) for task in tasks}
-    for own, task in enumerate(tasks):
+    batches = calibration.micro_batches(config.micro_batch)
+    features = {task: head_features(merged, task, batches) for task in merged.config.tasks}
+    for own, task in enumerate(merged.config.tasks):
         layer, rows = features[task]
         weight, shift = log_odds(rows, own)
         layer.weight += weight.to(layer.weight.dtype)

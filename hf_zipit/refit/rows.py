@@ -11,7 +11,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hf_zipit.data.micro_batches import MicroBatch
+from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.refit.positions import Positions
 
 Picked = Tensor | slice

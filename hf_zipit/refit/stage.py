@@ -1,22 +1,18 @@
-"""The refit as a stage of `merge`: calibration data and combined tensors in, refitted tensors and readouts out."""
+"""The refit as a stage of `merge`: calibration data and combined tensors in, refitted tensors and readout maps out."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.config import RefitConfig
-from hf_zipit.data.micro_batches import MicroBatch, micro_batches
-from hf_zipit.data.processes import all_reduce_sum
-from hf_zipit.data.sources import calibration_batches
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.plan import Plan
@@ -26,79 +22,51 @@ from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.proof import model_tensors
 
 
-def refit(
-    experts: Mapping[str, PreTrainedModel],
-    planned: Plan,
-    trunk: Mapping[str, Tensor],
-    alignment: Alignment,
-    calibration: Any,
-    config: RefitConfig | None = None,
-    *,
-    processor: Any = None,
-    accelerator: Accelerator | None = None,
-    seed: int = 0,
-    progress: bool = True,
+def refit_trunk(
+    planned: Plan, trunk: Mapping[str, Tensor], maps: Alignment, calibration: Calibration | None = None
 ) -> Refitted:
-    """Regress every module of the trunk on the experts' features; see `walk.py`.
+    """The trunk with every module regressed on the experts' features, see `walk.py`; as it is where nothing is
+    refitted.
 
     Args:
-        experts: the models by task.
-        planned: the plan of the merge.
+        planned: the plan of the merge; its config holds the settings.
         trunk: the combined tensors, where the regressions start from.
-        alignment: the maps of the movable spaces.
-        calibration: unlabelled data, by task (then each sample's own expert can weigh more) or for all tasks.
-        config: the settings.
-        processor: image processor or tokenizer for raw data.
-        accelerator: spreads the batches over its processes; moments are added up.
-        seed: of the rows that are drawn where not all are used.
-        progress: show a progress bar.
+        maps: the maps of the movable spaces.
+        calibration: unlabelled data, by task (then each sample's own expert can weigh more) or for all tasks. Its
+            batches are spread over the processes, and moments are summed over them.
 
     Raises:
-        DataError: without calibration data.
+        DataError: without calibration data, or with less of it than there are processes.
     """
-    config = config or RefitConfig()
-    model = next(iter(experts.values()))
-    accelerator = accelerator or Accelerator()
-    batches = prepared(calibration, model, list(experts), config, processor)
-    own = batches[accelerator.process_index :: accelerator.num_processes]
-    if len(batches) < accelerator.num_processes:
+    config = planned.config.refit
+    if config is None or not planned.cut.trunk:
+        return Refitted(dict(trunk))
+    if calibration is None:
+        raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
+    model = planned.model
+    batches = calibration.micro_batches(config.micro_batch)
+    if len(batches) < calibration.processes:
         raise DataError(
-            f"{len(batches)} micro-batches of calibration data cannot be spread over {accelerator.num_processes} "
+            f"{len(batches)} micro-batches of calibration data cannot be spread over {calibration.processes} "
             "processes; give more data or a smaller micro_batch"
         )
-
     walk = Walk(
         with_fused_attention(in_float32(model)),
-        [model_tensors(in_float32(expert)) for expert in experts.values()],
+        [model_tensors(in_float32(expert)) for expert in planned.folded.values()],
         trunk,
-        own,
+        batches[calibration.process :: calibration.processes],
         tasks=planned.tasks,
         spec=planned.spec,
         cut=planned.cut,
-        alignment=alignment,
+        alignment=maps,
         config=config,
-        positions=readout_positions(model, processor, config),
+        positions=readout_positions(model, calibration.processor, config),
         fields=adapter_for(model).outputs(model),
-        all_reduce=partial(all_reduce_sum, accelerator=accelerator),
-        seed=seed,
-        progress=progress and accelerator.is_main_process,
+        all_reduce=calibration.all_reduce,
+        seed=planned.config.seed,
+        progress=calibration.process == 0,
     )
     return walk.run()
-
-
-def prepared(
-    calibration: Any, model: PreTrainedModel, tasks: list[str], config: RefitConfig, processor: Any
-) -> list[MicroBatch]:
-    """The calibration data as micro-batches of one shape."""
-
-    def numbered() -> Iterable[tuple[int | None, Mapping[str, Tensor]]]:
-        stream = calibration_batches(calibration, model, tasks, processor=processor, batch_size=config.micro_batch)
-        for batch in stream:
-            yield (tasks.index(batch.task) if batch.task is not None else None), batch.inputs
-
-    text_config = getattr(model.config, "text_config", None) or model.config
-    pad = getattr(text_config, "pad_token_id", None) or 0
-    return micro_batches(numbered(), config.micro_batch, {"input_ids": pad})
 
 
 def with_fused_attention(model: PreTrainedModel) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from hf_zipit.data.micro_batches import MicroBatch
+from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.refit.graph import Program
 from hf_zipit.refit.store import MERGED, Store
 

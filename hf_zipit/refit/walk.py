@@ -17,15 +17,15 @@ its permuted copy) are a fixed point.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
-from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm
 
 from hf_zipit.config import RefitConfig
-from hf_zipit.data.micro_batches import MicroBatch
+from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention import Attention, find_attention
@@ -52,20 +52,20 @@ class Refitted:
 
     Attributes:
         tensors: the trunk's new tensors.
-        readouts: the maps from merged units to the experts' own.
+        readouts: the maps from merged units to the experts' own; None where nothing was refitted.
         head_dims: by path the width of a head in attention layers whose heads were split.
-        turned: weights whose outputs are no expert's units any more: queries, keys and values of attention layers that
-            were solved as a whole, in a basis of their own.
+        reparametrised: weights whose outputs are no expert's units any more: queries, keys and values of attention
+            layers that were solved as a whole, in a basis of their own.
         report: the regression errors.
         peak_bytes: the most memory that activations took.
     """
 
     tensors: dict[str, Tensor]
-    readouts: Readouts
-    head_dims: dict[str, int]
-    turned: frozenset[str]
-    report: RefitReport
-    peak_bytes: int
+    readouts: Readouts | None = None
+    head_dims: dict[str, int] = field(default_factory=dict)
+    reparametrised: frozenset[str] = frozenset()
+    report: RefitReport | None = None
+    peak_bytes: int = 0
 
 
 class Walk:
@@ -151,9 +151,9 @@ class Walk:
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
         tensors = {name: values.merged[name] for name in self.cut.trunk}
-        turned = frozenset(self.sites[node].weight for node in self.in_attention)
+        reparametrised = frozenset(self.sites[node].weight for node in self.in_attention)
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_dims, turned, report, values.store.peak)
+        return Refitted(tensors, solved, self.head_dims, reparametrised, report, values.store.peak)
 
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]

@@ -9,22 +9,22 @@ file can name; the recipe then says so in its first line.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
+from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-REFIT = "+refit"
+from hf_zipit.config import MergeConfig
+from hf_zipit.recipe.sections import SETTINGS
 
 ORDER = (
-    "name", "experts", "calibration", "method", "depth", "options", "refit", "corrections", "residual", "overrides",
-    "evaluation", "save", "train", "seed", "threads", "versions",
+    "name", "experts", "base", "calibration", "method", "depth", "options", "refit", "corrections", "residual",
+    "overrides", "combine", "combine_options", "row_fraction", "evaluation", "save", "train", "seed", "threads",
+    "versions",
 )  # fmt: skip
 """The keys of a recipe as people write them; a configuration file sorts them by letter."""
 
-ORDERED = ("experts", "corrections")
+ORDERED = ("experts",)
 """Sections whose order means something."""
 
 PINS = ("model", "task", "revision", "sha256")
@@ -48,9 +48,9 @@ def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     recipe["experts"] = {
         task: _pinned(_entry(written, task), method["experts"].get(task, {})) for task in model.config.tasks
     }
+    if bases := {task: origin.get("model") for task, origin in method.get("bases", {}).items()}:
+        recipe.setdefault("base", bases)
     recipe["versions"] = method.get("versions", {})
-    if isinstance(recipe.get("corrections"), Mapping):  # they are made one after the other
-        recipe["corrections"] = {name: recipe["corrections"][name] for name in method["correction_order"]}
     order = {key: position for position, key in enumerate(ORDER)}
     keys = sorted(recipe, key=lambda key: order.get(key, len(order)))
     return {key: recipe[key] if key in ORDERED else _sorted(recipe[key]) for key in keys}
@@ -74,27 +74,20 @@ def recipe_text(model: PreTrainedModel, name: str) -> str:
 
 def _from_settings(method: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The settings of a call of `merge` under the keys of a recipe."""
-    refitted = method.get("refit") is not None
-    kind = method["method"] + (REFIT if refitted else "")
+    config = MergeConfig.from_dict(method)
+    plain = config.to_dict()
     found = {
+        **{key: plain[key] for key in SETTINGS},
         "name": name,
-        "method": kind,
-        "depth": method["depth"],
-        "options": {kind: method["options"]} if method.get("options") else None,
-        "refit": method["refit"] if refitted else None,
-        "corrections": method.get("corrections") or None,
-        "residual": method.get("residual"),
-        "overrides": method.get("overrides") or None,
-        "seed": method.get("seed"),
+        "method": config.name,
+        "depth": config.depth,
+        "options": {config.name: plain["options"]} if config.options else None,
+        "refit": plain["refit"],
+        "seed": config.seed,
     }
-    return {key: _set(value) for key, value in found.items() if value is not None}
-
-
-def _set(value: Any) -> Any:
-    """Nested values without those that are not set."""
-    if not isinstance(value, Mapping):
-        return value
-    return {key: _set(item) for key, item in value.items() if item is not None}
+    default = MergeConfig(method=config.method).to_dict()
+    same = {key for key in SETTINGS if found[key] == default[key]}
+    return {key: value for key, value in found.items() if value is not None and key not in same}
 
 
 def _entry(written: Mapping[str, Any], task: str) -> dict[str, Any]:

@@ -9,21 +9,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from hf_zipit.config import RefitConfig
 from hf_zipit.errors import RecipeError
 from hf_zipit.landscapes.landscape import landscape
 from hf_zipit.landscapes.results import Landscape
-from hf_zipit.recipe.sections import Recipe, Search, is_refitted, real_method, refit_settings
-from hf_zipit.refit import RefitConfig
+from hf_zipit.recipe.sections import Recipe, Search, is_refitted
 from hf_zipit.running.data import recipe_data
 from hf_zipit.running.experts import Say, recipe_experts
 from hf_zipit.running.run import cpu_threads
-from hf_zipit.searching import SearchResult, Space, Trial, search
+from hf_zipit.searching import SearchResult, SearchSpace, Trial, search
+
+SEARCHED = ("residual",)
+"""Settings that a search space has, beside method, depth, options and refit."""
 
 
 def search_recipe(
     recipe: Recipe,
     *,
-    progress: bool = True,
     say: Say = lambda _: None,
     watch: Callable[[Trial], None] = lambda _: None,
 ) -> SearchResult:
@@ -31,7 +33,6 @@ def search_recipe(
 
     Args:
         recipe: from `load_recipe`.
-        progress: whether to show progress bars on stderr.
         say: is told in a few words what is being done.
         watch: is given every trial when it is done.
 
@@ -58,18 +59,17 @@ def search_recipe(
             score=settings.score,
             answers=settings.answers,
             max_size=settings.max_size,
-            overrides=recipe.overrides or None,
-            corrections=recipe.corrections,
+            watch=watch,
             batch_size=recipe.calibration.batch_size,
             seed=recipe.seed,
-            progress=progress,
-            watch=watch,
+            **{name: value for name, value in recipe.settings.items() if name not in SEARCHED},
         )
 
 
-def recipe_space(recipe: Recipe) -> Space:
+def recipe_space(recipe: Recipe) -> SearchSpace:
     """The space of a recipe: its `search.space`, with the recipe's own values for everything that is not in there."""
-    own: dict[str, Any] = {"method": recipe.method, "depth": recipe.depth, "residual": recipe.residual}
+    own: dict[str, Any] = {"method": recipe.method, "depth": recipe.depth}
+    own |= {name: value for name, value in recipe.settings.items() if name in SEARCHED}
     given = dict(recipe.search.space) if recipe.search else {}
     methods = given.get("method", recipe.method)
     methods = {methods} if isinstance(methods, str) else set(methods)
@@ -80,7 +80,7 @@ def recipe_space(recipe: Recipe) -> Space:
         given_settings = asdict(recipe.refit) if isinstance(recipe.refit, RefitConfig) else {}
         defaults = asdict(RefitConfig())
         own["refit"] = {name: value for name, value in given_settings.items() if value != defaults[name]} or True
-    return Space.of({**own, **given, **({"options": options} if options else {})})
+    return SearchSpace.of({**own, **given, **({"options": options} if options else {})})
 
 
 def landscape_recipe(
@@ -91,7 +91,6 @@ def landscape_recipe(
     grid: int = 13,
     steps: int = 11,
     samples: int = 128,
-    progress: bool = True,
     say: Say = lambda _: None,
 ) -> Landscape:
     """The loss around a recipe's experts and one of its merges, on calibration data.
@@ -100,7 +99,6 @@ def landscape_recipe(
         recipe: from `load_recipe`.
         method, depth: of the merge; those under the recipe's `save` by default.
         grid, steps, samples: see `hf_zipit.landscape`; the samples are not those that the merge looks at.
-        progress: whether to show progress bars on stderr.
         say: is told in a few words what is being done.
 
     Raises:
@@ -117,16 +115,9 @@ def landscape_recipe(
         return landscape(
             experts,
             data,
-            method=real_method(method),
-            options=recipe.options.get(method),
-            depth=depth,
-            residual=recipe.residual,
-            overrides=recipe.overrides or None,
-            refit=refit_settings(recipe, method),
+            recipe.config(method, depth),
             grid=grid,
             steps=steps,
             samples=samples,
             batch_size=recipe.calibration.batch_size,
-            seed=recipe.seed,
-            progress=progress,
         )

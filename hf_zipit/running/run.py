@@ -15,12 +15,13 @@ import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
 
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.evaluation.measure import evaluate
 from hf_zipit.evaluation.results import Evaluation
 from hf_zipit.merging import merge, plan
-from hf_zipit.observe.observed import Observed
+from hf_zipit.observe.shared import SharedMoments
 from hf_zipit.planning.plan import Plan
-from hf_zipit.recipe.sections import Recipe, real_method, refit_settings
+from hf_zipit.recipe.sections import Recipe
 from hf_zipit.running.data import recipe_data, without_labels
 from hf_zipit.running.experts import Say, recipe_experts
 from hf_zipit.running.results import Row, RunResult
@@ -36,36 +37,24 @@ def plan_recipe(recipe: Recipe, say: Say = lambda _: None) -> dict[tuple[str, fl
 
 def _plans(recipe: Recipe, experts: Mapping[str, PreTrainedModel]) -> dict[tuple[str, float | str], Plan]:
     """What every merge of a recipe would do, by method and depth."""
-    settings = {"residual": recipe.residual, "overrides": recipe.overrides or None}
-    return {
-        (method, depth): plan(
-            experts,
-            method=real_method(method),
-            options=recipe.options.get(method),
-            depth=depth,
-            refit=refit_settings(recipe, method),
-            **settings,
-        )
-        for method in recipe.method
-        for depth in recipe.depth
-    }
+    data = recipe.calibration is not None
+    return {point: plan(experts, config, base=recipe.base, data=data) for point, config in recipe.configs.items()}
 
 
-def run_recipe(recipe: Recipe, *, save: Save = "all", progress: bool = True, say: Say = lambda _: None) -> RunResult:
+def run_recipe(recipe: Recipe, *, save: Save = "all", say: Say = lambda _: None) -> RunResult:
     """Run a recipe.
 
     Args:
         recipe: what to do, from `load_recipe`.
         save: `"all"` writes the results, the picture, the trained experts and the kept model with its card into the
             recipe's folder; `"model"` only the model, as that folder.
-        progress: whether to show progress bars on stderr.
         say: is told in a few words what is being done.
 
     Raises:
         ZipItError: its subclasses say what is wrong with the experts, the data, the recipe or the output folder.
     """
     with cpu_threads(recipe.threads):
-        return _run(recipe, save, progress, say)
+        return _run(recipe, save, say)
 
 
 @contextmanager
@@ -79,18 +68,20 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
+def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
     experts = recipe_experts(recipe, say, train=True)
-    calibration = recipe_data(recipe, recipe.calibration, experts) if recipe.calibration else None
-    if calibration:  # nothing after this can learn from labels
-        calibration = {task: without_labels(data) for task, data in calibration.items()}
+    calibration = None
+    if recipe.calibration:
+        data = recipe_data(recipe, recipe.calibration, experts)
+        calibration = Calibration({task: without_labels(part) for task, part in data.items()},
+                                  batch_size=recipe.calibration.batch_size)  # fmt: skip
+        calibration.read(experts)
     evaluation = recipe_data(recipe, recipe.evaluation, experts) if recipe.evaluation else None
     plans = _plans(recipe, experts)
-    size = recipe.calibration.batch_size if recipe.calibration else 32
-    observed = Observed(experts, calibration, recipe.depth, batch_size=size, seed=recipe.seed, progress=progress)
+    shared = SharedMoments(experts, calibration, recipe.depth)
     if any(planned.passes for planned in plans.values()):
         say("observing the experts on the calibration data")
-    moments = {point: observed.moments(planned) for point, planned in plans.items()}
+    moments = {point: shared.moments(planned) for point, planned in plans.items()}
 
     def measured(model: PreTrainedModel | Mapping[str, PreTrainedModel]) -> Evaluation:
         if evaluation is None:
@@ -106,19 +97,7 @@ def _run(recipe: Recipe, save: Save, progress: bool, say: Say) -> RunResult:
             say(f"merging: {method}, depth {depth}")
             started = time.perf_counter()
             merged = merge(
-                experts,
-                calibration,
-                method=real_method(method),
-                options=recipe.options.get(method),
-                depth=depth,
-                refit=refit_settings(recipe, method),
-                corrections=recipe.corrections,
-                batch_size=size,
-                residual=recipe.residual,
-                overrides=recipe.overrides or None,
-                moments=moments[method, depth],
-                seed=recipe.seed,
-                progress=progress,
+                experts, calibration, recipe.config(method, depth), base=recipe.base, moments=moments[method, depth]
             )
             seconds = time.perf_counter() - started
             found = measured(merged)

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
+from hf_zipit.config import AUTO, MergeConfig, RefitConfig
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.sections import REFIT, real_method
-from hf_zipit.refit import RefitConfig
 from hf_zipit.registry import METHODS, check_options, suggestion
 
 
@@ -63,15 +63,12 @@ class Setting:
     options: Mapping[str, Any] = field(default_factory=dict)
     refit: Mapping[str, Any] | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `merge`."""
-        return {
-            "method": real_method(self.method),
-            "options": dict(self.options),
-            "depth": self.depth,
-            "residual": self.residual,
-            "refit": dict(self.refit) if self.refit is not None else False,
-        }
+    def config(self, settings: Mapping[str, Any]) -> MergeConfig:
+        """The config of the merge, with what a search leaves as it is."""
+        return MergeConfig.of(
+            settings, method=real_method(self.method), options=self.options, depth=self.depth, residual=self.residual,
+            refit=AUTO if real_method(self.method) == AUTO and self.refit is None else self.refit,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -96,7 +93,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """What is searched; the attributes are the keys of the module's docstring.
 
     Attributes:
@@ -112,13 +109,13 @@ class Space:
     refit: Mapping[str, Choices] | None = None
 
     @classmethod
-    def of(cls, content: Mapping[str, Any] | Space | None) -> Space:
+    def of(cls, content: Mapping[str, Any] | SearchSpace | None) -> SearchSpace:
         """A space from plain values; a single value counts as a list of one.
 
         Raises:
             RecipeError: for an unknown key, method, option or refit setting, an empty list or a bad range.
         """
-        if isinstance(content, Space):
+        if isinstance(content, SearchSpace):
             return content
         given = dict(content or {})
         known = [f.name for f in fields(cls)]
@@ -145,7 +142,7 @@ class Space:
             if isinstance(getattr(self, key), Range):
                 raise RecipeError(f"The {key} of a search space should be a list of names, but is a range.")
         for method in self.method:
-            if not isinstance(method, str) or real_method(method) not in METHODS:
+            if not isinstance(method, str) or real_method(method) not in (AUTO, *METHODS.names()):
                 raise RecipeError(f"There is no method {method!r}; {suggestion(str(method), METHODS.names())}")
         for method, options in self.options.items():
             if method not in self.method and all(method != m.removesuffix(REFIT) for m in self.method):

@@ -9,35 +9,37 @@ labels where there are any, else against the answers of the task's own expert, w
 estimator choose (Bergstra et al., Algorithms for Hyper-Parameter Optimization, NeurIPS 2011; with several objectives
 Ozaki et al., GECCO 2020): it looks for high scores, few parameters and little computation at once.
 
-What must hold: the same seed gives the same trials; a merge that fails is a trial with a sentence, not the end.
+Invariants: the same seed gives the same trials; a merge that fails is a trial with a sentence, not the end.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from accelerate import Accelerator
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
-from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, whole
-from hf_zipit.data.inputs import ModelInputs
-from hf_zipit.data.sources import by_task
+from hf_zipit.config import MergeConfig
+from hf_zipit.data.calibration import Calibration
+from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out
 from hf_zipit.errors import RecipeError, ZipItError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.experts.loading import Experts, load_experts
-from hf_zipit.merging import merge, plan
-from hf_zipit.observe import Moments
-from hf_zipit.observe.observed import Observed
+from hf_zipit.merging import DATA_SETTINGS, merge, plan
+from hf_zipit.observe.moments import Moments
+from hf_zipit.observe.shared import SharedMoments
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.searching.costs import expert_macs, merged_macs
 from hf_zipit.searching.result import SearchResult, Trial
-from hf_zipit.searching.space import Choices, Choose, Range, Setting, Space
+from hf_zipit.searching.space import Choices, Choose, Range, SearchSpace, Setting
 from hf_zipit.symmetry.spec import MergeSpec
 
 Sampler = Literal["grid", "tpe"]
@@ -53,83 +55,68 @@ ASKS = 10
 def search(
     experts: Experts,
     calibration: Any,
+    config: MergeConfig | Mapping[str, Any] | None = None,
     *,
     validation: Any = None,
-    space: Mapping[str, Any] | Space | None = None,
+    space: Mapping[str, Any] | SearchSpace | None = None,
     sampler: Sampler = "grid",
     trials: int | None = None,
     hold_out: float = 0.25,
     score: Score = "mean",
     answers: Answers = "auto",
     max_size: float | None = None,
-    overrides: Mapping[str, Any] | None = None,
-    combine: str = "average",
-    corrections: Sequence[str] | Mapping[str, Mapping[str, Any]] = (),
-    processor: Any = None,
-    batch_size: int = 32,
     moments: Moments | str | Path | None = None,
     accelerator: Accelerator | None = None,
-    seed: int = 0,
-    progress: bool = True,
     watch: Callable[[Trial], None] = lambda trial: None,
+    **settings: Any,
 ) -> SearchResult:
-    """Merge the same experts in many ways, and score every merge on data that no merge has looked at.
+    """Merge the same experts in many ways, and score every merge on data that no merge has read.
 
     Args:
         experts: the models by task name, as for `merge`.
         calibration: a little data, as for `merge`; never test data. Labels are used for nothing but the score.
-        validation: data to score on, of the same kinds; without it a part of the calibration data is held out, which
-            then cannot be a `DataLoader` or an iterable.
+        config: what all merges have in common; or its fields as keywords. Its `seed` is also that of the division of
+            the data and of the sampler.
+        validation: data to score on, of the same kinds; without it a part of the calibration data is held out.
         space: what to try, as in `searching.space`; permute and zip at two depths by default.
         sampler: `"grid"` or `"tpe"`.
         trials: at most so many different merges; the whole grid by default, or 30 by tpe.
         hold_out: the share of every task's calibration samples that only scores.
         score: `"mean"` of the tasks' accuracies, `"joint"` accuracy among the classes of all tasks, or a function of
-            the merged model, which should look at no test data either.
+            the merged model, which should read no test data either.
         answers: who says what is right: the data's `"labels"` (ids of each task's own classes), the `"experts"`, or
             `"auto"`: labels where every task has them.
-        max_size: `SearchResult.best` has at most so many times the parameters of one expert.
-        overrides, combine, corrections: of all merges, as for `merge`.
-        processor: image processor or tokenizer for raw data.
-        batch_size: samples per forward pass.
+        max_size: `SearchResult.best` has at most this multiple of the parameters of one expert.
         moments: of the same experts, at least as deep as the space; nothing is observed then. They should not have
             been taken from the samples that score.
         accelerator: where to run.
-        seed: of the division of the data, of the sampler, and of every merge.
-        progress: show a progress bar on stderr.
         watch: is given every trial when it is done.
+        settings: fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
     Raises:
         ExpertError, SpecError: if the experts cannot be merged at all.
         DataError: if the data cannot be used or divided.
         RecipeError: if the space or a setting of the search is wrong, or the optional Optuna is not installed.
     """
-    space = Space.of(space)
+    reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
+    common = {**(config.to_dict() if isinstance(config, MergeConfig) else config or {}), **settings}
+    seed = MergeConfig.of(common).seed
+    space = SearchSpace.of(space)
     _check(sampler, trials, score, max_size)
     sample = _sampler(space, sampler, trials, seed)
     loaded = load_experts(experts)
     first = next(iter(loaded.values()))
     for depth in _depths(space):
-        make_plan(loaded, depth)
+        make_plan(loaded, MergeConfig(depth=depth))
+    data = Calibration.of(calibration, accelerator=accelerator, **reading).read(loaded)
     if validation is None:
-        rest, held = divide(calibration, first, list(loaded), hold_out, seed)
-        calibration = whole(rest)
+        data, held = divide(data, hold_out, seed)
     else:
-        held = by_task(validation, ModelInputs.of(first), list(loaded))
-    samples = None
-    if not callable(score):
-        samples = held_out(held, loaded, answers=answers, processor=processor, batch_size=batch_size)
-    observed = Observed(
-        loaded, calibration, _depths(space), moments,
-        processor=processor, batch_size=batch_size, accelerator=accelerator, seed=seed, progress=progress,
-    )  # fmt: skip
-    task = _Task(
-        loaded, calibration, observed, score, samples,
-        {"overrides": overrides, "combine": combine, "corrections": corrections, "processor": processor,
-         "batch_size": batch_size, "accelerator": accelerator, "seed": seed},
-    )  # fmt: skip
+        held = Calibration.of(validation, accelerator=accelerator, **reading).read(loaded)
+    samples = None if callable(score) else held_out(held, loaded, answers=answers)
+    task = _Task(loaded, data, SharedMoments(loaded, data, _depths(space), moments), score, samples, common)
     done: list[Trial] = []
-    with tqdm(total=sample.total, desc="searching", unit="merge", disable=not progress) as bar:
+    with tqdm(total=sample.total, desc="searching", unit="merge") as bar:
 
         def run(setting: Setting) -> Trial:
             trial = task.run(len(done), setting)
@@ -139,7 +126,7 @@ def search(
             return trial
 
         sample.search(run)
-    beside = accuracy(loaded, samples.tasks, batch_size=batch_size) if samples else None
+    beside = accuracy(loaded, samples.tasks, batch_size=data.batch_size) if samples else None
     spec = MergeSpec.from_model(first)
     return SearchResult(
         tuple(done), "own" if callable(score) else score, samples.answers if samples else None,
@@ -158,7 +145,7 @@ def _check(sampler: str, trials: int | None, score: Any, max_size: float | None)
         raise RecipeError(f"max_size is {max_size}; it must be above 0.")
 
 
-def _depths(space: Space) -> tuple[float | str, ...]:
+def _depths(space: SearchSpace) -> tuple[float | str, ...]:
     return (space.depth.high,) if isinstance(space.depth, Range) else space.depth
 
 
@@ -167,24 +154,21 @@ class _Task:
     """The merges of one search: everything but the setting."""
 
     experts: Mapping[str, PreTrainedModel]
-    calibration: Any
-    observed: Observed
+    calibration: Calibration
+    moments: SharedMoments
     score: Score
     samples: HeldOut | None
-    merging: Mapping[str, Any]
+    common: Mapping[str, Any]
 
     def run(self, number: int, setting: Setting) -> Trial:
         """Merge and score; an error that a user can see becomes the trial's."""
         started = time.perf_counter()
         try:
-            arguments = setting.arguments()
-            planning = {name: value for name, value in arguments.items() if name != "refit"}
-            planned = plan(self.experts, **planning, **{name: self.merging[name] for name in ("overrides", "combine")})
-            found = self.observed.moments(planned)
+            config = setting.config(self.common)
+            found = self.moments.moments(plan(self.experts, config))
             started = time.perf_counter()  # all merges share the observation
-            merged = merge(
-                self.experts, self.calibration, **arguments, **self.merging, moments=found, progress=False
-            )  # fmt: skip
+            with no_bars():
+                merged = merge(self.experts, self.calibration, config, moments=found)
             seconds = time.perf_counter() - started
             measured, score = self._scored(merged)
         except ZipItError as error:
@@ -196,12 +180,24 @@ class _Task:
     def _scored(self, merged: PreTrainedModel) -> tuple[Any, float]:
         if callable(self.score):
             return None, float(self.score(merged))
-        found = accuracy(merged, self.samples.tasks, batch_size=self.merging["batch_size"])
+        found = accuracy(merged, self.samples.tasks, batch_size=self.calibration.batch_size)
         if self.score == "mean":
             return found, found.mean
         if found.joint is None:
             raise RecipeError("The tasks share their classes, so that there is no joint accuracy; score by 'mean'.")
         return found, found.joint
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """No progress bars inside the search's own."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -223,7 +219,7 @@ class _Grid:
 class _Tpe:
     """Optuna proposes, from what it knows of the trials before."""
 
-    space: Space
+    space: SearchSpace
     total: int
     seed: int
 
@@ -252,7 +248,7 @@ class _Tpe:
             optuna.logging.set_verbosity(verbosity)
 
 
-def _sampler(space: Space, sampler: str, trials: int | None, seed: int) -> _Grid | _Tpe:
+def _sampler(space: SearchSpace, sampler: str, trials: int | None, seed: int) -> _Grid | _Tpe:
     if sampler == "tpe":
         try:
             import optuna  # noqa: F401

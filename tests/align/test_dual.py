@@ -32,7 +32,7 @@ def correlations(name: str, experts: Sequence[Mapping[str, Tensor]]) -> dict[Pro
         models[str(t)].load_state_dict({n: x.clone() for n, x in weights.items()}, strict=False)
     inputs = adapter_for(models["0"]).inputs(models["0"])
     inputs = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
-    moments = observe(spec_for(name), models, [inputs], row_fraction=1.0, progress=False)
+    moments = observe(spec_for(name), models, [inputs], row_fraction=1.0)
     return {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118 (not a mapping)
 
 

@@ -218,7 +218,7 @@ def vits() -> dict[str, torch.nn.Module]:
 @torch.no_grad()
 def test_layers_of_a_vit_with_everything_apart_are_the_means_of_its_experts():
     """Heads keep their own attention patterns, so that this holds for attention, too."""
-    whole = merge(vits(), IMAGES, method="partial", options={"budget": 3.0}, residual="identity", progress=False)
+    whole = merge(vits(), IMAGES, method="partial", options={"budget": 3.0}, residual="identity")
     x = torch.randn(3, 17, 32, generator=torch.Generator().manual_seed(1))
     for path in ("vit.layers.0.mlp", "vit.layers.1.attention"):
         found, *own = (model.get_submodule(path)(x) for model in (whole.trunk, *vits().values()))
@@ -228,13 +228,13 @@ def test_layers_of_a_vit_with_everything_apart_are_the_means_of_its_experts():
 
 
 def test_a_merged_trunk_has_the_parameters_that_were_asked_for():
-    whole = merge(vits(), IMAGES, method="partial", options={"budget": 1.3}, progress=False)
+    whole = merge(vits(), IMAGES, method="partial", options={"budget": 1.3})
     trunk = plan(vits()).parameters["trunk"]
     assert 1.25 * trunk < sum(p.numel() for p in whole.trunk.parameters()) <= 1.3 * trunk
 
 
 def test_a_merged_trunk_takes_the_multiplications_that_were_asked_for():
-    whole = merge(vits(), IMAGES, method="partial", options={"budget": 1.3, "of": "flops"}, progress=False)
+    whole = merge(vits(), IMAGES, method="partial", options={"budget": 1.3, "of": "flops"})
     counts = []
     for model, task in ((copy.deepcopy(vits()["a"]), {}), (whole, {"task": "a"})):
         model.set_attn_implementation("eager")  # the counter does not know attention in one op
@@ -250,7 +250,7 @@ def test_wide_layers_are_refitted(name):
     models = dict(zip("ab", tiny.pair(name), strict=True))
     inputs = {k: v for k, v in adapter_for(models["a"]).inputs(models["a"]).items() if isinstance(v, Tensor)}
     settings = {"options": {"budget": 1.4}, "refit": {"micro_batch": 2}}
-    whole = merge(models, inputs, method="partial", progress=False, **settings)
+    whole = merge(models, inputs, method="partial", **settings)
     assert whole.config.trunk_shapes
     assert "refit_errors" in whole.config.method
     assert all(bool(torch.isfinite(t).all()) for t in whole.state_dict().values() if t.is_floating_point())

@@ -54,7 +54,7 @@ def turned(name, copies=1, permutations_only=False, inside=True):
 
 def merged(models, method, **settings):
     data = None if settings.pop("blind", False) else calibration(models[0])
-    return merge(dict(zip("abc", models, strict=False)), data, method=method, progress=False, **settings)
+    return merge(dict(zip("abc", models, strict=False)), data, method=method, **settings)
 
 
 def assert_computes(result, models, tolerance=1e-4):
@@ -105,7 +105,7 @@ def test_pairs_under_rotary_embeddings_are_turned_by_methods_that_know_how(metho
     planned = plan(models, method=method)
     moments = None
     if "moments" in METHODS.get(method).needs:
-        moments = observe(planned.spec, models, calibration(models["a"]), progress=False)
+        moments = observe(planned.spec, models, calibration(models["a"]))
     found = align_trunk(models, planned, moments, method)
     rotary = {name for name, space in planned.spec.spaces.items() if space.symmetry is Symmetry.ROTARY}
     assert len(rotary) == 2

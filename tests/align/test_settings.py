@@ -55,7 +55,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 @pytest.mark.parametrize(("method", "options", "message"), WRONG)
 def test_values_of_options_are_told_before_data_is_read(method, options, message):
     with pytest.raises(RecipeError, match=message) as told:
-        merge(experts(), Unread(), method=method, options=options, progress=False)
+        merge(experts(), Unread(), method=method, options=options)
     assert "\n" not in str(told.value)
 
 
@@ -88,7 +88,7 @@ def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
 @cache
 def gathered() -> tuple[Plan, Moments]:
     planned = plan(experts(), method="zip")
-    found = moments_for(experts(), planned, IMAGES, None, None, row_fraction=1.0, progress=False)
+    found = moments_for(experts(), planned, IMAGES, None, None, row_fraction=1.0)
     assert found is not None
     return planned, found
 
@@ -121,7 +121,7 @@ def test_options_of_the_method_are_not_those_of_the_override():
 
 def test_an_override_of_another_width_makes_a_model_of_that_width():
     whole = merge(
-        experts(), IMAGES, method="weights", overrides={"*.1.mlp.fc1": {"method": "zip", "size": 48}}, progress=False
+        experts(), IMAGES, method="weights", overrides={"*.1.mlp.fc1": {"method": "zip", "size": 48}}
     )
     assert whole.config.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [48, 32]
     assert whole.config.method["overrides"] == {"*.1.mlp.fc1": {"method": "zip", "size": 48}}
@@ -155,14 +155,14 @@ WRONG_OVERRIDES: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("overrides", "message"), WRONG_OVERRIDES)
 def test_wrong_overrides_are_told_before_data_is_read(overrides, message):
     with pytest.raises(RecipeError, match=message) as told:
-        merge(experts(), Unread(), method="zip", overrides=overrides, progress=False)
+        merge(experts(), Unread(), method="zip", overrides=overrides)
     assert "\n" not in str(told.value)
 
 
 @pytest.mark.parametrize("method", ["weights", "dual", "partial"])
 def test_what_lives_within_heads_cannot_be_matched_before_them(method):
     with pytest.raises(RecipeError, match="cannot be matched before vit.layers.0.attention.heads"):
-        merge(experts(), Unread(), method=method, overrides={"*.v_proj": "permute"}, progress=False)
+        merge(experts(), Unread(), method=method, overrides={"*.v_proj": "permute"})
     plan(experts(), method=method, overrides={"*.v_proj": "permute", "*.heads": "permute"})
 
 

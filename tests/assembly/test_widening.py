@@ -73,7 +73,7 @@ def test_nothing_may_be_wider_is_told_before_data_is_read():
 
     model = tiny.build("bit")
     with pytest.raises(RecipeError, match="No layer of BitForImageClassification can be made wider"):
-        merge({"a": model, "b": model}, Unread(), method="partial", progress=False)
+        merge({"a": model, "b": model}, Unread(), method="partial")
 
 
 @pytest.mark.parametrize("name", WIDENABLE)

@@ -163,7 +163,7 @@ def test_a_row_is_what_scoring_by_hand_gives(tiny_pair: Pair, method: str, monke
     else:
         settings = METHODS[method]
         calibration = {task: tiny_pair.calibration(task, 8) for task in tiny_pair.experts} if settings.data else None
-        merged = measure.merge(tiny_pair.experts, calibration, progress=False, **settings.settings)
+        merged = measure.merge(tiny_pair.experts, calibration, **settings.settings)
         models = {task: partial(merged, task=task) for task in tiny_pair.experts}
         assert row.joint == tiny_pair.joint_score(merged)
         assert row.seconds > 0 and (row.samples == 8) == settings.data

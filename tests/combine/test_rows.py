@@ -89,7 +89,7 @@ def test_a_grouped_model_with_its_permuted_copies(method: str):
         copies[task] = tiny.build("regnet")
         copies[task].load_state_dict(apply_element(tensors, spec, element))
     images = torch.randn(24, 3, 32, 32, generator=generator)
-    whole = merge(copies, images, method=method, progress=False)
+    whole = merge(copies, images, method=method)
     expected = model(pixel_values=images).logits
     for task in copies:
         found = whole(pixel_values=images, task=task).logits

@@ -77,14 +77,14 @@ def calibration(name: str) -> dict[str, dict[str, Tensor]]:
 
 
 def merged(name: str, **settings: object) -> PreTrainedModel:
-    return merge(experts(name), calibration(name), progress=False, batch_size=64, **settings)
+    return merge(experts(name), calibration(name), batch_size=64, **settings)
 
 
 def planned_and_aligned(name: str) -> tuple[Plan, Mapping[str, object], Batches]:
     """What `merge` with its defaults finds on the way."""
     models = experts(name)
     planned = plan(models)
-    moments = observe(planned.spec, models, calibration(name), batch_size=64, progress=False)
+    moments = observe(planned.spec, models, calibration(name), batch_size=64)
     batches = Batches.of(calibration(name), models, batch_size=64, moments=moments)
     return planned, align_trunk(models, planned, moments, "zip"), batches
 
@@ -122,7 +122,7 @@ def test_model_with_itself_stays_that_model(name: str, correction: str):
     """Its BatchNorm statistics are those of the calibration data, so that a reset has nothing to change."""
     model = awake(in_general_position(tiny.build(name), torch.Generator().manual_seed(1)))
     inputs = example_inputs(model)
-    result = merge({"a": model, "b": model}, inputs, corrections=[correction], progress=False, batch_size=64)
+    result = merge({"a": model, "b": model}, inputs, corrections=[correction], batch_size=64)
     for task in TASKS:
         assert_same(outputs(result, inputs, model, task=task), outputs(model, inputs, model), 1e-4)
 
@@ -132,7 +132,7 @@ def test_model_with_reordered_copy_under_all_corrections(name: str):
     """Units in another order have the same statistics; BatchNorm is asked elsewhere."""
     it = invariant_case(name)
     models = {"a": it.model, "b": it.moved}
-    result = merge(models, dict(it.inputs), corrections=["repair", "rescale-shift"], progress=False)
+    result = merge(models, dict(it.inputs), corrections=["repair", "rescale-shift"])
     for task, model in models.items():
         assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
 
@@ -181,7 +181,7 @@ def test_refit_of_a_model_with_itself_stays_that_model(name: str, correction: st
     """The basis inside heads is the refit's own, so that units there have no expert's statistics to be given."""
     it = invariant_case(name)
     models = {"a": it.model, "b": it.model}
-    result = merge(models, it.inputs, method="identity", refit=True, corrections=[correction], progress=False)
+    result = merge(models, it.inputs, method="identity", refit=True, corrections=[correction])
     for task, model in models.items():
         assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
 
@@ -201,7 +201,7 @@ def test_heads_that_were_split_are_left_alone(correction: str):
             moved[name] = tensor.unflatten(1, (-1, width)).roll(1, 1).flatten(1)
     models = {"a": with_tensors(model, narrow), "b": with_tensors(model, moved)}
     inputs = invariant_case("vit").inputs
-    result = merge(models, inputs, method="identity", refit=True, corrections=[correction], progress=False)
+    result = merge(models, inputs, method="identity", refit=True, corrections=[correction])
     assert len(result.config.head_dims) == 2
     for task, expert in models.items():
         assert_same(outputs(result, inputs, expert, task=task), outputs(expert, inputs, expert), 1e-3)
@@ -329,10 +329,10 @@ def test_both_forms_of_repair_agree_where_nothing_is_assumed(name: str):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
     models = {"a": first, "b": second}
     inputs = calibration(name)
-    moments = observe(planned.spec, models, inputs, batch_size=64, progress=False, row_fraction=1.0)
+    moments = observe(planned.spec, models, inputs, batch_size=64, row_fraction=1.0)
     batches = replace(Batches.of(inputs, models), moments=moments)
     alignment = align_trunk(models, planned, None, "identity")
-    plain, measured, closed = (merge(models, inputs, method="identity", progress=False) for _ in range(3))
+    plain, measured, closed = (merge(models, inputs, method="identity") for _ in range(3))
     repair(measured, models, planned, alignment, batches, eps=EXACT)
     repair(closed, models, planned, alignment, batches, statistics="moments", eps=EXACT)
     before, direct, found = (model.trunk.get_submodule(path) for model in (plain, measured, closed))
@@ -346,7 +346,7 @@ def test_repair_from_moments_leaves_a_model_merged_with_itself(name: str):
     model = in_general_position(tiny.build(name), torch.Generator().manual_seed(1))
     inputs = example_inputs(model)
     settings = {"repair": {"statistics": "moments"}}
-    result = merge({"a": model, "b": model}, inputs, corrections=settings, progress=False, row_fraction=1.0)
+    result = merge({"a": model, "b": model}, inputs, corrections=settings, row_fraction=1.0)
     assert_same(outputs(result, inputs, model, task="b"), outputs(model, inputs, model), 1e-4)
 
 

@@ -43,7 +43,7 @@ def test_wrong_corrections_are_told(changes: dict, message: str, tmp_path: Path)
 def test_a_recipe_runs_its_corrections(tmp_path: Path):
     changes = {"corrections": WITH_OPTIONS, "method": "average", "depth": 1, "save": None, "evaluation": None}
     recipe = tiny(tmp_path, **changes)
-    run_recipe(recipe, progress=False)
+    run_recipe(recipe)
     merged = load_merged(recipe.folder / "model")
     assert list(merged.config.method["corrections"]) == BY_NAME
     assert merged.config.rescaled

@@ -51,7 +51,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def merged_folder(experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The experts, merged at full depth and saved."""
-    merged = hf_zipit.merge(experts, images(), method="permute", progress=False)
+    merged = hf_zipit.merge(experts, images(), method="permute")
     folder = tmp_path_factory.mktemp("merged") / "both"
     merged.save_pretrained(folder)
     return folder

@@ -36,7 +36,7 @@ def calibration(name: str) -> dict[str, torch.Tensor]:
 
 
 def merge(experts: dict[str, Any], data: Any = None, **settings: Any) -> PreTrainedModel:
-    return hf_zipit.merge(experts, data, progress=False, **settings)
+    return hf_zipit.merge(experts, data, **settings)
 
 
 @torch.no_grad()
@@ -154,10 +154,10 @@ def test_the_recipe_of_a_second_merge_runs(tmp_path: Path):
     assert [entry.get("task") for entry in written["experts"].values()] == ["a", "b", None]
     written["output"] = str(tmp_path / "out")
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
-    result = run_recipe(load_recipe(tmp_path / "recipe.yaml"), progress=False)
+    result = run_recipe(load_recipe(tmp_path / "recipe.yaml"))
     mine, theirs = ((folder / "model.safetensors").read_bytes() for folder in (tmp_path / "again", result.model))
     assert mine == theirs
     written["experts"]["z"]["sha256"] = "0" * 64
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
     with pytest.raises(ExpertError, match="the expert 'z' have the sha256 .* but the recipe asks for 000000000000"):
-        run_recipe(load_recipe(tmp_path / "recipe.yaml"), progress=False)
+        run_recipe(load_recipe(tmp_path / "recipe.yaml"))

@@ -31,7 +31,7 @@ result = type(load_expert("clothes", source, revision)).__name__
 MERGE = """
 import json, torch, hf_zipit
 from pathlib import Path
-merged = hf_zipit.merge(experts, torch.zeros(4, 3, 8, 8), method="permute", progress=False)
+merged = hf_zipit.merge(experts, torch.zeros(4, 3, 8, 8), method="permute")
 merged.save_pretrained(out)
 result = merged.config.method["experts"]
 """

@@ -34,7 +34,7 @@ def experts(room: Path, sizes: tuple[int, ...]) -> dict[str, Path]:
 
 
 def merged(room: Path, sizes: tuple[int, ...], **settings):
-    return hf_zipit.merge(experts(room, sizes), method="identity", progress=False, **settings)
+    return hf_zipit.merge(experts(room, sizes), method="identity", **settings)
 
 
 def names(folder: Path) -> set[str]:
@@ -60,7 +60,7 @@ def test_different_processors_are_saved_per_task_and_the_card_says_so(tmp_path: 
     for _ in range(2):
         again.save_pretrained(tmp_path / "again")
     assert processor_files(tmp_path / "again") == processor_files(tmp_path / "both")
-    third = hf_zipit.merge({"x": tmp_path / "both", "y": tmp_path / "task 0"}, method="identity", progress=False)
+    third = hf_zipit.merge({"x": tmp_path / "both", "y": tmp_path / "task 0"}, method="identity")
     assert {name.split("/")[1] for name in third.processor_files()} == {"x_task_0", "x_task_1", "y"}
 
 

@@ -52,7 +52,7 @@ def data(name: str = "vit") -> dict[str, torch.Tensor]:
 
 def survey(name: str = "vit", models: Mapping[str, Any] | None = None) -> Survey:
     models = models or experts(name)
-    return Survey.of(models, {task: data(name)[task] for task in models}, hold_out=0.5, progress=False)
+    return Survey.of(models, {task: data(name)[task] for task in models}, hold_out=0.5)
 
 
 def own_losses(models: Mapping[str, Any], held: HeldOut) -> dict[str, float]:
@@ -82,7 +82,7 @@ def test_the_ends_of_the_line_are_the_experts_and_its_middle_is_the_merge(method
     assert curve.loss["few"][0] == pytest.approx(expected["few"], abs=1e-5)
     assert curve.loss["more"][-1] == pytest.approx(expected["more"], abs=1e-5)
     assert abs(curve.loss["few"][-1] - expected["few"]) > 1e-2  # the other expert's trunk is another
-    merged = losses(merge(experts(), it.calibration, method=method, progress=False), it.held)
+    merged = losses(merge(experts(), it.calibration, method=method), it.held)
     for task in TASKS:
         assert (curve.loss[task][2], curve.error[task][2]) == pytest.approx(merged[task], abs=1e-5)
         assert curve.barrier(task) >= 0
@@ -196,7 +196,7 @@ def test_statistics_stay_positive_far_away():
     models = experts("resnet-basic")
     found = landscape(
         models, {task: data("resnet-basic")[task] for task in models}, method="identity", grid=3, margin=3.0, steps=3,
-        hold_out=0.5, progress=False,
+        hold_out=0.5,
     )  # fmt: skip
     values = [value for rows in found.plane.loss.values() for row in rows for value in row]
     assert all(math.isfinite(value) for value in values)
@@ -205,7 +205,7 @@ def test_statistics_stay_positive_far_away():
 def test_a_third_expert_makes_the_merge_span_the_plane():
     models = experts(seeds=(0, 1, 2))
     found = landscape(
-        models, data(), method="identity", pair=("more", "third"), grid=2, steps=3, hold_out=0.5, progress=False
+        models, data(), method="identity", pair=("more", "third"), grid=2, steps=3, hold_out=0.5
     )
     assert found.pair == ("more", "third") and found.naive is None
     assert found.plane.through_merge and found.plane.points["merge"][1] > 0.1
@@ -218,7 +218,7 @@ def test_what_cannot_be_drawn_is_told():
         it.surface(TASKS, method="identity", depth=0)
     for wrong in ({"steps": 2}, {"grid": 1}, {"samples": 0}, {"pair": ("few", "few")}, {"pair": ("few", "mor")}):
         with pytest.raises(RecipeError):
-            landscape(experts(), data_of(TASKS), method="identity", progress=False, **wrong)
+            landscape(experts(), data_of(TASKS), method="identity", **wrong)
 
 
 def data_of(tasks: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -235,7 +235,7 @@ def test_the_same_seed_measures_the_same_and_the_samples_are_limited():
 
 def test_what_is_saved_can_be_read_and_drawn(tmp_path):
     found = landscape(
-        experts(), data_of(TASKS), method="zip", refit=True, grid=3, steps=3, hold_out=0.5, progress=False
+        experts(), data_of(TASKS), method="zip", refit=True, grid=3, steps=3, hold_out=0.5
     )
     found.save(tmp_path, title="tiny")
     assert {"landscape.json", "landscape.png", "interpolation.png"} == {path.name for path in tmp_path.iterdir()}
@@ -251,6 +251,6 @@ def test_what_is_saved_can_be_read_and_drawn(tmp_path):
 
 def test_a_recipe_is_measured_on_calibration_data_alone(tmp_path):
     given = recipe(tmp_path, method="average", depth=1, evaluation=None)
-    found = landscape_recipe(given, grid=2, steps=3, samples=4, progress=False)
+    found = landscape_recipe(given, grid=2, steps=3, samples=4)
     assert found.answers == "labels"
     assert found.samples == {"few": 4, "more": 4}

@@ -100,7 +100,7 @@ def test_what_cannot_be_cut(dims: dict[str, int], says: str):
 @pytest.fixture(scope="module")
 def merged() -> PreTrainedModel:
     first, second = tiny.pair("vit")
-    model = merge({"a": first, "b": second}, calibration(first), method="identity", refit=True, progress=False)
+    model = merge({"a": first, "b": second}, calibration(first), method="identity", refit=True)
     assert len(model.config.head_dims) == 2
     return model
 
@@ -134,7 +134,7 @@ def test_a_task_is_a_plain_model_with_more_heads(merged: PreTrainedModel, tmp_pa
 def test_a_number_of_heads_for_every_stage():
     models = [tiny.build("segformer", seed, num_attention_heads=[2, 2, 4, 8]) for seed in (0, 1)]
     inputs = calibration(models[0])
-    merged = merge(dict(zip("ab", models, strict=True)), inputs, method="identity", refit=True, progress=False)
+    merged = merge(dict(zip("ab", models, strict=True)), inputs, method="identity", refit=True)
     plain = merged.expert("a")
     assert plain.config.num_attention_heads == [4, 4, 8, 16]
     torch.testing.assert_close(plain(**inputs).logits, merged(**inputs, task="a").logits)

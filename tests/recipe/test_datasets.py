@@ -76,7 +76,7 @@ def test_columns_and_streams_change_nothing_for_a_merge(kind: str) -> None:
 
     def merged(calibration: Any, **settings: Any) -> PreTrainedModel:
         return hf_zipit.merge(
-            models, calibration, method="permute", processor=processor(), batch_size=4, progress=False, **settings
+            models, calibration, method="permute", processor=processor(), batch_size=4, **settings
         )
 
     expected = merged(plain)
@@ -154,7 +154,7 @@ def test_contrastive_models_take_images_with_captions() -> None:
     models = {"a": build("clip", 0), "b": build("clip", 1)}
     data = Dataset.from_dict({"img": pictures(5)["image"], "caption": TEXTS})
     columns = {"img": "image", "caption": "text"}
-    merged = hf_zipit.merge(models, data, processor=processor, columns=columns, method="permute", progress=False)
+    merged = hf_zipit.merge(models, data, processor=processor, columns=columns, method="permute")
     found = hf_zipit.evaluate(
         merged, {"a": data, "b": data.to_iterable_dataset()}, metrics="retrieval_recall", processor=processor,
         columns=columns,
@@ -254,7 +254,7 @@ def test_every_task_may_have_its_own_data_set(saved, tmp_path: Path, streaming: 
         assert set(part.column_names) >= {READY[kind], "labels"}
         assert part.features["labels"].names == NAMES[task]
         assert len(part) == min(4, len(own_part(KINDS[kind][1](), task)))
-    result = run_recipe(recipe, progress=False)
+    result = run_recipe(recipe)
     assert set(result.kept.accuracy.per_task) == {"clothes", "shoes"}
     assert "clothes-data" in (result.model / "README.md").read_text()
     assert load_recipe(result.model / "recipe.yaml").experts["shoes"].data == recipe.experts["shoes"].data
@@ -285,7 +285,7 @@ def test_experts_without_classes_are_calibrated_on_what_there_is(tmp_path: Path)
         "calibration": {"dataset": str(tmp_path / "data"), "samples": 3},
         "method": "permute",
     }
-    result = run_recipe(loaded(tmp_path, content), progress=False)
+    result = run_recipe(loaded(tmp_path, content))
     merged = hf_zipit.modeling.ZipItForMaskedLM.from_pretrained(result.model)
     from hf_zipit.recipe.sections import Data
 

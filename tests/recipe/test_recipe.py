@@ -198,7 +198,7 @@ def test_overrides_of_a_recipe_reach_its_merges(tmp_path):
     override = {"*.layers.1.mlp.fc1": {"method": "zip", "size": 24}}
     recipe = tiny(tmp_path, overrides=override, method=["weights", "partial"], depth=[1, 0.5], save=None)
     assert set(plan_recipe(recipe)) == {(m, d) for m in ("weights", "partial") for d in (1.0, 0.5)}
-    result = run_recipe(recipe, progress=False)
+    result = run_recipe(recipe)
     kept = load_merged(str(result.model)).config
     assert kept.method["overrides"] == override
     assert kept.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [24, 16]
@@ -217,7 +217,7 @@ def test_a_plan_writes_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def result(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    return run_recipe(tiny(folder), progress=False)
+    return run_recipe(tiny(folder))
 
 
 def test_a_run_makes_every_method_at_every_depth(result):
@@ -262,7 +262,7 @@ def test_a_run_leaves_a_picture_a_card_and_the_trained_experts(result):
 
 def test_the_same_recipe_gives_the_same_file(result, tmp_path):
     again = run_recipe(
-        replace(result.recipe, output=tmp_path / "again", method=("zip",), depth=(1.0,)), progress=False
+        replace(result.recipe, output=tmp_path / "again", method=("zip",), depth=(1.0,))
     )
     assert (again.model / "model.safetensors").read_bytes() == (result.model / "model.safetensors").read_bytes()
 
@@ -294,8 +294,8 @@ def test_a_run_pushes_the_kept_model_when_all_is_written(tmp_path, monkeypatch):
     recipe = tiny(tmp_path, push={"repo_id": "me/digits", "private": True}, method="average", depth=1, save=None)
     assert recipe.push == load_recipe(written(tmp_path, recipe.to_yaml())).push
     plan_recipe(recipe)
-    assert run_recipe(recipe, save="nothing", progress=False).pushed is None and not pushed
-    result = run_recipe(recipe, progress=False)
+    assert run_recipe(recipe, save="nothing").pushed is None and not pushed
+    result = run_recipe(recipe)
     wanted = {"repo_id": "me/digits", "private": True, "revision": None, "create_pr": False, "commit_message": None}
     assert pushed == [wanted]
     assert result.pushed == "https://hub/me/digits"

@@ -121,7 +121,7 @@ def test_a_change_of_basis_inside_heads_is_seen_through(name: str, refit: bool):
     data = calibration(model)
     settings = RefitConfig(ridge=1e-2, micro_batch=8) if refit else False
     given = dict.fromkeys("ab", data)
-    merged = merge({"a": model, "b": turned}, given, method="identity", refit=settings, progress=False)
+    merged = merge({"a": model, "b": turned}, given, method="identity", refit=settings)
     same = [
         torch.allclose(x, y, atol=1e-3 * float(y.abs().max()))
         for x, y in zip(
@@ -182,7 +182,7 @@ def test_nothing_is_left_to_gain_at_the_output_projection(split: bool):
     data = {"a": calibration(models[0]), "b": calibration(models[1])}
     settings = RefitConfig(rows_per_input=0, split_heads=split, ridge=1e-8)
     with patch.object(walk, "relative_errors", checked):
-        merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings, progress=False)
+        merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
     assert len(errors) == 2 * 2
     for before, after in errors:
         assert before > 1e-4 and after == pytest.approx(before, rel=1e-3)
@@ -217,7 +217,7 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     for split in (True, False):
         settings = RefitConfig(own_task_weight=1 / count, ridge=ridge, rows_per_input=0, split_heads=split)
         experts = dict(zip(tasks, models, strict=True))
-        merged = merge(experts, data, method="identity", refit=settings, progress=False)
+        merged = merge(experts, data, method="identity", refit=settings)
         assert ("vit.layers.0.attention" in merged.config.head_dims) == split
         report = RefitReport.of(merged)
         assert report is not None
@@ -229,7 +229,7 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
 def test_heads_that_agree_are_not_split(narrow: bool):
     """Not even where half of the width would do."""
     model = apart(case("vit").model, 1)[0] if narrow else case("vit").model
-    merged = merge(dict.fromkeys("ab", model), calibration(model), method="permute", refit=True, progress=False)
+    merged = merge(dict.fromkeys("ab", model), calibration(model), method="permute", refit=True)
     assert merged.config.head_dims == {}
 
 
@@ -244,7 +244,7 @@ def test_heads_that_nearly_agree_are_paired():
             tensors[name] = tensors[name] + 0.1 * tensors[name].std() * noise
         models.append(with_tensors(base, tensors))
     merged = merge(
-        dict(zip("ab", models, strict=True)), calibration(base), method="identity", refit=True, progress=False
+        dict(zip("ab", models, strict=True)), calibration(base), method="identity", refit=True
     )
     assert merged.config.head_dims == {}
 
@@ -252,7 +252,7 @@ def test_heads_that_nearly_agree_are_paired():
 def test_a_class_whose_heads_cannot_be_cut_keeps_them(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(head_dims, "HEAD_DIMS", ())
     models = dict(zip("ab", tiny.pair("vit"), strict=True))
-    merged = merge(models, calibration(models["a"]), method="identity", refit=True, progress=False)
+    merged = merge(models, calibration(models["a"]), method="identity", refit=True)
     assert merged.config.head_dims == {}
 
 
@@ -266,7 +266,7 @@ def test_heads_that_each_have_a_mask_keep_their_number(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ViTAttention, "forward", masked)
     models = dict(zip("ab", tiny.pair("vit"), strict=True))
-    merged = merge(models, calibration(models["a"]), method="identity", refit=True, progress=False)
+    merged = merge(models, calibration(models["a"]), method="identity", refit=True)
     assert merged.config.head_dims == {}
 
 
@@ -277,7 +277,7 @@ def test_a_class_that_leaves_the_scale_to_the_op_is_refitted_like_others():
         for module in (m for model in models for m in model.modules() if isinstance(m, ViTAttention) and not kept):
             module.scaling = None
         experts = dict(zip("ab", models, strict=True))
-        found[kept] = merge(experts, calibration(models[0]), method="identity", refit=True, progress=False)
+        found[kept] = merge(experts, calibration(models[0]), method="identity", refit=True)
     assert found[True].config.head_dims == found[False].config.head_dims != {}
     inputs = calibration(models[0])
     expected, logits = (found[kept](**inputs, task="a").logits for kept in (True, False))
@@ -291,7 +291,7 @@ def test_experts_with_eager_attention_are_refitted_like_others():
         for model in models:
             model.set_attn_implementation(implementation)
         experts = dict(zip("ab", models, strict=True))
-        found[implementation] = merge(experts, calibration(models[0]), method="identity", refit=True, progress=False)
+        found[implementation] = merge(experts, calibration(models[0]), method="identity", refit=True)
     assert found["eager"].config.head_dims == found["sdpa"].config.head_dims != {}
     inputs = calibration(models[0])
     expected, logits = (found[name](**inputs, task="a").logits for name in ("sdpa", "eager"))

@@ -52,7 +52,7 @@ def test_the_picture_of_a_long_model_takes_columns(tmp_path: Path, blocks: int):
 def test_it_is_saved_with_the_model_and_told_by_its_card(tmp_path: Path):
     models = dict(zip(("low", "high"), experts("vit"), strict=True))
     data = calibration(models["low"])
-    merged = merge(models, {"low": data, "high": data}, method="identity", refit=True, progress=False)
+    merged = merge(models, {"low": data, "high": data}, method="identity", refit=True)
     merged.save_pretrained(tmp_path)
     loaded = type(merged).from_pretrained(tmp_path)
     report = RefitReport.of(loaded)
@@ -65,7 +65,7 @@ def test_it_is_saved_with_the_model_and_told_by_its_card(tmp_path: Path):
     assert f"| `{module}` | {error:.3f} |" in text and f"({REFIT_PICTURE})" in text
     assert (tmp_path / REFIT_PICTURE).is_file()
 
-    plain = merge(models, method="identity", progress=False)
+    plain = merge(models, method="identity")
     assert RefitReport.of(plain) is None
     assert REFIT_PICTURE not in card_text(plain, Result.of(plain, "both"))
 
@@ -95,7 +95,7 @@ def test_which_methods_of_a_recipe_are_refitted(tmp_path: Path, changes: dict, e
 
 def test_a_recipe_with_a_refit_runs(tmp_path: Path):
     recipe = tiny(tmp_path, method=["average", "average+refit"], save={"method": "average+refit", "depth": 1})
-    result = run_recipe(recipe, progress=False)
+    result = run_recipe(recipe)
     saved = json.loads((recipe.folder / "results.json").read_text())
     assert saved["refit_errors"] == result.refit.to_dict() and saved["refit_errors"]
     assert (recipe.folder / "model" / REFIT_PICTURE).is_file()
@@ -104,7 +104,7 @@ def test_a_recipe_with_a_refit_runs(tmp_path: Path):
 
 def test_a_recipe_that_keeps_no_refit_tells_of_none(tmp_path: Path):
     recipe = tiny(tmp_path, method="average", depth=1, save=None, evaluation=None)
-    assert run_recipe(recipe, progress=False).refit is None
+    assert run_recipe(recipe).refit is None
     assert not (recipe.folder / "model" / REFIT_PICTURE).exists()
 
 

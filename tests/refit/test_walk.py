@@ -62,7 +62,7 @@ def refitted(models: tuple[PreTrainedModel, ...], data: object, *, method: str =
     depth = settings.pop("depth", 1.0)
     named = dict(zip("abc", models, strict=False))
     config = {"micro_batch": 8, "rows_per_input": 0, **settings}
-    return merge(named, data, method=method, depth=depth, refit=config, progress=False)
+    return merge(named, data, method=method, depth=depth, refit=config)
 
 
 # Experts that compute the same are a fixed point.
@@ -264,7 +264,7 @@ def test_a_strong_ridge_keeps_what_the_combined_heads_write(name: str):
 def test_few_samples_fit_the_experts_better_than_combining_alone(name: str):
     models = experts(name)
     few = {n: x[:16] for n, x in calibration(models[0]).items()}
-    plain = merge(dict(zip("ab", models, strict=True)), few, method="permute", progress=False)
+    plain = merge(dict(zip("ab", models, strict=True)), few, method="permute")
     result = refitted(models, by_task(few), method="permute")
 
     def off(merged: PreTrainedModel) -> float:
@@ -340,7 +340,7 @@ def small_walk(models, data, maps: Alignment | None = None, **settings: object) 
     walk = Walk(
         models[0], [model_tensors(m) for m in models], combine_trunk(named, planned, alignment),
         stage.prepared(data, models[0], list(named), config, None), tasks="ab", spec=planned.spec, cut=planned.cut,
-        alignment=alignment, config=config, positions=stage.readout_positions(models[0], None, config), progress=False,
+        alignment=alignment, config=config, positions=stage.readout_positions(models[0], None, config),
     )  # fmt: skip
     walk.fit.targets.alignment = maps or alignment
     return walk
@@ -386,7 +386,7 @@ def test_made_twice(name: str):
     once, twice = (refitted(models, data, rows_per_input=1) for _ in range(2))
     assert_bit_identical(dict(twice.state_dict()), dict(once.state_dict()))
     other = merge(
-        dict(zip("ab", models, strict=True)), data, method="identity", seed=1, progress=False,
+        dict(zip("ab", models, strict=True)), data, method="identity", seed=1,
         refit=RefitConfig(micro_batch=8, rows_per_input=1),
     )  # fmt: skip
     assert any(not torch.equal(t, once.state_dict()[n]) for n, t in other.state_dict().items())

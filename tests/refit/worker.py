@@ -31,7 +31,7 @@ def data(name: str) -> dict[str, dict[str, Tensor]]:
 def refitted(name: str, accelerator: Accelerator | None) -> PreTrainedModel:
     models = dict(zip("ab", tiny.pair(name), strict=True))
     config = {"micro_batch": 4, "rows_per_input": 4, "own_task_weight": 0.8, "ridge": 1e-2}
-    return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, progress=False, seed=5)
+    return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, seed=5)
 
 
 if __name__ == "__main__":

@@ -53,13 +53,13 @@ def run(experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
         threads=1,
         output=tmp_path_factory.mktemp("run") / "out",
     )
-    return run_recipe(recipe, progress=False)
+    return run_recipe(recipe)
 
 
 def test_the_recipe_of_a_run_runs_again_to_the_same_file(run, tmp_path: Path):
     recipe = load_recipe(run.model / "recipe.yaml")
     assert all(entry.sha256 for entry in recipe.experts.values())
-    again = run_recipe(replace(recipe, output=tmp_path / "again"), progress=False)
+    again = run_recipe(replace(recipe, output=tmp_path / "again"))
     assert (again.model / "model.safetensors").read_bytes() == (run.model / "model.safetensors").read_bytes()
     assert (again.model / "README.md").read_bytes() == (run.model / "README.md").read_bytes()
 
@@ -116,7 +116,7 @@ def test_results_survive_the_configuration_in_the_order_of_the_tasks(run):
 def test_a_merge_from_python_gives_a_recipe_that_lacks_only_the_data(experts: dict[str, Path], tmp_path: Path):
     images = torch.randn(16, 1, 8, 8)
     settings = {"options": {"alpha": 0.3}, "refit": {"ridge": 1e-3}, "corrections": ["repair"]}
-    merged = hf_zipit.merge(experts, images, method="zip", progress=False, **settings)
+    merged = hf_zipit.merge(experts, images, method="zip", **settings)
     merged.save_pretrained(tmp_path / "both")
     text = (tmp_path / "both" / "recipe.yaml").read_text()
     assert text.startswith("# Merged from Python")
@@ -164,7 +164,7 @@ def test_a_recipe_of_models_without_classes_measures_what_it_names(tmp_path: Pat
         depth=(1.0, 0.0),
         output=tmp_path / "out",
     )
-    ran = run_recipe(recipe, progress=False)
+    ran = run_recipe(recipe)
     assert ran.experts is None and ran.plot is None and ran.kept.accuracy is None
     assert ran.rows[1].scores == ran.expert_scores  # side by side
     card = (ran.model / "README.md").read_text()

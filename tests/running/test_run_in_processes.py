@@ -34,7 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict, Path
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         recipe = replace(load_recipe("recipe.yaml"), output=folder / "out" / "1")
-        alone = run_recipe(recipe, progress=False)
+        alone = run_recipe(recipe)
     results = {1: json.loads(json.dumps(alone.to_dict())), 2: json.loads(done.stdout)}
     return {count: (result, folder / "out" / str(count)) for count, result in results.items()}
 

@@ -52,7 +52,7 @@ def images(seed: int = 0, samples: int = SAMPLES) -> dict[str, torch.Tensor]:
 
 
 def found(**arguments: Any) -> SearchResult:
-    return search(experts(), images(), progress=False, **arguments)
+    return search(experts(), images(), **arguments)
 
 
 def told(result: SearchResult) -> dict[str, Any]:
@@ -144,10 +144,10 @@ def test_padding_is_no_answer():
 def test_features_need_a_score_of_their_own():
     features = dict(zip(TASKS, tiny.pair("vit-features"), strict=True))
     with pytest.raises(DataError, match="score"):
-        search(features, images(), progress=False)
+        search(features, images())
     seen = []
     result = search(
-        features, images(), space={"method": ["identity"], "depth": 1, "residual": "match"}, progress=False,
+        features, images(), space={"method": ["identity"], "depth": 1, "residual": "match"},
         score=lambda merged: seen.append(merged.config.tasks) or 0.5,
     )  # fmt: skip
     assert seen == [list(TASKS)]
@@ -309,7 +309,7 @@ def test_shared_moments_change_nothing(monkeypatch):
     samples = held_out(held, experts())
     result = found(space={"method": "zip", "depth": [0.5, 1.0], "residual": ["match", "orthogonal"]})
     for trial in result.trials:
-        alone = merge(experts(), rest, **trial.setting.arguments(), progress=False)
+        alone = merge(experts(), rest, **trial.setting.arguments())
         assert accuracy(alone, samples.tasks) == trial.accuracy
 
 
@@ -322,11 +322,11 @@ def test_validation_data_takes_the_place_of_what_is_held_out():
     }
     loaders = {task: DataLoader(list(data), batch_size=8) for task, data in images().items()}
     result = search(
-        experts(), loaders, validation=validation, progress=False, space={**SMALL, "depth": 1.0}, score="joint"
+        experts(), loaders, validation=validation, space={**SMALL, "depth": 1.0}, score="joint"
     )
     assert result.answers == "labels" and result.samples == {"few": SAMPLES, "more": SAMPLES}
     for trial in result.trials:
-        merged = merge(experts(), loaders, **trial.setting.arguments(), progress=False)
+        merged = merge(experts(), loaders, **trial.setting.arguments())
         assert trial.score == accuracy(merged, {t: held_out(validation, experts()).tasks[t] for t in TASKS}).joint
 
 
@@ -388,14 +388,14 @@ def recipe(folder: Any, **changes: Any) -> Any:
 def test_a_recipes_best_setting_is_a_recipe_that_runs(tmp_path):
     space = {"method": ["average", "zip+refit"], "depth": 1.0, "refit": {"ridge": [1e-3]}}
     given = recipe(tmp_path, search={"space": space, "hold_out": 0.5, "answers": "experts"})
-    result = search_recipe(given, progress=False)
+    result = search_recipe(given)
     assert result.samples == {"few": 12, "more": 12}
     result.save(tmp_path / "found", recipe=given, title="tiny")
     assert {"search.json", "frontier.png", "best.yaml"} == {path.name for path in (tmp_path / "found").iterdir()}
     assert json.loads((tmp_path / "found" / "search.json").read_text())["best"] == result.best.number
     best = load_recipe(tmp_path / "found" / "best.yaml")
     assert "search" not in yaml.safe_load((tmp_path / "found" / "best.yaml").read_text())
-    ran = run_recipe(best, save="nothing", progress=False)
+    ran = run_recipe(best, save="nothing")
     assert [(row.method, row.parameters) for row in ran.rows] == [(result.best.setting.method, result.best.parameters)]
 
 
@@ -412,7 +412,7 @@ def test_without_a_search_section_the_recipes_own_lists_are_searched(tmp_path):
 def test_the_evaluation_data_is_not_read(tmp_path, monkeypatch):
     given = recipe(tmp_path, method="average", depth=0)
     broken = replace(given, evaluation=replace(given.evaluation, dataset="no-such-data"))
-    assert search_recipe(broken, progress=False).best.score > 0
+    assert search_recipe(broken).best.score > 0
 
 
 def test_the_table_names_the_best_and_the_frontier():

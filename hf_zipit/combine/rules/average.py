@@ -13,14 +13,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hf_zipit.combine.rule import register
-from hf_zipit.maps.space_map import Alignment
-from hf_zipit.maps.transform import merge_tensor
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
+from hf_zipit.planning.plan import Plan
+from hf_zipit.symmetry.spec import AxisLabel
 
 
 @register("average")
-def average(
-    tensors: Sequence[Tensor], label_axes: Sequence[AxisLabel], alignment: Alignment, spec: MergeSpec
-) -> Tensor:
-    """The mean of the experts' tensors in the merged units: see `merge_tensor`."""
-    return merge_tensor(tensors, label_axes, alignment, spec)
+def average(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], plan: Plan) -> Tensor:
+    """The mean of the experts' tensors."""
+    return sum(tensors) / len(tensors)

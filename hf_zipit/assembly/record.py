@@ -1,0 +1,48 @@
+"""What a merged model remembers of its making: the settings, where its experts came from, and what the refit left.
+
+It is `config.method`: plain values, from which `MergeConfig.from_pretrained` gives the settings back, and from which
+the card and the recipe beside the weights are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_zipit.data.calibration import Calibration
+from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.experts.origins import origins, versions
+from hf_zipit.experts.processors import processors_of
+from hf_zipit.planning.plan import Plan
+
+
+def record(
+    merged: PreTrainedModel, planned: Plan, calibration: Calibration | None, refit_errors: Mapping[str, Any] | None
+) -> PreTrainedModel:
+    """The model itself, with what it is to remember.
+
+    Args:
+        merged: a model that is finished: its weights are hashed.
+        planned: the plan of the merge.
+        calibration: its data, whose processor may become the merged model's.
+        refit_errors: what the refit left, as plain values; None where nothing was refitted.
+    """
+    found = {
+        **planned.config.to_dict(),
+        "experts": {task: origin.to_dict() for task, origin in origins(planned.experts).items()},
+        "expert_parameters": sum(model.num_parameters() for model in planned.experts.values()),
+        "versions": versions(),
+    }
+    if calibration is not None:
+        found["batch_size"] = calibration.batch_size
+    if refit_errors is not None:
+        found["refit_errors"] = refit_errors
+    if planned.bases:
+        found["bases"] = {task: origin.to_dict() for task, origin in origins(planned.bases).items()}
+    found["sha256"] = fingerprint_experts({"": merged})[""]
+    merged.config.method = found
+    processor = calibration.processor if calibration is not None else None
+    merged.known_processor_files = processors_of(planned.experts, merged.branch_names, processor)
+    return merged

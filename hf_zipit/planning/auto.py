@@ -1,0 +1,52 @@
+"""What `method="auto"` stands for: the best that is known for what a merge is given.
+
+With calibration data the experts are matched unit by unit on their activations (`permute`) and every shared module is
+then regressed on what the experts compute. Over the pairs of `docs/results.md` this alignment and plain averaging are
+level before a refit, on average; it is exact for experts that are near each other or reordered copies, which averaging
+is not. Without data the best on average is `circuits`, which matches heads by what they compute and the rest by
+weights.
+
+A convolutional network that is not refitted gets its BatchNorm statistics measured again, without which no merge of
+one works. Nothing is chosen by looking at accuracies or labels, so that the same experts and settings give the same
+choice.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from torch import nn
+
+from hf_zipit.config import AUTO, MergeConfig, RefitConfig
+
+logger = logging.getLogger(__name__)
+
+WITH_DATA = "permute"
+WITHOUT_DATA = "circuits"
+
+
+def choose(config: MergeConfig, model: nn.Module, *, data: bool) -> MergeConfig:
+    """The config with nothing left to choose.
+
+    Args:
+        config: its `"auto"` settings are replaced.
+        model: one of the experts.
+        data: whether there is calibration data.
+    """
+    if not config.automatic:
+        return config
+    method = config.method if config.method != AUTO else WITH_DATA if data else WITHOUT_DATA
+    refit = config.refit
+    if refit == AUTO:
+        refit = RefitConfig() if data and config.depth != 0 else None
+    corrections = config.corrections
+    if corrections == AUTO:
+        statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        corrections = {"batchnorm-reset": {}} if statistics and data and refit is None else {}
+    chosen = replace(config, method=method, refit=refit, corrections=corrections)
+    logger.info(
+        "Chosen for these experts %s data: %s%s%s.", "with" if data else "without", chosen.method,
+        " + refit" if chosen.refit else "", "".join(f" + {name}" for name in chosen.corrections),
+    )  # fmt: skip
+    return chosen
