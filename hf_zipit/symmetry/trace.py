@@ -46,7 +46,9 @@ def select_outputs(out: Any, fields: Sequence[str] | None) -> dict[str, Tensor]:
 
 
 def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str] | None) -> Any:
-    """The exported program of one forward pass in eval mode, on fake tensors.
+    """The exported program of one forward pass in eval mode, on fake tensors, without ops whose results nothing reads.
+
+    (BART slices its embeddings only to ask for a shape.)
 
     Raises:
         SpecError: if `torch.export` cannot trace the model with these inputs.
@@ -56,7 +58,9 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return torch.export.export(_Fields(model, fields).eval(), (), kwargs=dict(inputs), strict=False)
+            program = torch.export.export(_Fields(model, fields).eval(), (), kwargs=dict(inputs), strict=False)
+        program.graph.eliminate_dead_code()
+        return program
     except Exception as error:  # torch.export raises many kinds
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpecError(

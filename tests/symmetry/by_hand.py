@@ -65,6 +65,16 @@ def assigned(x: Tensor) -> Tensor:
     return y
 
 
+def copied(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., :4].copy_(x[..., 4:])
+    return y
+
+
+def shaped_like_a_unit(x: Tensor) -> Tensor:
+    return x.view(*x.softmax(-1)[..., 0].shape, WIDTH)
+
+
 def slid(x: Tensor) -> Tensor:
     """A convolution over the hidden units."""
     kernel = torch.tensor([[[0.5, 1.0, -0.5]]])
@@ -166,6 +176,9 @@ CASES: dict[str, Case] = {
     "cast": Case(lambda x: x.to(torch.float64).to(torch.float32), LINEAR),
     "sum of two": Case(lambda x: x + x.roll(1, 1), LINEAR),
     "weighted tokens": Case(lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True) * 0 + 1), ONES, tight=False),
+    "copied": Case(lambda x: torch.zeros_like(x).copy_(x), PERMUTATION, tight=False),
+    "noise on the tokens": Case(lambda x: x * torch.rand(2, 5, 1), LINEAR),
+    "read for nothing": Case(shaped_like_a_unit, LINEAR),
     "bias": Case(lambda x, b: x + b, LINEAR, extra={"b": vector()}),
     "mean of tokens": Case(lambda x: x.mean(1, keepdim=True), LINEAR),
     "square map": Case(lambda x, w: x + F.linear(x, w), LINEAR, extra={"w": torch.outer(vector(), vector().flip(0))}),
@@ -344,6 +357,7 @@ CASES: dict[str, Case] = {
     "argmax": Case(lambda x: x.argmax(-1).float().unsqueeze(-1), FIXED),
     "with positions": Case(lambda x: x + torch.arange(WIDTH), FIXED),
     "assigned": Case(assigned, FIXED),
+    "other units in place": Case(copied, FIXED),
     "a part in place": Case(doubled_part, FIXED),
 }
 """Every kind of rule, between two linear layers."""

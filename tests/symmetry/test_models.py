@@ -8,13 +8,14 @@ from functools import cache
 
 import pytest
 import torch
+import transformers as T
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
 from hf_zipit.symmetry.spec import Factor, Symmetry
 from tests.symmetry.checks import BROKEN, next_symmetries, spaces_of, with_symmetry, worst_error
-from tests.tiny import EVERYTHING, REQUIRED, build, is_classifier, pair
+from tests.tiny import EVERYTHING, IMAGE, REQUIRED, build, is_classifier, pair
 
 
 @cache
@@ -108,6 +109,26 @@ def test_group_norm_splits_channels_into_groups():
     norms = [name for name in spec.axes if ".norm" in name and name.endswith("weight")]
     assert norms
     assert {tuple(s.size for s in spaces_of(spec, name, 0))[0] for name in norms} == {8}
+
+
+def test_what_is_read_only_for_its_shape_fixes_nothing():
+    """BART slices a unit off its embeddings to ask how many tokens there are."""
+    half = {"layers": 2, "attention_heads": 4}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in half.items()}
+    model = T.BartForConditionalGeneration(
+        T.BartConfig(d_model=32, vocab_size=50, max_position_embeddings=20, **sides)
+    )
+    spec = MergeSpec.from_model(model)
+    assert worst_error(model, spec) <= TOLERANCE
+    assert not spec.unknown_ops
+    assert spec.spaces["model.residual"].symmetry is Symmetry.PERMUTATION
+
+
+def test_a_forward_pass_that_draws_at_random_is_proven():
+    model = T.ViTMAEModel(T.ViTMAEConfig(**IMAGE))
+    spec = MergeSpec.from_model(model)
+    assert worst_error(model, spec) <= TOLERANCE
+    assert any(spec.movable(name) for name in spec.spaces)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

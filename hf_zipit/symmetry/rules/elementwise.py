@@ -40,6 +40,13 @@ def overwrite(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
     return Value(x.axes)
 
 
+@rule("copy")
+def copy(run: Interpreter, node: fx.Node, x: Value, source: Value, *_: Any) -> Value:
+    if not node.meta["val"].is_floating_point():
+        run.restrict_all(source, PERMUTATION)
+    return run.broadcast(node, [x, source], ONES)
+
+
 @rule("relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "hardswish", "hardtanh",
       "leaky_relu", "elu", "selu", "mish", "softplus", "erf", "sin", "cos", "reciprocal", "relu6", "hardsigmoid",
       "logical_not", "bitwise_not", "isnan", "isinf", "celu", "floor", "ceil", "round", "sign", "log1p", "expm1",
