@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.procrustes import rotation
-from hf_zipit.symmetry.rotary import pair_turns
+from hf_zipit.symmetry.group import pair_rotations
 from hf_zipit.symmetry.spec import Symmetry
 
 SMALLEST = 1e-12
@@ -110,7 +110,7 @@ def pair_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor)
     product = sum((as_pairs(a) * as_pairs(b).conj()).sum(-1) for a, b in sides)
     # A pair that nothing writes or reads stays as it is.
     angles = torch.where(product.abs() > SMALLEST * product.abs().max(), product.angle(), 0.0)
-    turned = pair_turns(angles)
+    turned = pair_rotations(angles)
     return turned, turned.mT
 
 

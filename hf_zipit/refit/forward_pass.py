@@ -15,8 +15,8 @@ from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.memory import Memory, trace_key
-from hf_zipit.symmetry.ops import is_in_place, op_name
-from hf_zipit.symmetry.trace import export, module_stack
+from hf_zipit.symmetry.ops import is_in_place, module_stack, op_name
+from hf_zipit.symmetry.trace import export
 
 VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow"}
 """Ops whose result shares memory with their input, so that writing into it writes into the input."""

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 
 from hf_zipit.errors import SpecError
 from hf_zipit.refit.forward_pass import forward_pass
-from hf_zipit.symmetry.ops import op_name, overload, shape_of
-from hf_zipit.symmetry.trace import is_within, module_stack, tied_names
+from hf_zipit.symmetry.interpreter import tied_names
+from hf_zipit.symmetry.ops import is_within, module_stack, op_name, overload, shape_of
 
 TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
 """Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""

@@ -12,7 +12,7 @@ then stays in the norm as b / s, a vector of the stream that moves with it.
 In a post-LN model (BERT) the norm's output is the stream itself, so nothing can be folded. Whether something can is
 seen in the traced graph, never told by the name of a class.
 
-What must hold: a folded model computes what the model computes.
+Invariant: a folded model computes what the model computes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_zipit.errors import ExpertError
-from hf_zipit.symmetry.ops import op_name, shape_of
+from hf_zipit.symmetry.ops import module_of, op_name, shape_of
 from hf_zipit.symmetry.spaces import Fold, Reader
 
 SMALLEST_SCALE = 1e-4
@@ -41,15 +41,12 @@ ALONG_ANOTHER = {"select": 1, "slice": 1, "narrow": 1, "mean": 1, "index_select"
 """Ops that do so where they work along other axes, and which argument says along which."""
 
 
-def find_folds(
-    graph: fx.Graph, tensor_of: Mapping[fx.Node, str], module_of: Mapping[fx.Node, str], model: nn.Module
-) -> Iterator[Fold]:
+def find_folds(graph: fx.Graph, tensor_of: Mapping[fx.Node, str], model: nn.Module) -> Iterator[Fold]:
     """The scales of a graph that only linear layers read.
 
     Args:
         graph: of one exported forward pass.
         tensor_of: the parameters' and buffers' names, by placeholder.
-        module_of: in which module a node runs.
         model: the model that was exported.
     """
     for node in graph.nodes:
@@ -57,7 +54,7 @@ def find_folds(
         if found is None:
             continue
         scale, shift = found
-        readers = _readers(node, tensor_of, module_of, model)
+        readers = _readers(node, tensor_of, model)
         alone = all(len(used.users) == 1 for used in (scale, shift) if used is not None)
         if alone and readers:
             yield Fold(tensor_of[scale], tensor_of[shift] if shift is not None else None, tuple(readers))
@@ -79,9 +76,7 @@ def _affine(node: fx.Node, tensor_of: Mapping[fx.Node, str]) -> tuple[fx.Node, f
     return None
 
 
-def _readers(
-    norm: fx.Node, tensor_of: Mapping[fx.Node, str], module_of: Mapping[fx.Node, str], model: nn.Module
-) -> list[Reader]:
+def _readers(norm: fx.Node, tensor_of: Mapping[fx.Node, str], model: nn.Module) -> list[Reader]:
     """The linear layers that read a node; empty where something else does, or where one of them cannot be changed."""
     units = shape_of(norm)[-1]
     found: dict[str, Reader] = {}
@@ -95,7 +90,7 @@ def _readers(
         if _passes(node, passed, units):
             waiting += node.users
             continue
-        reader = _reader(node, passed, tensor_of, module_of, model)
+        reader = _reader(node, passed, tensor_of, model)
         if reader is None or reader.module in found:
             return []
         found[reader.module] = reader
@@ -120,13 +115,7 @@ def _passes(node: fx.Node, passed: set[fx.Node], units: int) -> bool:
     return name in PASSING
 
 
-def _reader(
-    node: fx.Node,
-    passed: set[fx.Node],
-    tensor_of: Mapping[fx.Node, str],
-    module_of: Mapping[fx.Node, str],
-    model: nn.Module,
-) -> Reader | None:
+def _reader(node: fx.Node, passed: set[fx.Node], tensor_of: Mapping[fx.Node, str], model: nn.Module) -> Reader | None:
     """The linear layer that an op is, with its parameters under the names of its own module."""
     name, args = (op_name(node) if node.op == "call_function" else ""), [*node.args, None]
     if name == "linear":
@@ -138,8 +127,8 @@ def _reader(
     if x not in passed or weight not in tensor_of or (bias is not None and bias not in tensor_of):
         return None
     # A layer that runs twice reads two norms. (A table may have the same weight: folding unties it.)
-    path = module_of[node]
-    calls = [user for user in weight.users if module_of.get(user) == path]
+    path = module_of(node)
+    calls = [user for user in weight.users if module_of(user) == path]
     module = dict(model.named_modules(remove_duplicate=False)).get(path)
     own = getattr(module, "weight", None)
     if len(calls) != 1 or own is None or own is not _tensor(model, tensor_of[weight]):

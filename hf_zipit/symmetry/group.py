@@ -13,7 +13,6 @@ from math import pi, prod
 import torch
 from torch import Tensor
 
-from hf_zipit.symmetry.rotary import pair_turns
 from hf_zipit.symmetry.spaces import AxisLabel, Factor, Symmetry, Trace
 
 GroupElement = Mapping[str, Tensor]
@@ -40,7 +39,7 @@ def _random_map(size: int, symmetry: Symmetry, generator: torch.Generator) -> Te
     if symmetry is Symmetry.PERMUTATION:
         return torch.randperm(size, generator=generator)
     if symmetry is Symmetry.ROTARY:
-        return pair_turns(2 * pi * torch.rand(size // 2, generator=generator, dtype=torch.float64))
+        return pair_rotations(2 * pi * torch.rand(size // 2, generator=generator, dtype=torch.float64))
     if symmetry is Symmetry.LINEAR:
         scales = torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 + 0.5
         return _random_orthogonal(size, generator) * scales @ _random_orthogonal(size, generator)
@@ -53,6 +52,19 @@ def _random_map(size: int, symmetry: Symmetry, generator: torch.Generator) -> Te
     inner = torch.eye(size, dtype=torch.float64)
     inner[1:, 1:] = _random_orthogonal(size - 1, generator)
     return frame @ inner @ frame.T
+
+
+def pair_rotations(angles: Tensor) -> Tensor:
+    """The matrices that rotate unit i and unit i + n of 2n by the i-th angle.
+
+    Args:
+        angles: `[..., n]`, in radians.
+
+    Returns:
+        Orthogonal `[..., 2 n, 2 n]`.
+    """
+    cos, sin = torch.diag_embed(angles.cos()), torch.diag_embed(angles.sin())
+    return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:

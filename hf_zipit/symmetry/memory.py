@@ -12,12 +12,12 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
 
-from hf_zipit.symmetry.trace import tied_names
+from hf_zipit.symmetry.interpreter import tied_names
 
 Made = TypeVar("Made")
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-"""Attributes that say nothing of a module, or what is looked at apart: its parameters, buffers and modules."""
+"""Attributes that say nothing of a module, or what is read on its own: its parameters, buffers and modules."""
 
 REMEMBERED = 8
 """How many results a memory keeps."""

@@ -1,14 +1,14 @@
-"""Turns the atoms of an interpreted graph into named spaces, axis labels, probes and crossings: a `Trace`."""
+"""Names the atoms of an interpreted graph: spaces, axis labels, probes and crossings, all in a `Trace`."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
 from hf_zipit.symmetry.atoms import Axis, Ref
+from hf_zipit.symmetry.interpreter import Interpreter, Use
 from hf_zipit.symmetry.ops import Value
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
@@ -23,11 +23,8 @@ from hf_zipit.symmetry.spaces import (
     product_key,
 )
 
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter, Use
-
 WRITTEN_BY_MANY = 3
-"""A space that at least so many modules write into is a residual stream."""
+"""A space that at least this many modules write into is a residual stream."""
 
 
 class Naming:
@@ -165,16 +162,16 @@ class Naming:
         }
 
     def probes(self, spaces: Mapping[str, Space]) -> tuple[Probe, ...]:
-        """Where to look at every product: at the inputs of what reads it, else at the outputs of what writes it.
+        """Where to observe every product: at the inputs of what reads it, else at the outputs of what writes it.
 
-        A tensor that several modules read (the normed stream that query, key and value share) is looked at once.
+        A tensor that several modules read (the normed stream that query, key and value share) is observed once.
         """
         found: dict[Probe, None] = {}
-        looked_at: set[fx.Node] = set()
+        observed: set[fx.Node] = set()
         for module, position, axis, source in self.run.readers:
             label = self._observable(axis, spaces)
-            if label and source not in looked_at:
-                looked_at.add(source)
+            if label and source not in observed:
+                observed.add(source)
                 found[Probe(module, "input", position, product_key(label), _read(label))] = None
         read = {probe.key for probe in found}
         for module, position, axis in self.run.writers:

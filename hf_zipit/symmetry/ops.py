@@ -1,4 +1,4 @@
-"""What the rules of `rules/` share: values, the registry of ops, broadcasting, and ops without a rule.
+"""What rules are made with: values, the registries of rules and patterns, and what a node of a graph says.
 
 A rule takes the interpreter, the node and the values of its arguments (a `Value` for every tensor) and returns the
 value(s) of its result. It ties axes that must move together and restricts the symmetry of what it touches:
@@ -6,28 +6,28 @@ value(s) of its result. It ties axes that must move together and restricts the s
 - an elementwise nonlinearity, or a product of two vectors unit by unit, allows permutations only;
 - a linear map or a contraction allows any invertible map, and puts its two sides in duality;
 - a norm without its affine part allows orthogonal maps (LayerNorm: those that keep the vector of ones);
-- a rotary embedding, which is several ops (`rotary.py`), allows turns of its pairs of units;
 - an index, a slice, a concatenation, an input or an output fixes the axis it works along;
 - an op that has no rule fixes everything it touches. Unknown is always safe.
 
 A rule whose op mixes or renumbers an axis must also say so (`Interpreter.parted`): units of other axes can no longer
 have a basis of their own for each of its units.
 
+A *pattern* finds several ops that are one thing, such as a rotary embedding, and names the rule of the whole.
+
 Source: ours; the rules are checked by `proof.prove`, which runs a randomly transformed model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from hf_zipit.symmetry.atoms import Axis
 from hf_zipit.symmetry.spaces import Symmetry
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
 ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
@@ -43,11 +43,35 @@ class Value:
 
 
 Rule = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Match:
+    """Several ops that are one thing.
+
+    Attributes:
+        node: the op that puts out the result.
+        rule: the rule of the whole; it gets `node`.
+        arguments: what it is made of.
+        steps: the ops in between, which nothing else reads.
+    """
+
+    node: fx.Node
+    rule: Rule
+    arguments: tuple[fx.Node, ...]
+    steps: tuple[fx.Node, ...]
+
+
+Pattern = Callable[[fx.Graph], Iterator[Match]]
+
 RULES: dict[str, Rule] = {}
+"""By the names of ops, without overload and in-place mark."""
+
+PATTERNS: list[Pattern] = []
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of ops, by their names without overload and in-place mark."""
+    """Register a function as the rule of ops; raises ValueError if one of them has a rule."""
 
     def register(function: Rule) -> Rule:
         for name in names:
@@ -57,6 +81,12 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+def pattern(function: Pattern) -> Pattern:
+    """Register a function that finds ops that are one thing."""
+    PATTERNS.append(function)
+    return function
 
 
 def op_name(node: fx.Node) -> str:
@@ -87,15 +117,6 @@ def input_shape(node: fx.Node, argument: int = 0) -> list[int]:
     return shape_of(node.args[argument])  # type: ignore[arg-type]
 
 
-def restrict_all(run: Interpreter, value: Value, symmetry: Symmetry, reason: str | None = None) -> None:
-    for axis in value.axes:
-        run.atoms.restrict(axis, symmetry, reason)
-
-
-def fresh_like(run: Interpreter, node: fx.Node, symmetry: Symmetry, reason: str | None = None) -> Value:
-    return Value(run.atoms.fresh(n, symmetry, reason) for n in shape_of(node))
-
-
 def dims(dim: int | Sequence[int] | None, rank: int) -> list[int]:
     """The axes that a `dim` argument means, counted from the front; all of them for None and for an empty list."""
     if dim is None or (isinstance(dim, Sequence) and not dim):
@@ -115,45 +136,16 @@ def common(*values: Value) -> list[Axis]:
     return [column[0] for column in columns if all(column)]
 
 
-def broadcast(run: Interpreter, node: fx.Node, values: Sequence[Value], stretched: Symmetry) -> Value:
-    """Tie the axes of operands that are broadcast against each other.
-
-    `stretched` is what an axis is allowed along which another operand is only repeated: adding one number to every
-    unit keeps fewer symmetries than adding a vector, multiplying by one number keeps all.
-    """
-    rank = max((len(v.axes) for v in values), default=0)
-    padded = [[()] * (rank - len(v.axes)) + v.axes for v in values]
-    out: list[Axis] = []
-    for present in zip(*padded, strict=True):
-        full = [axis for axis in present if axis]
-        for other in full[1:]:
-            run.atoms.tie(full[0], other, f"the op {op_name(node)} combines axes that do not fit")
-        if full and len(full) < len(present):
-            run.atoms.restrict(full[0], stretched)
-        out.append(full[0] if full else ())
-    return Value(out)
+def module_stack(node: fx.Node) -> tuple[str, ...]:
+    """Paths of the modules an op runs in, outermost first; the model itself is the empty path."""
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return tuple(re.sub(r"@\d+", "", path).removeprefix("model").removeprefix(".") for path, _ in stack)
 
 
-def unknown(run: Interpreter, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
-    """Fix everything that an op without a rule touches, and remember its name for the report."""
-    name = str(node.target)
-    reason = f"the op {name} is not known"
-    run.unknown(node, name)
+def module_of(node: fx.Node) -> str:
+    """Path of the innermost module an op runs in."""
+    return (module_stack(node) or ("",))[-1]
 
-    def freeze(x: Any) -> None:
-        if isinstance(x, Value):
-            restrict_all(run, x, FIXED, reason)
-        elif isinstance(x, (list, tuple)):
-            for item in x:
-                freeze(item)
 
-    def result(meta: Any) -> Any:
-        if isinstance(meta, (list, tuple)):
-            return tuple(result(item) for item in meta)
-        if hasattr(meta, "shape"):
-            return Value(run.atoms.fresh(n, FIXED, reason) for n in meta.shape)
-        return meta
-
-    freeze(args)
-    freeze(tuple(kwargs.values()))
-    return result(node.meta.get("val"))
+def is_within(path: str, prefix: str) -> bool:
+    return path == prefix or path.startswith(f"{prefix}.")

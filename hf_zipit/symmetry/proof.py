@@ -113,11 +113,15 @@ def _in_float32(x: Tensor) -> Tensor:
 def run_with(
     model: nn.Module, tensors: Mapping[str, Tensor], inputs: Mapping[str, Tensor], fields: Sequence[str] | None
 ) -> dict[str, Tensor]:
-    """The outputs of a model in eval mode with other tensors; the model itself is left as it was."""
+    """The outputs of a model in eval mode with other tensors; the model itself is left as it was.
+
+    Where the forward pass draws at random (ViT-MAE's mask), it draws the same every time.
+    """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             out = torch.func.functional_call(model, dict(tensors), (), dict(inputs), tie_weights=False)
         return select_outputs(out, fields)
     finally:

@@ -23,7 +23,9 @@ class Symmetry(enum.IntEnum):
     """
 
     FIXED = 0
-    ROTARY = 1  # a turn of every pair of units, i and i + d/2, by an angle of its own (what rotary embeddings allow)
+    ROTARY = (
+        1  # a rotation of every pair of units, i and i + d/2, by an angle of its own (what rotary embeddings allow)
+    )
     PERMUTATION = 2
     ORTHOGONAL_ONES = 3  # orthogonal maps that keep the vector of ones (what LayerNorm without affine part allows)
     ORTHOGONAL = 4

@@ -65,6 +65,16 @@ def assigned(x: Tensor) -> Tensor:
     return y
 
 
+def copied(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[..., :4].copy_(x[..., 4:])
+    return y
+
+
+def shaped_like_a_unit(x: Tensor) -> Tensor:
+    return x.view(*x.softmax(-1)[..., 0].shape, WIDTH)
+
+
 def slid(x: Tensor) -> Tensor:
     """A convolution over the hidden units."""
     kernel = torch.tensor([[[0.5, 1.0, -0.5]]])
@@ -103,21 +113,21 @@ def twice(angles: Tensor) -> Tensor:
     return torch.cat([angles, angles], -1)
 
 
-def half_turned(x: Tensor) -> Tensor:
+def quarter_rotated(x: Tensor) -> Tensor:
     return torch.cat([-x[..., PAIRS:], x[..., :PAIRS]], -1)
 
 
 def rotary(x: Tensor) -> Tensor:
     """A rotary embedding as Llama writes it."""
     angles = twice(x.new_ones(5, 1).cumsum(0) * FREQUENCIES)
-    return x * angles.cos() + half_turned(x) * angles.sin()
+    return x * angles.cos() + quarter_rotated(x) * angles.sin()
 
 
-def neighbours_turned(x: Tensor) -> Tensor:
+def neighbours_rotated(x: Tensor) -> Tensor:
     """A rotary embedding as GPT-J writes it."""
     angles = (x.new_ones(5, 1).cumsum(0) * FREQUENCIES).repeat_interleave(2, -1)
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
-    return x * angles.cos() + turned * angles.sin()
+    rotated = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * angles.cos() + rotated * angles.sin()
 
 
 def rotary_cut_after(x: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ def rotary_cut_before(x: Tensor) -> Tensor:
     return rotary(x.view(2, 5, 2, PAIRS).contiguous().view(2, 5, WIDTH))
 
 
-def scaled_and_turned_by_head(x: Tensor, v: Tensor) -> Tensor:
+def scaled_and_rotated_by_head(x: Tensor, v: Tensor) -> Tensor:
     """What a rotary embedding does, with numbers that are a parameter of every head."""
     factors = twice(v[:, None])
     heads = x.view(2, 5, HEADS, 2)
@@ -138,19 +148,19 @@ def scaled_and_turned_by_head(x: Tensor, v: Tensor) -> Tensor:
 
 def rotary_with_learned_angles(x: Tensor, v: Tensor) -> Tensor:
     angles = (x.new_ones(5, 1).cumsum(0) * v).repeat(1, 2)
-    return x * angles.cos() + half_turned(x) * angles.sin()
+    return x * angles.cos() + quarter_rotated(x) * angles.sin()
 
 
 def rotary_in_place(x: Tensor) -> Tensor:
     angles = twice(ANGLES.clone())
-    return (x * angles.cos()).add_(half_turned(x) * angles.sin())
+    return (x * angles.cos()).add_(quarter_rotated(x) * angles.sin())
 
 
 def rotary_and_half(x: Tensor) -> Tensor:
     """A rotary embedding, one half of which is used for something else as well."""
     angles, first = twice(ANGLES.clone()), x[..., :PAIRS]
-    turned = torch.cat([-x[..., PAIRS:], first], -1)
-    return (x * angles.cos() + turned * angles.sin()) * (1 + first.sum(-1, keepdim=True).tanh())
+    rotated = torch.cat([-x[..., PAIRS:], first], -1)
+    return (x * angles.cos() + rotated * angles.sin()) * (1 + first.sum(-1, keepdim=True).tanh())
 
 
 def vector() -> Tensor:
@@ -166,6 +176,9 @@ CASES: dict[str, Case] = {
     "cast": Case(lambda x: x.to(torch.float64).to(torch.float32), LINEAR),
     "sum of two": Case(lambda x: x + x.roll(1, 1), LINEAR),
     "weighted tokens": Case(lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True) * 0 + 1), ONES, tight=False),
+    "copied": Case(lambda x: torch.zeros_like(x).copy_(x), PERMUTATION, tight=False),
+    "noise on the tokens": Case(lambda x: x * torch.rand(2, 5, 1), LINEAR),
+    "read for nothing": Case(shaped_like_a_unit, LINEAR),
     "bias": Case(lambda x, b: x + b, LINEAR, extra={"b": vector()}),
     "mean of tokens": Case(lambda x: x.mean(1, keepdim=True), LINEAR),
     "square map": Case(lambda x, w: x + F.linear(x, w), LINEAR, extra={"w": torch.outer(vector(), vector().flip(0))}),
@@ -249,37 +262,38 @@ CASES: dict[str, Case] = {
     "table of an integer buffer": Case(
         lambda x, ids: x * torch.arange(1.0, WIDTH + 1)[ids], FIXED, tight=False, extra={"ids": ORDER}
     ),
-    # Turns of pairs.
+    # Rotations of pairs.
     "rotary embedding": Case(rotary, ROTARY),
     "rotary embedding, written the other way round": Case(
-        lambda x: twice(ANGLES.clone()).sin() * half_turned(x) + twice(ANGLES.clone()).cos() * x, ROTARY
+        lambda x: twice(ANGLES.clone()).sin() * quarter_rotated(x) + twice(ANGLES.clone()).cos() * x, ROTARY
     ),
     "rotary embedding, cast": Case(lambda x: rotary(x.to(torch.float64)).to(torch.float32), ROTARY),
     "rotary embedding, tiled and scaled": Case(
-        lambda x: x * (ANGLES.clone().tile(2).cos() * 2) + half_turned(x) * (ANGLES.clone().tile(2).sin() / 3), ROTARY
+        lambda x: x * (ANGLES.clone().tile(2).cos() * 2) + quarter_rotated(x) * (ANGLES.clone().tile(2).sin() / 3),
+        ROTARY,
     ),
     "rotary embedding, twice": Case(lambda x: rotary(rotary(x)), ROTARY),
     "rotary embedding, one angle for all": Case(
-        lambda x: x * twice(ANGLES.clone())[1:2].cos() + half_turned(x) * twice(ANGLES.clone())[1:2].sin(), ROTARY
+        lambda x: x * twice(ANGLES.clone())[1:2].cos() + quarter_rotated(x) * twice(ANGLES.clone())[1:2].sin(), ROTARY
     ),
     "rotary embedding and RMS norm": Case(lambda x: F.rms_norm(rotary(x), (WIDTH,)), ROTARY),
     "rotary embedding with learned angles": Case(rotary_with_learned_angles, ROTARY, extra={"v": vector()[:PAIRS]}),
     # Rotary embeddings that are not known, or not alone: nothing.
     "rotary embedding in place": Case(rotary_in_place, FIXED, tight=False),
     "rotary embedding, a number in between": Case(
-        lambda x: x * twice(ANGLES.clone()).cos() * 2 + half_turned(x) * twice(ANGLES.clone()).sin(),
+        lambda x: x * twice(ANGLES.clone()).cos() * 2 + quarter_rotated(x) * twice(ANGLES.clone()).sin(),
         FIXED,
         tight=False,
     ),
     "rotary embedding of a part": Case(
-        lambda x: torch.cat([half_turned(x[..., :4]).repeat(1, 1, 2)[..., :4] + x[..., :4], x[..., 4:]], -1), FIXED
+        lambda x: torch.cat([quarter_rotated(x[..., :4]).repeat(1, 1, 2)[..., :4] + x[..., :4], x[..., 4:]], -1), FIXED
     ),
     "rotary embedding and one half": Case(rotary_and_half, FIXED),
     "rotary embedding and layer norm": Case(lambda x: F.layer_norm(rotary(x), (WIDTH,)), FIXED),
     "rotary embedding and nonlinearity": Case(lambda x: rotary(x).relu(), FIXED),
     "rotary embedding after a scale": Case(lambda x, v: rotary(x * v), FIXED, extra={"v": vector()}),
-    "turned by angles that differ in a pair": Case(
-        lambda x: x * torch.linspace(0, 3, WIDTH).cos() + half_turned(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
+    "rotated by angles that differ in a pair": Case(
+        lambda x: x * torch.linspace(0, 3, WIDTH).cos() + quarter_rotated(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
     ),
     "halves swapped without a sign": Case(
         lambda x: (
@@ -295,27 +309,27 @@ CASES: dict[str, Case] = {
         FIXED,
     ),
     "sines that differ in a pair": Case(
-        lambda x: x * twice(ANGLES.clone()).cos() + half_turned(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
+        lambda x: x * twice(ANGLES.clone()).cos() + quarter_rotated(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
     ),
     "cosines that differ in a pair": Case(
-        lambda x: x * torch.linspace(0, 3, WIDTH).cos() + half_turned(x) * twice(ANGLES.clone()).sin(), FIXED
+        lambda x: x * torch.linspace(0, 3, WIDTH).cos() + quarter_rotated(x) * twice(ANGLES.clone()).sin(), FIXED
     ),
     "cosines with a scale for every unit": Case(
         lambda x: (
             x * (twice(ANGLES.clone()).cos() * torch.linspace(1, 2, WIDTH))
-            + half_turned(x) * twice(ANGLES.clone()).sin()
+            + quarter_rotated(x) * twice(ANGLES.clone()).sin()
         ),
         FIXED,
     ),
     "cosines in another order": Case(
         lambda x, i: (
-            x * twice(ANGLES.clone()).cos().index_select(-1, i) + half_turned(x) * twice(ANGLES.clone()).sin()
+            x * twice(ANGLES.clone()).cos().index_select(-1, i) + quarter_rotated(x) * twice(ANGLES.clone()).sin()
         ),
         FIXED,
         extra={"i": ORDER},
     ),
     "another tensor's halves": Case(
-        lambda x, w: x * twice(ANGLES.clone()).cos() + half_turned(F.linear(x, w)) * twice(ANGLES.clone()).sin(),
+        lambda x, w: x * twice(ANGLES.clone()).cos() + quarter_rotated(F.linear(x, w)) * twice(ANGLES.clone()).sin(),
         FIXED,
         tight=False,
         extra={"w": vector().outer(vector().cos())},
@@ -343,6 +357,7 @@ CASES: dict[str, Case] = {
     "argmax": Case(lambda x: x.argmax(-1).float().unsqueeze(-1), FIXED),
     "with positions": Case(lambda x: x + torch.arange(WIDTH), FIXED),
     "assigned": Case(assigned, FIXED),
+    "other units in place": Case(copied, FIXED),
     "a part in place": Case(doubled_part, FIXED),
 }
 """Every kind of rule, between two linear layers."""

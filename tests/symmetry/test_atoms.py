@@ -138,7 +138,7 @@ def test_random_ties_leave_equal_axes_or_fixed_ones(seed):
         assert {atoms.symmetry(ref) for ref in (*left[agree:], *right[agree:])} <= {Symmetry.FIXED}
 
 
-def test_turns_of_pairs_and_orders_have_nothing_in_common():
+def test_rotations_of_pairs_and_orders_have_nothing_in_common():
     """And meeting them in any order is the same."""
     for first, second in permutations([Symmetry.ROTARY, Symmetry.PERMUTATION]):
         atoms = Atoms()

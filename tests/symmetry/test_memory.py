@@ -1,4 +1,4 @@
-"""A trace is made once for models that are alike, and never taken for that of others."""
+"""A trace is made once for similar models, and never taken for that of others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .. import tiny
 from ..test_invariants import calibration
 
 
-def test_a_trace_is_made_once_for_models_that_are_alike():
+def test_a_trace_is_made_once_for_similar_models():
     one, other = tiny.build("vit", 0), tiny.build("vit", 1)
     assert MergeSpec.from_model(one) is MergeSpec.from_model(other)
     fewer_heads = tiny.build("vit", num_attention_heads=2)  # all tensors have the same sizes
@@ -42,10 +42,10 @@ def test_a_module_whose_numbers_were_changed_is_another():
 
 @pytest.mark.parametrize("value", [2.0, (1, 2), torch.ones(2), torch.relu, "one", None])
 def test_what_hangs_on_a_module_counts(value: object):
-    plain, other, alike = (tiny.build("vit") for _ in range(3))
-    for model, hung in ((plain, 3.0), (other, value), (alike, value)):
+    plain, other, same = (tiny.build("vit") for _ in range(3))
+    for model, hung in ((plain, 3.0), (other, value), (same, value)):
         model.vit.layers[0].mlp.hung = hung
-    assert trace_key(alike) == trace_key(other) != trace_key(plain)
+    assert trace_key(same) == trace_key(other) != trace_key(plain)
 
 
 def test_another_method_of_a_class_counts(monkeypatch: pytest.MonkeyPatch):

@@ -8,13 +8,14 @@ from functools import cache
 
 import pytest
 import torch
+import transformers as T
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
 from hf_zipit.symmetry.spec import Factor, Symmetry
 from tests.symmetry.checks import BROKEN, next_symmetries, spaces_of, with_symmetry, worst_error
-from tests.tiny import EVERYTHING, REQUIRED, build, is_classifier, pair
+from tests.tiny import EVERYTHING, IMAGE, REQUIRED, build, is_classifier, pair
 
 
 @cache
@@ -110,6 +111,26 @@ def test_group_norm_splits_channels_into_groups():
     assert {tuple(s.size for s in spaces_of(spec, name, 0))[0] for name in norms} == {8}
 
 
+def test_what_is_read_only_for_its_shape_fixes_nothing():
+    """BART slices a unit off its embeddings to ask how many tokens there are."""
+    half = {"layers": 2, "attention_heads": 4}
+    sides = {f"{side}_{name}": value for side in ("encoder", "decoder") for name, value in half.items()}
+    model = T.BartForConditionalGeneration(
+        T.BartConfig(d_model=32, vocab_size=50, max_position_embeddings=20, **sides)
+    )
+    spec = MergeSpec.from_model(model)
+    assert worst_error(model, spec) <= TOLERANCE
+    assert not spec.unknown_ops
+    assert spec.spaces["model.residual"].symmetry is Symmetry.PERMUTATION
+
+
+def test_a_forward_pass_that_draws_at_random_is_proven():
+    model = T.ViTMAEModel(T.ViTMAEConfig(**IMAGE))
+    spec = MergeSpec.from_model(model)
+    assert worst_error(model, spec) <= TOLERANCE
+    assert any(spec.movable(name) for name in spec.spaces)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_grouped_query_heads_move_with_their_key(name):
     _, spec = traced(name)
@@ -118,7 +139,7 @@ def test_grouped_query_heads_move_with_their_key(name):
     assert spaces_of(spec, f"{prefix}.k_proj.weight", 0) == [groups, inner]
     assert spaces_of(spec, f"{prefix}.v_proj.weight", 0)[0] == groups
     assert (groups.size, copies.size, copies.within) == (2, 2, (groups.name,))
-    # Qwen3 scales every unit of a query before it is turned.
+    # Qwen3 scales every unit of a query before it is rotated.
     assert inner.symmetry is (Symmetry.ROTARY if name == "llama" else Symmetry.FIXED)
     assert inner.within == ((groups.name,) if name == "llama" else ())
     assert (inner.frozen_by is None) == (name == "llama")

@@ -14,7 +14,7 @@ from tests.symmetry.checks import BROKEN, next_symmetries, with_symmetry, worst_
 
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
 
-TURNED = {
+ROTATED = {
     "mistral": tiny.of(T.MistralForCausalLM, T.MistralConfig, **tiny.DECODER),
     "qwen2, biases": tiny.of(T.Qwen2ForCausalLM, T.Qwen2Config, **tiny.DECODER),
     "gemma": tiny.of(T.GemmaForCausalLM, T.GemmaConfig, **tiny.DECODER, head_dim=8),
@@ -44,9 +44,9 @@ def rotary_spaces(spec):
     return [space for space in spec.spaces.values() if space.symmetry is Symmetry.ROTARY]
 
 
-@pytest.mark.parametrize("name", TURNED)
-def test_pairs_can_be_turned_and_no_more(name):
-    model, spec = traced(TURNED[name])
+@pytest.mark.parametrize("name", ROTATED)
+def test_pairs_can_be_rotated_and_no_more(name):
+    model, spec = traced(ROTATED[name])
     first, _ = rotary_spaces(spec)  # one a layer
     assert (first.size, len(first.within)) == (8, 1)
     assert worst_error(model, spec) <= TOLERANCE

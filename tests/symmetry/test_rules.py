@@ -33,10 +33,10 @@ from tests.symmetry.by_hand import (
     HeadMixing,
     ResidualStream,
     TwoCuts,
-    neighbours_turned,
+    neighbours_rotated,
     rotary_cut_after,
     rotary_cut_before,
-    scaled_and_turned_by_head,
+    scaled_and_rotated_by_head,
 )
 from tests.symmetry.checks import BROKEN, next_symmetries, spaces_of, with_symmetry, worst_error
 
@@ -135,14 +135,14 @@ def test_cuts_that_do_not_nest_fix_the_axis():
     assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}
 
 
-@pytest.mark.parametrize("function", [neighbours_turned, rotary_cut_before, rotary_cut_after])
+@pytest.mark.parametrize("function", [neighbours_rotated, rotary_cut_before, rotary_cut_after])
 def test_rotary_embeddings_whose_pairs_are_torn_apart_fix_the_axis(function):
     _, spec, _ = seeded(lambda: Between(Case(function, FIXED)), (2, 5, 6))
     assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}
 
 
 def test_what_pairs_are_multiplied_by_moves_with_their_heads():
-    case = Case(scaled_and_turned_by_head, FIXED, extra={"v": torch.tensor([0.3, -1.0, 0.7, 2.0])})
+    case = Case(scaled_and_rotated_by_head, FIXED, extra={"v": torch.tensor([0.3, -1.0, 0.7, 2.0])})
     model, spec, inputs = seeded(lambda: Between(case), (2, 5, 6))
     heads, inner = spaces_of(spec, "first.weight", 0)
     assert spaces_of(spec, "v", 0) == [heads]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_zipit.symmetry.ops import RULES
-from hf_zipit.symmetry.rules import contractions, elementwise, indexing, norms, reductions, shapes
+from hf_zipit.symmetry.ops import PATTERNS, RULES
+from hf_zipit.symmetry.rules import contractions, elementwise, indexing, norms, reductions, rotary, shapes
 
-__all__ = ["RULES", "contractions", "elementwise", "indexing", "norms", "reductions", "shapes"]
+__all__ = ["PATTERNS", "RULES", "contractions", "elementwise", "indexing", "norms", "reductions", "rotary", "shapes"]

@@ -9,27 +9,22 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from hf_zipit.symmetry.atoms import Axis, dual
+from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     FIXED,
     ONES,
     PERMUTATION,
     Value,
-    broadcast,
     common,
     input_shape,
-    restrict_all,
     rule,
     shape_of,
-    unknown,
 )
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
 
 
 @rule("linear")
@@ -56,13 +51,13 @@ def addmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, weight: Value,
     run.count_macs(node, node.meta["val"].numel() * input_shape(node, 2)[0])
     run.reads(node, x.axes[1], -1, argument=1)
     run.writes(node, out, -1)
-    return broadcast(run, node, [Value([x.axes[0], out]), bias], ONES)
+    return run.broadcast(node, [Value([x.axes[0], out]), bias], ONES)
 
 
 @rule("conv1d", "conv2d", "conv3d")
 def conv(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = None, *args: Any) -> Any:
     if len(x.axes) != len(weight.axes):  # an input without a batch axis
-        return unknown(run, node, x, weight, bias)
+        return run.unknown(node, x, weight, bias)
     groups = args[3] if len(args) > 3 else 1
     samples, channels = x.axes[:2]
     out, inner = weight.axes[:2]
@@ -96,11 +91,11 @@ def embedding(run: Interpreter, node: fx.Node, weight: Value, indices: Value, *_
 @rule("matmul", "bmm", "mm")
 def matmul(run: Interpreter, node: fx.Node, x: Value, y: Value) -> Any:
     if len(x.axes) < 2 or len(y.axes) < 2:
-        return unknown(run, node, x, y)
+        return run.unknown(node, x, y)
     (*left_lead, left, inner), (*right_lead, other, right) = x.axes, y.axes
     run.atoms.tie(inner, dual(other), "a product's inner axes do not fit")
-    lead = broadcast(run, node, [Value(left_lead), Value(right_lead)], PERMUTATION)
-    restrict_all(run, lead, PERMUTATION)
+    lead = run.broadcast(node, [Value(left_lead), Value(right_lead)], PERMUTATION)
+    run.restrict_all(lead, PERMUTATION)
     both = common(Value(left_lead), Value(right_lead))
     run.parted([*both, inner], [*both, left], [*both, right])
     run.count_macs(node, node.meta["val"].numel() * input_shape(node)[-1])
@@ -110,12 +105,12 @@ def matmul(run: Interpreter, node: fx.Node, x: Value, y: Value) -> Any:
 @rule("baddbmm")
 def baddbmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, y: Value, **__: Any) -> Value:
     lead = [x.axes[0]]
-    restrict_all(run, Value(lead), PERMUTATION)
+    run.restrict_all(Value(lead), PERMUTATION)
     run.atoms.tie(x.axes[0], y.axes[0], "a product's batch axes do not fit")
     run.atoms.tie(x.axes[2], dual(y.axes[1]), "a product's inner axes do not fit")
     run.parted([*lead, x.axes[2]], [*lead, x.axes[1]], [*lead, y.axes[2]])
     run.count_macs(node, node.meta["val"].numel() * input_shape(node, 1)[-1])
-    return broadcast(run, node, [Value([*lead, x.axes[1], y.axes[2]]), bias], ONES)
+    return run.broadcast(node, [Value([*lead, x.axes[1], y.axes[2]]), bias], ONES)
 
 
 @rule("einsum")
@@ -129,7 +124,7 @@ def einsum(run: Interpreter, node: fx.Node, equation: str, operands: Sequence[Va
             found.setdefault(letter, []).append(axis)
     stretched = any(len(axes) == 2 and bool(axes[0]) != bool(axes[1]) for axes in found.values())
     if match is None or repeated or stretched:
-        return unknown(run, node, *operands)
+        return run.unknown(node, *operands)
     result = match[2]
     for letter, axes in found.items():
         if len(axes) == 1:
@@ -163,16 +158,16 @@ def attention(
         shared = [*common(*(Value(lead[:-1]) for lead in (query_lead, key_lead, value_lead))), groups]
         # The keys and values of a group are read by every copy, as if they had the axis of the copies.
         key_lead, value_lead = [*key_lead[:-1], heads], [*value_lead[:-1], heads]
-    lead = broadcast(run, node, [Value(query_lead), Value(key_lead), Value(value_lead)], PERMUTATION)
-    restrict_all(run, lead, PERMUTATION)
+    lead = run.broadcast(node, [Value(query_lead), Value(key_lead), Value(value_lead)], PERMUTATION)
+    run.restrict_all(lead, PERMUTATION)
     run.atoms.tie(query, dual(key), "query and key do not fit")
     run.atoms.tie(keys, positions, "key and value positions do not fit")
     causal = kwargs.get("is_causal", args[1] if len(args) > 1 else False)
     for axis in (queries, keys):
         run.atoms.restrict(axis, FIXED if causal else PERMUTATION, "causal attention")
     if isinstance(mask, Value):
-        restrict_all(run, mask, PERMUTATION)
-        broadcast(run, node, [Value([*lead.axes, queries, keys]), mask], PERMUTATION)
+        run.restrict_all(mask, PERMUTATION)
+        run.broadcast(node, [Value([*lead.axes, queries, keys]), mask], PERMUTATION)
     for inner in (query, keys, queries, value):
         run.parted([*shared, inner])
     scores = node.meta["val"].numel() // shape_of(node)[-1] * input_shape(node, 1)[-2]

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     FIXED,
     LINEAR,
     ONES,
     PERMUTATION,
     Value,
-    broadcast,
     dims,
-    fresh_like,
     input_shape,
     is_in_place,
     op_name,
     overload,
-    restrict_all,
     rule,
 )
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
 
 
 @rule("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "neg")
@@ -35,14 +30,21 @@ def keep(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value
 @rule("to", "_to_copy", "type_as")
 def cast(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     if not node.meta["val"].is_floating_point():  # rounding to integers is a nonlinearity
-        restrict_all(run, x, PERMUTATION)
+        run.restrict_all(x, PERMUTATION)
     return Value(x.axes)
 
 
 @rule("fill", "zero")
 def overwrite(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
-    restrict_all(run, x, ONES)  # now the same number everywhere
+    run.restrict_all(x, ONES)  # now the same number everywhere
     return Value(x.axes)
+
+
+@rule("copy")
+def copy(run: Interpreter, node: fx.Node, x: Value, source: Value, *_: Any) -> Value:
+    if not node.meta["val"].is_floating_point():
+        run.restrict_all(source, PERMUTATION)
+    return run.broadcast(node, [x, source], ONES)
 
 
 @rule("relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "hardswish", "hardtanh",
@@ -50,7 +52,7 @@ def overwrite(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
       "logical_not", "bitwise_not", "isnan", "isinf", "celu", "floor", "ceil", "round", "sign", "log1p", "expm1",
       "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink")  # fmt: skip
 def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
-    restrict_all(run, x, PERMUTATION)
+    run.restrict_all(x, PERMUTATION)
     return Value(x.axes)
 
 
@@ -61,16 +63,16 @@ def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> 
 def pointwise(run: Interpreter, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     values = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     for value in values:
-        restrict_all(run, value, PERMUTATION)
-    return broadcast(run, node, values, PERMUTATION)
+        run.restrict_all(value, PERMUTATION)
+    return run.broadcast(node, values, PERMUTATION)
 
 
 @rule("add", "sub", "rsub")
 def plus(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) -> Value:
     if isinstance(x, Value) and isinstance(y, Value):
-        return broadcast(run, node, [x, y], ONES)
+        return run.broadcast(node, [x, y], ONES)
     value = x if isinstance(x, Value) else y
-    restrict_all(run, value, ONES)  # a number is added to every unit
+    run.restrict_all(value, ONES)  # a number is added to every unit
     return Value(value.axes)
 
 
@@ -82,7 +84,7 @@ def times(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **kwargs: An
     if not isinstance(y, Value):
         return Value(x.axes)
     if dividing:
-        restrict_all(run, y, PERMUTATION)
+        run.restrict_all(y, PERMUTATION)
     if not isinstance(x, Value):
         return Value(y.axes)
     if not dividing and node.args[0] is node.args[1] and feeds_only_a_sum(node):
@@ -91,7 +93,7 @@ def times(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **kwargs: An
         if left and right:
             run.atoms.restrict(left, PERMUTATION)
             run.atoms.restrict(right, PERMUTATION)
-    return broadcast(run, node, [x, y], LINEAR)
+    return run.broadcast(node, [x, y], LINEAR)
 
 
 @rule("pow")
@@ -127,7 +129,7 @@ def summed_axes(node: fx.Node) -> set[int]:
 
 @rule("prelu")
 def prelu(run: Interpreter, node: fx.Node, x: Value, weight: Value) -> Value:
-    restrict_all(run, x, PERMUTATION)
+    run.restrict_all(x, PERMUTATION)
     if weight.axes[0]:
         run.atoms.tie(x.axes[1], weight.axes[0], "the slopes of a PReLU do not fit its axis")
     return Value(x.axes)
@@ -136,12 +138,12 @@ def prelu(run: Interpreter, node: fx.Node, x: Value, weight: Value) -> Value:
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
       "scalar_tensor", "empty", "new_empty", "empty_like")  # fmt: skip
 def constant(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
-    return fresh_like(run, node, PERMUTATION)
+    return run.fresh_like(node, PERMUTATION)
 
 
 @rule("arange", "linspace", "eye")
 def ramp(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
-    return fresh_like(run, node, FIXED, "a constant")
+    return run.fresh_like(node, FIXED, "a constant")
 
 
 @rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_size")
@@ -154,7 +156,7 @@ def extremum(run: Interpreter, node: fx.Node, x: Value, other: Any = None, *_: A
     """Three ops of one name: of two tensors, of a whole tensor, and along an axis with the place where it stands."""
     if isinstance(other, Value):
         return pointwise(run, node, x, other)
-    restrict_all(run, x, PERMUTATION)
+    run.restrict_all(x, PERMUTATION)
     if overload(node) == "default":
         return Value([])
     values, _ = node.meta["val"]

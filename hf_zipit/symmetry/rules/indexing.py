@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     FIXED,
     PERMUTATION,
     Value,
     input_shape,
-    restrict_all,
     rule,
     shape_of,
-    unknown,
     without,
 )
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
 
 LOOKED_UP = "rows are looked up by index"
 
@@ -30,10 +26,10 @@ LOOKED_UP = "rows are looked up by index"
 def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> Any:
     used = [i for i, index in enumerate(indices) if isinstance(index, Value)]
     if any(node.args[1][i].meta["val"].dtype in (torch.bool, torch.uint8) for i in used):  # type: ignore[index, union-attr]
-        return unknown(run, node, x, indices)  # a mask selects along as many axes as it has itself
+        return run.unknown(node, x, indices)  # a mask selects along as many axes as it has itself
     for i in used:
         run.atoms.restrict(x.axes[i], FIXED, LOOKED_UP)
-        restrict_all(run, indices[i], FIXED, "it is an index")
+        run.restrict_all(indices[i], FIXED, "it is an index")
     kept = without(x, used)
     run.parted(kept)
     shape = shape_of(node)

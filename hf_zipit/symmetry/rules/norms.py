@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     LINEAR,
     ONES,
@@ -14,15 +15,11 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     op_name,
-    restrict_all,
     rule,
     without,
 )
 
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
-
-MISFIT = "a norm's affine part does not fit its axis"
+UNEVEN = "a norm's affine part does not fit its axis"
 
 
 @rule("layer_norm", "rms_norm")
@@ -40,7 +37,7 @@ def layer_norm(
         if isinstance(affine, Value):
             for axis, other in zip(normed, affine.axes, strict=True):
                 run.atoms.restrict(axis, symmetry)
-                run.atoms.tie(axis, other, MISFIT)
+                run.atoms.tie(axis, other, UNEVEN)
     run.parted(lead)
     return Value(x.axes)
 
@@ -52,7 +49,7 @@ def batch_norm(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any)
     *statistics, from_input = args[:5]
     for statistic in statistics:
         if isinstance(statistic, Value):
-            run.atoms.tie(x.axes[1], statistic.axes[0], MISFIT)
+            run.atoms.tie(x.axes[1], statistic.axes[0], UNEVEN)
     others = without(x, [1])
     for axis in others:  # one shift for all samples and positions
         run.atoms.restrict(axis, PERMUTATION if from_input else ONES)
@@ -65,12 +62,12 @@ def batch_norm(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any)
 def group_norm(
     run: Interpreter, node: fx.Node, x: Value, groups: int, weight: Any = None, bias: Any = None, *_: Any
 ) -> Value:
-    restrict_all(run, x, PERMUTATION)
+    run.restrict_all(x, PERMUTATION)
     channels = run.atoms.size(x.axes[1])
     grouped = run.atoms.fresh(groups) + run.atoms.fresh(channels // groups)
     run.atoms.tie(x.axes[1], grouped, "a group norm's groups do not fit its axis")
     for affine in (weight, bias):
         if isinstance(affine, Value):
-            run.atoms.tie(x.axes[1], affine.axes[0], MISFIT)
+            run.atoms.tie(x.axes[1], affine.axes[0], UNEVEN)
     run.parted([x.axes[1]], [x.axes[0]])
     return Value(x.axes)

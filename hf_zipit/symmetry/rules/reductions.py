@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     FIXED,
     ONES,
@@ -15,14 +16,10 @@ from hf_zipit.symmetry.ops import (
     Value,
     dims,
     op_name,
-    restrict_all,
     rule,
     shape_of,
     without,
 )
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
 
 
 def reduced_value(node: fx.Node, x: Value, reduced: Sequence[int]) -> Value:
@@ -58,13 +55,13 @@ def norm(run: Interpreter, node: fx.Node, x: Value, order: Any = 2, dim: Any = N
 
 @rule("amax", "amin", "prod", "any", "all", "logsumexp")
 def symmetric_reduction(run: Interpreter, node: fx.Node, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
-    restrict_all(run, x, PERMUTATION)
+    run.restrict_all(x, PERMUTATION)
     return reduced_value(node, x, dims(dim, len(x.axes)))
 
 
 @rule("argmax", "argmin")
 def which(run: Interpreter, node: fx.Node, x: Value, dim: Any = None, *_: Any, **__: Any) -> Value:
-    restrict_all(run, x, PERMUTATION)
+    run.restrict_all(x, PERMUTATION)
     reduced = dims(dim, len(x.axes))
     for i in reduced:
         run.atoms.restrict(x.axes[i], FIXED, "the place of its largest unit is used")
@@ -87,6 +84,6 @@ def ordered(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) ->
 
 @rule("softmax", "log_softmax")
 def softmax(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Value:
-    restrict_all(run, x, PERMUTATION)  # reordering the entries reorders their probabilities, nothing else survives
+    run.restrict_all(x, PERMUTATION)  # reordering the entries reorders their probabilities, nothing else survives
     run.parted(without(x, dims(dim, len(x.axes))))
     return Value(x.axes)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
+from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     FIXED,
     ONES,
@@ -18,18 +19,14 @@ from hf_zipit.symmetry.ops import (
     overload,
     rule,
     shape_of,
-    unknown,
     without,
 )
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
 
 
 @rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as", "reshape_as")
 def reshape(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) -> Any:
     if overload(node) == "dtype":  # the same bits read as another type
-        return unknown(run, node, x)
+        return run.unknown(node, x)
     return Value(run.atoms.regroup(x.axes, shape_of(node), f"the op {op_name(node)} cuts it in uneven parts"))
 
 
@@ -58,7 +55,7 @@ def reverse(run: Interpreter, node: fx.Node, x: Value) -> Value:
 @rule("movedim")
 def movedim(run: Interpreter, node: fx.Node, x: Value, source: Any, target: Any) -> Any:
     if not (isinstance(source, int) and isinstance(target, int)):
-        return unknown(run, node, x)
+        return run.unknown(node, x)
     axes = list(x.axes)
     axes.insert(target % len(axes), axes.pop(source))
     return Value(axes)
@@ -81,7 +78,7 @@ def repeat(run: Interpreter, node: fx.Node, x: Value, repeats: Sequence[int]) ->
 @rule("repeat_interleave")
 def repeat_interleave(run: Interpreter, node: fx.Node, x: Value, repeats: Any, dim: Any = None, **__: Any) -> Any:
     if not isinstance(repeats, int) or dim is None:
-        return unknown(run, node, x, repeats)
+        return run.unknown(node, x, repeats)
     axes = list(x.axes)
     axes[dim] = axes[dim] + run.atoms.fresh(repeats, PERMUTATION)
     return Value(axes)

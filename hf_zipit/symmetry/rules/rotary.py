@@ -1,15 +1,16 @@
 """Rotary embeddings: where a graph has them, and what they allow.
 
-A rotary embedding (RoFormer, arXiv 2104.09864) turns every pair of a head's units by an angle that grows with the
+A rotary embedding (RoFormer, arXiv 2104.09864) rotates every pair of a head's units by an angle that grows with the
 position:
 
-    x * cos + turned(x) * sin,    turned(x) = cat(-second half of x, first half of x).
+    x * cos + rotated(x) * sin,    rotated(x) = cat(-second half of x, first half of x).
 
-Unit i is paired with unit i + d/2, and both have the same cos and sin. Turns of a plane commute, so a turn of every
-pair by an angle of its own passes through the embedding, and cancels where a turned query meets a key that is turned
-alike. Nothing else does: whatever mixes two pairs, or changes the lengths of a pair's units, meets their angles.
+Unit i is paired with unit i + d/2, and both have the same cos and sin. Rotations of a plane commute, so a rotation of
+every pair by an angle of its own passes through the embedding, and cancels where a rotated query meets a key that is
+rotated by the same angle. Nothing else does: whatever mixes two pairs, or changes the lengths of a pair's units, meets
+their angles.
 
-Taken op by op, the halves would be a slice and a concatenation, which fix their axis. So the whole form is looked for
+Taken op by op, the halves would be a slice and a concatenation, which fix their axis. So the whole form is searched
 first, and only this one: units paired in another way (GPT-J's neighbours), or embeddings of a part of the units
 (GPT-NeoX) are walked op by op, and stay fixed.
 """
@@ -17,18 +18,25 @@ first, and only this one: units paired in another way (GPT-J's neighbours), or e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from hf_zipit.symmetry.folding import PASSING
-from hf_zipit.symmetry.ops import FIXED, LINEAR, PERMUTATION, ROTARY, Value, broadcast, is_in_place, op_name, shape_of
-
-if TYPE_CHECKING:
-    from hf_zipit.symmetry.trace import Interpreter
+from hf_zipit.symmetry.interpreter import Interpreter
+from hf_zipit.symmetry.ops import (
+    FIXED,
+    LINEAR,
+    PERMUTATION,
+    ROTARY,
+    Match,
+    Value,
+    is_in_place,
+    op_name,
+    pattern,
+    shape_of,
+)
 
 CASTS = {"to", "_to_copy", "type_as"}
 
@@ -36,73 +44,47 @@ UNIT_BY_UNIT = PASSING | {"cos", "sin", "neg", "slice", "narrow"}
 """Ops that do the same to all units of the last axis, in their order, as long as it keeps its length."""
 
 
-@dataclass(frozen=True)
-class Rotation:
-    """One rotary embedding.
-
-    Attributes:
-        x, cos, sin: what it is made of; the units are on the last axis.
-        steps: the ops in between, which nothing else reads.
-    """
-
-    x: fx.Node
-    cos: fx.Node
-    sin: fx.Node
-    steps: tuple[fx.Node, ...]
-
-
-def find_rotations(graph: fx.Graph) -> dict[fx.Node, Rotation]:
-    """The rotary embeddings of a graph, by the op that puts out the result."""
-    found = ((node, _rotation(node)) for node in graph.nodes if _is(node, "add"))
-    return {node: rotation for node, rotation in found if rotation is not None}
+@pattern
+def find_rotations(graph: fx.Graph) -> Iterator[Match]:
+    """The rotary embeddings of a graph."""
+    found = (_rotation(node) for node in graph.nodes if _is(node, "add"))
+    return (match for match in found if match is not None)
 
 
 def rotate(run: Interpreter, node: fx.Node, x: Value, cos: Value, sin: Value) -> Value:
-    """The rule of a rotary embedding: its units allow turns of their pairs, every other axis what a product allows."""
+    """A rotary embedding: its units allow rotations of their pairs, every other axis what a product allows."""
     others = [Value(value.axes[:-1]) for value in (x, cos, sin)]
     for axes in zip_longest(*(reversed(value.axes) for value in others), fillvalue=()):
         present = [axis for axis in axes if axis]
         for axis in present if len(present) > 1 else ():
             run.atoms.restrict(axis, PERMUTATION)
-    kept = broadcast(run, node, others, LINEAR)
+    kept = run.broadcast(node, others, LINEAR)
     units = x.axes[-1]
     whole = len(run.atoms.resolve(units)) == 1  # units that were split elsewhere no longer know their pairs
-    run.atoms.restrict(units, ROTARY if whole else FIXED, "a rotary embedding turns its pairs of units")
+    run.atoms.restrict(units, ROTARY if whole else FIXED, "a rotary embedding rotates its pairs of units")
     for angles in (cos, sin):
         run.atoms.restrict(angles.axes[-1], FIXED, "every pair has an angle of its own")
     return Value([*kept.axes, units])
 
 
-def pair_turns(angles: Tensor) -> Tensor:
-    """The matrices that turn unit i and unit i + n of 2n by the i-th angle.
-
-    Args:
-        angles: `[..., n]`, in radians.
-
-    Returns:
-        Orthogonal `[..., 2 n, 2 n]`.
-    """
-    cos, sin = torch.diag_embed(angles.cos()), torch.diag_embed(angles.sin())
-    return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
-
-
 # Finding them --------------------------------------------------------------------------------------------------------
 
 
-def _rotation(node: fx.Node) -> Rotation | None:
+def _rotation(node: fx.Node) -> Match | None:
     """The rotary embedding whose result a sum is."""
     if len(node.args) != 2 or node.kwargs or not all(_is(part, "mul") and _once(part) for part in node.args):
         return None
-    for straight, turned in (node.args, node.args[::-1]):
-        for half_turn, sin in _both_ways(turned):
-            x, steps = _half_turned(half_turn)
+    for straight, crossed in (node.args, node.args[::-1]):
+        for quarter, sin in _both_ways(crossed):
+            x, steps = _quarter_rotation(quarter)
             for same, cos in _both_ways(straight):
-                if x is not None and _uncast(same) is _uncast(x) and _pairs_alike(cos, x) and _pairs_alike(sin, x):
-                    return Rotation(x, cos, sin, (straight, turned, *steps))  # type: ignore[arg-type]
+                known = x is not None and _uncast(same) is _uncast(x)
+                if known and _equal_in_pairs(cos, x) and _equal_in_pairs(sin, x):  # type: ignore[arg-type]
+                    return Match(node, rotate, (x, cos, sin), (straight, crossed, *steps))  # type: ignore[arg-type]
     return None
 
 
-def _half_turned(node: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+def _quarter_rotation(node: fx.Node) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
     """The x of which a node is `cat(-second half, first half)` along the last axis, and the ops in between."""
     nothing = None, ()
     if not _is(node, "cat") or not _once(node) or not _is_last(node, 1) or len(node.args[0]) != 2:  # type: ignore[arg-type]
@@ -127,7 +109,7 @@ def _is_half(node: Any, x: fx.Node, number: int) -> bool:
     return units % 2 == 0 and bounds == [number * units // 2, (number + 1) * units // 2] and step in ([], [1])
 
 
-def _pairs_alike(node: fx.Node, x: fx.Node) -> bool:
+def _equal_in_pairs(node: fx.Node, x: fx.Node) -> bool:
     """Whether the two halves of a node's last axis are surely equal: it was made as one half twice."""
     units = shape_of(x)[-1]
     while isinstance(node, fx.Node) and list(shape_of(node)[-1:]) == [units]:
