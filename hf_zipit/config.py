@@ -16,7 +16,8 @@ class RefitConfig:
             share 1 - w.
             From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
         readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
-        ridge: lambda, the pull towards the combined weights, relative to the mean of the Gram matrix's diagonal.
+        ridge: lambda, the penalty on the distance from the combined weights, relative to the mean of the Gram
+            matrix's diagonal.
         rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
             where that is nearer to the experts than pairing them; the model stays as large and as fast.

@@ -35,7 +35,7 @@ from hf_zipit.observe import Moments
 from hf_zipit.observe.observed import moments_for
 from hf_zipit.planning.plan import Plan, fold_experts, make_plan, with_readouts
 from hf_zipit.refit import RefitConfig
-from hf_zipit.refit.joint import calibrate_joint
+from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import prepared
 from hf_zipit.refit.stage import refit as refit_trunk
 from hf_zipit.registry import METHODS, RULES, check_options
@@ -175,7 +175,7 @@ def merge(
     alignment = align_trunk(folded, planned, found, method, **settings)
     trunk = combine_trunk(folded, planned, alignment, combine)
     readouts = head_dims = report = None
-    turned: frozenset[str] = frozenset()
+    reparametrised: frozenset[str] = frozenset()
     if refitting is not None and planned.cut.trunk:
         refitted = refit_trunk(
             folded,
@@ -190,7 +190,7 @@ def merge(
             progress=progress,
         )
         trunk, readouts, report = refitted.tensors, refitted.readouts, refitted.report
-        head_dims, turned = refitted.head_dims, refitted.turned
+        head_dims, reparametrised = refitted.head_dims, refitted.reparametrised
     recipe = {
         "method": method,
         "options": dict(options or {}),
@@ -222,7 +222,7 @@ def merge(
         batch_size=batch_size,
         accelerator=accelerator,
         moments=found,
-        turned=turned,
+        reparametrised=reparametrised,
     )
     if refitting is not None and refitting.joint_heads:
         calibrate_joint(merged, prepared(calibration, next(iter(loaded.values())), list(loaded), refitting, processor))

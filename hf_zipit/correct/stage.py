@@ -30,12 +30,12 @@ def correct(
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
     moments: Moments | None = None,
-    turned: Collection[str] = (),
+    reparametrised: Collection[str] = (),
 ) -> None:
     """Apply corrections to a merged model, in the order given, in place.
 
     A model whose trunk is empty (depth 0) is left as it is: there is nothing to correct. So are weights that a refit
-    `turned` into a basis of their own: their outputs are no expert's units, and have nobody's mean and deviation.
+    `reparametrised` in a basis of their own: their outputs are no expert's units and have no expert's statistics.
 
     Raises:
         RecipeError: as `check_corrections`.
@@ -52,6 +52,6 @@ def correct(
     batches = Batches.of(
         calibration, experts, processor=processor, batch_size=batch_size, accelerator=accelerator, moments=moments
     )
-    planned = replace(planned, cut=replace(planned.cut, trunk=planned.cut.trunk.difference(turned)))
+    planned = replace(planned, cut=replace(planned.cut, trunk=planned.cut.trunk.difference(reparametrised)))
     for name, options in wanted.items():
         CORRECTIONS.get(name).function(merged, experts, planned, alignment, batches, **options)

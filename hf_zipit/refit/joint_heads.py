@@ -2,9 +2,8 @@
 
 The heads of separately trained experts say nothing about samples of other tasks: their concatenated logits decide by
 accident which task a sample belongs to. The calibration data tells every sample's task, so a linear discriminant on
-the features that a head reads gives the log-odds of its own task (Fisher; ridge as in the rest of the refit). These
-log-odds
-are added to all logits of the task alike: one more direction in the head's last linear layer, and the answers within
+the features that a head reads gives the log-odds of its own task (Fisher; ridge as in the rest of the refit). They
+are added equally to all logits of the task: one more direction in the head's last linear layer, and the answers within
 a task stay what they were.
 """
 
@@ -33,12 +32,12 @@ def calibrate_joint(merged: PreTrainedModel, batches: Sequence[MicroBatch]) -> N
         batches: calibration data that says which task each sample is of.
 
     Raises:
-        RecipeError: if the joint output is no concatenation, a head does not end in a linear layer, or a batch has no
-            task.
+        RecipeError: if the joint output is not a concatenation, a head does not end in a linear layer with a bias,
+            or a batch has no task.
     """
     tasks = merged.config.tasks
     if merged.config.joint != "concatenate" or not merged.config.task_labels:
-        raise RecipeError("joint_heads needs tasks with different classes; this joint output is no concatenation")
+        raise RecipeError("joint_heads needs tasks with different classes; this joint output is not a concatenation")
     if any(batch.task is None for batch in batches):
         raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
     features = {task: head_features(merged, task, batches) for task in tasks}
