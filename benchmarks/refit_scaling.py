@@ -31,7 +31,7 @@ from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.merging import plan
 from hf_zipit.refit import RefitConfig
-from hf_zipit.refit.forward_pass import FORWARD_PASSES
+from hf_zipit.refit.program import FORWARD_PASSES
 from hf_zipit.refit.stage import prepared, refit
 from hf_zipit.report.tables import new_table
 

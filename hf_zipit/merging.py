@@ -29,7 +29,7 @@ from hf_zipit.observe.moments import Moments
 from hf_zipit.observe.shared import moments_for
 from hf_zipit.planning.auto import choose
 from hf_zipit.planning.plan import Plan, make_plan
-from hf_zipit.refit.joint import calibrate_joint
+from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
 
 DATA_SETTINGS = ("processor", "columns", "batch_size")

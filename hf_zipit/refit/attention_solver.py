@@ -13,8 +13,8 @@ Two ways to make the merged heads, of which each layer gets the one whose logits
 
 - paired: one head for each of an expert's, as they were aligned, with the best factors of the mean of its experts'
   B_t. Right for heads that agree;
-- split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank. Heads of
-  different experts rarely agree, but each is of low rank. The layer has as many weights and operations as before.
+- split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank. Heads
+  of different experts rarely agree, but each is of low rank. The layer has as many weights and operations as before.
 
 Everything is closed-form: two passes over the inputs a layer and two singular value decompositions a head.
 
@@ -32,18 +32,17 @@ from torch.nn import functional
 
 from hf_zipit.maps.products import factor_indices
 from hf_zipit.maps.transform import features_to_merged, unmerge_matrix
-from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.graph import Site
-from hf_zipit.refit.heads import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
-from hf_zipit.refit.regression import Gram, Moments, ridge
-from hf_zipit.refit.rows import at_rows
-from hf_zipit.refit.splitting import Split
-from hf_zipit.refit.store import MERGED
+from hf_zipit.refit.head_factors import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
+from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.regression import Gram, SecondMoments, ridge
+from hf_zipit.refit.solvable import Attention, RefitSite
+from hf_zipit.refit.splitting import SplitHeads
+from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import product_key
 
 AGREED = 1e-3
-"""Heads that lose no more than this share of their logits' energy by being paired are not split."""
+"""MergedHeads that lose no more than this share of their logits' energy by being paired are not split."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Heads:
+class MergedHeads:
     """How a layer's merged heads are made.
 
     Attributes:
@@ -89,12 +88,12 @@ class Start:
 class AttentionSolver:
     """Solves one attention layer of a refit."""
 
-    def __init__(self, fit: Fit, attention: Attention, cut: Split | None) -> None:
+    def __init__(self, fit: Fit, attention: Attention, cut: SplitHeads | None) -> None:
         """`cut`: the layer with narrower heads, if it can have them."""
         self.fit, self.attention, self.cut = fit, attention, cut
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
-        self.regressed: dict[Site, list[tuple[Tensor, Tensor]]] = {}
-        self.moments: dict[Site, Moments] = {}
+        self.regressed: dict[RefitSite, list[tuple[Tensor, Tensor]]] = {}
+        self.moments: dict[RefitSite, SecondMoments] = {}
 
     def solve(self) -> int | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -123,22 +122,22 @@ class AttentionSolver:
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
-    def _paired(self) -> Heads:
-        def members(site: Site) -> list[list[Member]]:
+    def _paired(self) -> MergedHeads:
+        def members(site: RefitSite) -> list[list[Member]]:
             return [[Member(t, self._units(site, t, head)) for t in self.tasks] for head in range(attention.heads)]
 
         attention = self.attention
         parts = [members(site) for site in attention.inputs]
-        return Heads(*parts, attention.heads, attention.width)
+        return MergedHeads(*parts, attention.heads, attention.width)
 
-    def _units(self, site: Site, expert: int, head: int) -> slice:
+    def _units(self, site: RefitSite, expert: int, head: int) -> slice:
         """Where the outputs of a weight that belong to a merged head are among an expert's own."""
         key = product_key(self.spec.axes[site.weight][0])
         merged = factor_indices(key, self.alignment, self.spec, expert)[key[0]]
         first = int((merged == head).int().argmax())
         return slice(first, first + int((merged == head).sum()))
 
-    def _split(self) -> Heads | None:
+    def _split(self) -> MergedHeads | None:
         attention, cut = self.attention, self.cut
         if cut is None:
             return None
@@ -147,7 +146,7 @@ class AttentionSolver:
             for t in self.tasks
             for first in range(0, attention.heads * attention.width, attention.width)
         ]
-        return Heads(own, own, own, cut.count, cut.width, cut.scale)
+        return MergedHeads(own, own, own, cut.count, cut.width, cut.scale)
 
     # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
 
@@ -157,7 +156,7 @@ class AttentionSolver:
         They are linear maps W_t of the expert's own input. So it is that input which is regressed, towards U_t: what
         W_t makes of the solution is the solution for W_t's outputs, towards W_t U_t.
         """
-        by_input: dict[fx.Node, list[Site]] = {}
+        by_input: dict[fx.Node, list[RefitSite]] = {}
         for site in self.attention.inputs:
             by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
         for x, sites in by_input.items():
@@ -176,7 +175,7 @@ class AttentionSolver:
                 self.regressed[site] = [self._output(site, t, *inputs[t]) for t in self.tasks]
                 self.moments[site] = moments
 
-    def _output(self, site: Site, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    def _output(self, site: RefitSite, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """What an expert's weights make of its input, a linear map of the merged model's."""
         tensors = self.fit.values.tensors[expert]
         weight = tensors[site.weight].double()
@@ -185,7 +184,7 @@ class AttentionSolver:
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
-    def _logits(self, heads: Heads, *metrics: Metric) -> list[LogitFactors]:
+    def _logits(self, heads: MergedHeads, *metrics: Metric) -> list[LogitFactors]:
         return [
             logit_factors(
                 [self._query(member) * heads.scale for member in queries],
@@ -206,8 +205,8 @@ class AttentionSolver:
         if self.attention.query.bias is not None:
             mean = q.x / q.n
             moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
-        pull = self.fit.config.ridge
-        return Metric.of(moment, pull), Metric.of(k.xx / k.n - torch.outer(k.x, k.x) / k.n.square(), pull)
+        penalty = self.fit.config.ridge
+        return Metric.of(moment, penalty), Metric.of(k.xx / k.n - torch.outer(k.x, k.x) / k.n.square(), penalty)
 
     def _query(self, member: Member) -> Tensor:
         slope, shift = (part[member.units] for part in self.regressed[self.attention.query][member.expert])
@@ -216,7 +215,7 @@ class AttentionSolver:
     def _key(self, member: Member) -> Tensor:
         return self.regressed[self.attention.key][member.expert][0][member.units]
 
-    def _write_logits(self, heads: Heads, logits: Sequence[LogitFactors], is_split: bool) -> None:
+    def _write_logits(self, heads: MergedHeads, logits: Sequence[LogitFactors], is_split: bool) -> None:
         query, key = self.attention.query, self.attention.key
         queries, keys = [], []
         for number, found in enumerate(logits):
@@ -234,28 +233,28 @@ class AttentionSolver:
         self.fit.write(query, slope, shift)
         self.fit.write(key, columns, columns[:, 0] * 0)
 
-    def _combined(self, site: Site) -> Tensor:
+    def _combined(self, site: RefitSite) -> Tensor:
         """The combined weight, with the bias as one more column if there is one."""
         weight, bias = self.fit.values.merged[site.weight], self.fit.values.merged.get(site.bias)
         return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
 
     # Values and the output projection --------------------------------------------------------------------------------
 
-    def _solve_values(self, heads: Heads, starts: Sequence[Start]) -> None:
+    def _solve_values(self, heads: MergedHeads, starts: Sequence[Start]) -> None:
         """Mix the experts' values, head by head; then the output projection, for all heads together.
 
         What it reads is the mix of what was averaged, so that the moments of that say all that is needed.
         """
-        value, output, pull = self.attention.value, self.attention.output, self.fit.config.ridge
+        value, output, penalty = self.attention.value, self.attention.output, self.fit.config.ridge
         slopes, shifts = self._values(heads)
         before = torch.cat([start.slope for start in starts], 1)
         moments = self._moments_of_means(heads, slopes, shifts, before)
-        slope, _ = ridge(moments, before, pull, output.bias is not None)
+        slope, _ = ridge(moments, before, penalty, output.bias is not None)
         covariance = moments.xx / moments.n - torch.outer(moments.x, moments.x) / moments.n.square()
         outs, mixes = [], []
         for head, start in enumerate(starts):
             own = slice(head * slopes.shape[1], (head + 1) * slopes.shape[1])
-            out, mix = value_factors(slope[:, own], Metric.of(covariance[own, own], pull), heads.width)
+            out, mix = value_factors(slope[:, own], Metric.of(covariance[own, own], penalty), heads.width)
             out, mix = nearest_basis(out.mT, mix, (start.out.mT, start.mix))
             outs.append(out)
             mixes.append(mix)
@@ -265,11 +264,11 @@ class AttentionSolver:
         )
         self.fit.write(value, padded(weights, full), padded(biases, full)[:, 0])
         first = torch.cat(outs).mT
-        found, shift = ridge(moments.mixed(torch.block_diag(*mixes), first), first, pull, output.bias is not None)
+        found, shift = ridge(moments.mixed(torch.block_diag(*mixes), first), first, penalty, output.bias is not None)
         self.fit.write(output, padded(found.mT, full).mT, shift)
         self._put_means(mixes, heads.count)
 
-    def _values(self, heads: Heads) -> tuple[Tensor, Tensor]:
+    def _values(self, heads: MergedHeads) -> tuple[Tensor, Tensor]:
         """The values that enter each merged head: slopes `[heads, values, d]` and shifts `[heads, values]`."""
         maps = self.regressed[self.attention.value]
         slopes, shifts = (
@@ -279,7 +278,7 @@ class AttentionSolver:
         # Without a bias nothing may add a constant; the shift is then part of what the regression leaves.
         return slopes, shifts if self.attention.value.bias is not None else torch.zeros_like(shifts)
 
-    def _moments_of_means(self, heads: Heads, slopes: Tensor, shifts: Tensor, start: Tensor) -> Moments:
+    def _moments_of_means(self, heads: MergedHeads, slopes: Tensor, shifts: Tensor, start: Tensor) -> SecondMoments:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
         attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)
@@ -315,7 +314,7 @@ class AttentionSolver:
             query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
         return self.fit.values.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
 
-    def _paired_starts(self, heads: Heads, projection: Tensor) -> list[Start]:
+    def _paired_starts(self, heads: MergedHeads, projection: Tensor) -> list[Start]:
         """The combined model's: its projection, and its values of a head as a mix of the experts'."""
         value = self.attention.value
         label = self.spec.axes[value.weight][0]
@@ -331,7 +330,7 @@ class AttentionSolver:
             starts.append(Start(out @ mix, out, mix))
         return starts
 
-    def _split_starts(self, heads: Heads) -> list[Start]:
+    def _split_starts(self, heads: MergedHeads) -> list[Start]:
         """The experts' own: the mean of what their heads write."""
         output = self.attention.output
         label = self.spec.output_label(output.weight, 0)
@@ -345,7 +344,7 @@ class AttentionSolver:
 
 
 def _with_empty_heads(values: Tensor, more: int) -> Tensor:
-    """Values `[samples, heads, positions, any]` with so many more heads, of zeros."""
+    """Values `[samples, heads, positions, any]` with `more` heads of zeros behind the others."""
     return functional.pad(values, (0, 0, 0, 0, 0, more)) if more else values
 
 

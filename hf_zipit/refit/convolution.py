@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hf_zipit.refit.regression import Moments
-from hf_zipit.refit.rows import Picked, places
+from hf_zipit.refit.positions import Picked, places
+from hf_zipit.refit.regression import SecondMoments
 from hf_zipit.symmetry.ops import shape_of
 
 
@@ -26,7 +26,7 @@ def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | Non
     return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
 
 
-def restored(slope: Tensor, shift: Tensor, moments: Moments, eps: Tensor) -> dict[str, Tensor]:
+def restored(slope: Tensor, shift: Tensor, moments: SecondMoments, eps: Tensor) -> dict[str, Tensor]:
     """The batch norm behind the weight `slope` that adds `shift`: its weight, bias, mean and variance, `[k]` each.
 
     `moments` are those of the patches, from which mean and variance of the convolution follow.

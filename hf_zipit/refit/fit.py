@@ -1,4 +1,10 @@
-"""What all who solve a part of one refit share: the values so far, the rows, the targets and the settings."""
+"""What all solvers of one refit share: the values so far, the rows, settings, targets and the regression error.
+
+A target is the merged units' share of what the experts' modules compute. On samples that are known to come from task
+t, expert t weighs w and the others share 1 - w. A module that writes into a residual stream aims at the stream itself:
+the experts' stream after the addition minus the merged stream before it, so that errors are corrected instead of
+adding up.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +12,112 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
-from torch import Tensor
+import torch
+from torch import Tensor, fx
 
 from hf_zipit.config import RefitConfig
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.refit.graph import Site
-from hf_zipit.refit.rows import Picked, Rows
-from hf_zipit.refit.targets import Targets
-from hf_zipit.refit.values import Values
+from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
+from hf_zipit.refit.positions import Picked, Rows, at_rows
+from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.values import MERGED, Values
 from hf_zipit.symmetry.ops import shape_of
-from hf_zipit.symmetry.spec import MergeSpec
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
+
+
+class Targets:
+    """The targets of one refit, from the experts' values as they are computed."""
+
+    def __init__(self, values: Values, spec: MergeSpec, alignment: Alignment, own_task_weight: float) -> None:
+        self.values, self.spec, self.alignment, self.own_task_weight = values, spec, alignment, own_task_weight
+        self._scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
+        self._rows: dict[tuple[RefitSite, str, int], Picked | None] = {}
+        self._orders: dict[tuple[AxisLabel, int], Tensor | None] = {}
+
+    def label(self, site: RefitSite) -> AxisLabel:
+        """The units of what a site puts out, of the residual stream where it writes into one."""
+        return self.spec.output_label(site.weight, site.unit_axis)
+
+    def of(self, site: RefitSite, b: int, rows: Picked | None = None) -> Tensor:
+        """What a site should put out: its share of the experts' output, or what the residual stream still lacks.
+
+        Of `rows` alone, `[rows, units]`, where they are given; the units are then the last axis.
+        """
+        target = self.reached(site, b, rows)
+        if site.stream is None or site.other is None:
+            return target
+        other = self.values.of(site.other, MERGED, b)
+        if rows is not None:
+            shape = shape_of(site.stream)
+            shape[site.channel_axis] = -1
+            other = at_rows(other.expand(shape), site.channel_axis, rows)
+        return target - other
+
+    def reached(self, site: RefitSite, b: int, rows: Picked | None = None) -> Tensor:
+        """What a site's output, or the stream that it writes into, should be; remembered until `forget`."""
+        key = (site, "target", b)
+        if key not in self.values.store or self._rows[key] is not rows:
+            self._rows[key] = rows
+            node = site.stream or site.output
+            self.values.store[key] = self.share(node, site.channel_axis, self.label(site), b, rows)
+        return self.values.store[key]
+
+    def forget(self, site: RefitSite) -> None:
+        """Of a site that is done."""
+        for b in range(len(self.values.batches)):
+            self.values.store.pop((site, "target", b))
+            self._rows.pop((site, "target", b), None)
+
+    def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
+        """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
+        total: Tensor | None = None
+        units = axis if rows is None else -1
+        task = self.values.batches[b].task
+        for t, weight in enumerate(self.weights(task)):
+            y = self.values.store[node, t, b]
+            y = self._in_merged_units(y if rows is None else at_rows(y, axis, rows), units, label, t)
+            total = y * weight if total is None else total.add_(y, alpha=weight)
+        assert total is not None
+        scale = self._scale(label, task)
+        return (
+            total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[units % total.dim() + 1 :]))
+        )
+
+    def weights(self, task: int | None) -> list[float]:
+        """How much each expert counts in the target of samples of a task."""
+        count = len(self.values.experts)
+        if task is None:
+            return [1 / count] * count
+        # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
+        others = max((1 - self.own_task_weight) / (count - 1), 1e-9)
+        return [self.own_task_weight if t == task else others for t in range(count)]
+
+    def _in_merged_units(self, y: Tensor, axis: int, label: AxisLabel, expert: int) -> Tensor:
+        """T M_t y; where the map is one-to-one only a look-up, or nothing at all."""
+        if (label, expert) not in self._orders:
+            self._orders[label, expert] = self._order(label, expert, y.shape[axis])
+        order = self._orders[label, expert]
+        if order is None:
+            return features_to_merged(y, axis, label, self.alignment, self.spec, expert)
+        return y if torch.equal(order, torch.arange(len(order))) else y.index_select(axis, order)
+
+    def _order(self, label: AxisLabel, expert: int, units: int) -> Tensor | None:
+        """Which of an expert's units each merged unit is; None where merged units are made of several or none."""
+        if not only_groups(self.alignment, product_key(label)):
+            return None
+        ones = shares_held(label, self.alignment, self.spec, expert)
+        numbers = features_to_merged(torch.arange(units).double(), 0, label, self.alignment, self.spec, expert)
+        alone = len(ones) == units and bool((ones == 1).all())
+        found = numbers.round().long()
+        return found if alone and torch.equal(found.sort().values, torch.arange(units)) else None
+
+    def _scale(self, label: AxisLabel, task: int | None) -> Tensor | None:
+        """For every merged unit the sum of its experts' equal shares over that of their real shares; None for ones."""
+        if (label, task) not in self._scales:
+            held = torch.stack([shares_held(label, self.alignment, self.spec, t).float() for t in self.values.experts])
+            scale = held.mean(0) / (torch.tensor(self.weights(task)) @ held).clamp_min(1e-12)
+            self._scales[label, task] = None if bool((held == 1).all()) else scale
+        return self._scales[label, task]
 
 
 @dataclass(frozen=True)
@@ -39,15 +141,59 @@ class Fit:
     targets: Targets
     all_reduce: Callable[[Tensor], Tensor]
 
-    def pick(self, site: Site, b: int) -> tuple[Picked, Tensor]:
+    def pick(self, site: RefitSite, b: int) -> tuple[Picked, Tensor]:
         """The rows of a site's value that enter its regression, and their weights."""
         shape = self.values.merged[site.weight].shape
         inputs = prod(shape[1:]) if site.kind in ("linear", "conv") else shape[-1]
         return self.rows.pick(shape_of(site.stream or site.output), b, site.channel_axis, inputs)
 
-    def write(self, site: Site, weight: Tensor, bias: Tensor | None = None) -> None:
+    def write(self, site: RefitSite, weight: Tensor, bias: Tensor | None = None) -> None:
         """Put a solution into the merged model; where a site has no bias, none is written."""
         tensors = self.values.merged
         for name, solution in ((site.weight, weight), (site.bias, bias)):
             if name is not None and solution is not None:
                 tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name].dtype)
+
+
+UNKNOWN_TASK = "unknown task"
+"""What a report calls samples whose task is unknown."""
+
+
+def relative_errors(fit: Fit, site: RefitSite) -> dict[str, float]:
+    """The squared error on every task's samples, as a share of the target's spread there."""
+    kinds = [*fit.tasks, UNKNOWN_TASK]
+    found = zip(kinds, *squared_errors(fit, site), strict=True)
+    return {kind: float(off / spread.clamp_min(1e-12)) for kind, off, spread in found if spread > 0}
+
+
+def squared_errors(fit: Fit, site: RefitSite) -> tuple[Tensor, Tensor]:
+    """What a site's output lacks, now that it was run with its weights.
+
+    Returns:
+        The weighted squared error and the weighted squared deviation of the target from its mean, both `[T + 1]`: for
+        samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the stream.
+    """
+    width = fit.values.merged[site.weight].shape[site.unit_axis]
+    sums = torch.zeros(len(fit.tasks) + 1, width + 3, dtype=torch.float64)
+    for b, batch in enumerate(fit.values.batches):
+        made = _made(fit, site, b)
+        rows, weight = fit.pick(site, b)
+        y = fit.targets.reached(site, b, rows)
+        off = at_rows(made, site.channel_axis, rows) - y
+        squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
+        ones = torch.ones(len(y))
+        scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])
+        task = len(fit.tasks) if batch.task is None else batch.task
+        sums[task] += torch.cat([scalars, (weight @ y).double()])
+    sums = fit.all_reduce(sums)
+    off, square, rows = sums[:, :3].T
+    spread = square - sums[:, 3:].square().sum(1) / rows.clamp_min(1e-12)
+    return off, torch.where(spread > 1e-6 * square, spread, 0.0)  # below it is rounding
+
+
+def _made(fit: Fit, site: RefitSite, b: int) -> Tensor:
+    """The merged model's value where a site is measured."""
+    made = fit.values.of(site.output, MERGED, b)
+    if site.stream is None or site.stream is site.node:
+        return made
+    return made + fit.values.of(site.other, MERGED, b)

@@ -3,7 +3,7 @@
     [W, b] = argmin sum_i w_i ||W x_i + b - y_i||^2 + ridge * mean(diag(G)) * ||W - W_0||^2
 
 G is the (centred) Gram matrix of x. Only moments are needed, so rows can be streamed and added across processes; they
-are accumulated in float64. The intercept is not pulled: it makes up for whatever the slope gives.
+are accumulated in float64. The intercept has no penalty: it makes up for whatever the slope gives.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ def one_thread() -> Iterator[None]:
 
 
 TRIANGLE = 128
-"""So many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
+"""This many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
 
-LOOK = 64
-"""So many rows of a block tell where its middle is, and whether a first solution helps,"""
+PROBED = 64
+"""This many rows of a block tell where its middle is, and whether a first solution helps,"""
 
-LITTLE = 0.1
+SMALL = 0.1
 """by leaving no more than this share of the targets' variance."""
 
 
 @dataclass(frozen=True)
-class Moments:
+class SecondMoments:
     """Weighted second moments of inputs `[d]` and of what a first solution leaves of targets `[k]`, about the origin.
 
     Attributes:
@@ -57,15 +57,15 @@ class Moments:
     def sums(self) -> tuple[Tensor, ...]:
         return self.xx, self.xy, self.x, self.y, self.n
 
-    def without(self, start: Tensor) -> Moments:
+    def without(self, start: Tensor) -> SecondMoments:
         """The same inputs, and what another first solution leaves."""
         more = start.double() if self.start is None else start.double() - self.start.double()
-        return Moments(self.xx, self.xy - self.xx @ more.T, self.x, self.y - more @ self.x, self.n, start)
+        return SecondMoments(self.xx, self.xy - self.xx @ more.T, self.x, self.y - more @ self.x, self.n, start)
 
-    def mixed(self, mix: Tensor, start: Tensor) -> Moments:
+    def mixed(self, mix: Tensor, start: Tensor) -> SecondMoments:
         """Those of `mix` `[m, d]` times the inputs, with a first solution `[k, m]`."""
         left = self.without(start.double() @ mix)
-        return Moments(mix @ self.xx @ mix.T, mix @ left.xy, mix @ self.x, left.y, self.n, start)
+        return SecondMoments(mix @ self.xx @ mix.T, mix @ left.xy, mix @ self.x, left.y, self.n, start)
 
 
 GOLDEN = 0.6180339887498949
@@ -73,11 +73,11 @@ GOLDEN = 0.6180339887498949
 
 
 def some_rows(rows: Tensor) -> Tensor:
-    """The numbers of the rows that are looked at, at most `LOOK`."""
-    return (torch.arange(min(LOOK, len(rows)), dtype=torch.float64) * GOLDEN % 1 * len(rows)).long()
+    """The numbers of the rows that are probed, at most `PROBED`."""
+    return (torch.arange(min(PROBED, len(rows)), dtype=torch.float64) * GOLDEN % 1 * len(rows)).long()
 
 
-class Sums:
+class BlockSums:
     """Moments about the middle of every block of rows, which are moved to the origin at the end.
 
     So no rounding is that of a distance from the origin, and a block counts the same whatever it is added to.
@@ -98,21 +98,21 @@ class Sums:
         self.xy += x.T @ y
         self.blocks.append((*means, root @ x, root @ y, weight.sum(dtype=torch.float64)))
 
-    def moments(self) -> Moments:
+    def moments(self) -> SecondMoments:
         xx, xy = self.xx.triu(), self.xy
         xx += self.xx.triu(1).T
         if not self.blocks:
-            return Moments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
+            return SecondMoments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
         centre, level, x, y, n = (torch.stack(part).double() for part in zip(*self.blocks, strict=True))
         n = n[:, None]
         mixed = centre.T @ (x + n / 2 * centre)
         x = x + n * centre
         xx.add_(mixed).add_(mixed.T)
-        return Moments(xx, xy + centre.T @ y + x.T @ level, x.sum(0), (y + n * level).sum(0), n.sum())
+        return SecondMoments(xx, xy + centre.T @ y + x.T @ level, x.sum(0), (y + n * level).sum(0), n.sum())
 
 
 class Gram:
-    """Sums up the moments of inputs `[rows, d]` and targets `[rows, k]`.
+    """BlockSums up the moments of inputs `[rows, d]` and targets `[rows, k]`.
 
     What is summed up of the targets is what a first solution leaves of them. Where that is right already, as it is for
     experts that compute the same, nothing but rounding is left: with the whole targets, rounding in directions that
@@ -123,7 +123,7 @@ class Gram:
     def __init__(self, inputs: int, outputs: int, start: Tensor | None = None) -> None:
         """`start`: the first solution, a slope `[k, d]`; None for zero."""
         self.start = start
-        self.whole, self.left = Sums(inputs, outputs), Sums(inputs, outputs)
+        self.whole, self.left = BlockSums(inputs, outputs), BlockSums(inputs, outputs)
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
@@ -140,9 +140,9 @@ class Gram:
         some = some_rows(x)
         left = y[some] - x[some] @ self.start.to(x).T
         spread, off = (part.var(0, correction=0).sum() for part in (y[some], left))
-        return bool(off < LITTLE * spread)
+        return bool(off < SMALL * spread)
 
-    def reduce(self, all_reduce: Callable[[Tensor], Tensor] = lambda x: x) -> Moments:
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] = lambda x: x) -> SecondMoments:
         """The moments of all processes; `all_reduce` sums a tensor over them."""
         if not self.whole.blocks:
             found = self.left.moments()
@@ -150,12 +150,12 @@ class Gram:
             found = self.whole.moments()
             found = found if self.start is None else found.without(self.start)
             if self.left.blocks:
-                found = Moments(*map(torch.add, found.sums, self.left.moments().sums))
-        return Moments(*map(all_reduce, found.sums), start=self.start)
+                found = SecondMoments(*map(torch.add, found.sums, self.left.moments().sums))
+        return SecondMoments(*map(all_reduce, found.sums), start=self.start)
 
 
 @torch.no_grad()
-def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
+def ridge(moments: SecondMoments, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
     """The slope `[k, d]` and the intercept `[k]` (zeros where there is none), float64.
 
     Args:
@@ -169,15 +169,15 @@ def ridge(moments: Moments, prior: Tensor, strength: float, intercept: bool = Tr
     left, cross = moments.xx, moments.xy
     if intercept:
         left, cross = (torch.addr(of, moments.x, mean, alpha=-1) for of, mean in ((left, mean_x), (cross, mean_y)))
-    pull = strength * left.diagonal().mean().clamp_min(1e-12)
-    left = torch.diagonal_scatter(left, left.diagonal() + pull)
+    penalty = strength * left.diagonal().mean().clamp_min(1e-12)
+    left = torch.diagonal_scatter(left, left.diagonal() + penalty)
     start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
-    right = cross + pull * (prior.double() - start).T
+    right = cross + penalty * (prior.double() - start).T
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(left)
-        if failed:  # rounding of float32 products is larger than the pull: where little is seen, the pull decides
+        if failed:  # float32's rounding is larger than the penalty, which decides where little is seen
             values, vectors = torch.linalg.eigh(left)
-            slope = vectors @ (vectors.mT @ right / values.clamp_min(pull)[:, None])
+            slope = vectors @ (vectors.mT @ right / values.clamp_min(penalty)[:, None])
         else:
             slope = torch.cholesky_solve(right, factor)
     change = slope.T
@@ -202,11 +202,11 @@ class ChannelSums:
 
 
 def scale_and_shift(channels: ChannelSums, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Per channel the scale and shift `[d]` that best turn x into y, pulled towards the scale `prior`."""
+    """Per channel the scale and shift `[d]` that best map x to y, with a penalty on the distance from `prior`."""
     n, x, y, xx, xy = channels.sums
     n = n.clamp_min(1e-12)
     variance = (xx / n - (x / n).square()).clamp_min(0)
     covariance = xy / n - x * y / n.square()
-    pull = strength * variance.mean().clamp_min(1e-12)
-    scale = (covariance + pull * prior.double()) / (variance + pull)
+    penalty = strength * variance.mean().clamp_min(1e-12)
+    scale = (covariance + penalty * prior.double()) / (variance + penalty)
     return scale, y / n - scale * x / n

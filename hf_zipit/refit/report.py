@@ -15,7 +15,7 @@ class RefitReport:
     """Relative squared errors of the regressions.
 
     Attributes:
-        tasks: the experts, in order; `unknown task` for samples of which nobody said it.
+        tasks: the experts, in order; `unknown task` for samples whose task is unknown.
         errors: per module, in execution order, and task: the squared error on that task's calibration samples over the
             variance of the target. 0 is perfect, 1 no better than a constant. A module that writes into a residual
             stream is measured at the stream.

@@ -1,7 +1,9 @@
-"""The regression of every kind of site: from the values and targets of one site to its new tensors.
+"""The regression of every kind of site, from its values and targets to its new tensors; and of the readout maps.
 
 Batch norms are folded into their convolution and restored with statistics that belong to the new weights; the affine
-part of a norm is regressed channel by channel; embeddings and added parameters are means of their targets.
+part of a norm is regressed channel by channel; embeddings and added parameters are means of their targets. Where a
+branch leaves the trunk, U_t becomes the linear map that best reconstructs expert t's own features: for a linear head
+that is the regression on its logits.
 """
 
 from __future__ import annotations
@@ -9,24 +11,27 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.errors import SpecError
+from hf_zipit.maps.transform import unmerge_matrix
+from hf_zipit.planning.cut import Cut, ReadPoint
 from hf_zipit.refit.convolution import folded, patches, restored
 from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.graph import Site
+from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.program import Program
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
-from hf_zipit.refit.rows import at_rows
-from hf_zipit.refit.store import MERGED
+from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.values import MERGED
 
 
-def solve(fit: Fit, site: Site) -> None:
+def solve(fit: Fit, site: RefitSite) -> None:
     """Write the solution of one site into the merged model."""
     SOLVERS[site.kind](fit, site)
 
 
-def solve_linear(fit: Fit, site: Site) -> None:
+def solve_linear(fit: Fit, site: RefitSite) -> None:
     weight = fit.values.merged[site.weight]
     gram = Gram(weight.shape[1], weight.shape[0], weight)
     for b in range(len(fit.values.batches)):
@@ -36,7 +41,7 @@ def solve_linear(fit: Fit, site: Site) -> None:
     fit.write(site, *ridge(gram.reduce(fit.all_reduce), weight, fit.config.ridge, site.bias is not None))
 
 
-def solve_conv(fit: Fit, site: Site) -> None:
+def solve_conv(fit: Fit, site: RefitSite) -> None:
     merged = fit.values.merged
     weight, bias = merged[site.weight], merged[site.bias] if site.bias else None
     flat, names = weight.flatten(1), norm_names(fit, site)
@@ -56,7 +61,7 @@ def solve_conv(fit: Fit, site: Site) -> None:
             merged[names[role]] = value.to(weight.dtype)
 
 
-def norm_names(fit: Fit, site: Site) -> dict[str, str]:
+def norm_names(fit: Fit, site: RefitSite) -> dict[str, str]:
     """The tensors of the batch norm behind a convolution, by role; none where there is no such norm."""
     found = {}
     if site.norm is not None:
@@ -68,7 +73,7 @@ def norm_names(fit: Fit, site: Site) -> dict[str, str]:
     return found
 
 
-def solve_embedding(fit: Fit, site: Site) -> None:
+def solve_embedding(fit: Fit, site: RefitSite) -> None:
     """Each row is the weighted mean of its targets; rows that no sample uses keep the combined values."""
     table = fit.values.merged[site.weight]
     total = torch.zeros(table.shape, dtype=torch.float64)
@@ -81,11 +86,11 @@ def solve_embedding(fit: Fit, site: Site) -> None:
         total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
         count.index_add_(0, indices, weight.double())
     total, count = fit.all_reduce(total), fit.all_reduce(count)
-    pull = fit.config.ridge * count.mean().clamp_min(1e-12)
-    fit.write(site, (total + pull * table.double()) / (count + pull)[:, None])
+    penalty = fit.config.ridge * count.mean().clamp_min(1e-12)
+    fit.write(site, (total + penalty * table.double()) / (count + penalty)[:, None])
 
 
-def solve_norm(fit: Fit, site: Site) -> None:
+def solve_norm(fit: Fit, site: RefitSite) -> None:
     scale = fit.values.merged[site.weight]
     channels = ChannelSums.empty(len(scale))
     for b in range(len(fit.values.batches)):
@@ -98,7 +103,7 @@ def solve_norm(fit: Fit, site: Site) -> None:
     fit.write(site, *scale_and_shift(channels, scale, fit.config.ridge))
 
 
-def solve_offset(fit: Fit, site: Site) -> None:
+def solve_offset(fit: Fit, site: RefitSite) -> None:
     """A parameter that is added: the mean of what is missing, over the axes along which it is repeated."""
     offset = fit.values.merged[site.weight]
     total: Tensor | float = 0.0
@@ -111,11 +116,45 @@ def solve_offset(fit: Fit, site: Site) -> None:
     fit.write(site, fit.all_reduce(torch.as_tensor(total)) / fit.all_reduce(torch.tensor(float(count))))
 
 
-SOLVERS: dict[str, Callable[[Fit, Site], None]] = {
+SOLVERS: dict[str, Callable[[Fit, RefitSite], None]] = {
     "linear": solve_linear,
     "conv": solve_conv,
     "embedding": solve_embedding,
     "norm": solve_norm,
     "offset": solve_offset,
 }
-"""By `Site.kind`."""
+"""By `RefitSite.kind`."""
+
+
+Readouts = dict[ReadPoint, list[tuple[Tensor, Tensor]]]
+"""Per entry or exit and task `(weight [d, k], bias [d])`: from merged units to the expert's own."""
+
+
+def find_readouts(program: Program, cut: Cut) -> dict[ReadPoint, fx.Node]:
+    """The node whose value each entry or exit reads.
+
+    Raises:
+        SpecError: if an entry reads nothing of the trunk.
+    """
+    readouts = {}
+    for entry in cut.entries:
+        node = program.value_read_by(entry.target, entry.axis + 1)
+        if node is None:
+            raise SpecError(f"nothing of the trunk enters {entry.target}; this model cannot be refitted at this depth")
+        readouts[entry] = node
+    return readouts | {entry: program.outputs[entry.target] for entry in cut.exits}
+
+
+def solve_readout(fit: Fit, entry: ReadPoint, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
+    """For every task the map from the merged units to the expert's own, on the task's own samples."""
+    found = []
+    for t in fit.values.experts:
+        prior = unmerge_matrix(fit.alignment, entry.key, t, fit.spec)
+        gram = Gram(prior.shape[1], prior.shape[0], prior)
+        for b, batch in enumerate(fit.values.batches):
+            if batch.task not in (None, t):
+                continue
+            x, y = (fit.values.of(node, who, b).movedim(entry.axis, -1) for who in (MERGED, t))
+            gram.add(x.flatten(0, -2), y.flatten(0, -2), fit.rows.weights(y.shape, b, -1))
+        found.append(ridge(gram.reduce(fit.all_reduce), prior, fit.config.ridge))
+    return found

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_zipit.modeling.head_dims import head_dim_name
-from hf_zipit.refit.attention import Attention
-from hf_zipit.refit.graph import Arguments, Program
-from hf_zipit.refit.resized_copy import resized_copy
+from hf_zipit.refit.program import Arguments, Program, resized_copy
+from hf_zipit.refit.solvable import Attention
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.proof import model_tensors, run_with
 
@@ -28,14 +27,14 @@ RESHAPING = ("view", "reshape")
 """Ops that write sizes down."""
 
 SAMPLES = 2
-"""A proof runs so many,"""
+"""A proof runs this many,"""
 
 TOLERANCE = 1e-4
 """and allows so large a difference of the outputs, relative to the largest of them, in float32."""
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitHeads:
     """An attention layer with narrower heads.
 
     Attributes:
@@ -62,7 +61,7 @@ def find_splits(
     inputs: Mapping[str, Tensor],
     fields: Sequence[str] | None,
     experts: int,
-) -> dict[Attention, Split]:
+) -> dict[Attention, SplitHeads]:
     """The layers that can be cut, and how; none where the class does not allow it.
 
     Args:
@@ -83,7 +82,7 @@ def find_splits(
     return splits if splits and is_proven(splits, model, inputs, fields) else {}
 
 
-def _split(program: Program, layer: Attention, dim: int) -> Split | None:
+def _split(program: Program, layer: Attention, dim: int) -> SplitHeads | None:
     """The layer with heads of another width; None where an op has a place for every head or every unit of one."""
     count, ratio = layer.heads * layer.width // dim, layer.width / dim
     mask = layer.node.args[3] if len(layer.node.args) > 3 else layer.node.kwargs.get("attn_mask")
@@ -106,7 +105,7 @@ def _split(program: Program, layer: Attention, dim: int) -> Split | None:
             sizes[axis], sizes[-1] = (-1 if sizes[at] == -1 else new for at, new in ((axis, count), (-1, dim)))
             args = (args[0], sizes)
         arguments[node] = Arguments(args, keywords)
-    return Split(count, dim, ratio**-0.5, arguments)
+    return SplitHeads(count, dim, ratio**-0.5, arguments)
 
 
 def _heads_axis(node: fx.Node, axes: Mapping[fx.Node, int | None]) -> int | None:
@@ -130,7 +129,10 @@ def _heads_axis(node: fx.Node, axes: Mapping[fx.Node, int | None]) -> int | None
 
 @torch.no_grad()
 def is_proven(
-    splits: Mapping[Attention, Split], model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str] | None
+    splits: Mapping[Attention, SplitHeads],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    fields: Sequence[str] | None,
 ) -> bool:
     """Whether a model with narrower heads computes what the splits say."""
     some = {name: tensor[:SAMPLES] for name, tensor in inputs.items()}
@@ -152,7 +154,7 @@ def is_proven(
     )
 
 
-def _half_empty_heads(splits: Mapping[Attention, Split], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _half_empty_heads(splits: Mapping[Attention, SplitHeads], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Random queries, keys, values and output projections, nothing beyond a head's first units."""
     generator = torch.Generator().manual_seed(0)
     found = {}

@@ -17,7 +17,7 @@ from hf_zipit.errors import DataError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.resized_copy import resized_copy
+from hf_zipit.refit.program import resized_copy
 from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.proof import model_tensors
 

@@ -10,7 +10,7 @@ model (`values.py`). At a module with weights
 
 Where a branch leaves the trunk, the maps to the experts' own units are solved as well (`readouts.py`).
 
-Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. What must hold: experts that compute the same (a model and
+Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. Invariant: experts that compute the same (a model and
 its permuted copy) are a fixed point.
 """
 
@@ -28,21 +28,15 @@ from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.cut import Cut
-from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
-from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.graph import Program, Site, find_sites
-from hf_zipit.refit.misfit import relative_errors
-from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.readouts import Readouts, find_readouts, solve_readout
+from hf_zipit.refit.fit import Fit, Targets, relative_errors
+from hf_zipit.refit.positions import Positions, Rows
+from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.resized_copy import merged_shapes, resized_copy
-from hf_zipit.refit.rows import Rows
-from hf_zipit.refit.solvers import norm_names, solve
-from hf_zipit.refit.splitting import Split, find_splits
-from hf_zipit.refit.store import MERGED
-from hf_zipit.refit.targets import Targets
-from hf_zipit.refit.values import Values
+from hf_zipit.refit.solvable import Attention, RefitSite, find_attention, find_sites
+from hf_zipit.refit.solvers import Readouts, find_readouts, norm_names, solve, solve_readout
+from hf_zipit.refit.splitting import SplitHeads, find_splits
+from hf_zipit.refit.values import MERGED, Values
 from hf_zipit.symmetry.spec import MergeSpec
 
 
@@ -101,7 +95,7 @@ class Walk:
         self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
-        self.splits: dict[Attention, Split] = {}
+        self.splits: dict[Attention, SplitHeads] = {}
         if config.split_heads:
             layers, inputs = self.attention.values(), batches[0].inputs
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
@@ -176,7 +170,7 @@ class Walk:
         return {node for layer in layers for node in layer.ops if position[node] <= position[layer.node]}
 
     def _expiring(self) -> dict[int, list[fx.Node]]:
-        """By position the nodes whose values nobody reads after it."""
+        """By position the nodes whose values no op reads after it."""
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for layer in self.attention.values():
             for node in (*layer.ops, *(site.node.args[0] for site in layer.inputs)):
@@ -187,7 +181,7 @@ class Walk:
             expiring.setdefault(position, []).append(node)
         return expiring
 
-    def _note(self, site: Site) -> float:
+    def _note(self, site: RefitSite) -> float:
         """Keep a site's relative error on every task's samples for the report; returns their mean."""
         found = relative_errors(self.fit, site)
         self.fit.targets.forget(site)

@@ -15,15 +15,13 @@ from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
 from hf_zipit.modeling import head_dims
 from hf_zipit.refit import RefitConfig, RefitReport, walk
-from hf_zipit.refit.attention import find_attention
-from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.graph import Program, Site, find_sites
-from hf_zipit.refit.heads import Metric, logit_factors, value_factors
-from hf_zipit.refit.misfit import relative_errors
-from hf_zipit.refit.resized_copy import resized_copy
+from hf_zipit.refit.fit import Fit, relative_errors
+from hf_zipit.refit.head_factors import Metric, logit_factors, value_factors
+from hf_zipit.refit.program import Program, resized_copy
+from hf_zipit.refit.solvable import RefitSite, find_attention, find_sites
 from hf_zipit.refit.solvers import solve_linear
 from hf_zipit.refit.splitting import find_splits, is_proven, narrower
-from hf_zipit.refit.store import MERGED
+from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, Symmetry, fitted
@@ -117,11 +115,11 @@ def test_a_change_of_basis_inside_heads_is_seen_through(name: str, refit: bool):
     spec = MergeSpec.from_model(model)
     element = random_element(spec, torch.Generator().manual_seed(3))
     inside = {n: g for n, g in element.items() if spec.spaces[n].symmetry is Symmetry.LINEAR}
-    turned = with_tensors(model, apply_element(model_tensors(model), spec, inside))
+    reparametrised = with_tensors(model, apply_element(model_tensors(model), spec, inside))
     data = calibration(model)
     settings = RefitConfig(ridge=1e-2, micro_batch=8) if refit else False
     given = dict.fromkeys("ab", data)
-    merged = merge({"a": model, "b": turned}, given, method="identity", refit=settings)
+    merged = merge({"a": model, "b": reparametrised}, given, method="identity", refit=settings)
     same = [
         torch.allclose(x, y, atol=1e-3 * float(y.abs().max()))
         for x, y in zip(
@@ -170,7 +168,7 @@ def test_nothing_is_left_to_gain_at_the_output_projection(split: bool):
     """It is solved from the moments of the means alone: its own regression finds nothing better."""
     errors = []
 
-    def checked(fit: Fit, site: Site) -> dict[str, float]:
+    def checked(fit: Fit, site: RefitSite) -> dict[str, float]:
         found = relative_errors(fit, site)
         if site.module.endswith("attention.o_proj"):
             solve_linear(fit, site)
@@ -208,7 +206,7 @@ def apart(model: PreTrainedModel, count: int) -> list[PreTrainedModel]:
 def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     """Of low rank, so that nothing is lost: what the first layer writes is exactly the experts' mean.
 
-    With a larger ridge, too, for it pulls towards the experts' own heads.
+    With a larger ridge, too, for its penalty draws towards the experts' own heads.
     """
     models = apart(case("vit").model, count)
     tasks = "abcd"[:count]

@@ -13,8 +13,9 @@ from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import SpecError
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.convolution import patches
-from hf_zipit.refit.graph import Program, Site, find_sites
-from hf_zipit.refit.rows import at_rows
+from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.program import Program
+from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.trace import select_outputs
 
@@ -178,7 +179,7 @@ def test_patches_times_weights_are_the_convolution(settings: dict):
     x = torch.randn(2, 2, 8, 9, generator=torch.Generator().manual_seed(0))
     made = Program(named, {"x": x}, None)
     (site,) = find_sites(made, frozenset(model_tensors(named))).values()
-    assert isinstance(site, Site) and site.kind == "conv"
+    assert isinstance(site, RefitSite) and site.kind == "conv"
     with torch.no_grad():
         expected = named(x).flatten(2).mT.flatten(0, 1)
         weight = model[0].weight

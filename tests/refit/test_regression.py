@@ -9,7 +9,16 @@ import torch
 from sklearn.linear_model import LinearRegression, Ridge
 from torch import Tensor
 
-from hf_zipit.refit.regression import LOOK, TRIANGLE, ChannelSums, Gram, Moments, ridge, scale_and_shift, some_rows
+from hf_zipit.refit.regression import (
+    PROBED,
+    TRIANGLE,
+    ChannelSums,
+    Gram,
+    SecondMoments,
+    ridge,
+    scale_and_shift,
+    some_rows,
+)
 
 INPUTS, OUTPUTS, ROWS = 5, 3, 200
 
@@ -36,18 +45,18 @@ def gram_of(x: Tensor, y: Tensor, weight: Tensor) -> Gram:
     return gram
 
 
-def moments_of(x: Tensor, y: Tensor, weight: Tensor) -> Moments:
+def moments_of(x: Tensor, y: Tensor, weight: Tensor) -> SecondMoments:
     return gram_of(x, y, weight).reduce()
 
 
 def explicit(x: Tensor, y: Tensor, weight: Tensor, prior: Tensor, strength: float, intercept: bool):
-    """The same problem with a row for every sample and one for every pull, solved by `lstsq`."""
+    """The same problem with a row for every sample and one for every penalty, solved by `lstsq`."""
     root = weight.sqrt()[:, None]
     ones = torch.ones(len(x), int(intercept), dtype=x.dtype)
     mean = (weight[:, None] * x).sum(0) / weight.sum() if intercept else torch.zeros(x.shape[1], dtype=x.dtype)
-    pull = strength * (weight[:, None] * (x - mean).square()).sum(0).mean()
-    left = torch.cat([torch.cat([x, ones], 1) * root, pull.sqrt() * torch.eye(x.shape[1], x.shape[1] + intercept)])
-    right = torch.cat([y * root, pull.sqrt() * prior.T])
+    penalty = strength * (weight[:, None] * (x - mean).square()).sum(0).mean()
+    left = torch.cat([torch.cat([x, ones], 1) * root, penalty.sqrt() * torch.eye(x.shape[1], x.shape[1] + intercept)])
+    right = torch.cat([y * root, penalty.sqrt() * prior.T])
     solution = torch.linalg.lstsq(left, right, driver="gelsd").solution
     return solution[: x.shape[1]].T, solution[x.shape[1]] if intercept else torch.zeros(y.shape[1], dtype=y.dtype)
 
@@ -69,10 +78,10 @@ def test_ridge_is_that_of_scikit_learn(rows):
 
     centre = (weight[:, None] * x).sum(0) / weight.sum()
     alpha = 0.1 * (weight[:, None] * (x - centre).square()).sum(0).mean()
-    pulled = Ridge(alpha=float(alpha)).fit(x.numpy(), y.numpy(), sample_weight=weight.numpy())
+    penalised = Ridge(alpha=float(alpha)).fit(x.numpy(), y.numpy(), sample_weight=weight.numpy())
     slope, shift = ridge(moments_of(*rows), torch.zeros(OUTPUTS, INPUTS), 0.1)
-    torch.testing.assert_close(slope, torch.from_numpy(pulled.coef_), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(shift, torch.from_numpy(pulled.intercept_), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slope, torch.from_numpy(penalised.coef_), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(shift, torch.from_numpy(penalised.intercept_), rtol=1e-6, atol=1e-6)
 
 
 def test_a_strong_ridge_gives_the_prior_and_fits_the_intercept(rows, prior):
@@ -100,8 +109,8 @@ def test_fewer_rows_than_inputs_stay_at_the_prior_where_nothing_is_known(prior):
     torch.testing.assert_close(slope[:, 0], torch.tensor([7.0, 8, 9], dtype=torch.float64), rtol=1e-5, atol=1e-5)
 
 
-def test_what_rounding_made_indefinite_is_left_to_the_pull(prior):
-    """A variance of less than nothing, by more than the pull, is taken for none; all else is solved as it would be."""
+def test_what_rounding_made_indefinite_is_left_to_the_penalty(prior):
+    """A variance below zero, by more than the penalty, counts as zero; all else is solved as it would be."""
     x = (
         torch.eye(INPUTS, dtype=torch.float64).repeat(2, 1)
         * torch.tensor([1.0, -1]).repeat_interleave(INPUTS)[:, None]
@@ -129,7 +138,7 @@ def test_the_rows_that_are_looked_at_are_not_all_of_one_position(positions: int)
     gram.add(rows, rows @ prior.T, torch.ones(len(rows)))
     assert gram.left.blocks and not gram.whole.blocks
     seen = torch.bincount(some_rows(rows) % positions, minlength=positions)
-    assert seen.sum() == LOOK and seen.max() <= LOOK / 2 + 1
+    assert seen.sum() == PROBED and seen.max() <= PROBED / 2 + 1
 
 
 @pytest.mark.parametrize("intercept", [True, False])
@@ -190,7 +199,7 @@ def test_moments_are_about_the_origin_and_both_triangles_are_there(inputs: int):
 
 @pytest.mark.parametrize("near", [True, False])
 def test_moments_do_not_depend_on_what_is_subtracted_when(rows, prior, near: bool):
-    """A first solution that helps is subtracted row by row, another one at the end; alike for moments of a mix."""
+    """A first solution that helps is subtracted row by row, another one at the end; the same for moments of a mix."""
     x, y, weight = rows
     if near:
         y = x @ prior.T + 0.1 * y
@@ -224,7 +233,7 @@ def test_scale_and_shift_is_a_regression_for_every_channel(rows, strength: float
     scale, shift = scale_and_shift(channels, prior, strength)
     centre = (weight[:, None] * x).sum(0) / weight.sum()
     variances = (weight[:, None] * (x - centre).square()).sum(0) / weight.sum()
-    for c in range(OUTPUTS):  # alone, a channel's own variance is the measure of its pull
+    for c in range(OUTPUTS):  # alone, a channel's own variance is the measure of its penalty
         own = strength * variances.mean() / variances[c]
         expected = explicit(x[:, [c]], y[:, [c]], weight, prior[[c]][:, None].double(), float(own), True)
         torch.testing.assert_close(torch.stack([scale[c], shift[c]]), torch.stack([e.flatten()[0] for e in expected]))

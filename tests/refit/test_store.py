@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_zipit.refit.store import Store
+from hf_zipit.refit.values import Store
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What must hold of a refitted merge, on tiny random models of every required class."""
+"""Invariants of a refitted merge, on tiny random models of every required class."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ from transformers import PreTrainedModel
 from hf_zipit import merge
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.combine.combine import combine_trunk
-from hf_zipit.data.micro_batches import micro_batches
+from hf_zipit.data.calibration import micro_batches
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment, SpaceMap
 from hf_zipit.planning.cut import ReadPoint
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, solvers, stage, walk
 from hf_zipit.refit.convolution import patches, restored
-from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.forward_pass import FORWARD_PASSES
-from hf_zipit.refit.graph import Site
-from hf_zipit.refit.misfit import UNKNOWN_TASK, misfit
-from hf_zipit.refit.readouts import solve_readout
-from hf_zipit.refit.rows import Picked, Rows
-from hf_zipit.refit.solvers import norm_names, solve
-from hf_zipit.refit.store import MERGED
+from hf_zipit.refit.fit import UNKNOWN_TASK, Fit, squared_errors
+from hf_zipit.refit.positions import Picked, Rows
+from hf_zipit.refit.program import FORWARD_PASSES
+from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.solvers import norm_names, solve, solve_readout
+from hf_zipit.refit.values import MERGED
 from hf_zipit.refit.walk import Walk
 from hf_zipit.symmetry.proof import model_tensors
 
@@ -108,25 +106,25 @@ class Measured:
     """Measures every site before and after it is solved, and keeps what the readouts read."""
 
     def __init__(self) -> None:
-        self.before: dict[Site, float] = {}
-        self.after: dict[Site, float] = {}
-        self.spread: dict[Site, float] = {}
+        self.before: dict[RefitSite, float] = {}
+        self.after: dict[RefitSite, float] = {}
+        self.spread: dict[RefitSite, float] = {}
         self.seen: dict[str, list[Tensor]] = {}
 
     def start(self, *args: object, **kwargs: object) -> Walk:
         self.walk = Walk(*args, **kwargs)  # type: ignore[arg-type]
         return self.walk
 
-    def solve(self, fit: Fit, site: Site) -> None:
+    def solve(self, fit: Fit, site: RefitSite) -> None:
         self.before[site] = self.total(fit, site)
         solve(fit, site)
         self.after[site] = self.total(fit, site)
-        self.spread[site] = float(misfit(fit, site)[1].sum())
+        self.spread[site] = float(squared_errors(fit, site)[1].sum())
 
-    def total(self, fit: Fit, site: Site) -> float:
+    def total(self, fit: Fit, site: RefitSite) -> float:
         for node in dict.fromkeys((site.node, site.output)):
             fit.values.compute(node, MERGED)
-        return float(misfit(fit, site)[0].sum())
+        return float(squared_errors(fit, site)[0].sum())
 
     def solve_readout(self, fit: Fit, entry: ReadPoint, node: fx.Node) -> list[tuple[Tensor, Tensor]]:
         self.seen[entry.target] = [fit.values.of(node, MERGED, b).clone() for b in range(len(fit.values.batches))]
@@ -210,7 +208,7 @@ def test_a_restored_batch_norm_is_the_folded_one(name: str):
         return restored(slope, shift, *others)
 
     class Checking(Measured):
-        def solve(self, fit: Fit, site: Site) -> None:
+        def solve(self, fit: Fit, site: RefitSite) -> None:
             super().solve(fit, site)
             if site.kind == "conv":
                 slope, shift = solutions[-1]
@@ -307,7 +305,7 @@ def test_targets_of_rows_are_rows_of_the_targets(name: str, rows: Picked):
     compared: set[tuple[str, bool]] = set()
 
     class Comparing(Measured):
-        def solve(self, fit: Fit, site: Site) -> None:
+        def solve(self, fit: Fit, site: RefitSite) -> None:
             super().solve(fit, site)
             if site.kind in ("linear", "conv"):
                 whole, found = fit.targets.of(site, 0), fit.targets.of(site, 0, rows)
@@ -356,6 +354,26 @@ def test_own_weight_is_the_own_experts_share():
     for who in values.experts:
         values.store[site.node, who, 0] = torch.full((8, 17, 32), who + 1.0)
     torch.testing.assert_close(targets.of(site, 0), torch.full((8, 17, 32), 0.8 * 1 + 0.2 * 2))
+
+
+@pytest.mark.parametrize("name", ["vit", "clip", "bert-masked"])
+def test_readout_maps_are_fitted_on_their_own_tasks_samples(name: str):
+    """Another calibration set of task b changes no map of task a, where the trunk is the same."""
+    models = experts(name)
+    data = by_task(calibration(models[0]))
+    swapped = {**data, "b": {n: x.flip(0)[: len(x) // 2] for n, x in data["b"].items()}}
+    kept: dict[ReadPoint, list[list[tuple[Tensor, Tensor]]]] = {}
+    for samples in (data, swapped):
+        walk = small_walk(models, samples, rows_per_input=0)
+        for node in walk.program.nodes:
+            for who in (MERGED, *walk.fit.values.experts):
+                walk.fit.values.compute(node, who)
+        for entry, node in walk.readouts.items():
+            kept.setdefault(entry, []).append(solve_readout(walk.fit, entry, node))
+    assert kept
+    for (a, b), (other_a, other_b) in kept.values():
+        torch.testing.assert_close(other_a, a, rtol=1e-9, atol=1e-9)
+        assert off(b[0], other_b[0]) > 1e-3
 
 
 def test_samples_of_unknown_task():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.models.vit.modeling_vit import ViTMLP
 
-from hf_zipit.refit.forward_pass import forward_pass
+from hf_zipit.refit.program import forward_pass
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry import memory as memories
 from hf_zipit.symmetry.memory import Memory, trace_key

@@ -35,14 +35,14 @@ def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibra
         calibration: data that says which task each sample is of.
 
     Raises:
-        RecipeError: if the joint output is no concatenation, a head does not end in a linear layer, or a sample has no
+        RecipeError: if the joint output is not a concatenation, a head does not end in a linear layer, or a sample has no
             task.
     """
     config = planned.config.refit
     if config is None or not config.joint_heads:
         return
     if merged.config.joint != "concatenate" or not merged.config.task_labels:
-        raise RecipeError("joint_heads needs tasks with different classes; this joint output is no concatenation")
+        raise RecipeError("joint_heads needs tasks with different classes; this joint output is not a concatenation")
     if not calibration.by_task:
         raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
     batches = calibration.micro_batches(config.micro_batch)

@@ -22,7 +22,7 @@ class Metric:
     """A symmetric square root `[n, n]` of a moment, and its inverse, float64.
 
     Moments are made of float32 products: in directions in which the inputs hardly vary, most of what is seen is
-    rounding. So all directions count a little more, by the same pull as in the regressions.
+    rounding. So all directions count a little more, by the same penalty as in the regressions.
     """
 
     root: Tensor
@@ -30,11 +30,11 @@ class Metric:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, moment: Tensor, pull: float) -> Metric:
-        """`pull` is relative to the mean of the moment's diagonal."""
+    def of(cls, moment: Tensor, penalty: float) -> Metric:
+        """`penalty` is relative to the mean of the moment's diagonal."""
         with one_thread():
             values, vectors = torch.linalg.eigh(moment)
-        values = (values.clamp_min(0) + pull * values.mean()).clamp_min(1e-30)
+        values = (values.clamp_min(0) + penalty * values.mean()).clamp_min(1e-30)
         return cls(vectors * values.sqrt() @ vectors.mT, vectors * values.rsqrt() @ vectors.mT)
 
 
@@ -105,7 +105,7 @@ def value_factors(slope: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
 
 @torch.no_grad()
 def nearest_basis(one: Tensor, other: Tensor, towards: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Two factors `[rank, n]` and `[rank, m]` of a product, turned as near as can be `towards` two others.
+    """Two factors `[rank, n]` and `[rank, m]` of a product, rotated together to be nearest to two others, `towards`.
 
     Every rotation of both gives the same product. Without a choice the basis would jump where two directions are of
     nearly the same length; this one changes as little as the product does.

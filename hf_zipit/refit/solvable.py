@@ -1,0 +1,247 @@
+"""Where in a program weights are solved: at single ops, and attention layers as a whole.
+
+The latter is where queries, keys and values are plain linear maps of one input each, cut into heads (no rotary
+embedding, no groups of heads that share keys), and the heads go straight into the output projection. Elsewhere each of
+the maps is regressed like any other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import fx
+
+from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.refit.program import Program
+from hf_zipit.symmetry.ops import is_within, module_stack, op_name, overload, shape_of
+from hf_zipit.symmetry.spec import MergeSpec, Symmetry, product_key
+
+TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
+"""Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""
+
+
+@dataclass(frozen=True)
+class RefitSite:
+    """A place where weights are solved.
+
+    Attributes:
+        kind: `linear`, `conv`, `embedding`, `norm` (affine part of a norm) or `offset` (a parameter that is added).
+        node: the op that has the weights.
+        weight: the weight's name; bias: the bias's, if there is one.
+        norm: the batch norm right behind a convolution, which is folded into it.
+        output: the node whose value the weights make: the op itself or its norm.
+        stream: for a writer into a residual stream the addition, and `other`, what the output is added to.
+    """
+
+    kind: str
+    node: fx.Node
+    weight: str
+    bias: str | None
+    norm: fx.Node | None
+    output: fx.Node
+    stream: fx.Node | None = None
+    other: fx.Node | None = None
+
+    @property
+    def unit_axis(self) -> int:
+        """The weight's axis that holds the units of the output."""
+        return {"embedding": 1, "offset": -1}.get(self.kind, 0)
+
+    @property
+    def channel_axis(self) -> int:
+        """The output's axis that holds its units."""
+        return 1 if self.kind == "conv" else -1
+
+    @property
+    def module(self) -> str:
+        """The module that holds the weight; the weight itself where that is the whole model or an added parameter."""
+        return self.weight if self.kind == "offset" else self.weight.rpartition(".")[0] or self.weight
+
+
+def find_sites(program: Program, trunk: frozenset[str], head: tuple[str, ...] = ()) -> dict[fx.Node, RefitSite]:
+    """The places in the trunk where weights are solved, by their node.
+
+    A tensor that is used at several places has none: what is best at one would be wrong at the others. The use of a
+    tied tensor in the `head` does not count, for each task keeps a copy there.
+    """
+    sites = {}
+    for node in program.nodes:
+        if node.op != "call_function" or any(is_within(path, own) for path in module_stack(node) for own in head):
+            continue
+        site = _site(program, node)
+        if site is not None and site.weight in trunk:
+            sites[node] = site
+    uses = Counter(name for site in sites.values() for name in (site.weight, site.bias) if name)
+    return {node: site for node, site in sites.items() if uses[site.weight] == 1 and uses.get(site.bias, 1) == 1}
+
+
+def _site(program: Program, node: fx.Node) -> RefitSite | None:
+    name = op_name(node)
+    args = node.args
+    if name == "linear":
+        return _writer(program, "linear", node, args[1], args[2] if len(args) > 2 else None, None)
+    if name in {"conv1d", "conv2d", "conv3d"}:
+        groups = args[6] if len(args) > 6 else node.kwargs.get("groups", 1)
+        if name != "conv2d" or groups != 1:
+            return None  # these keep the combined weights
+        norm = _only_user(node)
+        norm = norm if norm is not None and op_name(norm) == "batch_norm" else None
+        return _writer(program, "conv", node, args[1], args[2] if len(args) > 2 else None, norm)
+    if name == "embedding":
+        return _writer(program, "embedding", node, args[0], None, None)
+    if name == "layer_norm" and len(args) > 3 and args[2] is not None and args[3] is not None:
+        weight, bias = program.tensor_of(args[2]), program.tensor_of(args[3])
+        return RefitSite("norm", node, weight, bias, None, node) if weight and bias and len(args[1]) == 1 else None
+    if name == "add" and len(args) == 2 and not node.kwargs and overload(node) == "Tensor":
+        for own, other in (args, args[::-1]):
+            offset = program.tensor_of(own)
+            floating = offset and own.meta["val"].is_floating_point()
+            if floating and isinstance(other, fx.Node) and other.op != "placeholder":
+                return RefitSite("offset", node, offset, None, None, node, node, other)
+    return None
+
+
+def _writer(
+    program: Program, kind: str, node: fx.Node, weight: Any, bias: Any, norm: fx.Node | None
+) -> RefitSite | None:
+    name = program.tensor_of(weight)
+    if name is None:
+        return None
+    output = norm or node
+    stream, other = _addition_behind(program, output)
+    if kind != "embedding" and stream is not None and shape_of(stream) != shape_of(output):
+        stream = other = None  # one row of the output is added to many of the stream
+    return RefitSite(kind, node, name, program.tensor_of(bias), norm, output, stream, other)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    return users[0] if len(users) == 1 else None
+
+
+def _addition_behind(program: Program, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The addition that a value goes straight into, and the other summand, if that is computed earlier."""
+    current = node
+    while (user := _only_user(current)) is not None:
+        if op_name(user) in TRANSPARENT:
+            current = user
+            continue
+        if op_name(user) != "add" or len(user.args) != 2:
+            break
+        other = next((x for x in user.args if x is not current), None)
+        computed = isinstance(other, fx.Node) and program.position.get(other, 1 << 60) < program.position[node]
+        return (user, other) if computed else (None, None)  # type: ignore[return-value]
+    return None, None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention layer whose queries, keys and values are plain linear maps.
+
+    Attributes:
+        node: the op that weighs the values.
+        query, key, value: where their weights are solved.
+        output: the output projection, which the heads' means go straight into.
+        at: the last of the three maps, where the layer can be solved.
+        between: the ops between the three maps and the output projection, in the order they run.
+    """
+
+    node: fx.Node
+    query: RefitSite
+    key: RefitSite
+    value: RefitSite
+    output: RefitSite
+    at: fx.Node
+    between: tuple[fx.Node, ...]
+
+    @property
+    def inputs(self) -> tuple[RefitSite, RefitSite, RefitSite]:
+        return self.query, self.key, self.value
+
+    @property
+    def ops(self) -> tuple[fx.Node, ...]:
+        """The three maps and what is between them and the output projection."""
+        return (*(site.node for site in self.inputs), *self.between)
+
+    @property
+    def heads(self) -> int:
+        return heads_and_width(self.node)[0]
+
+    @property
+    def width(self) -> int:
+        """Of one head, an expert's head_dim."""
+        return heads_and_width(self.node)[1]
+
+    @property
+    def module(self) -> str | None:
+        """The path of the module that holds the three maps, if it is one."""
+        owners = {site.module.rpartition(".")[0] for site in self.inputs}
+        return owners.pop() if len(owners) == 1 else None
+
+
+def find_attention(
+    program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, alignment: Alignment
+) -> Iterator[Attention]:
+    """The attention layers that can be solved as a whole."""
+
+    def suits(site: RefitSite | None) -> bool:
+        return site is not None and _is_free_inside(site.weight, spec) and _keeps_width(site.weight, spec, alignment)
+
+    for node in program.nodes:
+        if node.op != "call_function" or op_name(node) != "scaled_dot_product_attention":
+            continue
+        maps = [_cut_into_heads(x, sites) for x in node.args[:3]]
+        output, behind = _joined(node, sites)
+        heads = {x.meta["val"].shape[1] for x in node.args[:3]}  # type: ignore[union-attr]
+        if output is not None and len(heads) == 1 and all(map(suits, maps)):
+            at = max((site.node for site in maps if site), key=program.position.__getitem__)
+            before = [step for x in node.args[:3] for step in (x.args[0], x)]  # type: ignore[union-attr]
+            between = sorted([*before, node, *behind], key=program.position.__getitem__)
+            yield Attention(node, *maps, output, at, tuple(between))  # type: ignore[arg-type]
+
+
+def heads_and_width(node: fx.Node) -> tuple[int, int]:
+    """How many heads an attention op has, and how wide its queries are."""
+    query = shape_of(node.args[0])
+    return int(query[1]), int(query[3])
+
+
+def _cut_into_heads(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> RefitSite | None:
+    """The linear map whose output is only cut into heads, `[samples, heads, positions, head_dim]`."""
+    for name in ("transpose", "view"):
+        if op_name(node) not in ((name,) if name == "transpose" else (name, "reshape")) or len(node.users) != 1:
+            return None
+        node = node.args[0]  # type: ignore[assignment]
+    site = sites.get(node)
+    plain = site is not None and site.kind == "linear" and site.stream is None and len(node.users) == 1
+    return site if plain else None
+
+
+def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSite | None, list[fx.Node]]:
+    """The linear map that reads the heads side by side, and nothing else does; and the ops before it."""
+    passed: list[fx.Node] = []
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if node in sites:
+            return (sites[node] if sites[node].kind == "linear" else None), passed
+        if op_name(node) not in {"transpose", "reshape", "view", "contiguous", "clone", "permute"}:
+            break
+        passed.append(node)
+    return None, passed
+
+
+def _is_free_inside(weight: str, spec: MergeSpec) -> bool:
+    """Whether a weight's outputs are heads times a space in which any change of basis is allowed."""
+    label = spec.axes[weight][0]
+    return len(label) == 2 and spec.spaces[label[1].space].symmetry is Symmetry.LINEAR
+
+
+def _keeps_width(weight: str, spec: MergeSpec, alignment: Alignment) -> bool:
+    """Whether there is one merged unit for every unit of an expert: no head stays unmerged."""
+    label = product_key(spec.axes[weight][0])
+    return prod(merged_sizes(label, alignment, spec)) == spec.size(label)
