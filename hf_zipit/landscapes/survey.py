@@ -20,7 +20,7 @@ from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.sources import by_task
 from hf_zipit.errors import RecipeError
 from hf_zipit.experts.loading import Experts, load_experts
-from hf_zipit.landscapes.results import Curve, Measured, Plane
+from hf_zipit.landscapes.results import Curve, Losses, Plane
 from hf_zipit.landscapes.surface import Surface, make_surface
 from hf_zipit.merging import merge, plan, refit_settings
 from hf_zipit.observe import Moments
@@ -120,12 +120,12 @@ class Survey:
         ]
         return Plane(*rows, surface.points, tuple(x), tuple(y), surface.through_merge)
 
-    def _measure(self, surface: Surface, points: Sequence[tuple[float, float]], what: str) -> Measured:
+    def _measure(self, surface: Surface, points: Sequence[tuple[float, float]], what: str) -> Losses:
         found = []
         for point in tqdm(points, desc=what, unit="point", disable=not self.progress):
             found.append(losses(surface.move(*point), self.held, self.batch_size))
         tasks = list(self.held.tasks)
-        return Measured(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
+        return Losses(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
 
 
 def grid_lines(marks: Sequence[float], half: float, count: int) -> list[float]:

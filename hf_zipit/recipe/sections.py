@@ -25,8 +25,8 @@ from typing import Any
 
 import yaml
 
+from hf_zipit.config import RefitConfig
 from hf_zipit.recipe.training import Training
-from hf_zipit.refit import RefitConfig
 
 ALIASES = {"average": "identity"}
 """Names that recipes may use for methods: averaging is what merging with identity maps is."""

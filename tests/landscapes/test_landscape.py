@@ -19,7 +19,7 @@ from hf_zipit.landscapes.results import barrier
 from hf_zipit.landscapes.surface import Surface
 from hf_zipit.landscapes.survey import Survey, grid_lines, losses
 from hf_zipit.registry import METHODS
-from hf_zipit.report.landscape import barriers_table, contours, interpolation
+from hf_zipit.report.landscape import barriers_table, contours, interpolation, save_landscape
 from hf_zipit.running.exploring import landscape_recipe
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.group import apply_element, random_element
@@ -237,7 +237,7 @@ def test_what_is_saved_can_be_read_and_drawn(tmp_path):
     found = landscape(
         experts(), data_of(TASKS), method="zip", refit=True, grid=3, steps=3, hold_out=0.5, progress=False
     )
-    found.save(tmp_path, title="tiny")
+    save_landscape(found, tmp_path, title="tiny")
     assert {"landscape.json", "landscape.png", "interpolation.png"} == {path.name for path in tmp_path.iterdir()}
     read = json.loads((tmp_path / "landscape.json").read_text())
     assert read["method"] == "zip+refit"

@@ -24,7 +24,7 @@ from hf_zipit.data.held_out import divide, held_out
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.recipe.loading import load_recipe
-from hf_zipit.report.frontier import search_notes, search_table
+from hf_zipit.report.frontier import save_search, search_notes, search_table
 from hf_zipit.running.exploring import recipe_space, search_recipe
 from hf_zipit.running.run import run_recipe
 from hf_zipit.searching import Range, SearchResult, Setting, Space, Trial
@@ -390,7 +390,7 @@ def test_a_recipes_best_setting_is_a_recipe_that_runs(tmp_path):
     given = recipe(tmp_path, search={"space": space, "hold_out": 0.5, "answers": "experts"})
     result = search_recipe(given, progress=False)
     assert result.samples == {"few": 12, "more": 12}
-    result.save(tmp_path / "found", recipe=given, title="tiny")
+    save_search(result, tmp_path / "found", recipe=given, title="tiny")
     assert {"search.json", "frontier.png", "best.yaml"} == {path.name for path in (tmp_path / "found").iterdir()}
     assert json.loads((tmp_path / "found" / "search.json").read_text())["best"] == result.best.number
     best = load_recipe(tmp_path / "found" / "best.yaml")
