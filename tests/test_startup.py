@@ -43,9 +43,7 @@ def command(*arguments: str) -> str:
     )
 
 
-@pytest.mark.parametrize(
-    "code", ["import hf_zipit", command("--help"), command("merge", "--help"), command("landscape", "--help")]
-)
+@pytest.mark.parametrize("code", ["import hf_zipit", command("--help"), command("merge", "--help")])
 def test_the_face_and_the_help_import_nothing_heavy(code):
     assert imported(code) & HEAVY == set()
 
@@ -86,10 +84,7 @@ def test_type_checkers_see_what_is_there(package):
     "imports",
     [
         "import hf_zipit; from transformers import AutoConfig",
-        "import hf_zipit; from transformers import AutoModel",
-        "import hf_zipit; from transformers import PreTrainedModel",
         "import hf_zipit; from transformers import Trainer",
-        "from transformers import AutoConfig; import hf_zipit",
         "from transformers import AutoModel; import hf_zipit",
         "from hf_zipit.modeling import ZipItModel",
     ],
@@ -110,11 +105,10 @@ def test_tensors_are_merged_and_saved_where_datasets_and_evaluate_are_not_instal
 import sys
 from importlib.machinery import PathFinder
 
-class Without:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        missing = name.partition(".")[0] in ("datasets", "evaluate")
-        return None if missing else PathFinder.find_spec(name, path, target)
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in ("datasets", "evaluate") else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
 import torch, hf_zipit
