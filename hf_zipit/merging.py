@@ -25,8 +25,8 @@ from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
-from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.shared import moments_for
+from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.shared import moments_for
 from hf_zipit.planning.auto import choose
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.joint_heads import calibrate_joint

@@ -30,9 +30,7 @@ DATA = {"clothes": images(3), "shoes": images(4)}
 def merged(corrections: tuple[str, ...] = ()) -> ZipItPreTrainedModel:
     experts = dict(zip(TASKS, pair("vit"), strict=True))
     pixels = torch.tensor(DATA["clothes"]["pixel_values"])
-    return hf_zipit.merge(
-        experts, pixels, method="zip", depth=0.5, corrections=corrections, batch_size=16
-    )
+    return hf_zipit.merge(experts, pixels, method="zip", depth=0.5, corrections=corrections, batch_size=16)
 
 
 def arguments(folder: Path, **settings: object) -> TrainingArguments:

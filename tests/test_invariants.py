@@ -246,9 +246,7 @@ def test_order_of_experts(name: str, method: str, count: int, depth: float):
     models = experts(name, count)
     inputs = calibration(models[0])
     there = merge(dict(zip("abc", models, strict=False)), inputs, method=method, depth=depth)
-    back = merge(
-        dict(reversed(list(zip("abc", models, strict=False)))), inputs, method=method, depth=depth
-    )
+    back = merge(dict(reversed(list(zip("abc", models, strict=False)))), inputs, method=method, depth=depth)
     assert back.config.tasks == there.config.tasks[::-1]
     for task, model in zip("abc", models, strict=False):
         assert_same(outputs(back, inputs, model, task=task), outputs(there, inputs, model, task=task), 1e-4)

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from hf_zipit import merge, plan
 from hf_zipit.errors import DataError
-from hf_zipit.observe import Moments
+from hf_zipit.observation import Moments
 
 from . import tiny
 from .test_invariants import calibration

@@ -25,7 +25,7 @@ from hf_zipit.combine.rules.average import average
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import unmerge_index
 from hf_zipit.modeling.entries import IndexEntry
-from hf_zipit.observe import Moments, observe
+from hf_zipit.observation import Moments, observe
 from hf_zipit.planning.cut import cut_model
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import model_tensors

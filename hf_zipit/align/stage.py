@@ -6,8 +6,8 @@ from torch import Tensor
 
 from hf_zipit.align.align import align
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.record import probe_name
+from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.record import probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry

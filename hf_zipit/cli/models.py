@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import Columns, Json, Quiet, parse_columns, parse_depth, parse_experts
+from hf_zipit.cli.options import ColumnNames, Json, Quiet, parse_columns, parse_depth, parse_experts
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
 
@@ -30,7 +30,7 @@ def merge(
     ] = None,
     split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
-    column: Columns = None,
+    column: ColumnNames = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
     method: Annotated[
         str, typer.Option("--method", "-m", help="How units are matched: auto (the best known), zip, permute, ...")
@@ -145,7 +145,7 @@ def evaluate(
     task: Annotated[
         list[str] | None, typer.Option("--task", help="Only this task; may be repeated. All of them by default.")
     ] = None,
-    column: Columns = None,
+    column: ColumnNames = None,
     samples: Annotated[int | None, typer.Option(help="At most so many samples of each task.", min=1)] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,

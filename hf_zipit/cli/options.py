@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from hf_zipit.errors import RecipeError
-
-if TYPE_CHECKING:
-    from hf_zipit.recipe.sections import Recipe
+from hf_zipit.recipe.sections import Recipe
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file; see recipes/ for examples.")]
 
@@ -19,7 +17,7 @@ Out = Annotated[
     typer.Option("--out", "-o", help="Folder for the results, in place of the recipe's.", show_default=False),
 ]
 
-Columns = Annotated[
+ColumnNames = Annotated[
     list[str] | None,
     typer.Option("--column", help="A column's name in the data and its new one, as OLD=NEW; may be repeated."),
 ]

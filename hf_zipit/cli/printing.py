@@ -8,13 +8,12 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
-if TYPE_CHECKING:
-    from hf_zipit.recipe.sections import Recipe
-    from hf_zipit.running.results import RunResult
+from hf_zipit.recipe.sections import Recipe
+from hf_zipit.running.results import RunResult
 
 
 def print_plans(recipe: Recipe, as_json: bool, say: Any) -> None:
@@ -53,7 +52,7 @@ def print_result(result: RunResult, as_json: bool) -> None:
     if result.refit:
         module, error = result.refit.worst(1)[0]
         console.print(
-            f"refit    relative error {result.refit.mean:.3f} in the mean, most in {module} ({error:.3f})",
+            f"refit    relative error {result.refit.mean:.3f} on average, most in {module} ({error:.3f})",
             soft_wrap=True,
         )
     if result.plot:

@@ -118,6 +118,7 @@ def search(
 
         from hf_zipit.files import check_writable
         from hf_zipit.recipe.sections import Search
+        from hf_zipit.report.frontier import save_search, search_notes, search_table
         from hf_zipit.running.exploring import search_recipe
 
         loaded = read_recipe(recipe, None, say)
@@ -132,12 +133,10 @@ def search(
         result = search_recipe(loaded, say=say, watch=watch)
         if result.best_or_none is None:
             result.best  # noqa: B018 - raises the sentence that says why
-        result.save(folder, recipe=loaded, title=loaded.name)
+        save_search(result, folder, recipe=loaded, title=loaded.name)
     if as_json:
         print_json(result.to_dict())
         return
-    from hf_zipit.report.frontier import search_notes, search_table
-
     console = stdout()
     console.print(search_table(result, title=f"{loaded.name}: {len(result.trials)} merges"))
     for note in search_notes(result):
@@ -171,6 +170,7 @@ def landscape(
     """
     with working(quiet) as say:
         from hf_zipit.files import check_writable
+        from hf_zipit.report.landscape import barriers_table, save_landscape
         from hf_zipit.running.exploring import landscape_recipe
 
         loaded = read_recipe(recipe, None, say)
@@ -179,12 +179,10 @@ def landscape(
             loaded, method=method, depth=parse_depth(depth) if depth else None, grid=grid, steps=steps,
             samples=samples, say=say,
         )  # fmt: skip
-        found.save(folder, title=loaded.name)
+        save_landscape(found, folder, title=loaded.name)
     if as_json:
         print_json(found.to_dict())
         return
-    from hf_zipit.report.landscape import barriers_table
-
     console = stdout()
     console.print(barriers_table(found, title=f"{loaded.name}: {found.pair[0]} to {found.pair[1]}"))
     console.print(f"written  {folder}", soft_wrap=True)

@@ -19,7 +19,7 @@ from hf_zipit.correct.sites import is_batch_norm
 from hf_zipit.data.calibration import Calibration, size_of
 from hf_zipit.data.processes import running
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.observe.moments import Moments
+from hf_zipit.observation.moments import Moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 

@@ -43,8 +43,8 @@ from hf_zipit.data.processes import running
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups
-from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.record import probe_name
+from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.record import probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, fitted, product_key
 

@@ -49,7 +49,7 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
-from hf_zipit.observe.moments import Moments
+from hf_zipit.observation.moments import Moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 

@@ -13,7 +13,7 @@ from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.observe.moments import Moments
+from hf_zipit.observation.moments import Moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import CORRECTIONS
 from hf_zipit.symmetry.proof import model_tensors

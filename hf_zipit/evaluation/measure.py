@@ -2,7 +2,7 @@
 
 *Per task*: argmax within the task's own classes, the task being known. *Joint*: argmax over the concatenated logits of
 all tasks, the task being unknown. The experts are measured in the same way: each on its own task, and side by side
-(their logits concatenated), which is the reference for the joint accuracy of any merge. Other metrics look at one task
+(their logits concatenated), which is the reference for the joint accuracy of any merge. Other metrics are of one task
 at a time, the task being known.
 """
 
@@ -11,19 +11,21 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.batches import Collate, Reading, classes_of, inputs_of
-from hf_zipit.evaluation.results import Accuracy, Evaluation
+from hf_zipit.evaluation.results import Accuracies, Evaluation
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel
 from hf_zipit.registry import suggestion
+
+if TYPE_CHECKING:  # a Trainer takes seconds to import
+    from transformers import EvalPrediction
 
 
 def evaluate(
@@ -68,7 +70,7 @@ def accuracy(
     processor: Any = None,
     columns: Mapping[str, str] | None = None,
     batch_size: int = 64,
-) -> Accuracy:
+) -> Accuracies:
     """The accuracies of one model; see `evaluate`."""
     return _accuracy(_whole(model), datasets, Reading(processor, columns or {}, batch_size))
 
@@ -90,7 +92,7 @@ def _whole(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
     if isinstance(model, ZipItPreTrainedModel):
         return model.for_task(None)
     raise DataError(
-        f"{type(model).__name__} is no merged model; pass a merged model, or a mapping of task names to experts."
+        f"{type(model).__name__} is not a merged model; pass a merged model, or a mapping of task names to experts."
     )
 
 
@@ -99,7 +101,7 @@ def _measured(
     datasets: Mapping[str, Any],
     metrics: list[Callable[[EvalPrediction], dict[str, float]]],
     reading: Reading,
-) -> tuple[Accuracy | None, dict[str, dict[str, float]]]:
+) -> tuple[Accuracies | None, dict[str, dict[str, float]]]:
     """The accuracies, where the model has classes, and the metrics by task."""
     answering = _answers(whole)
     if not answering and not metrics:
@@ -111,14 +113,14 @@ def _measured(
         scores[task], passes = {}, {}
         for metric in metrics:
             keep = getattr(metric, "preprocess", None)
-            kept = getattr(keep, "__func__", keep)  # metrics that look at the same thing share a pass
+            kept = getattr(keep, "__func__", keep)  # metrics that read the same thing share a pass
             if kept not in passes:
                 passes[kept] = _predict(whole, data, task, task, 0, reading, keep)
             scores[task] |= metric(passes[kept])
     return found, scores
 
 
-def _accuracy(whole: nn.Module, datasets: Mapping[str, Any], reading: Reading) -> Accuracy:
+def _accuracy(whole: nn.Module, datasets: Mapping[str, Any], reading: Reading) -> Accuracies:
     _check(datasets, _tasks(whole))
     offsets = whole.offsets() if isinstance(whole, SideBySide) else whole.config.offsets()
     # One vocabulary, or classes that all tasks share: an answer does not tell a task, so there is nothing joint.
@@ -128,7 +130,7 @@ def _accuracy(whole: nn.Module, datasets: Mapping[str, Any], reading: Reading) -
     if not shared:
         for task, data in datasets.items():
             joint[task], _ = _share_right(whole, data, task, None, offsets[task], reading)
-    return Accuracy(
+    return Accuracies(
         per_task={task: right for task, (right, _) in runs.items()},
         joint_per_task=joint,
         samples={task: count for task, (_, count) in runs.items()},
@@ -182,6 +184,8 @@ def _predict(
         task: whom to ask: one task, or all jointly.
         keep: what is kept of a batch's outputs; everything for None.
     """
+    from transformers import EvalPrediction, Trainer, TrainingArguments
+
     model = whole.for_task(task)
     collate = Collate(inputs_of(whole, name), reading, name, classes_of(whole, name), offset, _answers(whole))
     with tempfile.TemporaryDirectory() as folder, _modes_kept(whole):
@@ -194,7 +198,7 @@ def _predict(
                 label_names=["labels"],
                 report_to=[],
                 disable_tqdm=True,
-                # A Trainer makes Accelerate's state anew, which without this forgets other processes on CPUs.
+                # A Trainer makes Accelerate's state again, which without this forgets other processes on CPUs.
                 use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),

@@ -55,11 +55,11 @@ class TrainerMetric(evaluate.Metric):
         raise NotImplementedError
 
     def preprocess(self, logits: Any, labels: Any = None) -> Any:
-        """What the metric looks at in a batch's outputs: a Trainer's `preprocess_logits_for_metrics`."""
+        """What the metric reads of a batch's outputs: a Trainer's `preprocess_logits_for_metrics`."""
         raise NotImplementedError
 
 
-class Answers(TrainerMetric):
+class AnswerMetric(TrainerMetric):
     """Metrics of the most likely class: predictions and references are class ids."""
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
@@ -72,7 +72,7 @@ class Answers(TrainerMetric):
         return answers(logits)
 
 
-class Accuracy(Answers):
+class Accuracy(AnswerMetric):
     """Share of right answers; for masked language models, over the masked positions."""
 
     description = "Share of right answers; labels of -100 do not count."
@@ -82,7 +82,7 @@ class Accuracy(Answers):
         return {"accuracy": float(np.mean(predictions == references))}
 
 
-class F1(Answers):
+class F1(AnswerMetric):
     """Harmonic mean of precision and recall, averaged over the classes (`average="macro"`), as in scikit-learn."""
 
     description = "F1 score; labels of -100 do not count. `average` as in scikit-learn, 'macro' by default."

@@ -16,7 +16,7 @@ Scores = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
-class Accuracy:
+class Accuracies:
     """Shares of right answers of one model, in 0..1.
 
     Attributes:
@@ -46,6 +46,37 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """One merge of several of the same experts, and what was measured of it.
+
+    Attributes:
+        method: as the recipe calls it.
+        depth: the share of the blocks that was merged.
+        parameters: of the merged model.
+        accuracy: None where nothing was evaluated, or the model has no classes.
+        seconds: that merging took, the observation not counted.
+        scores: further metrics.
+    """
+
+    method: str
+    depth: float
+    parameters: int
+    accuracy: Accuracies | None
+    seconds: float = 0.0
+    scores: Scores = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "depth": self.depth,
+            "parameters": self.parameters,
+            "seconds": round(self.seconds, 3),
+            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
+            "scores": {task: dict(found) for task, found in self.scores.items()},
+        }
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What was measured of a model and, where they were given, of its experts side by side.
 
@@ -54,8 +85,8 @@ class Evaluation:
         scores, expert_scores: further metrics.
     """
 
-    model: Accuracy | None
-    experts: Accuracy | None = None
+    model: Accuracies | None
+    experts: Accuracies | None = None
     scores: Scores = field(default_factory=dict)
     expert_scores: Scores = field(default_factory=dict)
 

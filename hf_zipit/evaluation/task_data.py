@@ -15,10 +15,9 @@ answer. Without any of this the labels of every task but the first would be read
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import ClassLabel, Dataset, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
@@ -26,7 +25,10 @@ from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.errors import DataError
 from hf_zipit.modeling import ZipItPreTrainedModel
 
-Row = Mapping[str, Any]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Sample = Mapping[str, Any]
 
 
 def task_datasets(model: ZipItPreTrainedModel, datasets: Mapping[str, Any], *, joint: bool = False) -> dict[str, Any]:
@@ -53,22 +55,29 @@ def task_datasets(model: ZipItPreTrainedModel, datasets: Mapping[str, Any], *, j
     return {task: _tagged(data, positions[task]) for task, data in datasets.items()}
 
 
+def _is_dataset(data: Any) -> bool:
+    """Whether this is a `datasets.Dataset`, told without importing it for those who have none."""
+    return hasattr(data, "select") and hasattr(data, "column_names")
+
+
 def _tagged(data: Any, position: int) -> Any:
     """The data with the column `task`."""
-    if isinstance(data, Dataset):
+    if _is_dataset(data):
         return _with_column(data, "task", [position] * len(data))
     return _changed(data, lambda row: {**row, "task": position})
 
 
 def _joint(data: Any, offset: int, names: list[str]) -> Any:
     """The data with joint labels and no task."""
-    if not isinstance(data, Dataset):
+    if not _is_dataset(data):
 
-        def change(row: Row) -> dict[str, Any]:
+        def change(row: Sample) -> dict[str, Any]:
             shifted = {name: _plus(row[name], offset) for name in LABEL_COLUMNS if name in row}
             return {name: shifted.get(name, value) for name, value in row.items() if name != "task"}
 
         return _changed(data, change)
+    from datasets import ClassLabel
+
     data = data.remove_columns([name for name in data.column_names if name == "task"])
     for name in LABEL_COLUMNS:
         if name in data.column_names:
@@ -98,9 +107,9 @@ def _plus(labels: Any, offset: int) -> Any:
     return labels if labels == IGNORED else labels + offset
 
 
-def _changed(data: Any, change: Callable[[Row], dict[str, Any]]) -> Any:
+def _changed(data: Any, change: Callable[[Sample], dict[str, Any]]) -> Any:
     """Rows that are changed when they are read: nothing is copied or written."""
-    if isinstance(data, IterableDataset):
+    if hasattr(data, "map") and hasattr(data, "column_names"):  # a stream of `datasets`
         return data.map(change)
     return Changed(data, change) if hasattr(data, "__getitem__") else ChangedStream(data, change)
 
@@ -108,7 +117,7 @@ def _changed(data: Any, change: Callable[[Row], dict[str, Any]]) -> Any:
 class Changed(TorchDataset):
     """A collection of rows that are changed when they are read."""
 
-    def __init__(self, rows: Any, change: Callable[[Row], dict[str, Any]]) -> None:
+    def __init__(self, rows: Any, change: Callable[[Sample], dict[str, Any]]) -> None:
         self.rows, self.change = rows, change
 
     def __len__(self) -> int:
@@ -121,7 +130,7 @@ class Changed(TorchDataset):
 class ChangedStream(TorchIterableDataset):
     """The same for a stream."""
 
-    def __init__(self, rows: Any, change: Callable[[Row], dict[str, Any]]) -> None:
+    def __init__(self, rows: Any, change: Callable[[Sample], dict[str, Any]]) -> None:
         self.rows, self.change = rows, change
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from hf_zipit.experts.loading import Experts
 from hf_zipit.landscapes.results import Landscape
 from hf_zipit.landscapes.survey import Survey
 from hf_zipit.merging import DATA_SETTINGS, plan
-from hf_zipit.observe.moments import Moments
+from hf_zipit.observation.moments import Moments
 
 METHOD = "weights"
 """How units are matched where nothing is said: without data, so that every sample can be measured on."""

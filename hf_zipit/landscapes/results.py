@@ -5,16 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from hf_zipit.files import replacing, write_json
-
-RESULTS, CONTOURS, CURVES = "landscape.json", "landscape.png", "interpolation.png"
 
 
 @dataclass(frozen=True)
-class Measured:
+class Losses:
     """Losses (mean cross-entropy) and errors (shares of wrong answers) at the points of a line or grid, by task."""
 
     loss: Mapping[str, tuple[Any, ...]]
@@ -25,7 +20,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Curve(Measured):
+class Curve(Losses):
     """What is measured on the line between two aligned experts.
 
     Attributes:
@@ -60,7 +55,7 @@ class Curve(Measured):
 
 
 @dataclass(frozen=True)
-class Plane(Measured):
+class Plane(Losses):
     """What is measured in a plane; `loss[task][row][column]` is the loss at `(x[column], y[row])`.
 
     Attributes:
@@ -121,22 +116,6 @@ class Landscape:
             "interpolation": [curve.to_dict() for curve in self.curves],
             "plane": self.plane.to_dict() if self.plane else None,
         }
-
-    def save(self, folder: str | Path, *, title: str = "") -> Path:
-        """Write the numbers (`landscape.json`), the curves (`interpolation.png`) and the contours (`landscape.png`).
-
-        Raises:
-            OutputError: if the folder cannot be written.
-        """
-        from hf_zipit.report.landscape import contours, interpolation
-
-        folder = Path(folder)
-        write_json(folder / RESULTS, self.to_dict())
-        pictures = {CURVES: interpolation} | ({CONTOURS: contours} if self.plane else {})
-        for name, draw in pictures.items():
-            with replacing(folder / name) as beside:
-                draw(self, title=title).savefig(beside, format="png", dpi=160)
-        return folder
 
 
 def barrier(at: Sequence[float], loss: Sequence[float]) -> float:

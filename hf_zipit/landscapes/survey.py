@@ -19,11 +19,11 @@ from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, limit
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.errors import RecipeError
 from hf_zipit.experts.loading import Experts, load_experts
-from hf_zipit.landscapes.results import Curve, Measured, Plane
+from hf_zipit.landscapes.results import Curve, Losses, Plane
 from hf_zipit.landscapes.surface import Surface, make_surface
 from hf_zipit.merging import merge, plan
-from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.shared import SharedMoments, moments_for
+from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.shared import SharedMoments, moments_for
 from hf_zipit.registry import suggestion
 
 
@@ -98,12 +98,12 @@ class Survey:
         ]
         return Plane(*rows, surface.points, tuple(x), tuple(y), surface.through_merge)
 
-    def _measure(self, surface: Surface, points: Sequence[tuple[float, float]], what: str) -> Measured:
+    def _measure(self, surface: Surface, points: Sequence[tuple[float, float]], what: str) -> Losses:
         found = []
         for point in tqdm(points, desc=what, unit="point"):
             found.append(losses(surface.move(*point), self.held, self.calibration.batch_size))
         tasks = list(self.held.tasks)
-        return Measured(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
+        return Losses(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
 
 
 def grid_lines(marks: Sequence[float], half: float, count: int) -> list[float]:

@@ -6,7 +6,7 @@
 Nothing here knows a model family: trunk and branches are modules of the source class (`trunk.py`, `empty_model.py`),
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
-What must hold: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
+Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
 `rescales.`), and a saved and loaded model gives bit-identical outputs.
 """
 
@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from accelerate.hooks import add_hook_to_module
 from huggingface_hub import CommitInfo
@@ -40,13 +40,16 @@ from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 
-if TYPE_CHECKING:
-    from ..observe import Moments
-
 Task = str | Sequence[str] | Tensor | None
 
 PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
+
+
+class Savable(Protocol):
+    """What writes itself into a file."""
+
+    def save(self, path: str | Path) -> object: ...
 
 
 class ZipItPreTrainedModel(PreTrainedModel):
@@ -282,7 +285,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | None = None,
-        moments: Moments | str | Path | None = None,
+        moments: Savable | str | Path | None = None,
     ) -> CommitInfo:
         """Upload what `save_pretrained` writes in one commit: the repo is what it was, or complete.
 
@@ -295,8 +298,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
             create_pr: whether to open a pull request instead of writing to the branch.
             max_shard_size: of a file with weights.
             tags: more tags for the card.
-            moments: those of the merge, or their file, to go along as `moments.safetensors`: who has them can merge
-                again with other settings and without data.
+            moments: the `hf_zipit.Moments` of the merge, or their file, to go along as `moments.safetensors`: who has
+                them can merge again with other settings and without data.
 
         Raises:
             OutputError: if the Hub cannot be reached or refuses.
@@ -326,8 +329,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def _write_companions(self, folder: Path, name: str, repo_id: str | None = None, tags: Sequence[str] = ()) -> None:
         write_remote_module(folder, type(self).__name__)
         write_files(folder, self.processor_files())
-        for write in COMPANIONS:
-            write(folder, self, name, repo_id, list(tags))
+        for companion in COMPANIONS:
+            COMPANIONS.get(companion)(folder, self, name, repo_id, tags)
 
     def processor_files(self) -> Files:
         """The files of the experts' processor: what the merge found, else what lies where this was loaded from."""
@@ -340,7 +343,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         """Nothing to do: transformers would copy this file alone, and it needs its package (see `hub.py`)."""
 
 
-def copy_moments(moments: Moments | str | Path, target: Path) -> None:
+def copy_moments(moments: Savable | str | Path, target: Path) -> None:
     """Write moments, or copy their file."""
     if isinstance(moments, (str, Path)):
         shutil.copyfile(moments, target)

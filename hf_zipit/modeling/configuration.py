@@ -3,7 +3,8 @@
 It wraps the experts' own configuration (`source_config`) and adds what merging decided: the tasks and their labels,
 the modules that all tasks share, where the branches read the trunk, and the trunk's sizes where they differ from the
 source's.
-What must hold: a configuration that is written to JSON and read again builds the same model.
+
+Invariants: a configuration that is written to JSON and read again builds the same model.
 """
 
 from __future__ import annotations
@@ -167,3 +168,6 @@ def joint_labels(tasks: list[str], task_labels: Mapping[str, Labels], joint: str
     if len(plain) < len({(task, name) for task, name, _ in names}):  # a prefixed name met another task's real name
         names = [(task, name, f"{task}/{name}") for task, name, _ in names]
     return {position: name for position, (_, _, name) in enumerate(names)}
+
+
+AutoConfig.register(ZipItConfig.model_type, ZipItConfig, exist_ok=True)

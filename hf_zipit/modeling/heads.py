@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
+from transformers import AutoModelForZeroShotImageClassification
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -88,7 +90,7 @@ class ZipItLabelled(ZipItPreTrainedModel):
         fitting = merged_class(config.source_architecture)
         if fitting is not type(self):
             raise ZipItError(
-                f"A merge of {config.source_architecture} models is no {type(self).__name__} but a "
+                f"A merge of {config.source_architecture} models is not a {type(self).__name__} but a "
                 f"{fitting.__name__}; load it with {fitting.auto_class}."
             )
         super().__init__(config)
@@ -193,3 +195,8 @@ def build(config: ZipItConfig) -> ZipItPreTrainedModel:
     """A merged model whose parameters mean nothing yet, to be filled by `load_state_dict` (strict)."""
     with no_init_weights():  # drawing a whole model per task takes longer than filling it
         return merged_class(config.source_architecture)._from_config(config)
+
+
+for _merged in (ZipItModel, *MERGED_CLASSES):
+    getattr(transformers, _merged.auto_class).register(ZipItConfig, _merged, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(ZipItConfig, ZipItModel, exist_ok=True)

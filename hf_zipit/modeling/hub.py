@@ -9,20 +9,20 @@ complete, whatever breaks in between. (`PreTrainedModel.push_to_hub` would write
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import filter_repo_objects
+from transformers import PreTrainedModel
 
 from ..errors import OutputError
 from ..hub.reasons import why
-
-if TYPE_CHECKING:
-    from .base import ZipItPreTrainedModel
+from ..registry import Registry
 
 REMOTE_MODULE = "modeling_hf_zipit"
 
@@ -32,17 +32,16 @@ STALE = ("model*.safetensors*", "processors/*")
 PRIVATE = (".*", "**/.*", "checkpoint-*/*", "runs/*", "*.pt", "*.bin", "*.pth")
 """What a folder may hold beside a model that nobody wants on the Hub: hidden files, training states."""
 
-Companion = Callable[[Path, "ZipItPreTrainedModel", str, "str | None", list[str]], Any]
+Companion = Callable[[Path, PreTrainedModel, str, str | None, Sequence[str]], Any]
 """Writes files beside the weights, given the folder, the model, its name, its repo id if known, and tags."""
 
-COMPANIONS: list[Companion] = []
-"""Filled by rooms above this one: the model card, the recipe."""
+COMPANIONS: Registry[Companion] = Registry("companion", "hf_zipit.report", "hf_zipit.companions")
+"""Called whenever a merged model is saved: the card."""
 
 
-def companion(writer: Companion) -> Companion:
-    """Have `writer` called whenever a merged model is saved."""
-    COMPANIONS.append(writer)
-    return writer
+def companion(name: str) -> Callable[[Companion], Companion]:
+    """Have what is decorated called whenever a merged model is saved."""
+    return partial(COMPANIONS.add, name)
 
 
 def auto_map(auto_class: str, model_class: str) -> dict[str, str]:

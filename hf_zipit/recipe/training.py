@@ -1,7 +1,8 @@
 """Training a small expert inside a recipe, so that a demonstration needs no download. Not a training library.
 
-A classifier of any family is made from its configuration and trained with AdamW under a one-cycle schedule. What must
-hold: the seed alone decides the initialisation and the order of the samples.
+A classifier of any family is made from its configuration and trained with AdamW under a one-cycle schedule.
+
+Invariants: the seed alone decides the initialisation and the order of the samples.
 """
 
 from __future__ import annotations
@@ -9,16 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-
 from hf_zipit.errors import RecipeError
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,10 @@ def new_classifier(model: dict[str, Any], labels: list[str], seed: int) -> PreTr
     Raises:
         RecipeError: if the configuration is not that of an image classifier.
     """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
     fields = dict(model)
     model_type = fields.pop("model_type", None)
     names = dict(enumerate(labels))
@@ -73,6 +74,9 @@ def train_classifier(training: Training, data: Dataset, labels: list[str], *, se
         labels: the names of the classes.
         seed: of the initialisation and of the order.
     """
+    import torch
+    from torch.nn.functional import cross_entropy
+
     model = new_classifier(training.model, labels, seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     columns = data.with_format("torch")[:]
@@ -86,7 +90,7 @@ def train_classifier(training: Training, data: Dataset, labels: list[str], *, se
         torch.manual_seed(seed)  # dropout
         for _ in range(training.epochs):
             for rows in torch.randperm(len(targets), generator=order).split(training.batch_size):
-                loss = F.cross_entropy(model(pixel_values=images[rows]).logits, targets[rows])
+                loss = cross_entropy(model(pixel_values=images[rows]).logits, targets[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

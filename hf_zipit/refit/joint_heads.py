@@ -35,8 +35,8 @@ def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibra
         calibration: data that says which task each sample is of.
 
     Raises:
-        RecipeError: if the joint output is not a concatenation, a head does not end in a linear layer, or a sample has no
-            task.
+        RecipeError: if the joint output is not a concatenation, a head does not end in a linear layer, or a sample has
+            no task.
     """
     config = planned.config.refit
     if config is None or not config.joint_heads:

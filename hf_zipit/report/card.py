@@ -3,7 +3,7 @@
 Everything comes from the merged model itself: `config.method` remembers the experts, the settings, the refit's errors
 and, once `remember` was called, the measurements. So a model that was loaded and is pushed brings its card along.
 
-What must hold: the card claims nothing of weights that it does not have. If they are not those that the merge left
+Invariants: the card claims nothing of weights that it does not have. If they are not those that the merge left
 (trained further, cast), it says so and leaves the measurements out.
 """
 
@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_zipit.evaluation.results import Accuracy, Scores
+from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.origins import common_licence
 from hf_zipit.files import write_text
@@ -53,16 +53,6 @@ SOMEWHERE = "path/or/id/of/"
 
 
 @dataclass(frozen=True)
-class Point:
-    """One merge of a sweep, a point of the depth curve."""
-
-    method: str
-    depth: float
-    parameters: int
-    accuracy: Accuracy | None
-
-
-@dataclass(frozen=True)
 class Result:
     """What a card tells beside what the model's configuration says.
 
@@ -79,21 +69,21 @@ class Result:
         curve: merges of the same experts by other methods or at other depths.
         licence: of all experts, as metadata; empty if they do not agree.
         datasets: that the experts' cards name.
-        changed: whether the weights are others than those that were measured.
+        changed: whether the weights are not those that were measured.
     """
 
     name: str
     base_models: Mapping[str, str | None]
     dataset: str | None = None
     split: str | None = None
-    merged: Accuracy | None = None
-    experts: Accuracy | None = None
+    merged: Accuracies | None = None
+    experts: Accuracies | None = None
     scores: Scores = field(default_factory=dict)
     expert_scores: Scores = field(default_factory=dict)
     parameters: int = 0
     expert_parameters: int = 0
     calibration: str | None = None
-    curve: Sequence[Point] = ()
+    curve: Sequence[Measurement] = ()
     licence: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     changed: bool = False
@@ -119,7 +109,7 @@ class Result:
             expert_parameters=method.get("expert_parameters", 0),
             calibration=measured.get("calibration"),
             curve=[
-                Point(p["method"], p["depth"], p["parameters"], _accuracy(p["accuracy"], model.config.tasks))
+                Measurement(p["method"], p["depth"], p["parameters"], _accuracy(p["accuracy"], model.config.tasks))
                 for p in found.get("curve", [])
             ],
             licence=common_licence(experts) if len(experts) == len(model.config.tasks) else {},
@@ -150,12 +140,12 @@ def remember(model: PreTrainedModel, result: Result) -> None:
     }
 
 
-def _accuracy(saved: Mapping[str, Any] | None, tasks: Sequence[str]) -> Accuracy | None:
-    """An `Accuracy` from what `to_dict` gave, its tasks in their order, which a configuration file does not keep."""
+def _accuracy(saved: Mapping[str, Any] | None, tasks: Sequence[str]) -> Accuracies | None:
+    """`Accuracies` from what `to_dict` gave, its tasks in their order, which a configuration file does not keep."""
     if not saved:
         return None
     parts = ("per_task", "joint_per_task", "samples")
-    return Accuracy(*({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts))
+    return Accuracies(*({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts))
 
 
 def _entries(scores: Scores) -> list[list[Any]]:
@@ -282,7 +272,7 @@ def _classes(model: PreTrainedModel) -> dict[str, list[str]]:
     return {task: list(config.labels_of(task).values()) for task in config.tasks}
 
 
-@companion
+@companion("card")
 def write_card(
     folder: Path, model: PreTrainedModel, name: str, repo_id: str | None = None, tags: Sequence[str] = ()
 ) -> Path:

@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from hf_zipit.files import replacing, write_json, write_text
+from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.plots import STYLE, add_legend, add_title, look, wrapped
 from hf_zipit.report.tables import accuracies, new_table, share
+from hf_zipit.searching.result import SearchResult, Trial, with_setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hf_zipit.searching.result import SearchResult, Trial
+RESULTS, PICTURE, BEST = "search.json", "frontier.png", "best.yaml"
 
 REST = 12
-"""So many of the trials that are beaten are in the table, the best first."""
+"""The table shows at most this many of the beaten trials, the best first."""
+
+
+def save_search(result: SearchResult, folder: str | Path, *, recipe: Recipe | None = None, title: str = "") -> Path:
+    """The folder, with all trials (`search.json`), the picture of the frontier and, if told the recipe, the best one.
+
+    Args:
+        result: of `hf_zipit.search`.
+        folder: where to; files of an earlier search are replaced.
+        recipe: whose experts and data were searched: with the best setting it becomes `best.yaml`, which
+            `hf-zipit run` takes.
+        title: of the picture.
+
+    Raises:
+        OutputError: if the folder cannot be written.
+        RecipeError: if no merge succeeded and there is nothing to write a recipe of.
+    """
+    folder = Path(folder)
+    write_json(folder / RESULTS, result.to_dict())
+    with replacing(folder / PICTURE) as beside:
+        frontier_picture(result, title=title).savefig(beside, format="png", dpi=160)
+    if recipe is not None:
+        write_text(folder / BEST, with_setting(recipe, result.best.setting).to_yaml())
+    return folder
 
 
 def search_table(result: SearchResult, title: str = "") -> Table:

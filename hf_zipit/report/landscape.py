@@ -6,11 +6,14 @@ Losses rise over orders of magnitude away from the experts, so contours and colo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.table import Table
 
+from hf_zipit.files import replacing, write_json
+from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.report.plots import MARKERS, STYLE, add_legend, add_title, look, wrapped
 from hf_zipit.report.tables import new_table, share
 
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from hf_zipit.landscapes.results import Curve, Landscape, Plane
+RESULTS, CONTOURS, CURVES = "landscape.json", "landscape.png", "interpolation.png"
 
 LEVELS = 14
 FLOOR = 1e-3
@@ -27,6 +30,22 @@ FLOOR = 1e-3
 JOINED = " (units joined: the ends are not the experts)"
 
 WIDTH = 3.6  # inches of a panel
+
+
+def save_landscape(found: Landscape, folder: str | Path, *, title: str = "") -> Path:
+    """The folder, with the numbers (`landscape.json`), the curves (`interpolation.png`) and, given a plane, the
+    contours (`landscape.png`).
+
+    Raises:
+        OutputError: if the folder cannot be written.
+    """
+    folder = Path(folder)
+    write_json(folder / RESULTS, found.to_dict())
+    pictures = {CURVES: interpolation} | ({CONTOURS: contours} if found.plane else {})
+    for name, draw in pictures.items():
+        with replacing(folder / name) as beside:
+            draw(found, title=title).savefig(beside, format="png", dpi=160)
+    return folder
 
 
 def contours(found: Landscape, title: str = "") -> Figure:

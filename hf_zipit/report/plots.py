@@ -8,15 +8,13 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracies, Measurement
 from hf_zipit.files import replacing
+from hf_zipit.refit import RefitReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from hf_zipit.refit import RefitReport
-    from hf_zipit.running.results import Row
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey. See `look`.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -39,7 +37,7 @@ STYLE = {
     "figure.dpi": 110,
 }
 
-Measure = Callable[[Accuracy], "float | None"]
+Measure = Callable[[Accuracies], "float | None"]
 
 LETTER = 0.62
 """The mean width of a letter over the font's size, rounded up."""
@@ -76,7 +74,7 @@ def add_legend(figure: Figure, axis: Axes) -> None:
         figure.set_figheight(figure.get_figheight() + (-(-len(names) // columns) - 1) * LINE * 10)
 
 
-def accuracy_over_depth(rows: Sequence[Row], experts: Accuracy, title: str = "") -> Figure:
+def accuracy_over_depth(rows: Sequence[Measurement], experts: Accuracies, title: str = "") -> Figure:
     """Accuracy over the share of merged blocks: a line per method, a panel per task and one for the joint accuracy.
 
     With more than three tasks their mean takes the place of the tasks. The experts are a dashed line.
@@ -103,7 +101,7 @@ def accuracy_over_depth(rows: Sequence[Row], experts: Accuracy, title: str = "")
     return figure
 
 
-def _panels(experts: Accuracy) -> dict[str, Measure]:
+def _panels(experts: Accuracies) -> dict[str, Measure]:
     """The measures to draw, by the panel's title."""
     tasks = list(experts.per_task)
     if len(tasks) <= MAX_TASK_PANELS:
@@ -117,7 +115,7 @@ def _panels(experts: Accuracy) -> dict[str, Measure]:
     return panels
 
 
-def _draw(axis: Axes, rows: Sequence[Row], experts: Accuracy, measure: Measure) -> None:
+def _draw(axis: Axes, rows: Sequence[Measurement], experts: Accuracies, measure: Measure) -> None:
     from matplotlib.ticker import FixedLocator
 
     methods = list(dict.fromkeys(row.method for row in rows))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.table import Table
 
-from hf_zipit.evaluation.results import Accuracy, Scores
-
-if TYPE_CHECKING:
-    from hf_zipit.planning.plan import Plan
-    from hf_zipit.running.results import Row
+from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
+from hf_zipit.planning.plan import Plan
 
 EXPERTS = "experts side by side"
 
@@ -32,12 +29,14 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}".removeprefix("0")
 
 
-def accuracies(found: Accuracy) -> list[str]:
+def accuracies(found: Accuracies) -> list[str]:
     """The accuracies of one model: each task, their mean, joint."""
     return [*(share(value) for value in found.per_task.values()), share(found.mean), share(found.joint)]
 
 
-def results_table(rows: Iterable[Row], experts: Accuracy | None, expert_parameters: int, title: str = "") -> Table:
+def results_table(
+    rows: Iterable[Measurement], experts: Accuracies | None, expert_parameters: int, title: str = ""
+) -> Table:
     """A line for every merge, below a line for the experts."""
     tasks = list(experts.per_task) if experts else []
     measures = [*tasks, "mean", "joint"] if experts else []
@@ -54,7 +53,7 @@ def results_table(rows: Iterable[Row], experts: Accuracy | None, expert_paramete
     return table
 
 
-def accuracy_table(models: Mapping[str, Accuracy], title: str = "") -> Table:
+def accuracy_table(models: Mapping[str, Accuracies], title: str = "") -> Table:
     """A line for every model."""
     tasks = list(next(iter(models.values())).per_task)
     table = new_table(title, ["model"], [*tasks, "mean", "joint"])

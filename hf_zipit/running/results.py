@@ -6,40 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_zipit.evaluation.results import Accuracy, Scores
+from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.refit import RefitReport
-
-
-@dataclass(frozen=True)
-class Row:
-    """One merge of a run.
-
-    Attributes:
-        method: as the recipe calls it.
-        depth: the share of the blocks that was merged.
-        parameters: of the merged model.
-        seconds: that merging took, the observation not counted.
-        accuracy: None where the recipe evaluates nothing, or the model has no classes.
-        scores: the further metrics that the recipe names, `{task: {name: value}}`.
-    """
-
-    method: str
-    depth: float
-    parameters: int
-    seconds: float
-    accuracy: Accuracy | None
-    scores: Scores = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "depth": self.depth,
-            "parameters": self.parameters,
-            "seconds": round(self.seconds, 3),
-            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
-            "scores": {task: dict(found) for task, found in self.scores.items()},
-        }
 
 
 @dataclass(frozen=True)
@@ -60,10 +29,10 @@ class RunResult:
     """
 
     recipe: Recipe
-    experts: Accuracy | None
+    experts: Accuracies | None
     expert_parameters: int
-    rows: tuple[Row, ...]
-    kept: Row | None = None
+    rows: tuple[Measurement, ...]
+    kept: Measurement | None = None
     expert_scores: Scores = field(default_factory=dict)
     model: Path | None = None
     plot: Path | None = None

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.evaluation.measure import evaluate
-from hf_zipit.evaluation.results import Evaluation
+from hf_zipit.evaluation.results import Evaluation, Measurement
 from hf_zipit.merging import merge, plan
-from hf_zipit.observe.shared import SharedMoments
+from hf_zipit.observation.shared import SharedMoments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.running.data import recipe_data, without_labels
 from hf_zipit.running.experts import Say, recipe_experts
-from hf_zipit.running.results import Row, RunResult
+from hf_zipit.running.results import RunResult
 from hf_zipit.running.writing import write_all, write_model
 
 Save = Literal["all", "model", "nothing"]
@@ -102,7 +102,7 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
             seconds = time.perf_counter() - started
             found = measured(merged)
             share = depth if merged.config.depth is None else merged.config.depth
-            row = Row(method, share, merged.num_parameters(), seconds, found.model, found.scores)
+            row = Measurement(method, share, merged.num_parameters(), found.model, seconds, found.scores)
             rows.append(row)
             if (method, depth) == (recipe.kept.method, recipe.kept.depth):
                 kept_row, kept_model = row, merged

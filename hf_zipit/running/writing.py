@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_zipit.files import replacing, replacing_folder, write_json
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.refit import RefitReport
-from hf_zipit.report.card import Point, Result, remember
+from hf_zipit.report.card import Result, remember
 from hf_zipit.running.experts import Say
 from hf_zipit.running.results import RunResult
 from hf_zipit.running.saved import push_saved
@@ -72,5 +72,5 @@ def _card_result(result: RunResult) -> Result:
         experts=result.experts,
         scores=result.kept.scores if result.kept else {},
         expert_scores=result.expert_scores,
-        curve=[Point(row.method, row.depth, row.parameters, row.accuracy) for row in result.rows],
+        curve=result.rows,
     )

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from hf_zipit.errors import RecipeError
-from hf_zipit.evaluation.results import Accuracy
-from hf_zipit.files import replacing, write_json, write_text
+from hf_zipit.evaluation.results import Accuracies
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.refit import RefitConfig
 from hf_zipit.schema import build
 from hf_zipit.searching.space import Setting
-
-RESULTS, PICTURE, BEST = "search.json", "frontier.png", "best.yaml"
 
 
 @dataclass(frozen=True)
@@ -36,7 +32,7 @@ class Trial:
     number: int
     setting: Setting
     score: float | None = None
-    accuracy: Accuracy | None = None
+    accuracy: Accuracies | None = None
     parameters: int = 0
     macs: int = 0
     seconds: float = 0.0
@@ -76,14 +72,14 @@ class SearchResult:
         experts: the experts' accuracies on the same samples; None for the caller's function.
         expert_parameters, expert_macs: of one expert.
         sampler, seed: how settings were chosen.
-        max_size: the best trial is at most so many times as large as one expert.
+        max_size: the best trial has at most this multiple of one expert's parameters.
     """
 
     trials: tuple[Trial, ...]
     measure: str
     answers: str | None
     samples: Mapping[str, int]
-    experts: Accuracy | None
+    experts: Accuracies | None
     expert_parameters: int
     expert_macs: int
     sampler: str
@@ -141,29 +137,6 @@ class SearchResult:
             "frontier": [trial.number for trial in self.frontier],
             "trials": [trial.to_dict() for trial in self.trials],
         }
-
-    def save(self, folder: str | Path, *, recipe: Recipe | None = None, title: str = "") -> Path:
-        """Write all trials (`search.json`), the picture of the frontier and, if told the recipe, the best one.
-
-        Args:
-            folder: where to; files of an earlier search are replaced.
-            recipe: whose experts and data were searched: with the best setting it becomes `best.yaml`, which
-                `hf-zipit run` takes.
-            title: of the picture.
-
-        Raises:
-            OutputError: if the folder cannot be written.
-            RecipeError: if no merge succeeded and there is nothing to write a recipe or a picture of.
-        """
-        from hf_zipit.report.frontier import frontier_picture
-
-        folder = Path(folder)
-        write_json(folder / RESULTS, self.to_dict())
-        with replacing(folder / PICTURE) as beside:
-            frontier_picture(self, title=title).savefig(beside, format="png", dpi=160)
-        if recipe is not None:
-            write_text(folder / BEST, with_setting(recipe, self.best.setting).to_yaml())
-        return folder
 
 
 def with_setting(recipe: Recipe, setting: Setting) -> Recipe:

@@ -34,8 +34,8 @@ from hf_zipit.errors import RecipeError, ZipItError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.merging import DATA_SETTINGS, merge, plan
-from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.shared import SharedMoments
+from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.shared import SharedMoments
 from hf_zipit.planning.plan import make_plan
 from hf_zipit.searching.costs import expert_macs, merged_macs
 from hf_zipit.searching.result import SearchResult, Trial

@@ -14,7 +14,7 @@ from hf_zipit.align.method import Network
 from hf_zipit.align.methods.dual import match_dual
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import SpaceMap
-from hf_zipit.observe.observe import observe
+from hf_zipit.observation.observe import observe
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey
 from tests import tiny

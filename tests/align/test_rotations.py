@@ -14,7 +14,7 @@ from hf_zipit.align.align import residual_spaces
 from hf_zipit.align.procrustes import rotating
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.modeling.entries import DenseEntry, IndexEntry
-from hf_zipit.observe import observe
+from hf_zipit.observation import observe
 from hf_zipit.registry import METHODS
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.folding import fold

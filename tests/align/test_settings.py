@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from hf_zipit.observation.observed import moments_for
 from torch import nn
 
 from hf_zipit import merge, plan
@@ -14,8 +15,7 @@ from hf_zipit.align.align import check_settings, override_choice
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.errors import RecipeError
-from hf_zipit.observe import Moments
-from hf_zipit.observe.observed import moments_for
+from hf_zipit.observation import Moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import METHODS
 from tests import tiny
@@ -120,9 +120,7 @@ def test_options_of_the_method_are_not_those_of_the_override():
 
 
 def test_an_override_of_another_width_makes_a_model_of_that_width():
-    whole = merge(
-        experts(), IMAGES, method="weights", overrides={"*.1.mlp.fc1": {"method": "zip", "size": 48}}
-    )
+    whole = merge(experts(), IMAGES, method="weights", overrides={"*.1.mlp.fc1": {"method": "zip", "size": 48}})
     assert whole.config.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [48, 32]
     assert whole.config.method["overrides"] == {"*.1.mlp.fc1": {"method": "zip", "size": 48}}
 

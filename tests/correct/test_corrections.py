@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hf_zipit.data.batches import Batches, pieces
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,10 +21,9 @@ from hf_zipit.correct.repair import is_folding, repair
 from hf_zipit.correct.rescale_shift import chosen_sites, expert_statistics, to_own_average
 from hf_zipit.correct.sites import Site, layers
 from hf_zipit.correct.statistics import Statistics, UnitSums, measure, shared_statistics
-from hf_zipit.data.batches import Batches, pieces
 from hf_zipit.errors import DataError, RecipeError, ZipItError
 from hf_zipit.modeling.rescale import Affine
-from hf_zipit.observe import observe
+from hf_zipit.observation import observe
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import CORRECTIONS
 from hf_zipit.symmetry.proof import model_tensors

@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from hf_zipit.errors import DataError
-from hf_zipit.observe import calibration_batches
-from hf_zipit.observe import data as data_module
-from tests.observe.models import MLP, bert, vit
+from hf_zipit.observation import calibration_batches
+from hf_zipit.observation import data as data_module
+from tests.observation.models import MLP, bert, vit
 
 TASKS = ("clothes", "shoes")
 X = torch.arange(50.0).reshape(10, 5)

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.measure import accuracy, evaluate
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracies
 from hf_zipit.evaluation.side_by_side import SideBySide
 
 
@@ -103,7 +103,7 @@ def test_the_experts_stand_beside_the_model(tmp_path):
 
 
 def test_without_joint_classes_there_is_no_joint_accuracy():
-    assert Accuracy({"a": 1.0}, {}, {"a": 3}).joint is None
+    assert Accuracies({"a": 1.0}, {}, {"a": 3}).joint is None
 
 
 @pytest.mark.parametrize(
@@ -128,5 +128,5 @@ def test_a_model_that_is_not_merged_is_refused():
 
 
 def test_a_weighted_mean_of_the_tasks_is_the_joint_accuracy():
-    found = Accuracy({"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, {"a": 30, "b": 10})
+    found = Accuracies({"a": 1.0, "b": 0.0}, {"a": 1.0, "b": 0.0}, {"a": 30, "b": 10})
     assert found.joint == pytest.approx(np.mean([1] * 30 + [0] * 10))

@@ -98,9 +98,7 @@ def test_adapters_are_merged_with_each_other(name: str, base: Path, tmp_path: Pa
     adapters = {task: adapted(name, base, n, seed) for seed, (task, n) in enumerate({"a": 2, "b": 3}.items())}
     for task, adapter in adapters.items():
         adapter.save_pretrained(tmp_path / task)
-    merged = hf_zipit.merge(
-        {"a": tmp_path / "a", "b": adapters["b"]}, inputs(name), method="permute", depth=0.0
-    )
+    merged = hf_zipit.merge({"a": tmp_path / "a", "b": adapters["b"]}, inputs(name), method="permute", depth=0.0)
     for task, adapter in adapters.items():  # nothing is shared: they stand side by side
         with torch.no_grad():
             expected = adapter(**inputs(name)).logits

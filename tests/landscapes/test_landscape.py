@@ -19,7 +19,7 @@ from hf_zipit.landscapes.results import barrier
 from hf_zipit.landscapes.surface import Surface
 from hf_zipit.landscapes.survey import Survey, grid_lines, losses
 from hf_zipit.registry import METHODS
-from hf_zipit.report.landscape import barriers_table, contours, interpolation
+from hf_zipit.report.landscape import barriers_table, contours, interpolation, save_landscape
 from hf_zipit.running.exploring import landscape_recipe
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.group import apply_element, random_element
@@ -204,9 +204,7 @@ def test_statistics_stay_positive_far_away():
 
 def test_a_third_expert_makes_the_merge_span_the_plane():
     models = experts(seeds=(0, 1, 2))
-    found = landscape(
-        models, data(), method="identity", pair=("more", "third"), grid=2, steps=3, hold_out=0.5
-    )
+    found = landscape(models, data(), method="identity", pair=("more", "third"), grid=2, steps=3, hold_out=0.5)
     assert found.pair == ("more", "third") and found.naive is None
     assert found.plane.through_merge and found.plane.points["merge"][1] > 0.1
     assert list(found.plane.loss) == ["few", "more", "third"]
@@ -234,10 +232,8 @@ def test_the_same_seed_measures_the_same_and_the_samples_are_limited():
 
 
 def test_what_is_saved_can_be_read_and_drawn(tmp_path):
-    found = landscape(
-        experts(), data_of(TASKS), method="zip", refit=True, grid=3, steps=3, hold_out=0.5
-    )
-    found.save(tmp_path, title="tiny")
+    found = landscape(experts(), data_of(TASKS), method="zip", refit=True, grid=3, steps=3, hold_out=0.5)
+    save_landscape(found, tmp_path, title="tiny")
     assert {"landscape.json", "landscape.png", "interpolation.png"} == {path.name for path in tmp_path.iterdir()}
     read = json.loads((tmp_path / "landscape.json").read_text())
     assert read["method"] == "zip+refit"

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 import hf_zipit
 from hf_zipit.data.sources import Renamed
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.observe import calibration_batches
+from hf_zipit.observation import calibration_batches
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sources import load_source, part_of, rename
 from hf_zipit.running.data import merged_task_data, recipe_data
@@ -75,9 +75,7 @@ def test_columns_and_streams_change_nothing_for_a_merge(kind: str) -> None:
     models, plain = experts(name), data().remove_columns("labels")
 
     def merged(calibration: Any, **settings: Any) -> PreTrainedModel:
-        return hf_zipit.merge(
-            models, calibration, method="permute", processor=processor(), batch_size=4, **settings
-        )
+        return hf_zipit.merge(models, calibration, method="permute", processor=processor(), batch_size=4, **settings)
 
     expected = merged(plain)
     renamed = plain.rename_column(kind, "what_it_shows")

@@ -261,9 +261,7 @@ def test_a_run_leaves_a_picture_a_card_and_the_trained_experts(result):
 
 
 def test_the_same_recipe_gives_the_same_file(result, tmp_path):
-    again = run_recipe(
-        replace(result.recipe, output=tmp_path / "again", method=("zip",), depth=(1.0,))
-    )
+    again = run_recipe(replace(result.recipe, output=tmp_path / "again", method=("zip",), depth=(1.0,)))
     assert (again.model / "model.safetensors").read_bytes() == (result.model / "model.safetensors").read_bytes()
 
 

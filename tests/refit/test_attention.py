@@ -241,9 +241,7 @@ def test_heads_that_nearly_agree_are_paired():
             noise = drawn(*tensors[name].shape, seed=seed + len(name)).float()
             tensors[name] = tensors[name] + 0.1 * tensors[name].std() * noise
         models.append(with_tensors(base, tensors))
-    merged = merge(
-        dict(zip("ab", models, strict=True)), calibration(base), method="identity", refit=True
-    )
+    merged = merge(dict(zip("ab", models, strict=True)), calibration(base), method="identity", refit=True)
     assert merged.config.head_dims == {}
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_zipit
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracies
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sections import Calibration, ExpertEntry, Measured, Recipe
 from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
@@ -108,7 +108,7 @@ def test_results_survive_the_configuration_in_the_order_of_the_tasks(run):
     found = Result.of(model, "digits")
     assert found.merged == run.kept.accuracy and found.experts == run.experts
     assert found.scores == run.kept.scores and found.expert_scores == run.expert_scores
-    assert isinstance(found.merged, Accuracy) and list(found.merged.per_task) == list(DIGITS)
+    assert isinstance(found.merged, Accuracies) and list(found.merged.per_task) == list(DIGITS)
     assert [(p.method, p.depth) for p in found.curve] == [(row.method, row.depth) for row in run.rows]
     assert not found.changed
 

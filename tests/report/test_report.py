@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -13,13 +12,13 @@ import yaml
 from huggingface_hub import ModelCard
 from rich.console import Console
 
-from hf_zipit.evaluation.results import Accuracy
+from hf_zipit.evaluation.results import Accuracies, Measurement
 from hf_zipit.experts.origins import common_licence
 from hf_zipit.hub.cache import is_repo
 from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.refit import RefitReport
-from hf_zipit.report.card import Point, Result, card_text
+from hf_zipit.report.card import Result, card_text
 from hf_zipit.report.doctor import Check, checks_table, examine, release
 from hf_zipit.report.frontier import frontier_picture, staircase
 from hf_zipit.report.landscape import contours, interpolation
@@ -29,19 +28,14 @@ from hf_zipit.searching.result import SearchResult, Trial
 from hf_zipit.searching.space import Setting
 from tests.hub.card_rules import problems
 
-EXPERTS = Accuracy({"clothes": 0.91, "shoes": 0.97}, {"clothes": 0.5, "shoes": 0.7}, {"clothes": 10, "shoes": 30})
+EXPERTS = Accuracies({"clothes": 0.91, "shoes": 0.97}, {"clothes": 0.5, "shoes": 0.7}, {"clothes": 10, "shoes": 30})
 
 
-@dataclass(frozen=True)
-class Row:
-    method: str
-    depth: float
-    accuracy: Accuracy | None
-    parameters: int = 1234567
-    seconds: float = 0.25
+def row(method: str, depth: float, accuracy: Accuracies | None) -> Measurement:
+    return Measurement(method, depth, 1234567, accuracy, seconds=0.25)
 
 
-def rows() -> list[Row]:
+def rows() -> list[Measurement]:
     found = []
     for method, loss in (("zip", 0.2), ("permute", 0.3)):
         for depth in (1.0, 0.5, 0.0):
@@ -49,7 +43,7 @@ def rows() -> list[Row]:
                 {task: value - loss * depth for task, value in values.items()}
                 for values in (EXPERTS.per_task, EXPERTS.joint_per_task)
             )
-            found.append(Row(method, depth, Accuracy(per_task, joint, EXPERTS.samples)))
+            found.append(row(method, depth, Accuracies(per_task, joint, EXPERTS.samples)))
     return found
 
 
@@ -99,7 +93,7 @@ def test_the_table_has_a_line_for_every_merge_and_one_for_the_experts():
 
 
 def test_a_table_without_measurements_has_no_columns_for_them():
-    text = printed(results_table([Row("zip", 1.0, None)], None, 10))
+    text = printed(results_table([row("zip", 1.0, None)], None, 10))
     assert "joint" not in text and "1,234,567" in text
 
 
@@ -123,8 +117,8 @@ def test_the_picture_holds_every_number():
 
 def test_many_tasks_are_drawn_as_their_mean_and_shared_classes_without_joint():
     tasks = {str(i): i / 10 for i in range(5)}
-    found = Accuracy(tasks, {}, dict.fromkeys(tasks, 1))
-    figure = accuracy_over_depth([Row("zip", 1.0, found), Row("zip", 0.0, found)], found)
+    found = Accuracies(tasks, {}, dict.fromkeys(tasks, 1))
+    figure = accuracy_over_depth([row("zip", 1.0, found), row("zip", 0.0, found)], found)
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["mean of 5 tasks"]
 
 
@@ -138,7 +132,7 @@ def long_names(tasks: int) -> list[str]:
 
 def depth_picture(tasks: int):
     found = [
-        Row(method, i / 12, Accuracy(dict.fromkeys(long_names(tasks), 0.5 + i / 30), {}, {}))
+        row(method, i / 12, Accuracies(dict.fromkeys(long_names(tasks), 0.5 + i / 30), {}, {}))
         for method in METHODS
         for i in range(13)
     ]
@@ -151,7 +145,7 @@ def search_result() -> SearchResult:
         for i in range(30)
     ]
     samples = {"handwritten digits of the world": 500, "satellite images": 477}
-    accuracy = Accuracy(dict.fromkeys(samples, 0.97), {}, samples)
+    accuracy = Accuracies(dict.fromkeys(samples, 0.97), {}, samples)
     return SearchResult(tuple(found), "mean", "experts", samples, accuracy, 10, 10, "grid", 0)
 
 
@@ -308,7 +302,7 @@ def test_the_card_tells_of_the_refit_and_of_the_depth():
         {"base_models": {"clothes": None, "shoes": None}},
         {"licence": {"license": "mit"}, "datasets": ["me/clothes", "me/shoes"], "calibration": "me/clothes"},
         {"licence": {"license": "other", "license_name": "mine", "license_link": "LICENSE"}},
-        {"curve": [Point(row.method, row.depth, row.parameters, row.accuracy) for row in rows()]},
+        {"curve": rows()},
         {"changed": True},
     ],
 )
@@ -349,7 +343,7 @@ def test_licence_and_data_sets_are_the_experts():
 
 
 def test_other_depths_and_methods_are_told_where_they_were_measured():
-    points = [Point(row.method, row.depth, row.parameters, row.accuracy) for row in rows()]
+    points = rows()
     text = card(curve=points).text
     assert "accuracy_over_depth.png" in text
     assert "| zip | 0.50 | 1,234,567 | .840 | .550 |" in text

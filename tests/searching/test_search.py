@@ -8,6 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import hf_zipit.observation.observed
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,6 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-import hf_zipit.observe.observed
 import hf_zipit.searching.trials as searching
 from hf_zipit import merge, search
 from hf_zipit.adapters import adapter_for
@@ -24,7 +24,7 @@ from hf_zipit.data.held_out import divide, held_out
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.recipe.loading import load_recipe
-from hf_zipit.report.frontier import search_notes, search_table
+from hf_zipit.report.frontier import save_search, search_notes, search_table
 from hf_zipit.running.exploring import recipe_space, search_recipe
 from hf_zipit.running.run import run_recipe
 from hf_zipit.searching import Range, SearchResult, Setting, Space, Trial
@@ -282,7 +282,7 @@ def test_merges_never_see_what_they_are_scored_on(monkeypatch):
         scored_on.append(datasets)
         return accuracy(model, datasets, **settings)
 
-    observe = hf_zipit.observe.observed.observe
+    observe = hf_zipit.observation.observed.observe
 
     def observed(spec, experts, calibration, **settings):
         looked_at.append(calibration)
@@ -290,7 +290,7 @@ def test_merges_never_see_what_they_are_scored_on(monkeypatch):
 
     monkeypatch.setattr(searching, "merge", watched)
     monkeypatch.setattr(searching, "accuracy", scored)
-    monkeypatch.setattr(hf_zipit.observe.observed, "observe", observed)
+    monkeypatch.setattr(hf_zipit.observation.observed, "observe", observed)
     found(space={"method": ["permute", "zip+refit"], "depth": [1.0, 0.5], "residual": "match"})
     assert len(looked_at) == 4 + 1  # observed once
     for task in TASKS:
@@ -303,7 +303,7 @@ def test_merges_never_see_what_they_are_scored_on(monkeypatch):
 def test_shared_moments_change_nothing(monkeypatch):
     """A shallow merge with the moments of the deepest one is the merge with its own, of the same rows."""
     monkeypatch.setattr(
-        import_module("hf_zipit.observe.observe"), "MINIMUM_ROWS", 10_000
+        import_module("hf_zipit.observation.observe"), "MINIMUM_ROWS", 10_000
     )  # all, whatever a depth's budget allows
     rest, held = divide(images(), experts()["few"], TASKS, 0.25)
     samples = held_out(held, experts())
@@ -321,9 +321,7 @@ def test_validation_data_takes_the_place_of_what_is_held_out():
         for task, count in labels.items()
     }
     loaders = {task: DataLoader(list(data), batch_size=8) for task, data in images().items()}
-    result = search(
-        experts(), loaders, validation=validation, space={**SMALL, "depth": 1.0}, score="joint"
-    )
+    result = search(experts(), loaders, validation=validation, space={**SMALL, "depth": 1.0}, score="joint")
     assert result.answers == "labels" and result.samples == {"few": SAMPLES, "more": SAMPLES}
     for trial in result.trials:
         merged = merge(experts(), loaders, **trial.setting.arguments())
@@ -390,7 +388,7 @@ def test_a_recipes_best_setting_is_a_recipe_that_runs(tmp_path):
     given = recipe(tmp_path, search={"space": space, "hold_out": 0.5, "answers": "experts"})
     result = search_recipe(given)
     assert result.samples == {"few": 12, "more": 12}
-    result.save(tmp_path / "found", recipe=given, title="tiny")
+    save_search(result, tmp_path / "found", recipe=given, title="tiny")
     assert {"search.json", "frontier.png", "best.yaml"} == {path.name for path in (tmp_path / "found").iterdir()}
     assert json.loads((tmp_path / "found" / "search.json").read_text())["best"] == result.best.number
     best = load_recipe(tmp_path / "found" / "best.yaml")

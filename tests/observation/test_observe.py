@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from hf_zipit.errors import DataError, ExpertError, RecipeError, SpecError
 from hf_zipit.experts.fingerprint import fingerprint_experts
-from hf_zipit.observe import Moments, observe, record
-from hf_zipit.observe import observe as observe_function
+from hf_zipit.observation import Moments, observe, record
+from hf_zipit.observation import observe as observe_function
 from hf_zipit.symmetry.spec import Probe
 from tests.data.test_sources import KINDS, X
-from tests.observe.models import (
+from tests.observation.models import (
     BERT_SPEC,
     HIDDEN,
     MLP,
@@ -31,7 +31,7 @@ from tests.observe.models import (
     vit,
     vit_spec,
 )
-from tests.observe.worker import calibration
+from tests.observation.worker import calibration
 from tests.processes import run_in_two_processes
 
 observe_module = sys.modules[observe_function.__module__]
@@ -344,7 +344,7 @@ def test_half_precision_experts_take_float32_data():
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes wrote, on good data (`good*`) and on data that only one of them finds damaged (`bad*`)."""
     folder = tmp_path_factory.mktemp("processes")
-    run_in_two_processes("tests.observe.worker", folder, timeout=180)
+    run_in_two_processes("tests.observation.worker", folder, timeout=180)
     return folder
 
 

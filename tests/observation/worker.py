@@ -9,8 +9,8 @@ import torch
 from accelerate import Accelerator
 
 from hf_zipit.errors import ZipItError
-from hf_zipit.observe import observe
-from tests.observe.models import vit, vit_spec
+from hf_zipit.observation import observe
+from tests.observation.models import vit, vit_spec
 
 
 def calibration() -> dict[str, torch.Tensor]:

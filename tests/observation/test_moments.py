@@ -11,9 +11,9 @@ import torch
 
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
 from hf_zipit.experts.fingerprint import fingerprint_experts
-from hf_zipit.observe import Moments
-from hf_zipit.observe import moments as moments_module
-from tests.observe.models import HIDDEN, covariance, mlps
+from hf_zipit.observation import Moments
+from hf_zipit.observation import moments as moments_module
+from tests.observation.models import HIDDEN, covariance, mlps
 
 VECTOR = Path(__file__).parents[1] / "vectors" / "zipit_covariance_metric.npz"
 TASKS = ("clothes", "shoes")

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError
 from hf_zipit.experts.fingerprint import fingerprint_experts
-from hf_zipit.observe.moments import Moments
-from hf_zipit.observe.observe import observe
-from hf_zipit.observe.record import probe_name
+from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.observe import observe
+from hf_zipit.observation.record import probe_name
 from hf_zipit.planning.plan import Plan, make_plan
 
 

@@ -30,8 +30,8 @@ from hf_zipit.data.calibration import Calibration, CalibrationBatch
 from hf_zipit.data.processes import all_reduce_sum, placed
 from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
-from hf_zipit.observe.moments import Moments, Sums
-from hf_zipit.observe.record import Choose, Recorder, choose_rows, keep_all, probe_name
+from hf_zipit.observation.moments import Moments, Sums
+from hf_zipit.observation.record import Choose, Recorder, choose_rows, keep_all, probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
 
