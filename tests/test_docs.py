@@ -27,7 +27,6 @@ from hf_zipit.cli.app import app, main
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.loading import check_recipe
 from hf_zipit.recipe.sections import Recipe
-from hf_zipit.schema import build
 
 from .docs_world import make_world, names_of
 
@@ -169,7 +168,7 @@ def check_yaml(code: str, where: str) -> None:
     """A whole recipe, or some of its keys."""
     content = yaml.safe_load(code)
     assert isinstance(content, dict), f"{where} is no mapping"
-    recipe = build(Recipe, content if "experts" in content and "name" in content else {**BASE, **content})
+    recipe = Recipe.from_dict(content if "experts" in content and "name" in content else {**BASE, **content})
     sources = [entry.model for entry in recipe.experts.values() if entry.model]
     for source in sources:
         if looks_local(source):
