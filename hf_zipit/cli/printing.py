@@ -89,8 +89,6 @@ def silence() -> Iterator[None]:
 @contextmanager
 def working(quiet: bool) -> Iterator[Any]:
     """Gives a function that says on stderr what is being done, and keeps other libraries' chatter away."""
-    import logging
-
     console = stderr()
 
     def say(what: str) -> None:
@@ -100,13 +98,11 @@ def working(quiet: bool) -> Iterator[Any]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|accelerate|datasets")
     say("starting")
-    import datasets
     import huggingface_hub
     import transformers
 
     huggingface_hub.logging.set_verbosity_error()  # it tells every retry; the sentence at the end says it all
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    os.environ |= {"DATASETS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # read when it is imported
     yield say
