@@ -1,8 +1,8 @@
 """The command line: `hf-zipit run`, `merge`, `evaluate` and so on, or `hf zipit run` as an extension of `hf`.
 
 Results go to stdout, progress to stderr. Bad input is told in one sentence and ends with exit code 1, a wrong use of
-the command with 2; nobody should see a traceback for either. Importing the package takes some seconds, for it
-registers the merged classes with transformers; what only some commands need is imported inside them.
+the command with 2; nobody should see a traceback for either. What takes seconds to import (torch, transformers) is
+imported inside the commands, so that the help comes at once.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def evaluate(
         list[str] | None, typer.Option("--task", help="Only this task; may be repeated. All of them by default.")
     ] = None,
     column: ColumnNames = None,
-    samples: Annotated[int | None, typer.Option(help="At most so many samples of each task.", min=1)] = None,
+    samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
     streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
     as_json: Json = False,
@@ -228,7 +228,7 @@ def card(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Print a merged model's card, or write it anew."""
+    """Print a merged model's card, or write it again."""
     with working(quiet) as say:
         from hf_zipit.running.saved import card_of
 
@@ -242,10 +242,10 @@ def card(
 
 @app.command("hf-zipit doctor")
 def doctor(as_json: Json = False) -> None:
-    """Say what works here, and how to mend what does not.
+    """Say what works here, and how to fix what does not.
 
-    Looks at the versions of packages, devices, processes and the connection to the Hub. Ends with 1 if something needs
-    mending.
+    Checks the versions of packages, devices, processes and the connection to the Hub. Ends with 1 if something needs
+    fixing.
     """
     from hf_zipit.report.doctor import examine
 

@@ -84,8 +84,6 @@ def silence() -> Iterator[None]:
 @contextmanager
 def working(quiet: bool) -> Iterator[Any]:
     """Gives a function that says on stderr what is being done, and keeps other libraries' chatter away."""
-    import logging
-
     console = stderr()
 
     def say(what: str) -> None:
@@ -95,7 +93,6 @@ def working(quiet: bool) -> Iterator[Any]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|transformers|accelerate|datasets")
     say("starting")
-    import datasets
     import huggingface_hub
     import transformers
 
@@ -103,6 +100,5 @@ def working(quiet: bool) -> Iterator[Any]:
     transformers.logging.set_verbosity_error()
     if quiet or not sys.stderr.isatty():  # in a log they are only noise
         transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    os.environ |= {"DATASETS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # read when it is imported
     yield say

@@ -97,9 +97,9 @@ def sweep(
 def search(
     recipe: RecipePath,
     sampler: Annotated[str | None, typer.Option(help="grid or tpe, instead of the recipe's.")] = None,
-    trials: Annotated[int | None, typer.Option(help="At most so many merges.", min=1)] = None,
+    trials: Annotated[int | None, typer.Option(help="At most this many merges.", min=1)] = None,
     max_size: Annotated[
-        float | None, typer.Option(help="The best merge has at most so many times one expert's parameters.")
+        float | None, typer.Option(help="The best merge has at most this multiple of one expert's parameters.")
     ] = None,
     out: Out = None,
     as_json: Json = False,

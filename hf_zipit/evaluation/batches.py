@@ -52,7 +52,7 @@ class Collate:
         labelled: whether there have to be labels; without, they say which images and texts belong together.
 
     Raises:
-        DataError: if the model's inputs or the labels are not there, or a label is no class of the task.
+        DataError: if the model's inputs or the labels are not there, or a label is not a class of the task.
     """
 
     def __init__(

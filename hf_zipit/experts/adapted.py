@@ -1,10 +1,10 @@
 """Experts that are adapters: LoRA weights on a base model, which become a plain model before they are merged.
 
-An adapter is no network of its own, so its update is added to the base first (`merge_and_unload`; LoRA,
+An adapter is not a network of its own, so its update is added to the base first (`merge_and_unload`; LoRA,
 arXiv:2106.09685), and modules that were trained beside it (`modules_to_save`, mostly the classifier) take the place of
 the base's. What comes out is an expert like any other.
 
-What must hold: the expert computes what the adapted model computes, and a model that the user passed stays as it is.
+Invariants: the expert computes what the adapted model computes, and a model that the user passed stays as it is.
 """
 
 from __future__ import annotations

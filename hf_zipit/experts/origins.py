@@ -4,7 +4,7 @@ An expert's `sha256` is taken over the names, dtypes, shapes and bytes of its pa
 were merged (`observe.fingerprint`), not over a file: it is the same for one file and for shards, for a model that was
 loaded and for one that was built.
 
-What must hold: nothing here uses the network; cards of repos are read from what loading left on this machine.
+Invariants: nothing here uses the network; cards of repos are read from what loading left on this machine.
 """
 
 from __future__ import annotations

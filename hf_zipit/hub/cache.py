@@ -1,6 +1,6 @@
 """What loading a model from the Hub left on this machine: the folder of its files, and which commit they are of.
 
-What must hold: nothing is downloaded unless the caller names what.
+Invariants: nothing is downloaded unless the caller names what.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def local_folder(source: str | Path | None, revision: str | None = None, fetch: 
             return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(fetch)))
         # A snapshot of all files need not be there, so it is found by one of them.
         found = [try_to_load_from_cache(str(source), name, revision=revision) for name in CONFIGS]
-    except (OSError, ValueError):  # the Hub does not answer, or it is no repo id: there is nothing to take
+    except (OSError, ValueError):  # the Hub does not answer, or it is not a repo id: there is nothing to take
         return None
     return next((Path(path).parent for path in found if isinstance(path, str)), None)
 

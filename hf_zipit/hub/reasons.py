@@ -58,7 +58,7 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
     if status in (401, 403):
         return f"the Hub refuses it to this user; {LOG_IN} with a token that may do it"
     if is_a(HFValidationError):
-        return "there is no such folder, and it is no repo id, which is a name or user/name"
+        return "there is no such folder, and it is not a repo id, which is a name or user/name"
     if is_a(EntryNotFoundError) and not is_a(LocalEntryNotFoundError):
         return f"the repo lacks a file that is needed; {first_line(error)}"
     if is_a(LocalEntryNotFoundError, ConnectionError, TimeoutError) or _is_network(chain):

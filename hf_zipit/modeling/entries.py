@@ -111,7 +111,7 @@ def attach(branch: nn.Module, settings: Sequence[Mapping[str, Any]], entries: nn
         # What lies below a stand-in is not among these; the stand-in itself is, but stands for the trunk's module.
         module = modules.get(path)
         if module is None or isinstance(module, Shared):
-            raise ZipItError(f"The entry at '{path}' is no module of the branches: it is shared or does not exist.")
+            raise ZipItError(f"The entry at '{path}' is not a module of the branches: it is shared or does not exist.")
         module.register_forward_pre_hook(entry.before, with_kwargs=True)
 
 

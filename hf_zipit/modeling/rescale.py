@@ -106,7 +106,7 @@ def make_rescales(
         try:
             module = trunk.get_submodule(setting["module"])
         except AttributeError:
-            raise ZipItError(f"rescaled names '{setting['module']}', which is no module of the trunk.") from None
+            raise ZipItError(f"rescaled names '{setting['module']}', which is not a module of the trunk.") from None
         rescale = TrunkRescale({task: Affine(setting["axis"], setting["size"]) for task in tasks})
         if setting["where"] == "input":
             module.register_forward_pre_hook(rescale.before, with_kwargs=True)

@@ -3,7 +3,7 @@
 Two sources need no network: `sklearn-digits`, which scikit-learn ships, and `fashion-mnist`, read from its idx files
 where they are installed. Any other name is a folder that `datasets.save_to_disk` wrote, or a data set of the Hub.
 
-What must hold: splits are disjoint and the same in every run; a task's part carries the expert's own label ids,
+Invariants: splits are disjoint and the same in every run; a task's part carries the expert's own label ids,
 matched by the classes' names, so that an expert is never measured with the labels of another data set.
 """
 
@@ -243,7 +243,7 @@ def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int
         return list(range(len(names)))
     missing = next(label for label in labels if label not in names)
     raise DataError(
-        f"The task {task!r} has the label {missing!r}, which is no class of the data set ({', '.join(names)}); "
+        f"The task {task!r} has the label {missing!r}, which is not a class of the data set ({', '.join(names)}); "
         "give the expert's classes in the order of its labels."
     )
 
@@ -258,7 +258,7 @@ def read(stream: IterableDataset, samples: int | None, seed: int = 0) -> Dataset
 
 
 def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
-    """At most so many rows, drawn without replacement; all of them for None."""
+    """At most this many rows, drawn without replacement; all of them for None."""
     if not hasattr(dataset, "select"):
         return read(dataset, samples, seed)
     if samples is None or samples >= len(dataset):
@@ -280,7 +280,7 @@ def part_of(
         dataset: with the column `labels`.
         ids: label ids of the data set.
         names: what the classes are called from now on; their old names by default.
-        samples: at most so many rows, drawn without replacement; all of them for None.
+        samples: at most this many rows, drawn without replacement; all of them for None.
         seed: of the draw.
     """
     from datasets import ClassLabel

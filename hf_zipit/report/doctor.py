@@ -18,7 +18,7 @@ EXTRAS = (
     ("peft", "peft", "experts that are LoRA adapters"),
     ("optuna", "search", "search --sampler tpe"),
 )
-"""Packages that are no dependency: their name, the extra that brings them and what they are for."""
+"""Packages that are not dependencies: their name, the extra that brings them and what they are for."""
 
 EXTENSION = "~/.local/share/hf/extensions/hf-zipit/manifest.json"
 """What `hf extensions install OWNER/hf-zipit` writes."""
@@ -81,7 +81,7 @@ def _devices() -> Iterator[Check]:
 
 
 def _extras() -> Iterator[Check]:
-    """Packages that only some things need: to be without one is no fault."""
+    """Packages that only some things need: to be without one is not a fault."""
     for name, extra, purpose in EXTRAS:
         try:
             yield Check(name, version(name))

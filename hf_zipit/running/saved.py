@@ -1,4 +1,4 @@
-"""Merged models that are saved already, in a folder or on the Hub: load one, push one, write its card anew."""
+"""Merged models that are saved already, in a folder or on the Hub: load one, push one, write its card again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
     """A merged model from a repo id or folder, with the class that its configuration names.
 
     Raises:
-        ExpertError: if it cannot be loaded, or is no merged model.
+        ExpertError: if it cannot be loaded, or is not a merged model.
     """
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         if not isinstance(config, modeling.ZipItConfig):
             raise ExpertError(
-                f"{source} holds a model of type {config.model_type!r}, but no merged model; merge some first."
+                f"{source} holds a model of type {config.model_type!r}, not a merged model; merge some first."
             )
         model_class = getattr(modeling, config.architectures[0])
         return model_class.from_pretrained(source, config=config, revision=revision).eval()
@@ -80,12 +80,12 @@ def card_of(source: str, *, write: bool = False) -> tuple[str, Path | None]:
         write: whether to write it, with its pictures and the recipe, into the folder.
 
     Raises:
-        ExpertError: if it cannot be loaded, or is no merged model.
+        ExpertError: if it cannot be loaded, or is not a merged model.
         OutputError: if it is to be written, but there is no folder.
     """
     folder = Path(source).expanduser()
     if write and not folder.is_dir():
-        raise OutputError(f"{source} is no folder, so no card can be written there; leave --write out to print it.")
+        raise OutputError(f"{source} is not a folder, so no card can be written there; leave --write out to print it.")
     model = load_merged(str(folder) if folder.is_dir() else source)
     repo_id = None if folder.is_dir() else source
     with tempfile.TemporaryDirectory() as room:

@@ -173,16 +173,19 @@ def test_norms_of_a_wider_trunk_know_their_width() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"entries": [{"module": "vit.layers.0", "axis": -1, "units": 3, "size": 3}]}, "'vit.layers.0' is no module"),
+        (
+            {"entries": [{"module": "vit.layers.0", "axis": -1, "units": 3, "size": 3}]},
+            "'vit.layers.0' is not a module",
+        ),
         (
             {"entries": [{"module": "vit.layers.0.mlp", "axis": -1, "units": 3, "size": 3}]},
-            "is no module of the branches",
+            "is not a module of the branches",
         ),
         ({"entries": [{"module": "vit.nothing", "axis": -1, "units": 3, "size": 3}]}, "does not exist"),
         ({"entries": [{"module": BLOCK, "axis": -1, "units": 3}]}, "lacks 'size'"),
         ({"entries": [{"module": BLOCK, "axis": -1, "units": 3, "size": 3, "kind": "soft"}]}, "kind 'soft'"),
-        ({"trunk_shapes": {"vit.layers.1.mlp.fc1.weight": [3, 3]}}, "no tensor of the trunk"),
-        ({"trunk_shapes": {"vit.layers.0.mlp.fc1.wait": [3, 3]}}, "no tensor of the trunk"),
+        ({"trunk_shapes": {"vit.layers.1.mlp.fc1.weight": [3, 3]}}, "not a tensor of the trunk"),
+        ({"trunk_shapes": {"vit.layers.0.mlp.fc1.wait": [3, 3]}}, "not a tensor of the trunk"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_named(settings: dict, message: str) -> None:

@@ -86,7 +86,7 @@ def counts(model: nn.Module, path: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("dims", "says"),
     [
-        ({"vit.layers.7.attention": 2}, "no module of the trunk"),
+        ({"vit.layers.7.attention": 2}, "not a module of the trunk"),
         ({"vit.layers.0.mlp": 2}, "how wide its heads are"),
         ({"vit.layers.0.attention": 3}, "does not divide their width"),
         ({"vit.layers.0.attention": 0}, "does not divide their width"),

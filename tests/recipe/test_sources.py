@@ -47,7 +47,7 @@ def test_parts_of_all_classes_are_the_whole(digits):
 def test_labels_are_matched_by_name_and_never_by_position(digits):
     assert match_labels(digits["test"], ["9", "0"], "task") == [9, 0]
     assert match_labels(digits["test"], [f"LABEL_{i}" for i in range(10)], "task") == list(range(10))
-    with pytest.raises(DataError, match="label 'ten', which is no class"):
+    with pytest.raises(DataError, match="label 'ten', which is not a class"):
         match_labels(digits["test"], ["0", "ten"], "task")
 
 
