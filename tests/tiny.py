@@ -30,6 +30,9 @@ POOLFORMER = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2
 SEGFORMER = {"hidden_sizes": [8, 16, 32, 64], "image_size": 32, "num_attention_heads": [1, 2, 4, 8]}
 CONVNEXT = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1], "image_size": 32}
 BIT = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_groups": 8}
+WAV2VEC2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+            "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
+            "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16}  # fmt: skip
 DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 Builder = Callable[..., PreTrainedModel]
@@ -91,6 +94,14 @@ EXTRA: dict[str, Builder] = {
     "segformer": of(T.SegformerForImageClassification, T.SegformerConfig, **SEGFORMER),
     "llama": of(T.LlamaForCausalLM, T.LlamaConfig, **DECODER),
     "qwen3": of(T.Qwen3ForCausalLM, T.Qwen3Config, **DECODER, head_dim=8),
+    "wav2vec2": of(T.Wav2Vec2ForSequenceClassification, T.Wav2Vec2Config, **WAV2VEC2),
+    "hubert-stable": of(
+        T.HubertForSequenceClassification,
+        T.HubertConfig,
+        **WAV2VEC2,
+        do_stable_layer_norm=True,
+        feat_extract_norm="layer",
+    ),
     "gpt2": of(T.GPT2LMHeadModel, T.GPT2Config, **GPT),
 }
 """Classes that no adapter of the project was written for (but for DeiT and ELECTRA, which share one)."""

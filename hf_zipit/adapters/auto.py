@@ -33,14 +33,17 @@ class Adapter:
             inputs |= self.text_inputs(getattr(config, "text_config", None) or config, generator)
         if "pixel_values" in names:
             inputs |= self.image_inputs(getattr(config, "vision_config", None) or config, generator)
+        if "input_values" in names:
+            inputs["input_values"] = self.waveforms(config, generator)
         if getattr(config, "use_cache", False) and "use_cache" in forward_names(model):
             inputs["use_cache"] = False  # a cache object among the outputs cannot be exported
         return inputs
 
     def input_names(self, model: nn.Module) -> tuple[str, ...]:
-        """Which of `input_ids` and `pixel_values` the model takes."""
+        """Which of `input_ids`, `pixel_values` and `input_values` (if those are waveforms) the model takes."""
+        known = ("input_ids", "pixel_values", *(("input_values",) if hasattr(model.config, "conv_stride") else ()))
         accepted = forward_names(model)
-        return tuple(name for name in ("input_ids", "pixel_values") if name in accepted)
+        return tuple(name for name in known if name in accepted)
 
     def text_inputs(self, config: object, generator: torch.Generator) -> dict[str, Tensor]:
         limit = getattr(config, "max_position_embeddings", None) or TOKENS
@@ -53,6 +56,12 @@ class Adapter:
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         channels = getattr(config, "num_channels", 3)
         return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
+
+    def waveforms(self, config: object, generator: torch.Generator) -> Tensor:
+        samples = TOKENS  # after the convolutions
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            samples = (samples - 1) * stride + kernel
+        return torch.randn(BATCH, samples, generator=generator)
 
     def towers(self, model: nn.Module) -> list[list[str]]:
         """Chains of block paths: the longest list of equal modules in every part of the model that has one."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
 
 from hf_zipit.symmetry.spec import Symmetry
 
@@ -601,6 +602,21 @@ class Mixer(nn.Module):
         return self.head(F.rms_norm(x + self.tokens(x.mT).mT, (WIDTH,)))
 
 
+class WeightNormed(nn.Module):
+    """Lengths for every unit, for every place of a kernel, and of a grouped kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = weight_norm(nn.Linear(6, WIDTH))
+        self.conv = weight_norm(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), dim=2)
+        self.grouped = weight_norm(nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=2), dim=2)
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(self.first(x).mT.relu())
+        return self.last(F.gelu(self.grouped(x)).mT)
+
+
 class NoGrad(nn.Module):
     """A part of the forward pass runs in a subgraph."""
 
@@ -626,6 +642,7 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "learned queries": (LearnedQueries, (2, 5, 6)),
     "tied buffers": (TiedBuffers, (2, 5, 6)),
     "mixer": (Mixer, (2, 5, 6)),
+    "weight norms": (WeightNormed, (2, 5, 6)),
     "no grad": (NoGrad, (2, 5, 6)),
     "rms stream": (lambda: ResidualStream(nn.RMSNorm(WIDTH, elementwise_affine=False)), (2, 5, 6)),
     "layer norm stream": (lambda: ResidualStream(nn.LayerNorm(WIDTH, elementwise_affine=False)), (2, 5, 6)),

@@ -172,6 +172,15 @@ def test_grouped_convolutions_and_group_norms_split_their_channels():
     assert spaces_of(spec, "gn.weight", 0)[0] == groups
 
 
+def test_lengths_of_normed_weights_move_with_their_units():
+    _, spec, _ = seeded(*WHOLE["weight norms"])
+    lengths, directions = (f"first.parametrizations.weight.original{i}" for i in range(2))
+    assert spaces_of(spec, lengths, 0) == spaces_of(spec, directions, 0)
+    spaces = [spaces_of(spec, f"{name}.parametrizations.weight.original1", 0) for name in ("first", "conv", "grouped")]
+    symmetries = [[space.symmetry for space in found] for found in spaces]
+    assert symmetries == [[PERMUTATION], [PERMUTATION, ORTHOGONAL], [PERMUTATION, PERMUTATION]]
+
+
 def test_one_tensor_under_two_names_has_one_label():
     torch.manual_seed(0)
     _, spec, _ = seeded(*WHOLE["tied buffers"])

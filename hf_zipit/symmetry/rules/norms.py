@@ -42,6 +42,15 @@ def layer_norm(
     return Value(x.axes)
 
 
+@rule("_weight_norm")
+def weight_norm(run: Interpreter, node: fx.Node, direction: Value, length: Value, dim: int = 0) -> Value:
+    """A weight as directions of length one and their lengths, one for every unit of axis `dim`."""
+    for i, axis in enumerate(direction.axes):
+        run.atoms.restrict(axis, PERMUTATION if i == dim % len(direction.axes) else ORTHOGONAL)
+    run.atoms.tie(direction.axes[dim], length.axes[dim], "the lengths of a normed weight do not fit its axis")
+    return Value(direction.axes)
+
+
 @rule("batch_norm", "instance_norm")
 def batch_norm(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) -> Value:
     run.atoms.restrict(x.axes[1], PERMUTATION)
