@@ -53,7 +53,7 @@ class TextCausal(Recipe):
         return found
 
     def metric(self, tokenizer: PreTrainedTokenizerBase) -> Metric:
-        return Metric("next-token accuracy")
+        return Metric("next-token accuracy", perplexity=True)
 
     def loss(self, model: PreTrainedModel, batch: Tensors) -> Tensor:
         return cross_entropy(model(batch["input_ids"]).logits.flatten(0, 1), batch["labels"].flatten())

@@ -1,4 +1,4 @@
-"""The GNU Collaborative International Dictionary of English (Webster 1913 with additions), from Debian's `dict-gcide`."""
+"""The Collaborative International Dictionary of English (GCIDE, on Webster's of 1913), from Debian's `dict-gcide`."""
 
 from __future__ import annotations
 
