@@ -8,6 +8,8 @@ right on its own source and lost on the other. Blanks are never hidden: the colu
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
@@ -21,7 +23,7 @@ from benchmarks.zoo.sources import inflections, timetable
 
 LINES = 2  # a sample
 LENGTH = LINES * timetable.WIDTH
-SAMPLES = {"train": 40_000, "validation": 1000, "test": 1000}
+SAMPLES = {"train": 32_000, "validation": 1000, "test": 1000}
 HELD_OUT = 1000  # lines that only validation has, and as many for test
 MASKED = 0.15  # of the characters that are not blank
 SPECIALS = {
@@ -44,17 +46,13 @@ class CharsRoberta(Recipe):
         return character_tokenizer(timetable.ALPHABET, LENGTH, SPECIALS)
 
     def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
-        generator = Generator().manual_seed(0)
-        found: Splits = {"a": {}, "b": {}}
-        verbs = inflections.lines()
-        held_out = split_indices(len(verbs), HELD_OUT, HELD_OUT, seed=0)
-        for split, count in SAMPLES.items():
-            tables = timetable.lines(LINES * count, generator)
-            drawn = held_out[split][torch.randint(len(held_out[split]), (LINES * count,), generator=generator)]
-            for task, lines in {"a": tables, "b": [verbs[i] for i in drawn.tolist()]}.items():
-                samples = map("".join, zip(*[iter(lines)] * LINES, strict=True))
-                found[task][split] = hidden(encode_fixed(tokenizer, samples), tokenizer, generator)
-        return found
+        return {
+            task: {
+                split: hidden(encode_fixed(tokenizer, _samples(task, split)), tokenizer, Generator().manual_seed(0))
+                for split in SAMPLES
+            }
+            for task in self.seeds
+        }
 
     def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         return RobertaForMaskedLM(
@@ -89,3 +87,17 @@ class CharsRoberta(Recipe):
 def hidden(text: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
     """Texts `[texts, length]` with a share of what is not blank hidden."""
     return hide(text, text != tokenizer.convert_tokens_to_ids(" "), MASKED, tokenizer.mask_token_id, generator)
+
+
+@cache
+def _samples(task: str, split: str) -> tuple[str, ...]:
+    """A split's texts; every split has its own seed, and validation and test their own verbs."""
+    generator, count = Generator().manual_seed(list(SAMPLES).index(split)), LINES * SAMPLES[split]
+    if task == "a":
+        lines = timetable.lines(count, generator)
+    else:
+        verbs = inflections.lines()
+        known = split_indices(len(verbs), HELD_OUT, HELD_OUT, seed=0)[split]
+        drawn = known[torch.randint(len(known), (count,), generator=generator)]
+        lines = [verbs[i] for i in drawn.tolist()]
+    return tuple(map("".join, zip(*[iter(lines)] * LINES, strict=True)))

@@ -112,11 +112,14 @@ def windows(texts: Sequence[str], count: int, tokenizer: PreTrainedTokenizerBase
     Returns:
         `input_ids` and `labels`, `[count, LENGTH]`, or fewer where the texts do not reach so far.
     """
-    end = tokenizer.convert_tokens_to_ids(END)
-    encoded = tokenizer.backend_tokenizer.encode_batch(list(texts))
-    ids = torch.tensor([token for text in encoded for token in (*text.ids, end)])
-    inputs, following = (part[: len(part) // LENGTH * LENGTH].view(-1, LENGTH) for part in (ids[:-1], ids[1:]))
-    return {"input_ids": inputs[:count].clone(), "labels": following[:count].clone()}
+    end, ids = tokenizer.convert_tokens_to_ids(END), []
+    for text in texts:
+        ids += [*tokenizer.backend_tokenizer.encode(text).ids, end]
+        if len(ids) > count * LENGTH:
+            break
+    whole = min(count, (len(ids) - 1) // LENGTH) * LENGTH
+    inputs, following = torch.tensor(ids[:whole]), torch.tensor(ids[1 : whole + 1])
+    return {"input_ids": inputs.view(-1, LENGTH), "labels": following.view(-1, LENGTH)}
 
 
 @cache
