@@ -98,6 +98,12 @@ CHOSEN: dict[str, dict[str, Any]] = {
 permute and zip with beta 1 (residual streams matched or left at identity); the plain one where they are within .1 %.
 """
 
+
+def has_choice(pair: Pair) -> bool:
+    """Whether an alignment was chosen for the pair."""
+    return pair.name in CHOSEN
+
+
 METHODS = {
     "average": Method({"method": "identity"}, data=False, about="the mean of the weights as they are"),
     "permute": Method({"method": "permute"}, about="units paired by their activations"),
@@ -135,12 +141,13 @@ METHODS = {
     "chosen + refit": Method(
         {"refit": True},
         about="the same after the alignment that was best on the pair's validation split",
+        fits=has_choice,
         by_pair=CHOSEN,
     ),
     "chosen + refit + joint heads": Method(
         {"refit": {"joint_heads": True}},
         about="the same, and logits comparable between the tasks",
-        fits=concatenates,
+        fits=lambda pair: has_choice(pair) and concatenates(pair),
         by_pair=CHOSEN,
     ),
     "partial 1.5 + refit": Method(
