@@ -98,6 +98,12 @@ CHOSEN: dict[str, dict[str, Any]] = {
 permute and zip with beta 1 (residual streams matched or left at identity); the plain one where they are within .1 %.
 """
 
+
+def has_choice(pair: Pair) -> bool:
+    """Whether an alignment was chosen for the pair."""
+    return pair.name in CHOSEN
+
+
 METHODS = {
     "average": Method({"method": "identity"}, data=False, about="the mean of the weights as they are"),
     "permute": Method({"method": "permute"}, about="units paired by their activations"),
@@ -135,12 +141,13 @@ METHODS = {
     "chosen + refit": Method(
         {"refit": True},
         about="the same after the alignment that was best on the pair's validation split",
+        fits=has_choice,
         by_pair=CHOSEN,
     ),
     "chosen + refit + joint heads": Method(
         {"refit": {"joint_heads": True}},
         about="the same, and logits comparable between the tasks",
-        fits=concatenates,
+        fits=lambda pair: has_choice(pair) and concatenates(pair),
         by_pair=CHOSEN,
     ),
     "partial 1.5 + refit": Method(
@@ -159,6 +166,7 @@ class Row:
         samples: unlabelled calibration samples per task; None for methods that look at none.
         scores: by task, within the task's own classes, in 0..1.
         joint: among the classes of all tasks; None where that has no meaning.
+        perplexities: by task, of language models.
         size: parameters, in experts.
         seconds, cpu_seconds: of `merge`, by the clock and of all threads; None for the references.
         peak_mib: how far the resident memory rose above what it was before `merge`; None where it cannot be told.
@@ -174,6 +182,7 @@ class Row:
     samples: int | None
     scores: dict[str, float] = field(default_factory=dict)
     joint: float | None = None
+    perplexities: dict[str, float] = field(default_factory=dict)
     size: float | None = None
     seconds: float | None = None
     cpu_seconds: float | None = None
@@ -209,29 +218,34 @@ def measure(zoo: str, pair: str, method: str, depth: float | None, split: str, s
         "sources": sources(),
         "machine": machine(),
     }
-    one = parameters(next(iter(loaded.experts.values())))
     if method in REFERENCES:
         scores = {task: loaded.score(model, task, split) for task, model in loaded.experts.items()}
         joint = loaded.joint_score(partial(ensemble, loaded), split) if method == ENSEMBLE else None
-        size = sum(map(parameters, loaded.experts.values())) / one if method == ENSEMBLE else 1.0
-        return Row(**about, samples=None, scores=scores, joint=joint, size=size)
+        sizes = [parameters(expert) for expert in loaded.experts.values()]
+        size = sum(sizes) / sizes[0] if method == ENSEMBLE else 1.0
+        perplexities = loaded.perplexities(loaded.experts, split)
+        return Row(**about, samples=None, scores=scores, joint=joint, perplexities=perplexities, size=size)
     calibration = {task: loaded.calibration(task, samples, SEED) for task in loaded.experts} if chosen.data else None
     merged, cost = merged_with_cost(loaded, calibration, {**chosen.settings_for(pair), "depth": depth})
-    return Row(
-        **about,
-        **cost,
-        samples=samples if chosen.data else None,
-        scores={task: loaded.score(partial(merged, task=task), task, split) for task in loaded.experts},
-        joint=loaded.joint_score(merged, split),
-        size=parameters(merged) / one,
-    )
+    return Row(**about, **cost, samples=samples if chosen.data else None, **scored(loaded, merged, split))
 
 
-def measure_apart(**request: Any) -> Row | None:
-    """`measure` in a fresh process; what goes wrong there becomes the row's error."""
+def scored(pair: Pair, merged: nn.Module, split: str) -> dict[str, Any]:
+    """The fields of `Row` that say how good and how large a merged model is."""
+    answers = {task: partial(merged, task=task) for task in pair.experts}
+    return {
+        "scores": {task: pair.score(answer, task, split) for task, answer in answers.items()},
+        "joint": pair.joint_score(merged, split),
+        "perplexities": pair.perplexities(answers, split),
+        "size": parameters(merged) / parameters(next(iter(pair.experts.values()))),
+    }
+
+
+def measure_apart(measuring: Callable[..., Row | None] = measure, **request: Any) -> Row | None:
+    """`measure`, or another function of its arguments, in a fresh process; what goes wrong becomes the row's error."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
-            return pool.submit(measure, **request).result()
+            return pool.submit(measuring, **request).result()
         except Exception as error:  # one broken method must not cost the rest of the table
             about = {name: request[name] for name in ("pair", "method", "depth", "split", "samples")}
             return Row(**about, sources=sources(), machine=machine(), error=f"{type(error).__name__}: {error}")

@@ -107,7 +107,8 @@ process of its own) are those of one call of `merge`, its passes over the calibr
 
 Calibration: {samples or "no"} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
 Machine: {machines}. hf_zipit {__version__}, sources {versions}.
-Rows that mean nothing for a pair are left out: BatchNorm reset without BatchNorm, joint heads without classes.
+Rows that mean nothing for a pair are left out: BatchNorm reset without BatchNorm, joint heads without classes,
+*chosen* where nothing was chosen.
 
 {legend(dict.fromkeys(row.method for row in rows))}"""
 

@@ -7,12 +7,14 @@ That covers classification, masked words, and zero-shot classification, where th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Tensors = dict[str, Tensor]
@@ -51,24 +53,41 @@ class Metric:
         classes: the names of every task's candidates, in label order; `None` where the tasks share their candidates (a
             vocabulary), so that a joint score has no meaning.
         prompts: by task, inputs that go with every batch of samples instead of the samples' own (zero-shot prompts).
+        perplexity: whether the candidates are tokens that a language model gives probabilities.
     """
 
     name: str
     output: str = "logits"
     classes: Mapping[str, tuple[str, ...]] | None = None
     prompts: Mapping[str, Tensors] = field(default_factory=dict)
+    perplexity: bool = False
 
     @torch.inference_mode()
     def hits(self, forward: Forward, data: Tensors, prompts: Tensors, batch_size: int = 256) -> float:
         """The share of hits of `forward` on a split."""
         hit = count = 0
+        for logits, labels in self.answers(forward, data, prompts, batch_size):
+            hit += int((logits.argmax(-1) == labels).sum())
+            count += len(labels)
+        return hit / count
+
+    @torch.inference_mode()
+    def perplexity_of(self, forward: Forward, data: Tensors, prompts: Tensors, batch_size: int = 256) -> float:
+        """The exponential of the mean negative log-likelihood of a split's labels."""
+        lost = count = 0.0
+        for logits, labels in self.answers(forward, data, prompts, batch_size):
+            lost += float(cross_entropy(logits.float(), labels, reduction="sum"))
+            count += len(labels)
+        return math.exp(lost / count)
+
+    def answers(
+        self, forward: Forward, data: Tensors, prompts: Tensors, batch_size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `forward` says where something is asked, `[asked, candidates]`, and the labels, batch by batch."""
         for batch in batches(data, batch_size):
             labels = batch.pop("labels")
-            predicted = forward(**{**batch, **prompts})[self.output].argmax(-1)
             asked = labels != IGNORED
-            hit += int((predicted[asked] == labels[asked]).sum())
-            count += int(asked.sum())
-        return hit / count
+            yield forward(**{**batch, **prompts})[self.output][asked], labels[asked]
 
     def chance(self, data: Tensors) -> float:
         """The share of hits of always giving the split's most frequent label."""
@@ -103,6 +122,18 @@ class Pair:
     def score(self, forward: Forward, task: str, split: str = "test") -> float:
         """The score of a model on one task, among this task's own classes."""
         return self.metric.hits(forward, self.splits[task][split], self.metric.prompts.get(task, {}))
+
+    def perplexities(self, forwards: Mapping[str, Forward], split: str = "test") -> dict[str, float]:
+        """By task, the perplexity of a model on it; empty unless the pair is one of language models.
+
+        Args:
+            forwards: the model for every task.
+        """
+        found, prompts = (forwards if self.metric.perplexity else {}), self.metric.prompts
+        return {
+            task: self.metric.perplexity_of(forward, self.splits[task][split], prompts.get(task, {}))
+            for task, forward in found.items()
+        }
 
     def joint_score(self, forward: Forward, split: str = "test") -> float | None:
         """The score on the samples of all tasks at once, among the classes of all tasks in order.

@@ -29,10 +29,11 @@ class Schedule:
 
 
 class Recipe(ABC):
-    """One pair of the zoo.
+    """One pair of the zoo, or a group of more experts.
 
     Attributes:
-        name: the pair's name, and its folder's.
+        name: the pair's name.
+        folder: where its experts are, the name if empty; pairs may share experts.
         about: one line for tables.
         model_class: the experts' class.
         schedule: how both experts are trained.
@@ -40,6 +41,7 @@ class Recipe(ABC):
     """
 
     name: str
+    folder: str = ""
     about: str
     model_class: ClassVar[type[PreTrainedModel]]
     schedule: Schedule

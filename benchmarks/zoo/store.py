@@ -37,14 +37,14 @@ def load(name: str, root: str | Path, train: bool = True) -> Pair:
     """
     recipe = _recipe(name)
     root = Path(root)
-    missing = [task for task in recipe.seeds if _found(root, name, task) is None]
+    missing = [task for task in recipe.seeds if _found(root, recipe, task) is None]
     if missing and not train:
         raise FileNotFoundError(
             f"{root} has no expert {missing[0]!r} of {name!r}: "
             f"run `python -m benchmarks.zoo --out {root} --only {name}`."
         )
     build([name], root)
-    folders = {task: _found(root, name, task) for task in recipe.seeds}
+    folders = {task: _found(root, recipe, task) for task in recipe.seeds}
     experts = {task: recipe.model_class.from_pretrained(folder).eval() for task, folder in folders.items()}
     tokenizer = _tokenizer(recipe, root)
     return Pair(name, experts, recipe.splits(tokenizer), recipe.metric(tokenizer), tokenizer)
@@ -65,11 +65,11 @@ def build(
     for name in names:
         recipe = _recipe(name)
         for task in recipe.seeds:
-            if _found(root, name, task) is not None:
+            if _found(root, recipe, task) is not None:
                 continue
-            source = None if reuse is None else _found(Path(reuse), name, task)
+            source = None if reuse is None else _found(Path(reuse), recipe, task)
             if source is not None:
-                _write(root / name / task, lambda folder, source=source: _copy(source, folder))
+                _write(root / _folder(recipe) / task, lambda folder, source=source: _copy(source, folder))
                 say(f"{name} {task}: copied from {source}")
             else:
                 say(f"{name} {task}: {_train(recipe, task, root)}")
@@ -98,7 +98,7 @@ def _train(recipe: Recipe, task: str, root: Path) -> str:
         **{split: metric.hits(model, data[split], metric.prompts.get(task, {})) for split in ("validation", "test")},
         "chance": metric.chance(data["test"]),
     }
-    _write(root / recipe.name / task, lambda folder: _save(folder, model, tokenizer, record))
+    _write(root / _folder(recipe) / task, lambda folder: _save(folder, model, tokenizer, record))
     return ", ".join(f"{key} {round(record[key], 4)}" for key in ("cpu_seconds", "validation", "test", "chance"))
 
 
@@ -126,14 +126,18 @@ def _write(folder: Path, fill: Callable[[Path], None]) -> None:
 def _tokenizer(recipe: Recipe, root: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the pair's saved experts share, or a new one before the first expert is trained."""
     for task in recipe.seeds:
-        folder = _found(root, recipe.name, task)
+        folder = _found(root, recipe, task)
         if folder is not None and (folder / "tokenizer.json").exists():
             return PreTrainedTokenizerFast.from_pretrained(folder)
     return recipe.train_tokenizer()
 
 
-def _found(root: Path, name: str, task: str) -> Path | None:
-    candidates = (root / name / task, root / f"{name}-{task}")
+def _folder(recipe: Recipe) -> str:
+    return recipe.folder or recipe.name
+
+
+def _found(root: Path, recipe: Recipe, task: str) -> Path | None:
+    candidates = (root / _folder(recipe) / task, root / f"{_folder(recipe)}-{task}")
     return next((folder for folder in candidates if (folder / "model.safetensors").exists()), None)
 
 

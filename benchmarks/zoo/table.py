@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from benchmarks.zoo.pairs.captions_clip import CaptionsClip
+from benchmarks.zoo.pairs.chars_roberta import CharsRoberta
 from benchmarks.zoo.pairs.fashion import FashionResNet, FashionViT
 from benchmarks.zoo.pairs.glosses_mlm import GlossesPreLayerNorm, GlossesRoberta
+from benchmarks.zoo.pairs.many import Many
+from benchmarks.zoo.pairs.text_causal import TextGPT2, TextLlama
 from benchmarks.zoo.pairs.wordnet_bert import WordNetBert
 from benchmarks.zoo.recipe import Recipe
 
@@ -17,5 +20,9 @@ RECIPES: dict[str, Recipe] = {
         CaptionsClip(),
         GlossesRoberta(),
         GlossesPreLayerNorm(),
+        CharsRoberta(),
+        TextLlama(),
+        TextGPT2(),
+        *map(Many, (2, 3, 4, 6, 8)),
     )
 }

@@ -34,10 +34,15 @@ def half(split: str, task: str) -> tuple[Tensor, Tensor]:
 
 
 def flip_and_shift(pixels: Tensor, generator: Generator) -> Tensor:
-    """Mirror every other image at random and move each by up to `SHIFT` pixels; `[n, 1, height, width]`."""
+    """Mirror every other image at random and `shift` each; `[n, 1, height, width]`."""
+    mirrored = torch.rand(len(pixels), 1, 1, 1, generator=generator) < 0.5
+    return shift(torch.where(mirrored, pixels.flip(-1), pixels), generator)
+
+
+def shift(pixels: Tensor, generator: Generator) -> Tensor:
+    """Move each image at random by up to `SHIFT` pixels either way; `[n, 1, height, width]`."""
     n, _, height, width = pixels.shape
-    flipped = torch.where(torch.rand(n, 1, 1, 1, generator=generator) < 0.5, pixels.flip(-1), pixels)
-    padded = torch.nn.functional.pad(flipped, [SHIFT] * 4, value=float(pixels.min()))
+    padded = torch.nn.functional.pad(pixels, [SHIFT] * 4, value=float(pixels.min()))
     top, left = torch.randint(0, 2 * SHIFT + 1, (2, n, 1), generator=generator)
     down, across = top + torch.arange(height), left + torch.arange(width)
     return padded[torch.arange(n)[:, None, None], :, down[:, :, None], across[:, None, :]].permute(0, 3, 1, 2)

@@ -23,6 +23,7 @@ from transformers import (
     RobertaPreLayerNormForMaskedLM,
 )
 
+from benchmarks.zoo.masking import hide, shown
 from benchmarks.zoo.pair import IGNORED, Metric, Splits, Tensors, rows
 from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
 from benchmarks.zoo.sources import wordnet
@@ -59,7 +60,7 @@ class GlossesMaskedWords(Recipe):
         for task in TASKS:
             texts, parts = _texts(task)
             encoded = encode(tokenizer, texts)
-            masked = hide(encoded["input_ids"], tokenizer, Generator().manual_seed(0))
+            masked = hidden_words(encoded["input_ids"], tokenizer, Generator().manual_seed(0))
             data = encoded | masked
             found[task] = {split: rows(data, index) for split, index in parts.items()}
         return found
@@ -85,8 +86,7 @@ class GlossesMaskedWords(Recipe):
         return Metric("masked-word accuracy")
 
     def augment(self, batch: Tensors, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
-        text = torch.where(batch["labels"] == IGNORED, batch["input_ids"], batch["labels"])
-        return batch | hide(text, tokenizer, generator)
+        return batch | hidden_words(shown(batch), tokenizer, generator)
 
     def loss(self, model: PreTrainedModel, batch: Tensors) -> Tensor:
         """The model's own loss; the vocabulary's logits are computed at the hidden words only: cheaper."""
@@ -113,21 +113,9 @@ class GlossesPreLayerNorm(GlossesMaskedWords):
     seeds = {"a": 51, "b": 52}
 
 
-def hide(text: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
-    """Replace a random share of every text's words by the mask, at least one.
-
-    Args:
-        text: token ids, `[texts, length]`.
-
-    Returns:
-        `input_ids` with the mask, and `labels` with the hidden words and -100 elsewhere.
-    """
-    draw = torch.rand(text.shape, generator=generator).masked_fill(~whole_words(text, tokenizer), 2.0)
-    hidden = (draw < MASKED) | ((draw == draw.min(1, keepdim=True).values) & (draw < 2.0))
-    return {
-        "input_ids": text.masked_fill(hidden, tokenizer.mask_token_id),
-        "labels": text.masked_fill(~hidden, IGNORED),
-    }
+def hidden_words(text: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
+    """Texts `[texts, length]` with a share of their words hidden."""
+    return hide(text, whole_words(text, tokenizer), MASKED, tokenizer.mask_token_id, generator)
 
 
 def whole_words(text: Tensor, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -1,0 +1,103 @@
+"""`chars-roberta`: masked characters in two sources of fixed columns, by narrow post-LN RoBERTas. A hard pair.
+
+Expert a reads timetables, expert b tables of inflected verbs, two lines of 64 characters a sample. What is hidden can
+be found elsewhere in the same line, at a distance that depends on the column: the heads (8 of 16) attend to exact
+places, which the position embeddings of 128 places have to tell apart within 128 dimensions. Either expert is nearly
+right on its own source and lost on the other. Blanks are never hidden: the columns give them away.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM
+
+from benchmarks.zoo.characters import character_tokenizer, encode_fixed
+from benchmarks.zoo.masking import hide, shown
+from benchmarks.zoo.pair import IGNORED, Metric, Splits, Tensors
+from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
+from benchmarks.zoo.sources import inflections, timetable
+
+LINES = 2  # a sample
+LENGTH = LINES * timetable.WIDTH
+SAMPLES = {"train": 32_000, "validation": 1000, "test": 1000}
+HELD_OUT = 1000  # lines that only validation has, and as many for test
+MASKED = 0.15  # of the characters that are not blank
+SPECIALS = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+
+
+class CharsRoberta(Recipe):
+    name = "chars-roberta"
+    about = "RoBERTa (post-LN, narrow), masked characters of timetables and of inflected verbs"
+    model_class = RobertaForMaskedLM
+    schedule = Schedule(epochs=1, batch_size=32, learning_rate=2e-3, weight_decay=0.01)
+    seeds = {"a": 71, "b": 72}
+
+    def train_tokenizer(self) -> PreTrainedTokenizerBase:
+        return character_tokenizer(timetable.ALPHABET, LENGTH, SPECIALS)
+
+    def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        return {
+            task: {
+                split: hidden(encode_fixed(tokenizer, _samples(task, split)), tokenizer, Generator().manual_seed(0))
+                for split in SAMPLES
+            }
+            for task in self.seeds
+        }
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        return RobertaForMaskedLM(
+            RobertaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=8,
+                intermediate_size=256,
+                max_position_embeddings=LENGTH + tokenizer.pad_token_id + 1,  # they start behind the padding's
+                type_vocab_size=1,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+    def metric(self, tokenizer: PreTrainedTokenizerBase) -> Metric:
+        return Metric("masked-character accuracy")
+
+    def augment(self, batch: Tensors, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
+        return hidden(shown(batch), tokenizer, generator)
+
+    def loss(self, model: PreTrainedModel, batch: Tensors) -> Tensor:
+        asked = batch["labels"] != IGNORED
+        features = model.base_model(batch["input_ids"]).last_hidden_state
+        return cross_entropy(model.lm_head(features[asked]), batch["labels"][asked])
+
+
+def hidden(text: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Generator) -> Tensors:
+    """Texts `[texts, length]` with a share of what is not blank hidden."""
+    return hide(text, text != tokenizer.convert_tokens_to_ids(" "), MASKED, tokenizer.mask_token_id, generator)
+
+
+@cache
+def _samples(task: str, split: str) -> tuple[str, ...]:
+    """A split's texts; every split has its own seed, and validation and test their own verbs."""
+    generator, count = Generator().manual_seed(list(SAMPLES).index(split)), LINES * SAMPLES[split]
+    if task == "a":
+        lines = timetable.lines(count, generator)
+    else:
+        verbs = inflections.lines()
+        known = split_indices(len(verbs), HELD_OUT, HELD_OUT, seed=0)[split]
+        drawn = known[torch.randint(len(known), (count,), generator=generator)]
+        lines = [verbs[i] for i in drawn.tolist()]
+    return tuple(map("".join, zip(*[iter(lines)] * LINES, strict=True)))
