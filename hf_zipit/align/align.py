@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.method import Network
-from hf_zipit.align.methods.circuits import match_circuits
 from hf_zipit.align.procrustes import rotate_streams, rotating
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import DataError, RecipeError
@@ -184,7 +183,7 @@ def _rotations(network: Network, choices: Mapping[str, Choice], default: Choice)
     if network.covariances:
         return rotate_streams(spec, network.covariances, network.experts, names)
     # Without data a stream's rotation depends on the maps of everything that reads and writes it.
-    found = match_circuits(network)
+    found = METHODS.get("circuits").function(network)
     return {name: found[name] for name in names}
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_zipit.align.assignment import match_to_reference
 from hf_zipit.align.heads import block_scores, holds_blocks
 from hf_zipit.align.method import Method, Network
-from hf_zipit.align.methods.permute import match_to_reference
 from hf_zipit.maps.products import merged_sizes, trace_out
 from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
 from hf_zipit.registry import METHODS, check_options

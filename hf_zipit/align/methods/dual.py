@@ -27,13 +27,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_zipit.align.aligned import comparable, in_merged_units, resolvable
+from hf_zipit.align.aligned import comparable, resolvable
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.methods.weights import random_orders
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.products import merged_index, merged_sizes
 from hf_zipit.maps.space_map import SpaceMap
+from hf_zipit.maps.transform import to_merged
 from hf_zipit.symmetry.spec import ProductKey, product_key
 
 LEAST_IMPROVEMENT = 1e-9
@@ -160,7 +161,7 @@ class _State:
                 # The axis of a grouped convolution that leaves out the groups says nothing alone.
                 if set(key) & set(family) and within <= set(key) and resolvable(others, self.maps, spec):
                     rows = [
-                        in_merged_units(weights[name].double(), others, self.maps, spec, t).movedim(axis, 0)
+                        to_merged(weights[name].double(), others, self.maps, spec, t).movedim(axis, 0)
                         for t, weights in enumerate(self.network.weights)
                     ]
                     moments.setdefault(key, _Rows()).add(
@@ -186,7 +187,7 @@ class _State:
     def _identity(self, name: str) -> SpaceMap:
         space, experts = self.network.spec.spaces[name], self.network.experts
         lead = [self.network.spec.spaces[outer].size for outer in space.within]
-        return SpaceMap(space.size, torch.arange(space.size).expand(experts, *lead, space.size).contiguous())
+        return SpaceMap.identity(space.size, experts, lead)
 
 
 @dataclass
