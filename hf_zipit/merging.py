@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,19 @@ def plan(
             "unit by unit instead.",
             planned.architecture,
         )
-    needs = check_settings(planned.spec, len(loaded), method, options=options, residual=residual, overrides=overrides)
-    wide = widenable_spaces(next(iter(loaded.values())), planned.spec) if "widths" in needs else frozenset()
+    wide = cache(lambda: widenable_spaces(next(iter(loaded.values())), planned.spec))
+    needs = check_settings(
+        planned.spec,
+        len(loaded),
+        method,
+        options=options,
+        residual=residual,
+        overrides=overrides,
+        widenable=wide,
+    )
     if refit_settings(refit) is not None:
         planned = with_readouts(planned)
-    return replace(planned, passes=int("moments" in needs), widenable=wide)
+    return replace(planned, passes=int("moments" in needs), widenable=wide() if "widths" in needs else frozenset())
 
 
 def merge(

@@ -7,7 +7,7 @@ they are fixed spaces like any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,3 +75,9 @@ def resolvable(labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) ->
         set(spec.spaces[name].within) <= set(product_key(label))
         for label in labels for name in product_key(label) if name in maps
     )  # fmt: skip
+
+
+def known_around(labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec, own: Iterable[str] = ()) -> bool:
+    """Whether every space of a tensor but `own` is fixed or has a map that can be applied to it."""
+    spaces = {factor.space for label in labels for factor in label} - set(own)
+    return all(name in maps or not spec.movable(name) for name in spaces) and resolvable(labels, maps, spec)

@@ -25,6 +25,7 @@ def align_trunk(
     options: Mapping[str, Any] | None = None,
     residual: str = "match",
     overrides: Mapping[str, Any] | None = None,
+    seed: int = 0,
 ) -> Alignment:
     """Maps of the movable spaces in the trunk."""
     correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
@@ -40,6 +41,7 @@ def align_trunk(
         weights=[{n: t for n, t in model_tensors(m).items() if n in planned.cut.trunk} for m in experts.values()],
         widenable=planned.widenable,
         covariances=covariances,
+        seed=seed,
     )
 
 

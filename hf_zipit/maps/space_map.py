@@ -42,6 +42,9 @@ class SpaceMap:
     def experts(self) -> int:
         return self.labels.shape[0]
 
+    def equals(self, other: Map) -> bool:
+        return isinstance(other, SpaceMap) and self.size == other.size and torch.equal(self.labels, other.labels)
+
     def counts(self) -> Tensor:
         """How many units of all experts each merged unit holds: `[*within, k]`."""
         lead = self.labels.shape[1:-1]
@@ -74,6 +77,9 @@ class LinearMap:
     def rotation(cls, matrices: Tensor) -> LinearMap:
         """The map of orthogonal matrices."""
         return cls(matrices, matrices.mT)
+
+    def equals(self, other: Map) -> bool:
+        return isinstance(other, LinearMap) and torch.equal(self.matrices, other.matrices)
 
     def unchanged(self, expert: int) -> bool:
         """Whether one expert's units stay as they are."""

@@ -317,3 +317,15 @@ def test_identity_matrices_do_what_identity_labels_do():
     for label in (LABELS, tuple(tuple(Factor(f.space, not f.dual) for f in axis) for axis in LABELS)):
         found = [to_merged(x, label, alignment_of(g), HEADS, 1) for g in (eye, same)]
         assert torch.equal(*found)
+
+
+def test_the_regularisation_of_cca_is_relative_unless_it_is_to_be_absolute():
+    """Published is the absolute one, with which the map depends on the features' scale."""
+    x, y = random(5, 60), 0.5 * random(5, 60) + random(5, 60, seed=1)
+    both = torch.cat([x, y])
+    covariance = both @ both.T / 60
+    for absolute, same in ((False, True), (True, False)):
+        one, other = (
+            canonical_correlations(scale * covariance, 2, absolute=absolute).matrices for scale in (1.0, 1e-3)
+        )
+        assert torch.allclose(one, other, atol=1e-9) == same

@@ -17,7 +17,7 @@ one space on two axes, which are assigned as if they were independent).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -36,16 +36,16 @@ from hf_zipit.symmetry.spec import MergeSpec
 
 
 @register("weights", needs={"weights"}, scope="network")
-def match_weights(network: Network, *, sweeps: int = 100, seed: int = 0) -> dict[str, SpaceMap]:
+def match_weights(network: Network, *, sweeps: int = 100) -> dict[str, SpaceMap]:
     """Match all open spaces one-to-one by coordinate descent.
 
     With more than two experts every pair is matched, and all are brought to the one that is most similar to the others
     in total (as cosines: an expert with large weights is not nearer to anybody).
 
     Args:
-        network: the spaces, the experts' weights and the maps that are fixed already.
+        network: the spaces, the experts' weights and the maps that are fixed already; its seed draws the order of the
+            visits.
         sweeps: at most so many visits of every space, 1 or more.
-        seed: of the order of the visits.
 
     Returns:
         The maps of all movable spaces without a fixed map, in the units of the reference expert.
@@ -62,17 +62,10 @@ def match_weights(network: Network, *, sweeps: int = 100, seed: int = 0) -> dict
         starts = Descent(spec, experts[a], experts[b]), Descent(spec, experts[a], experts[b])
         starts[1].propagate()
         for descent in starts:
-            descent.run(random_orders(tuple(descent.families), sweeps, seed))
+            descent.run(network.random_orders(tuple(descent.families), sweeps))
         cosine, _, pairs[a, b] = max((descent.cosine(), -i, descent.orders) for i, descent in enumerate(starts))
         total[[a, b]] += cosine
     return maps_to(int(total.argmax()), pairs, spec, network.experts)
-
-
-def random_orders(names: Sequence[str], count: int, seed: int) -> Iterator[list[str]]:
-    """`count` seeded random orders of some names."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        yield [names[i] for i in torch.randperm(len(names), generator=generator)]
 
 
 @dataclass
