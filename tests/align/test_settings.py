@@ -200,3 +200,35 @@ def test_what_lives_within_heads_cannot_be_matched_before_them(method):
 def test_an_override_as_a_choice():
     choice = override_choice("*", {"method": "zip", "alpha": 0.2})
     assert (choice.method.name, choice.options) == ("zip", {"alpha": 0.2})
+
+
+# The seed.
+
+
+@pytest.mark.parametrize("method", ["weights", "dual", "circuits"])
+def test_the_seed_decides_what_is_drawn_and_nothing_else(method, monkeypatch):
+    """The orders of visits; of a model and itself every order finds the same."""
+    drawn: list[list[str]] = []
+    draw = Network.random_orders
+
+    def recorded(self: Network, names, count):
+        for order in draw(self, names, count):
+            drawn.append(order)
+            yield order
+
+    monkeypatch.setattr(Network, "random_orders", recorded)
+    orders, maps = [], []
+    for seed in (0, 0, 1):
+        drawn.clear()
+        planned, moments = gathered()
+        model = experts()["a"]
+        options = {"balance": 0.5} if method == "dual" else {}
+        planned = plan({"a": model, "b": model}, method=method, options=options)
+        same_twice = moments.select(["a", "a"])
+        maps.append(align_trunk({"a": model, "b": model}, planned, same_twice, method, options=options, seed=seed))
+        orders.append([list(order) for order in drawn])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0][0]) == sorted(orders[2][0])
+    for name, space_map in maps[0].items():
+        assert space_map.equals(maps[1][name])
+        assert space_map.equals(maps[2][name])
