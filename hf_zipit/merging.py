@@ -8,6 +8,7 @@ Each stage can be called alone: it takes the plan and the results of those befor
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,9 @@ def plan(
         folding=wants_folding(config.method, config.residual, config.overrides),
         bases=load_bases(base, loaded),
     )
-    needs = check_settings(planned.spec, len(loaded), config)
-    wide = widenable_spaces(first, planned.spec) if "widths" in needs else frozenset()
-    return replace(planned, needs=needs, widenable=wide)
+    wide = cache(lambda: widenable_spaces(first, planned.spec))
+    needs = check_settings(planned.spec, len(loaded), config, wide)
+    return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
 
 
 def _needs_data(config: MergeConfig) -> str | None:

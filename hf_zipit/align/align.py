@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -15,8 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hf_zipit.align.heads import holds_blocks
 from hf_zipit.align.method import Network
-from hf_zipit.align.methods.circuits import match_circuits
 from hf_zipit.align.procrustes import rotate_streams, rotating
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.config import MergeConfig
@@ -63,6 +63,7 @@ def align(
         weights: the experts' state dicts (what is to be merged of them), for methods that need weights.
         widenable: spaces that may have more merged units than an expert has, for methods that need widths.
         covariances: see `Network`; for methods that need them, and to rotate residual streams.
+        seed: of everything that methods draw.
 
     Returns:
         One map for every movable space, in the spec's order, but for rotary ones that no method turns: without a map
@@ -72,15 +73,16 @@ def align(
         RecipeError: an unknown method, option or `residual`, or a pattern that matches nothing.
         DataError: correlations of another size than the spec's, or not finite.
     """
-    default = Choice.of(method, options or {})
+    default = _default(method, options or {})
     choices = _choices(spec, default, residual, overrides or {})
     _check(spec, correlations, experts)
+    _check_widths(resized(choices, spec, experts), widenable, spec)
     unturned = [name for name, choice in choices.items() if _keeps_units(choice, spec.spaces[name])]
     spec = spec.with_fixed(unturned, "its method does not turn pairs")
     choices = {name: choice for name, choice in choices.items() if name not in unturned}
-    network = Network(spec, experts, correlations, weights, {}, widenable, covariances or {})
+    network = Network(spec, experts, correlations, weights, {}, widenable, covariances or {}, seed)
     rotated = _rotations(network, choices, default) if residual == "orthogonal" else {}
-    solver = Solver(spec, correlations, experts, rotated, network.covariances)
+    solver = Solver(network, rotated)
     left = {name: _fitting(choice, spec.spaces[name]) for name, choice in choices.items() if name not in rotated}
     if default.method.scope == "network":
         solver.solve({name: choice for name, choice in left.items() if choice is not default})
@@ -90,19 +92,26 @@ def align(
     return {name: solver.maps[name] for name in choices if name in solver.maps}
 
 
-def check_settings(spec: MergeSpec, experts: int, config: MergeConfig) -> frozenset[str]:
+def check_settings(
+    spec: MergeSpec, experts: int, config: MergeConfig, widenable: Callable[[], frozenset[str]] = frozenset
+) -> frozenset[str]:
     """Raise what `align` would raise about its settings, before any data is read.
 
     Every matcher is run once on the smallest space that it is for, with units that resemble nothing, a whole-network
     method on a network of one tiny space: values of options that are out of range show there.
 
+    Args:
+        spec, experts: as in `align`.
+        config: the settings of the merge.
+        widenable: finds out which spaces may have another width; asked only where a method is to change one's.
+
     Returns:
-        What the methods that are used look at: a subset of `{"moments", "covariances", "weights", "widths"}`.
+        What the methods that are used read: a subset of `{"moments", "covariances", "weights", "widths"}`.
 
     Raises:
         RecipeError: as `align` does.
     """
-    default = Choice.of(config.method, config.options)
+    default = _default(config.method, config.options)
     dry_run_done: list[Choice] = []
     choices = _choices(spec, default, config.residual, config.overrides)
     for name, choice in sorted(choices.items(), key=lambda item: spec.spaces[item[0]].size):
@@ -118,6 +127,9 @@ def check_settings(spec: MergeSpec, experts: int, config: MergeConfig) -> frozen
             spec.architecture,
         )
     needs = frozenset().union(*(choice.method.needs for choice in choices.values()))
+    if changed := resized(choices, spec, experts):
+        _check_widths(changed, widenable(), spec)
+        needs |= {"widths"}
     if config.residual == "orthogonal":
         needs |= {"covariances"} if "moments" in needs else {"weights"}
     return needs
@@ -145,6 +157,38 @@ def residual_spaces(spec: MergeSpec) -> tuple[str, ...]:
     outer = {name for space in spec.spaces.values() for name in space.within}
     free = (name for name, s in spec.spaces.items() if spec.movable(name) and not s.within and name not in outer)
     return tuple(name for name in free if len(writers[name]) >= 3)
+
+
+def _default(method: str, options: Mapping[str, Any]) -> Choice:
+    """The method of the whole model."""
+    choice = Choice.of(method, options)
+    if isinstance(size := options.get("size"), int):
+        raise RecipeError(
+            f"The option size of {method!r} is {size}, a number of units; for the whole model it must be a share of "
+            "every space, such as 1.0. A number of units is for one space, in an override."
+        )
+    return choice
+
+
+def resized(choices: Mapping[str, Choice], spec: MergeSpec, experts: int) -> list[str]:
+    """The spaces that get more or fewer merged units than an expert has. (Heads are matched one-to-one.)"""
+    products = spec.products()
+    return [
+        name
+        for name, choice in choices.items()
+        if choice.changes_width(spec.spaces[name].size, experts) and not holds_blocks(name, spec, products)
+    ]
+
+
+def _check_widths(names: Sequence[str], widenable: frozenset[str], spec: MergeSpec) -> None:
+    if stuck := [name for name in names if name not in widenable]:
+        more = f" and {len(stuck) - 1} more spaces" if len(stuck) > 1 else ""
+        able = [name for name in spec.spaces if name in widenable]
+        allowed = f"it allows that of {', '.join(able[:3])}{' and others like them' * (len(able) > 3)}"
+        raise RecipeError(
+            f"The option size changes the width of {stuck[0]}{more}, with which {spec.architecture} would no longer "
+            f"compute what its experts do; {allowed}: give size in overrides for those."
+        )
 
 
 def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Overrides) -> dict[str, Choice]:
@@ -187,7 +231,7 @@ def _rotations(network: Network, choices: Mapping[str, Choice], default: Choice)
     if network.covariances:
         return rotate_streams(spec, network.covariances, network.experts, names)
     # Without data a stream's rotation depends on the maps of everything that reads and writes it.
-    found = match_circuits(network)
+    found = METHODS.get("circuits").function(network)
     return {name: found[name] for name in names}
 
 

@@ -7,16 +7,15 @@ they are fixed spaces like any other.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 
 import torch
 from torch import Tensor
 
 from hf_zipit.align.method import Network
-from hf_zipit.maps.products import factor_indices, merged_index, merged_sizes, turn
-from hf_zipit.maps.space_map import Alignment, SpaceMap
+from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.transform import to_merged
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry, product_key
 
 STATISTICS = ("running_mean", "running_var")
@@ -57,7 +56,7 @@ class Expert:
         tensor = self.network.weights[self.number][name]
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
         spec, maps = self.network.spec, self.network.fixed_maps
-        return in_merged_units(tensor, spec.axes[name], maps, spec, self.number)
+        return to_merged(tensor, spec.axes[name], maps, spec, self.number)
 
 
 def with_fixed_maps(network: Network) -> tuple[MergeSpec, list[Expert]]:
@@ -78,30 +77,7 @@ def resolvable(labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) ->
     )  # fmt: skip
 
 
-def in_merged_units(
-    tensor: Tensor, labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec, expert: int
-) -> Tensor:
-    """One expert's tensor in merged units, M_t on axes that hold a space (times T, so that one-to-one maps only move
-    units) and U_t on axes that read it; axes without a map stay as they are."""
-    for axis, label in enumerate(labels):
-        key = product_key(label)
-        if not any(name in maps for name in key):
-            continue
-        shape = list(tensor.shape)
-        shape[axis] = prod(merged_sizes(key, maps, spec))
-        share = _share(label, maps, spec, expert).to(tensor).reshape(-1, *(1 for _ in shape[axis + 1 :]))
-        index = merged_index(key, maps, spec, expert).to(tensor.device)
-        tensor = tensor.new_zeros(shape).index_add_(axis, index, tensor * share)
-        tensor = turn(tensor, axis, label, maps, spec, expert)
-    return tensor
-
-
-def _share(label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
-    """T / |group| of every unit on an axis, 1 for what only reads."""
-    indices = factor_indices(product_key(label), maps, spec, expert)
-    share = torch.ones(spec.size(product_key(label)), dtype=torch.float64)
-    for factor in label:
-        if isinstance(maps.get(factor.space), SpaceMap) and not factor.dual:
-            rows = (*(indices[outer] for outer in spec.spaces[factor.space].within), indices[factor.space])
-            share *= maps[factor.space].experts / maps[factor.space].counts()[rows]
-    return share
+def known_around(labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec, own: Iterable[str] = ()) -> bool:
+    """Whether every space of a tensor but `own` is fixed or has a map that can be applied to it."""
+    spaces = {factor.space for label in labels for factor in label} - set(own)
+    return all(name in maps or not spec.movable(name) for name in spaces) and resolvable(labels, maps, spec)

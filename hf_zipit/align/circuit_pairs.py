@@ -7,19 +7,21 @@ groups are assigned first, and score the groups. Then the bases inside the paire
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 
 import torch
 from torch import Tensor
 
-from hf_zipit.align.aligned import comparable, in_merged_units, resolvable
+from hf_zipit.align.aligned import comparable, known_around
+from hf_zipit.align.assignment import assign
 from hf_zipit.align.circuit_bases import FREE, Bases
 from hf_zipit.align.method import Network
-from hf_zipit.align.methods.permute import assign
+from hf_zipit.maps.products import factors_first
 from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Symmetry
+from hf_zipit.maps.transform import to_merged
+from hf_zipit.symmetry.spec import MergeSpec, Symmetry
 
 
 @dataclass(frozen=True)
@@ -245,24 +247,9 @@ def in_own_basis(found: Map) -> Map:
 
 def unit_rows(network: Network, name: str, maps: Mapping[str, Map], expert: int, lead: Sequence[str]) -> Tensor:
     """One expert's tensor in the merged units of `maps`, float64 `[*lead, everything else]`."""
-    spec = network.spec
-    labels = spec.axes[name]
-    x = in_merged_units(network.weights[expert][name].double().cpu(), labels, maps, spec, expert)
-    names: list[str | None] = []
-    sizes: list[int] = []
-    for label, length in zip(labels, x.shape, strict=True):
-        names += [factor.space for factor in label] or [None]
-        sizes += [maps[f.space].size if f.space in maps else spec.spaces[f.space].size for f in label] or [length]
-    front = [names.index(n) for n in lead]
-    rest = [i for i in range(len(sizes)) if i not in front]
-    spread = x.reshape(sizes).permute(*front, *rest)
-    return spread.reshape(*spread.shape[: len(front)], -1)
-
-
-def known_around(labels: Sequence[AxisLabel], maps: Mapping[str, Map], spec: MergeSpec, own: Iterable[str]) -> bool:
-    """Whether every space of a tensor but `own` is fixed or has a map that can be applied to it."""
-    spaces = {factor.space for label in labels for factor in label} - set(own)
-    return all(name in maps or not spec.movable(name) for name in spaces) and resolvable(labels, maps, spec)
+    spec, labels = network.spec, network.spec.axes[name]
+    merged = to_merged(network.weights[expert][name].double().cpu(), labels, maps, spec, expert)
+    return factors_first(merged, labels, lead, spec, maps)
 
 
 def _side(

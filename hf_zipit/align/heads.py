@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_zipit.align.methods.permute import assign
+from hf_zipit.align.assignment import assign
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey
 
 

@@ -9,19 +9,24 @@ the spaces depend on each other's maps (weight matching),
 
     aligner(network, *, option=default, ...) -> dict[str, Map]
 
+A matcher whose number of merged units can be chosen has an option `size` (`merged_size`); its maps may then be wider
+or narrower than an expert's space, and the engine finds out which spaces allow that.
+
 What a method `needs` tells the earlier stages what to gather: `"moments"`, `"weights"`, `"widths"` (which spaces may
-be wider than an expert's), or nothing. Before any data is read a method is dry_run_done with its options on a space of
-a few units (`solver.py`), so that values out of range show there.
+be wider than an expert's), or nothing. Before any data is read a method is run once, dry, with its options on a space
+of a few units (`solver.py`), so that values out of range show there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
+from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import Map
 from hf_zipit.registry import METHODS
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
@@ -66,6 +71,7 @@ class Network:
         widenable: the spaces that may have more merged units than an expert has; empty unless the method needs it.
         covariances: as `correlations`, for the products of spaces that allow more than permutations, from where their
             units are held and not read; empty unless the method needs them.
+        seed: of everything that a method draws.
     """
 
     spec: MergeSpec
@@ -75,6 +81,26 @@ class Network:
     fixed_maps: Mapping[str, Map] = field(default_factory=dict)
     widenable: frozenset[str] = frozenset()
     covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
+    seed: int = 0
+
+    def random_orders(self, names: Sequence[str], count: int) -> Iterator[list[str]]:
+        """`count` seeded random orders of some names."""
+        generator = torch.Generator().manual_seed(self.seed)
+        for _ in range(count):
+            yield [names[i] for i in torch.randperm(len(names), generator=generator)]
+
+
+def merged_size(size: float, units: int, experts: int) -> int:
+    """How many merged units a space of `units` has under an option `size`: a float is a share of the space's units, an
+    int, which only makes sense for one space, their number.
+
+    Raises:
+        RecipeError: it is not between 1 and the units of all experts.
+    """
+    count = size if isinstance(size, int) else max(round(size * units), int(size > 0))
+    if not 1 <= count <= experts * units:
+        raise RecipeError(f"The option size is {size}; it must make between 1 and all {experts * units} units.")
+    return count
 
 
 def register(

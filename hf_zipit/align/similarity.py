@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
+from hf_zipit.symmetry.spec import MergeSpec
 
 RELATIVE_GAIN = 1e-7
 """Gains below this share of the similarity are float32's rounding."""
@@ -51,22 +51,8 @@ def families(spec: MergeSpec) -> dict[str, Family]:
     return found
 
 
-def unit_rows(tensor: Tensor, labels: Sequence[AxisLabel], spec: MergeSpec, lead: Sequence[str], place: int) -> Tensor:
-    """`[*lead, everything else]`: some factors of a tensor moved to the front; of the first one, its `place`-th."""
-    names: list[str | None] = []
-    sizes: list[int] = []
-    for label, length in zip(labels, tensor.shape, strict=True):
-        names += product_key(label) or (None,)
-        sizes += [spec.spaces[factor.space].size for factor in label] or [length]
-    first = [i for i, name in enumerate(names) if name == lead[0]][place]
-    front = [first, *(names.index(name) for name in lead[1:])]
-    rest = [i for i in range(len(sizes)) if i not in front]
-    spread = tensor.reshape(sizes).permute(*front, *rest)
-    return spread.reshape(*spread.shape[: len(front)], -1)
-
-
 @dataclass
-class Evidence:
+class Similarity:
     """How alike the units of one family are, of `size` blocks (heads, or single units) with spaces inside.
 
     Attributes:

@@ -1,30 +1,36 @@
 """The solver: runs matchers of one space over a whole spec, on the correlations of the products that were observed.
 
-Spaces are solved one after the other, those first whose evidence depends on the fewest unsolved ones. A space that
+Spaces are solved one after the other, those first whose similarities depend on the fewest unsolved ones. A space that
 stands alone goes straight to the matcher. Where only products were observed, the other factors are traced out under
 their maps (`products.py`); heads are scored over all their products and permuted (`heads.py`), then the matcher runs
-inside every group of paired heads. A space that nothing observed keeps its units, and is named in a warning.
+inside every group of paired heads. Where activations say nothing weights do (`by_weights.py`): a space that nothing
+observes is matched by them, and spaces with units that do the same are solved again, the weights deciding ties.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_zipit.align.assignment import match_to_reference
+from hf_zipit.align.by_weights import match_by_weights, told_apart
 from hf_zipit.align.heads import block_scores, holds_blocks
-from hf_zipit.align.method import Method, Network
-from hf_zipit.align.methods.permute import match_to_reference
+from hf_zipit.align.method import Method, Network, merged_size
+from hf_zipit.errors import DataError
 from hf_zipit.maps.products import merged_sizes, trace_out
 from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
 from hf_zipit.registry import METHODS, check_options
 from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey, Space, Symmetry
 
 logger = logging.getLogger(__name__)
+
+SWEEPS = 10
+"""At most so many visits of the spaces whose ties weights decide: what they say depends on the other spaces' maps."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,10 @@ class Choice:
     def of(cls, name: str, options: Mapping[str, Any]) -> Choice:
         method = METHODS.get(name)
         return cls(method, check_options(name, method.function, options))
+
+    def changes_width(self, units: int, experts: int) -> bool:
+        """Whether it makes more or fewer merged units of a space than an expert has."""
+        return "size" in self.options and merged_size(self.options["size"], units, experts) != units
 
     def dry_run(self, experts: int, units: int = 2) -> None:
         """Run the method on one space of units that resemble nothing, for what it raises about its options."""
@@ -54,24 +64,58 @@ class Choice:
 
 @dataclass
 class Solver:
-    """Solves spaces one after the other; `maps` holds those that are solved."""
+    """Solves spaces one after the other, on a network's correlations; `maps` holds those that are solved."""
 
-    spec: MergeSpec
-    correlations: Mapping[ProductKey, Tensor]
-    experts: int
+    network: Network
     maps: dict[str, Map] = field(default_factory=dict)
-    covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.spec, self.experts = self.network.spec, self.network.experts
+        self.correlations, self.covariances = self.network.correlations, self.network.covariances
 
     def solve(self, choices: Mapping[str, Choice]) -> None:
-        """Add the map of every space in `choices`."""
+        """Add the map of every space in `choices`.
+
+        Raises:
+            DataError: nothing observes a space, and the network has no weights to match it by.
+        """
         blind = [name for name, choice in choices.items() if "moments" not in choice.method.needs]
-        unseen = [name for name in choices if name not in blind and not self._seen(name, choices[name])]
+        seen = {n: choice for n, choice in choices.items() if n not in blind and self._seen(n, choice)}
+        unseen = [name for name in choices if name not in blind and name not in seen]
+        for name in blind:
+            self.maps[name] = self._blind(name, choices[name].method.function)
+        self._solve_seen(seen)
+        if unseen and not self.network.weights:
+            raise DataError(
+                f"Nothing observes {', '.join(unseen)}; give the experts' weights to match by, or override it by "
+                "'identity'."
+            )
         if unseen:
-            logger.warning("Left as they are, for nothing observes them: %s.", ", ".join(unseen))
-        identity = METHODS.get("identity").function
-        for name in blind + unseen:
-            self.maps[name] = self._blind(name, identity if name in unseen else choices[name].method.function)
-        waiting = [name for name in choices if name not in self.maps]
+            logger.info("Matched by their weights, for nothing observes them: %s.", ", ".join(unseen))
+            self.maps |= match_by_weights(self.network, unseen, self.maps)
+        families = [[s.name for s in (root, *inner) if s.name in seen] for root, inner in self.spec.families()]
+        for _ in range(SWEEPS if self.network.weights else 0):
+            changed = [self._tell_apart(family, seen) for family in families]
+            if not any(changed):
+                break
+            if unseen:
+                known = {name: m for name, m in self.maps.items() if name not in unseen}
+                self.maps |= match_by_weights(self.network, unseen, known)
+
+    def _tell_apart(self, family: Sequence[str], choices: Mapping[str, Choice]) -> bool:
+        """Solve a family again where weights tell apart what activations do not; returns whether a map changed."""
+        clearer = told_apart(self.network, self.correlations, self.maps, family)
+        if not clearer:
+            return False
+        network = replace(self.network, correlations={**self.correlations, **clearer}, weights=())
+        again = Solver(network, {name: m for name, m in self.maps.items() if name not in family})
+        again._solve_seen({name: choices[name] for name in family})
+        changed = [name for name in family if not again.maps[name].equals(self.maps[name])]
+        self.maps |= {name: again.maps[name] for name in changed}
+        return bool(changed)
+
+    def _solve_seen(self, choices: Mapping[str, Choice]) -> None:
+        waiting = list(choices)
         while waiting:
             ready = [name for name in waiting if not set(self.spec.spaces[name].within) & set(waiting)]
             # Changes of basis come last: units that were mixed cannot be brought together one by one.

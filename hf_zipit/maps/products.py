@@ -9,6 +9,7 @@ that are aligned already: only units that the other factors' maps bring together
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -63,6 +64,30 @@ def merged_index(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int)
     for name, size in zip(key, merged_sizes(key, maps, spec), strict=True):
         index = index * size + indices[name]
     return index
+
+
+def factors_first(
+    tensor: Tensor, labels: Sequence[AxisLabel], lead: Sequence[str], spec: MergeSpec, maps: Alignment, place: int = 0
+) -> Tensor:
+    """Some factors of a tensor's axes moved to the front, `[*lead, everything else]`.
+
+    Args:
+        tensor: in the merged units of `maps`.
+        labels: one label per axis.
+        lead: the factors that are wanted first; of the first one, its `place`-th.
+        spec, maps: tell the sizes.
+    """
+    names: list[str | None] = []
+    sizes: list[int] = []
+    for label, length in zip(labels, tensor.shape, strict=True):
+        key = product_key(label)
+        names += key or (None,)
+        sizes += merged_sizes(key, maps, spec) or [length]
+    front = [names.index(name) for name in lead]
+    front[:1] = [i for i, name in enumerate(names) if name in lead[:1]][place : place + 1]
+    rest = [i for i in range(len(sizes)) if i not in front]
+    spread = tensor.reshape(sizes).permute(*front, *rest)
+    return spread.reshape(*spread.shape[: len(front)], -1)
 
 
 def turn(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:

@@ -12,7 +12,7 @@ space, so its labels or matrices have one more leading axis.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +33,17 @@ class SpaceMap:
     size: int
     labels: Tensor
 
+    @classmethod
+    def identity(cls, size: int, experts: int, within: Sequence[int] = ()) -> SpaceMap:
+        """The map in which every expert's unit i is the merged unit i, in every row."""
+        return cls(size, torch.arange(size).expand(experts, *within, size).contiguous())
+
     @property
     def experts(self) -> int:
         return self.labels.shape[0]
+
+    def equals(self, other: Map) -> bool:
+        return isinstance(other, SpaceMap) and self.size == other.size and torch.equal(self.labels, other.labels)
 
     def counts(self) -> Tensor:
         """How many units of all experts each merged unit holds: `[*within, k]`."""
@@ -49,7 +57,7 @@ class SpaceMap:
 class LinearMap:
     """A change of basis of every expert's units of one space. Units are mixed, not grouped: k = d.
 
-    What must hold: where all matrices are the identity, it does what the `SpaceMap` of equal labels does.
+    Invariants: where all matrices are the identity, it does what the `SpaceMap` of equal labels does.
 
     Attributes:
         matrices: g_t, float64, `[experts, *sizes of the merged spaces it lives within, k, d]`; row h is the change of
@@ -69,6 +77,9 @@ class LinearMap:
     def rotation(cls, matrices: Tensor) -> LinearMap:
         """The map of orthogonal matrices."""
         return cls(matrices, matrices.mT)
+
+    def equals(self, other: Map) -> bool:
+        return isinstance(other, LinearMap) and torch.equal(self.matrices, other.matrices)
 
     def unchanged(self, expert: int) -> bool:
         """Whether one expert's units stay as they are."""

@@ -24,11 +24,13 @@ from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, ProductKey, pro
 def to_merged(
     tensor: Tensor, label_axes: Sequence[AxisLabel], alignment: Alignment, spec: MergeSpec, expert: int
 ) -> Tensor:
-    """One expert's tensor in the merged units: T M_t on vector axes, U_t on dual axes."""
-    expected = [spec.size(product_key(label)) for label in label_axes]
+    """One expert's tensor in the merged units: T M_t on vector axes, U_t on dual axes; axes without a label stay."""
+    expected = [
+        spec.size(product_key(label)) if label else n for label, n in zip(label_axes, tensor.shape, strict=False)
+    ]
     if list(tensor.shape) != expected:
         raise SpecError(
-            f"Expert {expert}'s tensor is {list(tensor.shape)} where the spec expects {expected}; trace it anew."
+            f"Expert {expert}'s tensor is {list(tensor.shape)} where the spec expects {expected}; trace it again."
         )
     for axis in axes_to_merge(label_axes, alignment, spec):
         tensor = row_by_row(tensor, axis, label_axes, alignment, spec, expert, _along)

@@ -36,8 +36,9 @@ BLOCK_ROWS = 4096
 NARROW = 256
 """Up to this width T*d the blocks are multiplied in float64 on the CPU: it costs nothing there and is exact."""
 
-FLOOR = 1e-7
-"""Smallest divisor of a correlation, as in the published code."""
+FLOOR = 1e-14
+"""Smallest standard deviation of a live unit: float32 does not hold the squares of what is much smaller. (ZipIt's code
+divides by at least 1e-7, so that a unit of small variance is more similar to larger ones than to itself.)"""
 
 DEAD = 1e-6
 """A unit is dead when its standard deviation is at most this share of its mean: constant, for float32."""
@@ -113,12 +114,12 @@ class Sums:
 
     def dead(self) -> Tensor:
         """`[D]` bool: units that are constant as far as float32 can tell."""
-        return self.variance() <= (DEAD * self.mean()).square()
+        return self.variance() <= (DEAD * self.mean()).abs().clamp_min(FLOOR).square()
 
     def correlation(self) -> Tensor:
         alive = ~self.dead()
         std = self.variance().sqrt()
-        correlation = self.covariance() / torch.outer(std, std).clamp_min(FLOOR)
+        correlation = self.covariance() / torch.outer(std, std).clamp_min(FLOOR**2)
         return correlation * torch.outer(alive, alive)
 
     def variance(self) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -152,12 +150,9 @@ def test_trace_out_compares_only_what_the_maps_bring_together():
     torch.testing.assert_close(found, expected)
 
 
-def test_unobserved_spaces_keep_their_units_and_are_named(caplog):
-    with caplog.at_level(logging.WARNING):
-        found = align(HEADS, {("stream",): torch.eye(12, dtype=torch.float64)}, 2, "zip")
-    assert all(name in caplog.text for name in ("heads", "query", "value"))
-    assert "stream" not in caplog.text
-    assert torch.equal(found["value"].labels, torch.arange(5).expand(2, 4, 5))
+def test_unobserved_spaces_are_refused_where_there_are_no_weights_to_match_them_by():
+    with pytest.raises(DataError, match="Nothing observes heads, query, value; give the experts' weights"):
+        align(HEADS, {("stream",): torch.eye(12, dtype=torch.float64)}, 2, "zip")
 
 
 def test_identity_needs_no_correlations(caplog):
@@ -239,7 +234,7 @@ def test_what_is_wrong_is_said():
         align(STREAM, {("stream",): swapped(4) * torch.nan}, 2, "permute")
 
 
-def test_a_whole_network_method_gets_what_is_settled(monkeypatch):
+def test_a_whole_network_method_gets_the_fixed_maps(monkeypatch):
     METHODS.names()
     monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
     seen = []

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_zipit.align.aligned import in_merged_units
 from hf_zipit.align.circuit_bases import balance, basis, pair_basis, pair_likeness
 from hf_zipit.align.circuit_pairs import CircuitFamily, circuits_of, match_family
 from hf_zipit.align.method import Network
@@ -231,7 +230,7 @@ def test_grouped_heads_are_paired_with_their_copies_and_turned_back(seed):
     network = Network(GROUPED, 2, weights=[weights, copy])
     maps = match_family(CircuitFamily("kv", ("value", "dim"), "copies"), network, {})
     for name, labels in GROUPED.axes.items():
-        ours, theirs = (in_merged_units(w[name], labels, maps, GROUPED, t) for t, w in enumerate((weights, copy)))
+        ours, theirs = (to_merged(w[name], labels, maps, GROUPED, t) for t, w in enumerate((weights, copy)))
         near(theirs, ours, 1e-6)
 
 
@@ -254,7 +253,7 @@ def test_exchanging_the_experts_changes_no_circuit():
         network = Network(GROUPED, 2, weights=[first, second])
         maps = match_family(CircuitFamily("kv", ("value", "dim"), "copies"), network, {})
         means = {
-            name: sum(in_merged_units(w[name], labels, maps, GROUPED, t) for t, w in enumerate((first, second)))
+            name: sum(to_merged(w[name], labels, maps, GROUPED, t) for t, w in enumerate((first, second)))
             for name, labels in GROUPED.axes.items()
         }
         value, out = means["v"].reshape(3, 4, 7), means["o"].reshape(7, 3, 2, 4)
@@ -292,7 +291,7 @@ def test_a_map_does_what_the_group_element_does():
     maps, x = alignment_of(element), random(6, 12)
     expected = transform(x, LABELS, HEADS, element)
     near(to_merged(x, LABELS, maps, HEADS, 1), expected)
-    near(in_merged_units(x, LABELS, maps, HEADS, 1), expected)
+    near(to_merged(x, LABELS, maps, HEADS, 1), expected)
     assert torch.equal(to_merged(x, LABELS, maps, HEADS, 0), x)
     features = random(2, 12, 5)
     held = tuple(Factor(f.space) for f in LABELS[1])
@@ -318,3 +317,15 @@ def test_identity_matrices_do_what_identity_labels_do():
     for label in (LABELS, tuple(tuple(Factor(f.space, not f.dual) for f in axis) for axis in LABELS)):
         found = [to_merged(x, label, alignment_of(g), HEADS, 1) for g in (eye, same)]
         assert torch.equal(*found)
+
+
+def test_the_regularisation_of_cca_is_relative_unless_it_is_to_be_absolute():
+    """Published is the absolute one, with which the map depends on the features' scale."""
+    x, y = random(5, 60), 0.5 * random(5, 60) + random(5, 60, seed=1)
+    both = torch.cat([x, y])
+    covariance = both @ both.T / 60
+    for absolute, same in ((False, True), (True, False)):
+        one, other = (
+            canonical_correlations(scale * covariance, 2, absolute=absolute).matrices for scale in (1.0, 1e-3)
+        )
+        assert torch.allclose(one, other, atol=1e-9) == same

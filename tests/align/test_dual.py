@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_zipit.adapters import adapter_for
 from hf_zipit.align.align import align, residual_spaces
 from hf_zipit.align.method import Network
-from hf_zipit.align.methods.dual import match_dual
+from hf_zipit.align.methods.dual import BALANCES, _State, match_dual
+from hf_zipit.align.solver import Choice
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.observation.observe import observe
@@ -139,11 +140,54 @@ def test_units_with_equal_weights_everywhere_are_matched_by_what_they_do():
     assert torch.equal(match_dual(Network(spec, 2, acting, experts), balance=0.9)["hidden"].labels[1], order)
 
 
-def test_settled_maps_are_not_returned_nor_changed():
+def test_the_best_sweep_is_kept_and_not_the_last(monkeypatch):
+    """Sweeps of scripted similarity, each of which leaves another map."""
+    scripted = iter([0.1, 0.5, 0.3, 0.2, 0.4])
+    visits = []
+
+    def visit(self: _State, root: str) -> bool:
+        visits.append(root)
+        self.maps = {root: SpaceMap(8, torch.arange(8).roll(len(visits)).repeat(2, 1))}
+        return True
+
+    monkeypatch.setattr(_State, "visit", visit)
+    monkeypatch.setattr(_State, "mean_similarity", lambda self: next(scripted))
+    spec, experts, acting, *_ = opposed()
+    found = match_dual(Network(spec, 2, {("hidden",): acting}, experts), balance=0.5, patience=3)
+    assert len(visits) == 5
+    assert torch.equal(found["hidden"].labels[0], torch.arange(8).roll(2))
+
+
+def test_it_starts_from_the_match_of_the_activations():
+    spec, experts, acting, _, by_activations = opposed()
+    state = _State(Network(spec, 2, {("hidden",): acting}, experts), 1.0, Choice.of("permute", {}))
+    assert torch.equal(state.maps["hidden"].labels[1], by_activations)
+
+
+def test_a_balance_that_is_not_given_is_searched():
+    """What is kept is the most similar by activations and by weights, each relative to the best that was tried."""
+    spec, experts, acting, by_weights, by_activations = opposed()
+    network = Network(spec, 2, {("hidden",): acting}, experts)
+    found = match_dual(network)["hidden"]
+    tried = [match_dual(network, balance=balance)["hidden"] for balance in BALANCES]
+    assert any(found.equals(other) for other in tried)
+    kept = []
+    for space_map in tried:
+        state = _State(network, 0.5, Choice.of("permute", {}))
+        state.maps = {"hidden": space_map}
+        kept.append(state.both_similarities())
+    most = [max(own) for own in zip(*kept, strict=True)]
+    scores = [acting / most[0] + weights / most[1] for acting, weights in kept]
+    assert found.equals(tried[scores.index(max(scores))])
+    with pytest.raises(RecipeError, match="balance is 'all'"):
+        match_dual(network, balance="all")
+
+
+def test_fixed_maps_are_not_returned_nor_changed():
     spec, experts, acting, by_weights, _ = opposed()
-    settled = {"hidden": SpaceMap(8, torch.arange(8).repeat(2, 1))}
-    assert match_dual(Network(spec, 2, {("hidden",): acting}, experts, settled)) == {}
-    assert torch.equal(settled["hidden"].labels, torch.arange(8).repeat(2, 1))
+    fixed = {"hidden": SpaceMap(8, torch.arange(8).repeat(2, 1))}
+    assert match_dual(Network(spec, 2, {("hidden",): acting}, experts, fixed)) == {}
+    assert torch.equal(fixed["hidden"].labels, torch.arange(8).repeat(2, 1))
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,8 @@ def test_the_budget_goes_where_it_gains_most():
     sizes = {"cheap": 5, "dear": 5}
     assert allocate(gains, cost, 1 + 3 / 25, sizes, 2) == {"cheap": 3, "dear": 0}
     assert allocate(gains, cost, 1 + 9 / 25, sizes, 2) == {"cheap": 5, "dear": 1}
+    # ... also where it gains less than the dear one,
+    assert allocate({**gains, "cheap": gains["cheap"] * 0.6}, cost, 1 + 9 / 25, sizes, 2) == {"cheap": 5, "dear": 1}
     # ... but not where it gains less than a quarter of it.
     assert allocate({**gains, "cheap": gains["cheap"] / 5}, cost, 1 + 9 / 25, sizes, 2) == {"cheap": 1, "dear": 2}
 

@@ -56,7 +56,7 @@ def test_unknown_names_and_options_get_a_suggestion():
 def test_options_are_the_keyword_only_parameters_with_their_defaults():
     options = options_of(METHODS.get("zip").function)
     assert {name: option.default for name, option in options.items()} == {
-        "alpha": 0.3, "beta": 0.125, "size": None, "compat": False,
+        "alpha": 0.3, "beta": 0.125, "size": 1.0, "compat": False,
     }  # fmt: skip
 
 

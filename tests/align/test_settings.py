@@ -60,13 +60,13 @@ def test_values_of_options_are_told_before_data_is_read(method, options, message
 
 
 @pytest.mark.parametrize("method", METHODS.names())
-def test_every_method_can_be_rehearsed(method):
+def test_every_method_has_a_dry_run(method):
     """On three experts and a network that has nothing of what methods look for, such as heads; also on none at all."""
     for spec in (spec_of(space("units", 3)), spec_of(space("inputs", 3, fixed=True))):
         assert check_settings(spec, 3, method) <= {"moments", "covariances", "weights", "widths"}
 
 
-def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
+def test_whole_network_methods_have_a_dry_run_with_their_options(monkeypatch):
     METHODS.names()
     monkeypatch.setattr(METHODS, "_entries", dict(METHODS._entries))
 
@@ -125,6 +125,37 @@ def test_an_override_of_another_width_makes_a_model_of_that_width():
     assert whole.config.method["overrides"] == {"*.1.mlp.fc1": {"method": "zip", "size": 48}}
 
 
+def test_a_share_is_the_size_of_every_space_that_an_override_names():
+    wide = {"method": "zip", "size": 0.75}
+    whole = merge(experts(), IMAGES, method="weights", overrides={"*.mlp.fc1": wide}, progress=False)
+    assert [whole.config.trunk_shapes[f"vit.layers.{i}.mlp.fc1.weight"] for i in range(2)] == [[48, 32]] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"options": {"size": 0.75}}, "changes the width of vit.residual and .* more spaces, with which ViT"),
+        ({"options": {"size": 48}}, "a number of units; for the whole model it must be a share"),
+        ({"overrides": {"vit.residual": {"method": "zip", "size": 48}}}, "changes the width of vit.residual, with"),
+        ({"overrides": {"*.v_proj": {"method": "zip", "size": 0.5}}}, "it allows that of .*fc1"),
+        ({"overrides": {"*.mlp.fc1": {"method": "zip", "size": 200}}}, "size is 200; it must make between 1 and all"),
+        ({"options": {"size": 0.0}}, "size is 0.0"),
+    ],
+)
+def test_widths_that_a_model_does_not_allow_are_told_before_data_is_read(settings, message):
+    """LayerNorm takes its statistics over the residual stream: merged with itself at another width, a model would no
+    longer be that model."""
+    with pytest.raises(RecipeError, match=message) as told:
+        merge(experts(), Unread(), method="zip", progress=False, **settings)
+    assert "\n" not in str(told.value)
+
+
+def test_every_space_of_a_residual_network_may_have_another_width():
+    models = dict(zip("ab", tiny.pair("resnet-basic"), strict=True))
+    whole = merge(models, IMAGES, method="zip", options={"size": 1.5}, progress=False)
+    assert whole.config.trunk_shapes["resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"][0] == 24
+
+
 def test_an_override_asks_for_the_data_that_it_needs():
     assert plan(experts(), method="weights").passes == 0
     assert plan(experts(), method="weights", overrides={"*.mlp.fc1": "permute"}).passes == 1
@@ -167,3 +198,35 @@ def test_what_lives_within_heads_cannot_be_matched_before_them(method):
 def test_an_override_as_a_choice():
     choice = override_choice("*", {"method": "zip", "alpha": 0.2})
     assert (choice.method.name, choice.options) == ("zip", {"alpha": 0.2})
+
+
+# The seed.
+
+
+@pytest.mark.parametrize("method", ["weights", "dual", "circuits"])
+def test_the_seed_decides_what_is_drawn_and_nothing_else(method, monkeypatch):
+    """The orders of visits; of a model and itself every order finds the same."""
+    drawn: list[list[str]] = []
+    draw = Network.random_orders
+
+    def recorded(self: Network, names, count):
+        for order in draw(self, names, count):
+            drawn.append(order)
+            yield order
+
+    monkeypatch.setattr(Network, "random_orders", recorded)
+    orders, maps = [], []
+    for seed in (0, 0, 1):
+        drawn.clear()
+        planned, moments = gathered()
+        model = experts()["a"]
+        options = {"balance": 0.5} if method == "dual" else {}
+        planned = plan({"a": model, "b": model}, method=method, options=options)
+        same_twice = moments.select(["a", "a"])
+        maps.append(align_trunk({"a": model, "b": model}, planned, same_twice, method, options=options, seed=seed))
+        orders.append([list(order) for order in drawn])
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0][0]) == sorted(orders[2][0])
+    for name, space_map in maps[0].items():
+        assert space_map.equals(maps[1][name])
+        assert space_map.equals(maps[2][name])

@@ -2,14 +2,14 @@
 Diversity, arXiv 2407.05385).
 
 Whitened units u_t = S_tt^-1/2 x_t of two experts have cross-covariance S_aa^-1/2 S_ab S_bb^-1/2 = U R V^T, R the
-canonical correlations. U V^T turns b's whitened units to a's, so that
+canonical correlations. U V^T rotates b's whitened units to a's, so that
 
     g = S_aa^1/2 U V^T S_bb^-1/2
 
 brings x_b to x_a: a Procrustes rotation between whitened units. It is a symmetry only where any invertible map is, as
 inside a head, between its query and key or its value and output projections; other spaces are matched by `permute`.
 
-What must hold: exchanging the experts inverts the map.
+Invariants: exchanging the experts inverts the map.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ SMALLEST = 1e-12
 
 
 @register("cca", needs={"moments", "covariances"}, least=Symmetry.LINEAR)
-def canonical_correlations(covariance: Tensor, experts: int, *, regularisation: float = 0.1) -> LinearMap:
+def canonical_correlations(
+    covariance: Tensor, experts: int, *, regularisation: float = 0.1, absolute: bool = False
+) -> LinearMap:
     """Bring every expert's units into the basis of a reference expert.
 
     Args:
@@ -36,6 +38,7 @@ def canonical_correlations(covariance: Tensor, experts: int, *, regularisation: 
         experts: T.
         regularisation: added to every variance before whitening, relative to an expert's mean variance; 0 or more.
             Without any, directions that hardly vary count as much as all others.
+        absolute: add `regularisation` itself, as the published code does: the map then depends on the features' scale.
 
     Returns:
         k = d merged units, those of the reference expert.
@@ -50,7 +53,8 @@ def canonical_correlations(covariance: Tensor, experts: int, *, regularisation: 
     roots = []
     for t in range(experts):
         own = blocks[t, :, t]
-        floor = max(regularisation, SMALLEST) * own.diagonal().mean().clamp_min(1e-300)
+        scale = own.diagonal().mean().clamp_min(1e-300)
+        floor = max(regularisation, SMALLEST * scale) if absolute else max(regularisation, SMALLEST) * scale
         values, vectors = torch.linalg.eigh(own + floor * torch.eye(units).to(own))
         roots.append((vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T))
     whitening = torch.stack([inverse for _, inverse in roots])

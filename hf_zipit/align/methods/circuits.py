@@ -17,16 +17,15 @@ key/value group; their angles are found in closed form, too.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from itertools import combinations
 
 import torch
 
-from hf_zipit.align.aligned import comparable, resolvable
-from hf_zipit.align.circuit_pairs import circuits_of, in_own_basis, known_around, match_family, unit_rows
+from hf_zipit.align.aligned import comparable, known_around, resolvable
+from hf_zipit.align.by_weights import match_by_weights
+from hf_zipit.align.circuit_pairs import circuits_of, in_own_basis, match_family, unit_rows
 from hf_zipit.align.method import Network, register
-from hf_zipit.align.methods.weights import match_weights
 from hf_zipit.align.procrustes import match_rotations, rotating
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import LinearMap, Map
@@ -36,13 +35,12 @@ LEAST_IMPROVEMENT = 1e-7
 
 
 @register("circuits", needs={"weights"}, scope="network", least=Symmetry.ROTARY, folds=True)
-def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[str, Map]:
+def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
     """Align all open spaces from the weights: streams by rotations, heads by circuits, the rest by `weights`.
 
     Args:
         network: the spaces, the experts' weights and the maps that are fixed already.
         sweeps: at most so many rounds, 1 or more.
-        seed: of the order in which `weights` visits spaces.
 
     Returns:
         The maps of all movable spaces without a fixed map.
@@ -65,10 +63,10 @@ def match_circuits(network: Network, *, sweeps: int = 2, seed: int = 0) -> dict[
             others = {other: m for other, m in maps.items() if other != name}
             maps[name] = rotate_stream(name, network, others)
         if rest:
-            maps |= _match_rest(network, rest, inside, {n: m for n, m in maps.items() if n not in rest}, seed)
+            maps |= match_by_weights(network, rest, {n: m for n, m in maps.items() if n not in rest})
         for family in families:
             maps |= match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
-        reached = likeness(network, maps)
+        reached = similarity(network, maps)
         if reached <= best + LEAST_IMPROVEMENT:
             break
         best, kept = reached, dict(maps)
@@ -90,26 +88,7 @@ def rotate_stream(name: str, network: Network, maps: Mapping[str, Map]) -> Linea
     return match_rotations(products, ones=spec.spaces[name].symmetry is Symmetry.ORTHOGONAL_ONES)
 
 
-def _match_rest(
-    network: Network, rest: Sequence[str], inside: Iterable[str], fixed_maps: Mapping[str, Map], seed: int
-) -> dict[str, Map]:
-    """Weight matching of the spaces in `rest`; parameters of spaces that have no map yet are left out."""
-    spec = network.spec
-    waiting = {name for name in inside if name not in fixed_maps}
-    known = {
-        name
-        for name, labels in spec.axes.items()
-        if not waiting.intersection(factor.space for label in labels for factor in label)
-    }
-    weights = [{name: tensor for name, tensor in own.items() if name in known} for own in network.weights]
-    alone = replace(
-        network, spec=spec.with_fixed(waiting, "circuits match it"), weights=weights, fixed_maps=fixed_maps
-    )
-    found = match_weights(alone, seed=seed)
-    return {name: found[name] for name in rest}
-
-
-def likeness(network: Network, maps: Mapping[str, Map]) -> float:
+def similarity(network: Network, maps: Mapping[str, Map]) -> float:
     """The mean cosine of two experts' weights in merged units."""
     gram = torch.zeros(network.experts, network.experts, dtype=torch.float64)
     for name in comparable(network):

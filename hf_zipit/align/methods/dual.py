@@ -1,67 +1,74 @@
 """MuDSC: match units by what they do and by their weights at once (Xu et al., Training-Free Pretrained Model Merging,
 CVPR 2024).
 
-Units that are alike in activation space may have unlike weights, and the other way round. Both are told as Pearson
+Units that are similar in activation space may have different weights, and the other way round. Both are Pearson
 correlations between units, so that they can be added: S = balance * R_weights + (1 - balance) * R_activations. A
 unit's weights are the rows of all parameter axes that hold or read it, the other axes in the merged units of the
-current maps; so the spaces are visited again and again, in a seeded random order, as in weight matching. The sweep
-with the best mean similarity wins.
+current maps. So the spaces are visited again and again in a seeded random order, as in weight matching, starting from
+the match of the activations. The sweep with the best mean similarity wins.
 
 Every product of spaces that is observed or is a parameter's axis has its own S, and a space's S are solved as they
 would be from activations alone (`solver.py`): heads and GroupNorm's groups get ONE order from all of them. The
 published code orders heads in Q/K and in V/O independently, after which a permuted copy of a model no longer merges
 into that model.
 
-The balance is the caller's. It cannot be read off the moments: whatever they measure (correlation of what is joined,
-variance that is kept) is largest by construction where the activations decide alone, as the weights' similarity is
-where the weights do, and a merged model is often best in between. So it takes merged models that are measured on
-held-out data, as `hf_zipit.search` does over `dual.balance` and as the paper does over .1 ... .9.
+The balance. The paper searches .1 ... .9 by the accuracy of merged models. Where none is given, the same values are
+tried here and compared by what they join, on the moments of the calibration data and on the weights: neither
+similarity alone can decide, for each is largest where it decides alone, so the winner keeps most of both, each
+relative to the most that any balance reaches. Measured merged models decide better: `hf_zipit.search` does that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hf_zipit.align.aligned import comparable, in_merged_units, resolvable
+from hf_zipit.align.by_weights import product_rows
 from hf_zipit.align.method import Network, register
-from hf_zipit.align.methods.weights import random_orders
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.products import merged_index, merged_sizes
 from hf_zipit.maps.space_map import SpaceMap
-from hf_zipit.symmetry.spec import ProductKey, product_key
+from hf_zipit.symmetry.spec import ProductKey
+
+logger = logging.getLogger(__name__)
 
 LEAST_IMPROVEMENT = 1e-9
+
+
+BALANCES = tuple(tenth / 10 for tenth in range(1, 10))
+"""What is tried where no balance is given."""
 
 
 @register("dual", needs={"weights", "moments"}, scope="network")
 def match_dual(
     network: Network,
     *,
-    balance: float = 0.5,
+    balance: float | None = None,
     variant: Literal["align", "zip"] = "align",
     alpha: float = 0.5,
     beta: float = 1.0,
     sweeps: int = 100,
     patience: int = 5,
-    seed: int = 0,
 ) -> dict[str, SpaceMap]:
     """Match all open spaces by weights and activations.
 
     Args:
-        network: the spaces, the experts' correlations and weights, and the maps that are fixed already.
-        balance: lambda, the share of the weights in the similarity, 0 to 1; worth a search. What is only observed, or
-            only seen in weights, counts as it is.
+        network: the spaces, the experts' correlations and weights, and the maps that are fixed already; its seed draws
+            the order of the visits.
+        balance: lambda, the share of the weights in the similarity, 0 to 1; None tries .1 ... .9. What is only
+            observed, or only seen in weights, counts as it is.
         variant: `"align"` matches units one-to-one (`permute`), `"zip"` also joins units of one expert (`zip`).
         alpha, beta: zip's options; the published runs all have these defaults.
         sweeps: at most so many visits of every space, 1 or more.
         patience: stop after so many sweeps without a better mean similarity.
-        seed: of the order of the visits.
 
     Returns:
         The maps of all movable spaces without a fixed map.
@@ -71,22 +78,34 @@ def match_dual(
     """
     if variant not in ("align", "zip"):
         raise RecipeError(f"dual's option variant is {variant!r}; it must be 'align' or 'zip'.")
-    if not 0 <= balance <= 1:
-        raise RecipeError(f"dual's option balance is {balance}; it must be between 0 and 1.")
+    if balance is not None and not (isinstance(balance, (int, float)) and 0 <= balance <= 1):
+        raise RecipeError(f"dual's option balance is {balance!r}; it must be between 0 and 1, or none to search it.")
     if sweeps < 1 or patience < 1:
         raise RecipeError(f"dual's options sweeps and patience are {sweeps} and {patience}; they must be 1 or more.")
     choice = Choice.of("zip", {"alpha": alpha, "beta": beta}) if variant == "zip" else Choice.of("permute", {})
+    found = [_descended(network, b, choice, sweeps, patience) for b in (BALANCES if balance is None else (balance,))]
+    if len(found) == 1:
+        return found[0].open_maps()
+    reached = np.array([state.both_similarities() for state in found])
+    kept = found[int((reached / reached.max(0).clip(1e-12)).sum(1).argmax())]
+    logger.info("dual: the balance %.1f keeps most of both similarities.", kept.balance)
+    return kept.open_maps()
+
+
+def _descended(network: Network, balance: float, choice: Choice, sweeps: int, patience: int) -> _State:
+    """Where a descent was after its best sweep."""
     state = _State(network, balance, choice)
-    best, kept, waited = -float("inf"), state.open_maps(), 0
-    for order in random_orders(tuple(state.families), sweeps, seed):
+    best, kept, waited = -float("inf"), state.maps, 0
+    for order in network.random_orders(tuple(state.families), sweeps):
         changed = [state.visit(root) for root in order]
         waited += 1
-        if state.mean_similarity() > best + LEAST_IMPROVEMENT:
-            best, kept, waited = state.mean_similarity(), state.open_maps(), 0
+        if (reached := state.mean_similarity()) > best + LEAST_IMPROVEMENT:
+            best, kept, waited = reached, state.maps, 0
         # What no visit changed, no further sweep will.
         if waited == patience or not any(changed):
             break
-    return kept
+    state.maps = kept
+    return state
 
 
 @dataclass
@@ -95,7 +114,8 @@ class _State:
 
     Attributes:
         families: by root, the open spaces that are solved together: a space that stands alone, and those within it.
-        maps: of all movable spaces; open ones start at identity.
+        maps: of all movable spaces; replaced, never changed. Open ones start at the match of the activations, or at
+            identity where nothing observes them.
         similarities: by root, at its last visit.
     """
 
@@ -116,27 +136,41 @@ class _State:
             self.maps |= {name: self._identity(name) for name in opened}
             if opened:
                 self.families[root.name] = opened
-        self.names = comparable(self.network)
+                self._solve(opened, {key: r for key, r in self.network.correlations.items() if set(key) & {*opened}})
 
     def visit(self, root: str) -> bool:
         """Solve one family while all others stay; returns whether that changed a map."""
-        spec, family = self.network.spec, self.families[root]
-        similarities = self._similarities(family)
-        seen = [n for n in family if any({n, *spec.spaces[n].within} <= set(key) for key in similarities)]
-        others = {name: space_map for name, space_map in self.maps.items() if name not in seen}
-        solver = Solver(spec, similarities, self.network.experts, others)
-        solver.solve(dict.fromkeys(seen, self.choice))
-        changed = any(not torch.equal(solver.maps[n].labels, self.maps[n].labels) for n in seen)
-        self.maps = {name: solver.maps[name] for name in self.maps}
+        similarities = self._similarities(self.families[root])
+        changed = self._solve(self.families[root], similarities)
         found = [self._joined(key, similarity) for key, similarity in similarities.items()]
         self.similarities[root] = sum(found) / max(len(found), 1)
         return changed
+
+    def _solve(self, family: tuple[str, ...], similarities: Mapping[ProductKey, Tensor]) -> bool:
+        """Solve one family on some similarities; returns whether that changed a map."""
+        spec = self.network.spec
+        seen = [n for n in family if any({n, *spec.spaces[n].within} <= set(key) for key in similarities)]
+        others = {name: space_map for name, space_map in self.maps.items() if name not in seen}
+        solver = Solver(replace(self.network, correlations=similarities, weights=()), others)
+        solver.solve(dict.fromkeys(seen, self.choice))
+        changed = any(not solver.maps[n].equals(self.maps[n]) for n in seen)
+        self.maps = {name: solver.maps[name] for name in self.maps}
+        return changed
+
+    def both_similarities(self) -> tuple[float, float]:
+        """How similar the units that are joined are by activations and by weights, on average."""
+        found: tuple[list[float], list[float]] = ([], [])
+        for family in self.families.values():
+            acting = {key: r for key, r in self.network.correlations.items() if set(key) & set(family)}
+            for own, similarities in zip(found, (acting, self._weight_correlations(family)), strict=True):
+                own += [self._joined(key, similarity.double()) for key, similarity in similarities.items()]
+        return tuple(sum(own) / max(len(own), 1) for own in found)  # type: ignore[return-value]
 
     def mean_similarity(self) -> float:
         return sum(self.similarities.values()) / max(len(self.similarities), 1)
 
     def open_maps(self) -> dict[str, SpaceMap]:
-        """The maps of the open spaces, which are replaced and never changed."""
+        """The maps of the open spaces."""
         return {name: space_map for name, space_map in self.maps.items() if name not in self.network.fixed_maps}
 
     def _similarities(self, family: tuple[str, ...]) -> dict[ProductKey, Tensor]:
@@ -149,23 +183,9 @@ class _State:
 
     def _weight_correlations(self, family: tuple[str, ...]) -> dict[ProductKey, Tensor]:
         """The correlations of the units' weights, for every product with a space of the family that is an axis."""
-        spec = self.network.spec
         moments: dict[ProductKey, _Rows] = {}
-        for name in self.names:
-            labels = spec.axes[name]
-            for axis, label in enumerate(labels):
-                key = product_key(label)
-                others = (*labels[:axis], (), *labels[axis + 1 :])
-                within = {outer for n in key for outer in spec.spaces[n].within if spec.movable(n)}
-                # The axis of a grouped convolution that leaves out the groups says nothing alone.
-                if set(key) & set(family) and within <= set(key) and resolvable(others, self.maps, spec):
-                    rows = [
-                        in_merged_units(weights[name].double(), others, self.maps, spec, t).movedim(axis, 0)
-                        for t, weights in enumerate(self.network.weights)
-                    ]
-                    moments.setdefault(key, _Rows()).add(
-                        torch.cat(rows).flatten(1) if len(labels) > 1 else torch.cat(rows)[:, None]
-                    )
+        for key, rows in product_rows(self.network, self.maps, family):
+            moments.setdefault(key, _Rows()).add(rows)
         return {key: rows.correlation() for key, rows in moments.items()}
 
     def _joined(self, key: ProductKey, similarity: Tensor) -> float:
@@ -186,7 +206,7 @@ class _State:
     def _identity(self, name: str) -> SpaceMap:
         space, experts = self.network.spec.spaces[name], self.network.experts
         lead = [self.network.spec.spaces[outer].size for outer in space.within]
-        return SpaceMap(space.size, torch.arange(space.size).expand(experts, *lead, space.size).contiguous())
+        return SpaceMap.identity(space.size, experts, lead)
 
 
 @dataclass

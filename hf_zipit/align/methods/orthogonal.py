@@ -40,7 +40,7 @@ def match_orthogonal(network: Network) -> dict[str, Map]:
     maps |= rotate_streams(spec, network.covariances, network.experts, [n for n in rotating(spec) if n in opened])
     inside = {name for family in families for name in family.members}
     rest = [name for name in opened if name not in maps and name not in inside]
-    solver = Solver(spec, network.correlations, network.experts, maps)
+    solver = Solver(network, maps)
     solver.solve(dict.fromkeys(rest, Choice.of("permute", {})))
     for family in families:
         found = match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})

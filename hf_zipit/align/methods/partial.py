@@ -62,7 +62,7 @@ def match_partial(
     opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
     if opened and not network.widenable:
         raise RecipeError(f"No layer of {spec.architecture} can be made wider; use permute instead of partial.")
-    solver = Solver(spec, network.correlations, network.experts, dict(network.fixed_maps))
+    solver = Solver(network, dict(network.fixed_maps))
     solver.solve(dict.fromkeys(opened, Choice.of("permute", {})))
     maps = solver.maps
     gains = {name: gain for name in opened if (gain := _gain(network, name, maps)) is not None}

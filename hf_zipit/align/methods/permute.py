@@ -1,30 +1,16 @@
 """Activation matching: one-to-one assignments of every expert's units to a reference expert's, by correlation.
 
 The best pairs of two experts are a linear assignment problem on their *signed* correlations (Li et al., Convergent
-Learning, arXiv 1511.07543; Ainsworth et al., arXiv 2209.04836, section 3.1). With more than two experts all are
-matched to one of them. Taking the expert that resembles the others most, rather than the first, makes the result
-independent of the order in which the experts are given.
-
-Ties must not depend on that order either. A dead unit (of no variance, as ReLU leaves them) resembles nothing, so that
-every unit left over is as good a partner as any other. So a tiny *symmetric* preference is added, which no measured
-difference feels: first for the same index, then for one pairing of the indices that is the same from both sides.
+Learning, arXiv 1511.07543; Ainsworth et al., arXiv 2209.04836, section 3.1); see `assignment.py`.
 """
 
 from __future__ import annotations
 
-from itertools import combinations
-
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from hf_zipit.align.assignment import match_to_reference
 from hf_zipit.align.method import register
 from hf_zipit.maps.space_map import SpaceMap
-
-SAME_INDEX_BONUS = 1e-9
-"""Far below any measured difference of correlations: it decides ties."""
 
 
 @register("permute", needs={"moments"})
@@ -40,36 +26,3 @@ def permute(correlation: Tensor, experts: int) -> SpaceMap:
     """
     units = correlation.shape[-1] // experts
     return match_to_reference(correlation.reshape(experts, units, experts, units))
-
-
-def match_to_reference(similarity: Tensor) -> SpaceMap:
-    """Match the units of T experts one-to-one from their similarities `[T, n, T, n]`."""
-    values = similarity.detach().cpu().numpy()
-    experts, units = values.shape[:2]
-    pairs = {(a, b): assign(values[a, :, b]) for a, b in combinations(range(experts), 2)}
-
-    total = np.zeros(experts)
-    for (a, b), partner in pairs.items():
-        total[[a, b]] += values[a, np.arange(units), b, partner].sum()
-    reference = int(total.argmax())
-
-    labels = np.tile(np.arange(units), (experts, 1))
-    for expert in range(experts):
-        if expert < reference:
-            labels[expert] = pairs[expert, reference]
-        elif expert > reference:
-            # partner[i] is the expert's unit for the reference's unit i; labels go the other way.
-            labels[expert] = pairs[reference, expert].argsort()
-    return SpaceMap(units, torch.from_numpy(labels))
-
-
-def assign(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The column matched to each row of a square similarity, so that the sum over the pairs is largest; from the
-    transposed similarity the inverse of it."""
-    return linear_sum_assignment(similarity + preference(len(similarity)), maximize=True)[1]
-
-
-def preference(size: int) -> NDArray[np.float64]:
-    """What decides ties: symmetric, largest for the same index, and different for all other pairs."""
-    noise = np.random.default_rng(0).random((size, size))
-    return SAME_INDEX_BONUS * (np.eye(size) + (noise + noise.T) / 8)

@@ -4,7 +4,7 @@
 The permutations pi that bring expert b nearest to expert a maximise sum <W_a, pi(W_b)> over all parameters. For one
 space, while the others stay as they are, that is a linear assignment on the units' similarities: the sum over every
 parameter axis that has the space of W_a pi(W_b)^T, the other axes flattened. Heads are assigned together with what is
-inside them (`evidence.py`). Spaces are visited in a seeded random order, sweep after sweep, until a sweep gains
+inside them (`similarity.py`). Spaces are visited in a seeded random order, sweep after sweep, until a sweep gains
 nothing; a space whose surroundings have not changed since its last visit has nothing to gain and is passed over.
 
 The descent ends in the nearest local optimum, and in a deep model whose units were permuted the many parameters that
@@ -17,7 +17,7 @@ one space on two axes, which are assigned as if they were independent).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -27,24 +27,25 @@ from torch import Tensor
 
 from hf_zipit.align.aligned import Expert, with_fixed_maps
 from hf_zipit.align.method import Network, register
-from hf_zipit.align.similarity import RELATIVE_GAIN, Evidence, Family, Orders, families, unit_rows
+from hf_zipit.align.similarity import RELATIVE_GAIN, Family, Orders, Similarity, families
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.products import factors_first
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.group import transform
 from hf_zipit.symmetry.spec import MergeSpec
 
 
 @register("weights", needs={"weights"}, scope="network")
-def match_weights(network: Network, *, sweeps: int = 100, seed: int = 0) -> dict[str, SpaceMap]:
+def match_weights(network: Network, *, sweeps: int = 100) -> dict[str, SpaceMap]:
     """Match all open spaces one-to-one by coordinate descent.
 
     With more than two experts every pair is matched, and all are brought to the one that is most similar to the others
     in total (as cosines: an expert with large weights is not nearer to anybody).
 
     Args:
-        network: the spaces, the experts' weights and the maps that are fixed already.
+        network: the spaces, the experts' weights and the maps that are fixed already; its seed draws the order of the
+            visits.
         sweeps: at most so many visits of every space, 1 or more.
-        seed: of the order of the visits.
 
     Returns:
         The maps of all movable spaces without a fixed map, in the units of the reference expert.
@@ -61,17 +62,10 @@ def match_weights(network: Network, *, sweeps: int = 100, seed: int = 0) -> dict
         starts = Descent(spec, experts[a], experts[b]), Descent(spec, experts[a], experts[b])
         starts[1].propagate()
         for descent in starts:
-            descent.run(random_orders(tuple(descent.families), sweeps, seed))
+            descent.run(network.random_orders(tuple(descent.families), sweeps))
         cosine, _, pairs[a, b] = max((descent.cosine(), -i, descent.orders) for i, descent in enumerate(starts))
         total[[a, b]] += cosine
     return maps_to(int(total.argmax()), pairs, spec, network.experts)
-
-
-def random_orders(names: Sequence[str], count: int, seed: int) -> Iterator[list[str]]:
-    """`count` seeded random orders of some names."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        yield [names[i] for i in torch.randperm(len(names), generator=generator)]
 
 
 @dataclass
@@ -136,8 +130,8 @@ class Descent:
     def visit(self, family: Family, unknown: Collection[str] = ()) -> bool:
         """Solve one family while all others stay, without the parameters of `unknown` spaces; returns whether that
         gained anything."""
-        evidence = self._evidence(family, unknown)
-        pairing, inside, before, after = evidence.best_orders(family)
+        similarity = self._similarity(family, unknown)
+        pairing, inside, before, after = similarity.best_orders(family)
         if after - before <= RELATIVE_GAIN * abs(after):
             return False
         for name, chosen in inside.items():
@@ -162,9 +156,9 @@ class Descent:
     def _current(self, name: str) -> Tensor:
         return transform(self.b[name], self.spec.axes[name], self.spec, self.orders)
 
-    def _evidence(self, family: Family, unknown: Collection[str]) -> Evidence:
+    def _similarity(self, family: Family, unknown: Collection[str]) -> Similarity:
         units = {name: self.spec.spaces[name].size for name in family.inner}
-        evidence = Evidence(self.spec.spaces[family.root].size, units)
+        similarity = Similarity(self.spec.spaces[family.root].size, units)
         for name in self.tensors[family.root]:
             factors, labels = self.factors[name], self.spec.axes[name]
             if not set(factors).isdisjoint(unknown):
@@ -172,10 +166,12 @@ class Descent:
             present = [inner for inner in family.inner if inner in factors]
             # A space that is on two axes is seen from each of them, while the other keeps its order.
             for place in range(1 if present else factors.count(family.root)):
-                x = unit_rows(self.a[name], labels, self.spec, [family.root, *present], place)
-                y = unit_rows(self._current(name), labels, self.spec, [family.root, *present], place)
-                evidence.add(tuple(present), x, y)
-        return evidence
+                x, y = (
+                    factors_first(own, labels, [family.root, *present], self.spec, {}, place)
+                    for own in (self.a[name], self._current(name))
+                )
+                similarity.add(tuple(present), x, y)
+        return similarity
 
 
 def maps_to(

@@ -19,7 +19,8 @@ model: *twins*, units of different experts that are as correlated with each othe
 one-to-one before the greedy search starts, those of the same index first. This covers dead units, whose correlations
 are all zero: left to the greedy search they would come last, after joins of live groups at any positive correlation.
 Duplicated units inside an expert are also joined with their twins, not with each other, so that they spend no
-budget. Everything else keeps the published order: the first maximum, row by row.
+budget. Which of several twins is decided by weights where the caller has added what they say (`by_weights.py`).
+Everything else keeps the published order: the first maximum, row by row.
 """
 
 from __future__ import annotations
@@ -29,12 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hf_zipit.align.method import register
+from hf_zipit.align.assignment import SAME_INDEX_BONUS
+from hf_zipit.align.by_weights import SAME
+from hf_zipit.align.method import merged_size, register
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import SpaceMap
-
-TWIN_TOLERANCE = 1e-6
-"""Correlations nearer than this to a unit's correlation with itself count as equal to it: float32 is no better."""
 
 
 @register("zip", needs={"moments"})
@@ -44,7 +44,7 @@ def zip_units(
     *,
     alpha: float = 0.3,
     beta: float = 0.125,
-    size: int | None = None,
+    size: float = 1.0,
     compat: bool = False,
 ) -> SpaceMap:
     """Join units greedily.
@@ -54,7 +54,7 @@ def zip_units(
         experts: T.
         alpha: what a group's correlations are multiplied by when it is joined, 0 to 1.
         beta: the share of an expert's joins that may be inside it, 0 to 1; 0 means none.
-        size: k, the number of merged units; d if not given.
+        size: k, the number of merged units, as a share of d; in an override an integer is their number.
         compat: do as the published code does: a joined group counts as its first unit's expert, a join inside an
             expert whose budget is 0 passes once, and twins are not looked for.
 
@@ -65,49 +65,56 @@ def zip_units(
         RecipeError: an option is out of range.
     """
     units = correlation.shape[-1] // experts
-    size = units if size is None else size
-    budget = _budget(experts, units, size, alpha, beta)
+    count = merged_size(size, units, experts)
+    budget = _budget(experts, units, count, alpha, beta)
     values = correlation.detach().cpu().numpy()
     groups = _Groups(values, experts, alpha, budget, compat)
     if not compat:
-        for kept, gone in _twins(values, experts)[: experts * units - size]:
+        for kept, gone in _twins(values, experts)[: experts * units - count]:
             groups.join(kept, gone)
-    while groups.count > size:
+    while groups.count > count:
         groups.join(*groups.best_pair())
-    return SpaceMap(size, torch.from_numpy(groups.labels()).reshape(experts, units))
+    return SpaceMap(count, torch.from_numpy(groups.labels()).reshape(experts, units))
 
 
-def _budget(experts: int, units: int, size: int, alpha: float, beta: float) -> int:
+def _budget(experts: int, units: int, count: int, alpha: float, beta: float) -> int:
     """How many joins inside itself every expert is allowed; checks the options on the way."""
     for name, value in (("alpha", alpha), ("beta", beta)):
         if not 0 <= value <= 1:
             raise RecipeError(f"zip's option {name} is {value}; it must be between 0 and 1.")
-    if not 1 <= size <= experts * units:
-        raise RecipeError(f"zip's option size is {size}; it must be between 1 and all {experts * units} units.")
-    return int(((experts * units - size) / experts) * beta + 1e-4)
+    return int(((experts * units - count) / experts) * beta + 1e-4)
 
 
 def _twins(correlation: NDArray[np.float64], experts: int) -> list[tuple[int, int]]:
-    """Pairs (kept, gone) of units of different experts that are the same, one-to-one between every two experts."""
+    """Joins (kept, gone) of groups of units of different experts that are the same, at most one unit of each expert in
+    a group: the most similar first, among equals those of the same index.
+
+    The expert that correlates most with the others is the first to which they are compared, so that their order does
+    not matter.
+    """
     units = len(correlation) // experts
-    to_itself = correlation.diagonal() - TWIN_TOLERANCE
-    pairs = []
-    first = np.ones(len(correlation), dtype=bool)  # units that no earlier expert has a twin of
-    for start in range(units, experts * units, units):
-        own = slice(start, start + units)
-        alike = correlation[:start, own] >= np.maximum.outer(to_itself[:start], to_itself[own])
-        alike &= first[:start, None]
-        for same_index in (True, False):
-            for unit in np.flatnonzero(alike.any(axis=0)):
-                candidates = np.flatnonzero(alike[:, unit])
-                if same_index:
-                    candidates = candidates[candidates % units == unit]
-                if len(candidates):
-                    kept = int(candidates[0])
-                    pairs.append((kept, start + int(unit)))
-                    first[start + unit] = False
-                    alike[kept, :] = alike[:, unit] = False
-    return pairs
+    to_itself = correlation.diagonal()
+    blocks = correlation.reshape(experts, units, experts, units).sum((1, 3))
+    order = np.argsort(blocks.diagonal() - blocks.sum(1), kind="stable")
+    known = order[0] * units + np.arange(units)  # one unit of each group
+    root = np.arange(len(correlation))  # of the group that a unit stands for
+    joins = []
+    for expert in order[1:]:
+        own = expert * units + np.arange(units)
+        lacking = np.maximum.outer(to_itself[known], to_itself[own])
+        np.subtract(correlation[np.ix_(known, own)], lacking, out=lacking)
+        i, j = np.nonzero(lacking >= -SAME)
+        similarity = lacking[i, j] + SAME_INDEX_BONUS * (known[i] % units == j)
+        free = np.ones(len(correlation), dtype=bool)
+        for pair in np.lexsort((j, i, -similarity)):
+            unit, twin = known[i[pair]], own[j[pair]]
+            if free[unit] and free[twin]:
+                free[unit] = free[twin] = False
+                kept, gone = sorted((root[unit], twin))
+                joins.append((kept, gone))
+                root[unit] = kept
+        known = np.concatenate([known, own[free[own]]])
+    return joins
 
 
 class _Groups:
