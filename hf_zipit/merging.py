@@ -21,14 +21,14 @@ from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.record import record
 from hf_zipit.assembly.widening import widenable_spaces
 from hf_zipit.combine.combine import check_rule, combine_trunk
-from hf_zipit.config import MergeConfig
+from hf_zipit.config import AUTO, MergeConfig
 from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
-from hf_zipit.errors import DataError
+from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
-from hf_zipit.planning.auto import choose
+from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
@@ -120,13 +120,20 @@ def merge(
     """
     reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
-    planned = plan(experts, config, base=base, data=calibration is not None, **settings)
+    config = MergeConfig.of(config, **settings)
+    planned = plan(experts, config, base=base, data=calibration is not None)
     if calibration is not None:
         calibration.read(planned.experts)
     found = moments_for(planned, calibration, moments)
     maps = align_trunk(planned, found)
     trunk = combine_trunk(planned, maps)
-    refitted = refit_trunk(planned, trunk, maps, calibration)
+    try:
+        refitted = refit_trunk(planned, trunk, maps, calibration)
+    except SpecError as error:
+        if config.refit != AUTO:
+            raise
+        planned = without_refit(planned, error)
+        refitted = refit_trunk(planned, trunk, maps)
     merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
     correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
     calibrate_joint(merged, planned, calibration)

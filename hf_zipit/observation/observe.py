@@ -151,7 +151,8 @@ def _dry_run(
     """
     task, expert = next(iter(experts.items()))
     inputs = {name: tensor[:DRY_RUN_SAMPLES] for name, tensor in first.inputs.items()}
-    with FlopCounterMode(display=False) as counter:
+    # The counter follows modules by hooks on gradients, which it needs even where nobody wants any.
+    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         features = _run(recorder, task, expert, inputs, device)
     _check_fired(recorder, features, task)
     macs = counter.get_total_flops() / 2

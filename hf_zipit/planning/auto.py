@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from hf_zipit.config import AUTO, MergeConfig, RefitConfig
+from hf_zipit.planning.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -42,11 +44,23 @@ def choose(config: MergeConfig, model: nn.Module, *, data: bool) -> MergeConfig:
         refit = RefitConfig() if data and config.depth != 0 else None
     corrections = config.corrections
     if corrections == AUTO:
-        statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        corrections = {"batchnorm-reset": {}} if statistics and data and refit is None else {}
+        corrections = needed_corrections(model) if data and refit is None else {}
     chosen = replace(config, method=method, refit=refit, corrections=corrections)
     logger.info(
         "Chosen for these experts %s data: %s%s%s.", "with" if data else "without", chosen.method,
         " + refit" if chosen.refit else "", "".join(f" + {name}" for name in chosen.corrections),
     )  # fmt: skip
     return chosen
+
+
+def needed_corrections(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What a merge of such models that is not refitted needs."""
+    statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return {"batchnorm-reset": {}} if statistics else {}
+
+
+def without_refit(planned: Plan, why: Exception) -> Plan:
+    """The plan without the refit that was chosen for it, which these models do not allow."""
+    logger.warning("The refit that method='auto' chose is left out: %s", why)
+    corrections = planned.config.corrections or needed_corrections(planned.model)
+    return replace(planned, config=replace(planned.config, refit=None, corrections=corrections))
