@@ -32,11 +32,13 @@ from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
+from hf_zipit.steady import steady
 
 DATA_SETTINGS = ("processor", "columns", "batch_size")
 """What `merge` hands on to the `Calibration`."""
 
 
+@steady
 def plan(
     experts: Experts,
     config: MergeConfig | None = None,
@@ -82,6 +84,7 @@ def _needs_data(config: MergeConfig) -> str | None:
     return f"{next(iter(config.corrections))} runs models on data" if config.corrections else None
 
 
+@steady
 def merge(
     experts: Experts,
     calibration: Any = None,

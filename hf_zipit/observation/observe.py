@@ -33,6 +33,7 @@ from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerp
 from hf_zipit.observation.moments import Moments, Sums
 from hf_zipit.observation.record import Choose, Recorder, choose_rows, keep_all, probe_name
 from hf_zipit.planning.plan import Plan
+from hf_zipit.steady import steady
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
 
 DRY_RUN_SAMPLES = 2
@@ -46,6 +47,7 @@ FORWARD_SHARE = 0.5
 """With `row_fraction="auto"`, what the moments may cost, as a share of the forward passes."""
 
 
+@steady
 def observe(planned: Plan, calibration: Any) -> Moments:
     """The moments of the experts of a plan, folded where it says so: those of every product of spaces that has a
     probe.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import SpecError
+from hf_zipit.steady import steady
 from hf_zipit.symmetry.group import apply_element, random_element, transform
 from hf_zipit.symmetry.spaces import Trace
 from hf_zipit.symmetry.trace import select_outputs
@@ -63,6 +64,7 @@ def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor + VECTOR_NOISE * tensor.square().mean().sqrt().clamp_min(1.0) * noise
 
 
+@steady
 def prove(
     model: nn.Module,
     spec: Trace,

@@ -1,0 +1,56 @@
+"""What surrounds a merge must not reach into it: torch's ambient settings, other threads, the global random state.
+
+Under `torch.autocast`, another default dtype or device, or `inference_mode`, the same code computes something else;
+`torch.export`, the initialisation of empty models and the number of threads belong to the process, so that two merges
+at once would disturb each other. Everything public that computes runs inside `steady`, which one thread holds at a
+time.
+
+Invariants: the result does not depend on the ambient settings, and the global random states of torch, numpy and Python
+are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+LOCK = threading.RLock()
+AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def steady_state() -> Iterator[None]:
+    """float32 by default, on the CPU by default, no autocast, no inference mode; one thread at a time."""
+    with LOCK, ExitStack() as stack:
+        dtype, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()
+        stack.callback(torch.set_default_dtype, dtype)
+        stack.callback(random.setstate, python)
+        stack.callback(np.random.set_state, numpy)
+        stack.enter_context(torch.random.fork_rng())
+        for device in AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.device("cpu"))
+        torch.set_default_dtype(torch.float32)
+        yield
+
+
+def steady(function: Function) -> Function:
+    """Decorator: the function runs in a steady state."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with steady_state():
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]

@@ -1,0 +1,111 @@
+"""A merge does not depend on what surrounds it, and leaves it as it was: settings of torch, threads, random states."""
+
+from __future__ import annotations
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hf_zipit
+from hf_zipit.experts.fingerprint import fingerprint_experts
+
+from .tiny import pair
+
+
+@cache
+def inputs() -> Tensor:
+    return torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@cache
+def experts() -> dict[str, nn.Module]:
+    return dict(zip("ab", pair("vit"), strict=True))
+
+
+def merged_hash() -> str:
+    return fingerprint_experts({"": hf_zipit.merge(experts(), inputs())})[""]
+
+
+@cache
+def expected() -> str:
+    return merged_hash()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextmanager
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+AROUND = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "float16": lambda: default_dtype(torch.float16),
+    "meta device": lambda: torch.device("meta"),
+    "inference mode": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "deterministic": deterministic,
+    "nothing": nullcontext,
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_the_merge_is_the_same_whatever_surrounds_it(name: str) -> None:
+    before = expected()
+    around: AbstractContextManager = AROUND[name]()
+    with around:
+        dtype = torch.get_default_dtype()
+        assert merged_hash() == before
+        assert torch.get_default_dtype() == dtype
+
+
+def test_what_comes_out_of_inference_mode_can_be_trained() -> None:
+    with torch.inference_mode():
+        merged = hf_zipit.merge(experts(), inputs())
+    merged.train()(pixel_values=inputs(), task="a").logits.sum().backward()
+
+
+def test_random_states_are_as_before() -> None:
+    expected()
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    merged_hash()
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (np.random.get_state()[1] == states[1]).all()
+    assert random.getstate() == states[2]
+
+
+def test_experts_come_back_bit_for_bit() -> None:
+    before = fingerprint_experts(experts())
+    merged_hash()
+    assert fingerprint_experts(experts()) == before
+    assert all(parameter.requires_grad for parameter in experts()["a"].parameters())
+
+
+def test_merges_in_threads_are_right_and_leave_initialisation_alone() -> None:
+    before, threads = expected(), torch.get_num_threads()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: merged_hash(), range(8)))
+    assert found == [before] * 8
+    assert torch.get_num_threads() == threads
+    weight = torch.zeros(4, 4)
+    torch.nn.init.normal_(weight)
+    assert weight.abs().sum() > 0
