@@ -158,4 +158,28 @@ def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
             f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, "
             "which transformers does not have; load the model yourself and pass it"
         )
-    return model_class.from_pretrained(source, config=config, revision=revision, dtype=torch.float32)
+    model, found = model_class.from_pretrained(
+        source, config=config, revision=revision, dtype=torch.float32, output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, by name
+    )  # fmt: skip
+    if wrong := damage(found):
+        raise ExpertError(
+            f"the expert {task!r} is damaged: {source} {wrong}, so that it would not compute what was trained; "
+            "save it again from where it is whole"
+        )
+    return model
+
+
+def damage(found: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint, of the loading info of `from_pretrained`; None where every tensor was found."""
+    kinds = {
+        "missing_keys": "lacks {}",
+        "unexpected_keys": "has {}, which its class does not know",
+        "mismatched_keys": "has another shape than its configuration says in {}",
+    }
+    for kind, text in kinds.items():
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return text.format(f"the tensor {names[0]}{more}")
+    return None

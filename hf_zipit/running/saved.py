@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError, OutputError, ZipItError
+from hf_zipit.experts.loading import damage
 from hf_zipit.hub.reasons import why
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder
@@ -34,7 +35,10 @@ def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
                 f"{source} holds a model of type {config.model_type!r}, not a merged model; merge some first."
             )
         model_class = getattr(modeling, config.architectures[0])
-        return model_class.from_pretrained(source, config=config, revision=revision).eval()
+        model, found = model_class.from_pretrained(source, config=config, revision=revision, output_loading_info=True)
+        if wrong := damage(found):
+            raise ExpertError(f"The merged model {source} is damaged: it {wrong}; save it again, or merge again.")
+        return model.eval()
     except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
         if isinstance(error, ZipItError):
             raise
