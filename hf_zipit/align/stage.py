@@ -1,4 +1,4 @@
-"""The alignment of a trunk: what the methods look at, taken from moments and experts, and the maps they find."""
+"""The alignment of a trunk: what the methods read, taken from moments and experts, and the maps they find."""
 
 from __future__ import annotations
 
