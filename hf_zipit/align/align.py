@@ -66,7 +66,7 @@ def align(
         seed: of everything that methods draw.
 
     Returns:
-        One map for every movable space, in the spec's order, but for rotary ones that no method turns: without a map
+        One map for every movable space, in the spec's order, but for rotary ones that no method rotates: without a map
         they keep their units. Heads are always matched one-to-one.
 
     Raises:
@@ -77,9 +77,9 @@ def align(
     choices = _choices(spec, default, residual, overrides or {})
     _check(spec, correlations, experts)
     _check_widths(resized(choices, spec, experts), widenable, spec)
-    unturned = [name for name, choice in choices.items() if _keeps_units(choice, spec.spaces[name])]
-    spec = spec.with_fixed(unturned, "its method does not turn pairs")
-    choices = {name: choice for name, choice in choices.items() if name not in unturned}
+    kept = [name for name, choice in choices.items() if _keeps_units(choice, spec.spaces[name])]
+    spec = spec.with_fixed(kept, "its method does not rotate pairs")
+    choices = {name: choice for name, choice in choices.items() if name not in kept}
     network = Network(spec, experts, correlations, weights, {}, widenable, covariances or {}, seed)
     rotated = _rotations(network, choices, default) if residual == "orthogonal" else {}
     solver = Solver(network, rotated)
@@ -212,7 +212,7 @@ def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Ov
 
 
 def _keeps_units(choice: Choice, space: Space) -> bool:
-    """Whether a method is not for a space that allows turns of its pairs and nothing else."""
+    """Whether a method is not for a space that allows rotations of its pairs and nothing else."""
     return space.symmetry is Symmetry.ROTARY and space.symmetry < choice.method.least
 
 
@@ -269,7 +269,7 @@ def _check(spec: MergeSpec, correlations: Mapping[ProductKey, Tensor], experts: 
         if tuple(correlation.shape) != (size, size):
             raise DataError(
                 f"The correlations of {' x '.join(key)} are {list(correlation.shape)} where {experts} experts need "
-                f"[{size}, {size}]; observe these experts anew."
+                f"[{size}, {size}]; observe these experts again."
             )
         if not torch.isfinite(correlation).all():
             raise DataError(f"The correlations of {' x '.join(key)} are not finite; an expert's activations are not.")

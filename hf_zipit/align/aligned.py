@@ -23,7 +23,7 @@ STATISTICS = ("running_mean", "running_var")
 
 
 def comparable(network: Network) -> tuple[str, ...]:
-    """The names of the weights that say something about how alike the experts' units are.
+    """The names of the weights that say something about how similar the experts' units are.
 
     Left out are a task's own head, whose classes mean something else in every expert; the scales of folded norms, all
     ones; running statistics; integers; tensors that some expert lacks or has in another shape; and second names of
@@ -37,8 +37,8 @@ def comparable(network: Network) -> tuple[str, ...]:
             continue
         in_head = any(name == prefix or name.startswith(f"{prefix}.") for prefix in network.spec.head)
         shape = first[name].shape
-        alike = all(name in other and other[name].shape == shape for other in others)
-        if alike and not in_head and name.rpartition(".")[2] not in STATISTICS:
+        shared = all(name in other and other[name].shape == shape for other in others)
+        if shared and not in_head and name.rpartition(".")[2] not in STATISTICS:
             memory = tuple((own[name].data_ptr(), own[name].stride()) for own in network.weights)
             names.setdefault((memory, labels), name)
     return tuple(names.values())

@@ -1,4 +1,4 @@
-"""Circuits with a space inside: how alike two of them are, and the change of basis that makes them most alike.
+"""Circuits with a space inside: how similar two of them are, and the change of basis that makes them most similar.
 
 A holds all that writes the space and B all that reads it, both `[d, everything else]`, a bias being one more column.
 
@@ -6,10 +6,10 @@ A holds all that writes the space and B all that reads it, both `[d, everything 
   are compared without being formed: <A^T B, A'^T B'> = sum (A A'^T) * (B B'^T). Both sides are brought into *balanced*
   coordinates h, in which A A^T = B B^T; what is left is a rotation O, by Procrustes on A and B together. So
   g = h_a^-1 O h_b, which a copy in another basis fulfils exactly, and which is inverted when experts are exchanged.
-- Where a rotary embedding stands in between, only turns of the pairs of units are, the same for A and B. A pair is one
-  complex unit, a its row of A and b its row of B; the embedding multiplies it by a number that depends on positions,
-  so that every pair has a circuit a b^H of its own, compared by Re <a, a'> <b', b>. The best turn is the one by the
-  argument of <a', a> + <b', b>.
+- Where a rotary embedding stands in between, only rotations of the pairs of units are, the same for A and B. A pair is
+  one complex unit, a its row of A and b its row of B; the embedding multiplies it by a number that depends on
+  positions, so that every pair has a circuit a b^H of its own, compared by Re <a, a'> <b', b>. The best rotation is
+  the one by the argument of <a', a> + <b', b>.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class Bases:
     """What a symmetry means for circuits.
 
     Attributes:
-        likeness: of A, B, A' and B', `[heads, copies or 1, d, everything else]` each, the inner products of the
+        similarity: of A, B, A' and B', `[heads, copies or 1, d, everything else]` each, the inner products of the
             circuits, `[heads, copies or 1, heads', copies' or 1]`.
         matrices: of A, B, A' and B' of one head, `[d, everything else]` each, the change of basis that takes the
             primed circuit into the coordinates that the other one is compared in, and its inverse, `[d, d]`.
     """
 
-    likeness: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    similarity: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     matrices: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 # Any invertible map --------------------------------------------------------------------------------------------------
 
 
-def circuit_likeness(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
+def circuit_similarity(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
     """<A^T B, A'^T B'>; see `Bases`."""
     return (_products(write, write_b) * _products(read, read_b)).sum((2, 5))
 
@@ -60,8 +60,8 @@ def basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> t
     """
     to_a, from_a = balance(write_a, read_a)
     to_b, from_b = balance(write_b, read_b)
-    turned, _ = rotation(to_a @ write_a @ (to_b @ write_b).T + from_a.T @ read_a @ (from_b.T @ read_b).T)
-    return turned @ to_b, from_b @ turned.T
+    rotated, _ = rotation(to_a @ write_a @ (to_b @ write_b).T + from_a.T @ read_a @ (from_b.T @ read_b).T)
+    return rotated @ to_b, from_b @ rotated.T
 
 
 def balance(write: Tensor, read: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,10 +92,10 @@ def _products(x: Tensor, y: Tensor) -> Tensor:
     return (x.flatten(0, 2) @ y.flatten(0, 2).T).reshape(*x.shape[:3], *y.shape[:3])
 
 
-# Turns of pairs ------------------------------------------------------------------------------------------------------
+# Rotations of pairs -------------------------------------------------------------------------------------------------
 
 
-def pair_likeness(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
+def pair_similarity(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
     """The sum over pairs of Re <a, a'> <b', b>; see `Bases`."""
     writing, reading = (
         torch.einsum("hcnr,kmnr->hckmn", as_pairs(x).conj(), as_pairs(y))
@@ -105,13 +105,13 @@ def pair_likeness(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) 
 
 
 def pair_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The turn of every pair that brings b's circuit nearest to a's, and the turn back, float64 `[d, d]`."""
+    """The rotation of every pair that brings b's circuit nearest to a's, and the one back, float64 `[d, d]`."""
     sides = ((write_a, write_b), (read_a, read_b))
     product = sum((as_pairs(a) * as_pairs(b).conj()).sum(-1) for a, b in sides)
     # A pair that nothing writes or reads stays as it is.
     angles = torch.where(product.abs() > SMALLEST * product.abs().max(), product.angle(), 0.0)
-    turned = pair_rotations(angles)
-    return turned, turned.mT
+    rotated = pair_rotations(angles)
+    return rotated, rotated.mT
 
 
 def as_pairs(x: Tensor) -> Tensor:
@@ -121,7 +121,7 @@ def as_pairs(x: Tensor) -> Tensor:
 
 
 FREE: Mapping[Symmetry, Bases] = {
-    Symmetry.LINEAR: Bases(circuit_likeness, basis),
-    Symmetry.ROTARY: Bases(pair_likeness, pair_basis),
+    Symmetry.LINEAR: Bases(circuit_similarity, basis),
+    Symmetry.ROTARY: Bases(pair_similarity, pair_basis),
 }
 """By symmetry; spaces of others are matched unit by unit."""

@@ -1,4 +1,4 @@
-"""Circuits compared: which heads of two experts are alike, and the change of basis inside a pair of heads.
+"""Circuits compared: which heads of two experts are similar, and the change of basis inside a pair of heads.
 
 The cosines of any two heads' circuits (`circuit_bases.py`), summed over query-key and output-value circuits, score the
 pair, and ONE assignment on the scores pairs the heads of a layer. Grouped queries: the copies inside two key/value
@@ -88,7 +88,7 @@ def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map
         maps: of all other spaces.
 
     Returns:
-        The maps of the family's members, to the expert whose circuits are most like the others', in its balanced
+        The maps of the family's members, to the expert whose circuits are most similar to the others', in its balanced
         coordinates: those do not depend on the basis that any expert came in.
     """
     sides = Sides.of(family, network, maps)
@@ -118,7 +118,7 @@ def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which of expert b's heads is each of a's, `[heads]`, which copy inside it, `[heads, copies]`, and how alike."""
+    """Which of expert b's heads is each of a's, `[heads]`, which copy in it, `[heads, copies]`, and how similar."""
 
     heads: Tensor
     copies: Tensor
@@ -224,7 +224,7 @@ class Sides:
         terms = []
         for name, sides in self.inner.items():
             if all(side.shape[-1] for side in sides[a]):
-                terms.append(self.free[name].likeness(*sides[a], *sides[b]))
+                terms.append(self.free[name].similarity(*sides[a], *sides[b]))
         for x, y in zip(self.direct[a], self.direct[b], strict=True):
             product = x.flatten(0, 1) @ y.flatten(0, 1).T
             terms.append(product.reshape(*x.shape[:2], *y.shape[:2]))

@@ -35,7 +35,7 @@ def holds_blocks(name: str, spec: MergeSpec, observed: Iterable[ProductKey]) -> 
 
 
 def block_scores(similarity: Tensor, units: int) -> Tensor:
-    """How alike blocks of different experts are: the best assignment of the units inside them.
+    """How similar blocks of different experts are: the best assignment of the units inside them.
 
     Args:
         similarity: `[T, n * units, T, n * units]`.

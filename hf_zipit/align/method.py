@@ -42,7 +42,7 @@ class Method:
     Attributes:
         name: what recipes call it.
         function: the matcher or aligner; its keyword-only parameters are the method's options.
-        needs: what it looks at: a subset of `{"moments", "covariances", "weights", "widths"}`. A matcher that needs
+        needs: what it reads: a subset of `{"moments", "covariances", "weights", "widths"}`. A matcher that needs
             covariances is given them in place of correlations.
         scope: `"space"` for a matcher of one space, `"network"` for an aligner of all spaces at once.
         least: the smallest symmetry of the spaces that a method is for. Others are matched by `permute`, or keep their

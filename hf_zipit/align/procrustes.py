@@ -4,7 +4,7 @@ O = argmax <x_a, O x_b> over orthogonal matrices is U V^T of the singular value 
 x_a x_b^T (Generalised linear mode connectivity for transformers, arXiv 2506.22712). LayerNorm allows only rotations
 that keep the vector of ones: then the same is solved on its orthogonal complement.
 
-What must hold: exchanging the experts inverts the rotation; a rotated copy is turned back exactly, wherever it varies.
+Invariants: exchanging the experts inverts the rotation; a rotated copy is rotated back exactly, wherever it varies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_zipit.maps.space_map import LinearMap, Map
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
-UNTURNED = 1e-9
+UNROTATED = 1e-9
 """What counts for leaving units as they are, relative to the largest singular value: decides for directions in which
 nothing varies."""
 
@@ -63,8 +63,8 @@ def rotations_to_reference(products: Tensor, *, ones: bool = False) -> tuple[int
     total = torch.zeros(experts, dtype=torch.float64)
     found = {}
     for a, b in combinations(range(experts), 2):
-        found[a, b], likeness = rotation(products[a, :, b], ones=ones)
-        total[[a, b]] += likeness / float(own[a] * own[b])
+        found[a, b], similarity = rotation(products[a, :, b], ones=ones)
+        total[[a, b]] += similarity / float(own[a] * own[b])
     reference = int(total.argmax())
     matrices = torch.eye(units, dtype=torch.float64).repeat(experts, 1, 1)
     for t in range(experts):
@@ -83,12 +83,12 @@ def rotation(product: Tensor, *, ones: bool = False) -> tuple[Tensor, float]:
     if ones:
         frame = complement_of_ones(len(product)).to(product)
         inner, _ = rotation(frame.T @ product @ frame)
-        turned = frame @ inner @ frame.T + 1.0 / len(product)
+        rotated = frame @ inner @ frame.T + 1.0 / len(product)
     else:
         scale = torch.linalg.matrix_norm(product, 2).clamp_min(1e-300)
-        u, _, vh = torch.linalg.svd(product / scale + UNTURNED * torch.eye(len(product)).to(product))
-        turned = u @ vh
-    return turned, float((product * turned).sum())
+        u, _, vh = torch.linalg.svd(product / scale + UNROTATED * torch.eye(len(product)).to(product))
+        rotated = u @ vh
+    return rotated, float((product * rotated).sum())
 
 
 def complement_of_ones(units: int) -> Tensor:

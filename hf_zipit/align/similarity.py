@@ -1,4 +1,4 @@
-"""How alike two experts' units are, for a space together with the spaces that live within it (weights only).
+"""How similar two experts' units are, for a space together with the spaces that live within it (weights only).
 
 A space that stands alone and those within it (`head_dim` within heads) are one *family*, solved in one go. Every pair
 of blocks (heads) is scored by the best assignment of what is inside them, summed over all parameters: Q, K, V and O.
@@ -53,7 +53,7 @@ def families(spec: MergeSpec) -> dict[str, Family]:
 
 @dataclass
 class Similarity:
-    """How alike the units of one family are, of `size` blocks (heads, or single units) with spaces inside.
+    """How similar the units of one family are, of `size` blocks (heads, or single units) with spaces inside.
 
     Attributes:
         units: the number of units in a block, by inner space.

@@ -25,7 +25,7 @@ def factor_indices(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: in
     Args:
         key: the factors, major to minor; a space's `within` must be among them.
         maps: maps of the movable spaces; a space without one keeps its units. A change of basis (`LinearMap`) groups
-            no units, so they are numbered as they are: `turn` mixes them afterwards.
+            no units, so they are numbered as they are: `change_basis` mixes them afterwards.
         spec: their sizes and what they live within.
         expert: whose units.
 
@@ -90,7 +90,7 @@ def factors_first(
     return spread.reshape(*spread.shape[: len(front)], -1)
 
 
-def turn(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
+def change_basis(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     """One expert's tensor after the changes of basis of one axis: g_t on factors it holds, g_t^-T on those it reads.
 
     Args:
@@ -113,8 +113,8 @@ def turn(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, spec: Mer
             order = [*outer, *(i for i in range(x.dim()) if i not in (*outer, place)), place]
             matrix = found.inverses[expert].mT if factor.dual else found.matrices[expert]
             y = x.permute(order)
-            turned = y.reshape(*y.shape[: len(outer)], -1, y.shape[-1]) @ matrix.to(x).mT
-            x = turned.reshape(y.shape).permute([order.index(i) for i in range(x.dim())])
+            mixed = y.reshape(*y.shape[: len(outer)], -1, y.shape[-1]) @ matrix.to(x).mT
+            x = mixed.reshape(y.shape).permute([order.index(i) for i in range(x.dim())])
     return x.flatten(first).movedim(-1, axis)
 
 
@@ -126,7 +126,7 @@ def trace_out(
     Args:
         correlation: `[T * size, T * size]` of the product `key`.
         key: the product's factors, major to minor.
-        keep: the factors whose units are wanted. The first one's `within` says which merged units to keep apart.
+        keep: the factors whose units are wanted. The first one's `within` says which merged units to tell apart.
         maps: maps of all movable factors that are not kept.
         spec, experts: the spaces, and T.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.errors import SpecError
-from hf_zipit.maps.products import factor_indices, merged_index, merged_sizes, turn
+from hf_zipit.maps.products import change_basis, factor_indices, merged_index, merged_sizes
 from hf_zipit.maps.rows import axes_to_merge, row_by_row
 from hf_zipit.maps.space_map import Alignment, LinearMap, SpaceMap
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, ProductKey, product_key
@@ -88,7 +88,7 @@ def _along(tensor: Tensor, axis: int, label: AxisLabel, alignment: Alignment, sp
     for size in merged_sizes(key, alignment, spec):
         shape[axis] *= size
     grouped = tensor.new_zeros(shape).index_add_(axis, index, tensor)
-    return turn(grouped, axis, label, alignment, spec, expert)
+    return change_basis(grouped, axis, label, alignment, spec, expert)
 
 
 def _vector_weight(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_zipit.align.circuit_bases import balance, basis, pair_basis, pair_likeness
+from hf_zipit.align.circuit_bases import balance, basis, pair_basis, pair_similarity
 from hf_zipit.align.circuit_pairs import CircuitFamily, circuits_of, match_family
 from hf_zipit.align.method import Network
 from hf_zipit.align.methods.cca import canonical_correlations
@@ -39,9 +39,9 @@ def near(x, y, tolerance=1e-9):
 @pytest.mark.parametrize("symmetry", [Symmetry.ORTHOGONAL, Symmetry.ORTHOGONAL_ONES])
 def test_a_rotation_is_undone(symmetry):
     x, o = random(6, 50), drawn(6, symmetry)
-    found, likeness = rotation(x @ (o @ x).T, ones=symmetry is Symmetry.ORTHOGONAL_ONES)
+    found, similarity = rotation(x @ (o @ x).T, ones=symmetry is Symmetry.ORTHOGONAL_ONES)
     near(found @ o, torch.eye(6).double(), 1e-7)
-    assert likeness == pytest.approx(float((x * x).sum()))
+    assert similarity == pytest.approx(float((x * x).sum()))
 
 
 def test_the_vector_of_ones_is_kept_whatever_the_products_say():
@@ -189,8 +189,8 @@ def test_circuits_under_a_rotary_embedding_are_compared_at_all_distances():
     """Their mean inner product over angles is what is computed, and turns of one expert's pairs change nothing."""
     sides = [random(4, 5, seed=i)[None, None] for i in range(4)]
     g = drawn(4, Symmetry.ROTARY)
-    found = pair_likeness(*sides)
-    near(pair_likeness(sides[0], sides[1], g @ sides[2], g @ sides[3]), found)
+    found = pair_similarity(*sides)
+    near(pair_similarity(sides[0], sides[1], g @ sides[2], g @ sides[3]), found)
     # Angles of which every pair goes round once, at speeds that have nothing to do with each other.
     turns = [drawn(4, Symmetry.ROTARY, seed) for seed in range(4000)]
     write, read, write_b, read_b = (side[0, 0] for side in sides)

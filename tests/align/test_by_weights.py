@@ -36,7 +36,7 @@ DETR = {"use_timm_backbone": False, "use_pretrained_backbone": False, "backbone"
 FALCON = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 EFFICIENTNET = {"image_size": 32, "width_coefficient": 1.0, "depth_coefficient": 1.0, "in_channels": [32, 16],
                 "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 2],
-                "expand_ratios": [1, 2], "depthwise_padding": [], "hidden_dim": 64}  # fmt: skip
+                "expand_ratios": [1, 2], "depthwise_padding": [], "hidden_dim": 1280}  # fmt: skip
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     # Its linear layers call `matmul`, so that no probe sees what is between those of its MLP.

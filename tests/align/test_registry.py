@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 
+import hf_zipit.align
 from hf_zipit.align.method import register
 from hf_zipit.errors import RecipeError
 from hf_zipit.registry import METHODS, RULES, Registry, check_options, options_of
@@ -64,3 +66,11 @@ def test_a_matcher_cannot_need_weights():
     with pytest.raises(ValueError, match="network"):
         register("impossible", needs={"weights"})(lambda correlation, experts: None)
     assert "impossible" not in METHODS
+
+
+def test_the_engine_imports_no_method():
+    """Methods are many, and third parties add theirs: what runs them knows them by name only, and they each other."""
+    folder = Path(hf_zipit.align.__file__).parent
+    for path in folder.rglob("*.py"):
+        assert "import hf_zipit.align.methods" not in path.read_text(), path
+        assert "from hf_zipit.align.methods" not in path.read_text(), path

@@ -2,16 +2,16 @@
 
 What an attention head computes depends on its query and key weights only through Q^T K, and on its value and output
 weights only through O V: any invertible map of the dimensions in between cancels (Elhage et al., A Mathematical
-Framework for Transformer Circuits, 2021). Compared weight by weight, two equal heads in different bases look unalike;
-their *circuits* are the same (arXiv 2506.22712).
+Framework for Transformer Circuits, 2021). Compared weight by weight, two equal heads in different bases seem to
+differ; their *circuits* are the same (arXiv 2506.22712).
 
 `circuit_pairs.py` pairs heads by that, and finds the bases inside.
 
 Streams that allow rotations (a folded model's residual) are rotated by Procrustes on all weights that read or write
-them; everything else is matched by `weights`. The three depend on each other, so they are visited in turn: first with
-the parameters that are aligned already (embeddings), then with all; the most similar end counts.
+them; everything else is matched by `weights`. The three depend on each other, so they are visited one after the other:
+first with the parameters that are aligned already (embeddings), then with all; the most similar end counts.
 
-Under rotary embeddings only turns of a head's pairs of query and key units cancel, the same for all queries of a
+Under rotary embeddings only rotations of a head's pairs of query and key units cancel, the same for all queries of a
 key/value group; their angles are found in closed form, too.
 """
 

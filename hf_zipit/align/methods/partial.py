@@ -1,18 +1,18 @@
-"""Partial merging: match one-to-one, then keep the units apart that match worst (PLeaS, arXiv 2407.02447).
+"""Partial merging: match one-to-one, and leave the units that match worst unmerged (PLeaS, arXiv 2407.02447).
 
 A unit that no other expert has anything like is lost in an average. So both experts' units stay: a merged layer then
-has k = (1 + rho) d units. What is matched is averaged; a unit that is kept apart has its own expert's weights, and is
+has k = (1 + rho) d units. What is matched is averaged; an unmerged unit has its own expert's weights, and is
 read by the matched units with its own expert's share, as every input is. With rho = 1 in all hidden spaces a layer
 computes the mean of what the experts' layers compute.
 
-One budget for the whole trunk decides every space's rho: units are kept apart in the order of what that gains per
+One budget for the whole trunk decides every space's rho: units are left unmerged in the order of what that gains per
 parameter (or multiplication) that it costs, until the budget is spent. The gain is what the matched units' similarity
 lacks to that of a unit with itself. PLeaS solves a quadratic program on measured accuracies for the shares instead.
 
-Heads are kept apart whole, with their own attention pattern. Which spaces may be wider at all is a matter of the
+Heads are left unmerged whole, with their own attention pattern. Which spaces may be wider at all is a matter of the
 architecture, which the caller finds out (`hf_zipit.assembly.widening`): the others are matched one-to-one.
 
-What must hold: units that are the same, as in a model and its permuted copy, are not kept apart.
+Invariants: units that are the same, as in a model and its permuted copy, are merged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LEAST_GAIN = 1e-5
 def match_partial(
     network: Network, *, budget: float = 1.2, of: Literal["parameters", "flops"] = "parameters"
 ) -> dict[str, SpaceMap]:
-    """Match all open spaces by activations and keep the worst pairs apart.
+    """Match all open spaces by activations and leave the worst pairs unmerged.
 
     Args:
         network: the spaces, the experts' correlations, the trunk's weights (of which only sizes are read), the maps
@@ -73,8 +73,8 @@ def match_partial(
 
 
 def _gain(network: Network, name: str, maps: Alignment) -> Tensor | None:
-    """How much keeping the members of every merged unit of a space apart gains: `[*within, k]`, or None where they
-    cannot be kept apart."""
+    """How much leaving the members of every merged unit of a space unmerged gains: `[*within, k]`, or None where
+    that cannot be done."""
     spec = network.spec
     within = spec.spaces[name].within
     inner = {space.name for space in spec.spaces.values() if name in space.within and spec.movable(space.name)}
@@ -124,7 +124,7 @@ def lacking_similarity(key: ProductKey, correlation: Tensor, maps: Alignment, sp
 def allocate(
     gains: Mapping[str, Tensor], cost: Cost, budget: float, sizes: Mapping[str, int], experts: int
 ) -> dict[str, int]:
-    """How many merged units of every space are kept apart (in every row the same number).
+    """How many units of every space are left unmerged (in every row the same number).
 
     Greedy: the units that gain most per cost first, at the costs of an expert's widths. A space whose next unit no
     longer fits is closed, the others go on.
@@ -133,8 +133,8 @@ def allocate(
         gains: by space `[*within, k]`.
         cost: of the trunk.
         budget: the limit, in experts' costs.
-        sizes: the number of merged units where nothing is kept apart.
-        experts: T: a unit that is kept apart adds T - 1.
+        sizes: the number of merged units where everything is merged.
+        experts: T: an unmerged unit adds T - 1.
     """
     queue = []
     for name, gain in gains.items():
@@ -159,7 +159,7 @@ def allocate(
 
 
 def worst_units(gain: Tensor, space_map: SpaceMap, count: int) -> Tensor:
-    """The merged units that gain most by being kept apart: int64 `[*within, count]`.
+    """The merged units that gain most by being left unmerged: int64 `[*within, count]`.
 
     Ties, as between dead units, must not depend on which expert's units the merged ones are counted by: they are
     broken by the sum of the members' numbers.
@@ -182,7 +182,7 @@ def keep_apart(space_map: SpaceMap, units: Tensor) -> SpaceMap:
 
 
 def _widened(name: str, space_map: SpaceMap, worst: Mapping[str, Tensor], spec: MergeSpec) -> SpaceMap:
-    """A space's map with its worst units apart, and with rows for the new units of what it lives within."""
+    """A space's map with its worst units unmerged, and with rows for the new units of what it lives within."""
     if name in worst:
         space_map = keep_apart(space_map, worst[name])
     for axis, outer in enumerate(spec.spaces[name].within):

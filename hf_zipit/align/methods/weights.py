@@ -9,9 +9,9 @@ nothing; a space whose surroundings have not changed since its last visit has no
 
 The descent ends in the nearest local optimum, and in a deep model whose units were permuted the many parameters that
 are not aligned yet drown the few that have a fixed axis (embeddings, inputs). So there are two starts: from identity,
-as published, and from a first round in which every space looks only at what is aligned already. The better end counts.
+as published, and from a first round in which every space reads only what is aligned already. The better end counts.
 
-What must hold: exchanging the experts inverts the maps; a visit never lowers the similarity (but where a parameter has
+Invariants: exchanging the experts inverts the maps; a visit never lowers the similarity (but where a parameter has
 one space on two axes, which are assigned as if they were independent).
 """
 
@@ -72,7 +72,7 @@ def match_weights(network: Network, *, sweeps: int = 100) -> dict[str, SpaceMap]
 class Descent:
     """Coordinate descent on one pair of experts; `orders` is where it stands.
 
-    Expert b is always looked at in its current order, so that the assignment that is found is a change of it.
+    Expert b is always seen in its current order, so that the assignment that is found is a change of it.
     """
 
     spec: MergeSpec

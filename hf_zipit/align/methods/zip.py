@@ -10,7 +10,7 @@ here the order changes nothing (but ties, of which alpha = 0 makes many). `compa
 back. A spent budget forbids all further joins of that expert's units; where k groups cannot be reached otherwise (k
 < d, or three experts whose groups block each other), the budgets are lifted for the last joins.
 
-The published code copies the whole matrix at every join and searches it anew. Here each row's maximum is cached, and
+The published code copies the whole matrix at every join and searches it again. Here each row's maximum is cached, and
 only rows whose maximum was touched are searched again. The trap in this: a negative correlation *rises* when
 multiplied by alpha < 1, so a cached maximum can also be overtaken by a joined group's column.
 
