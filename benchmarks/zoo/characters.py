@@ -29,5 +29,10 @@ def character_tokenizer(alphabet: Iterable[str], length: int, specials: Mapping[
 
 
 def encode_fixed(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Tensor:
-    """Texts that all fill the tokenizer's length, as ids `[texts, length]`."""
-    return torch.tensor(tokenizer(list(texts))["input_ids"])
+    """ASCII texts that all fill the tokenizer's length, as the ids `[texts, length]` that it would give them."""
+    table = torch.full((128,), tokenizer.unk_token_id)
+    for name, entry in tokenizer.get_vocab().items():
+        if len(name) == 1:
+            table[ord(name)] = entry
+    characters = torch.frombuffer(bytearray("".join(texts), "ascii"), dtype=torch.uint8)
+    return table[characters.long()].view(-1, tokenizer.model_max_length)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ResNetConfig
 
 from benchmarks.zoo import RECIPES, Metric, Pair, load, store
+from benchmarks.zoo.characters import encode_fixed
 from benchmarks.zoo.masking import shown
 from benchmarks.zoo.pair import IGNORED, Splits, trim
 from benchmarks.zoo.pairs import captions_clip, chars_roberta, fashion, glosses_mlm, many, text_causal
@@ -179,6 +180,8 @@ def test_characters_fill_the_length_and_blanks_are_never_hidden() -> None:
     recipe, tokenizer, splits = _data("chars-roberta")
     assert len(tokenizer) < 64
     blank = tokenizer.convert_tokens_to_ids(" ")
+    texts = [f"{place:0{chars_roberta.LENGTH}}="[-chars_roberta.LENGTH :] for place in range(3)]
+    assert encode_fixed(tokenizer, texts).tolist() == tokenizer(texts)["input_ids"]
     for task, source in {"a": timetable, "b": inflections}.items():
         text = shown(splits[task]["test"])
         assert text.shape[1] == chars_roberta.LENGTH == chars_roberta.LINES * source.WIDTH

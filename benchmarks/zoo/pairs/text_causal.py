@@ -30,7 +30,7 @@ from benchmarks.zoo.sources import gcide, stdlib
 TASKS = ("a", "b")
 ENTRIES = 20_000  # of the dictionary
 HELD_OUT = 0.1  # of the texts for validation, and as many for test
-WINDOWS = {"train": 10_000, "validation": 400, "test": 400}
+WINDOWS = {"train": 8000, "validation": 400, "test": 400}
 LENGTH = 128
 VOCABULARY = 1000
 
