@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.averages import updated
 from benchmarks.measure import EXPERTS, METHODS, REFERENCES, SEED, Row, measure_apart
 from benchmarks.zoo import RECIPES
 from hf_zipit import __version__
@@ -215,7 +216,7 @@ def main(
     page = document(rows, introduction(rows, command_line(**chosen, **differing)) + (PARTS if only_reused else ""))
     typer.echo(page)
     if out is not None:
-        write_text(out, page)
+        write_text(out, updated(page))
 
 
 if __name__ == "__main__":

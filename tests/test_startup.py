@@ -18,6 +18,7 @@ from hf_zipit import modeling
 SELDOM = {"datasets", "evaluate", "matplotlib", "optuna", "peft", "sklearn"}
 HEAVY = {*SELDOM, "torch", "transformers"}
 
+
 def ask(code: str) -> str:
     """What a fresh process prints."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)

@@ -1,0 +1,70 @@
+"""What every method keeps on average over the pairs: from the tables of the results page, into the same page.
+
+    python -m benchmarks.averages docs/results.md
+
+The default of `hf_zipit.merge` was chosen by this table.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from hf_zipit.files import write_text
+from hf_zipit.planning.auto import WITH_DATA, WITHOUT_DATA
+
+HEADING = "## On average over the pairs"
+
+REFERENCES = ("experts", "experts side by side")
+
+
+def kept(page: str) -> dict[str, dict[str, float]]:
+    """By method and pair the percentage of the experts' mean that is kept at depth 1."""
+    found: dict[str, dict[str, float]] = {}
+    for section in page.split("\n## ")[1:]:
+        pair, *lines = section.splitlines()
+        columns: list[str] = []
+        for line in lines:
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if cells[0] == "method":
+                columns = cells
+            elif columns and len(cells) == len(columns):
+                row = dict(zip(columns, cells, strict=True))
+                if row["depth"] == "1" and (share := re.match(r"([\d.]+) %", row["of experts"])):
+                    found.setdefault(row["method"], {})[pair.strip()] = float(share[1])
+    return found
+
+
+def section(page: str) -> str:
+    """The section with the means, the best first; methods that not every pair has are left out."""
+    by_method = kept(page)
+    pairs = {pair for shares in by_method.values() for pair in shares}
+    whole = {m: shares for m, shares in by_method.items() if set(shares) == pairs and m not in REFERENCES}
+    means = {method: sum(shares.values()) / len(shares) for method, shares in whole.items()}
+    lines = ["| method | mean | least |", "| --- | ---: | ---: |"]
+    for method in sorted(means, key=means.__getitem__, reverse=True):
+        lines.append(f"| {method} | {means[method]:.1f} % | {min(whole[method].values()):.1f} % |")
+    return f"""{HEADING}
+
+The share of the experts' mean that is kept at depth 1, over the {len(pairs)} pairs below (`python -m benchmarks.averages`).
+`hf_zipit.merge(experts, calibration)` does what *{WITH_DATA} + refit* does: it is level with the best and, unlike averaging,
+exact for experts that are near each other or reordered copies. `hf_zipit.merge(experts)`, without data, does what
+*{WITHOUT_DATA}* does, the best of the methods that need none.
+
+{chr(10).join(lines)}
+"""
+
+
+def updated(page: str) -> str:
+    """The page with the section before the first pair's."""
+    if HEADING in page:
+        start = page.index(HEADING)
+        page = page[:start] + page[page.index("\n## ", start + 1) + 1 :]
+    first = page.index("\n## ") + 1
+    return f"{page[:first]}{section(page)}\n{page[first:]}"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/results.md")
+    write_text(path, updated(path.read_text(encoding="utf-8")))
