@@ -8,8 +8,8 @@ A holds all that writes the space and B all that reads it, both `[d, everything 
   g = h_a^-1 O h_b, which a copy in another basis fulfils exactly, and which is inverted when experts are exchanged.
 - Where a rotary embedding stands in between, only rotations of the pairs of units are, the same for A and B. A pair is
   one complex unit, a its row of A and b its row of B; the embedding multiplies it by a number that depends on
-  positions, so that every pair has a circuit a b^H of its own, compared by Re <a, a'> <b', b>. The best rotation is the
-  one by the argument of <a', a> + <b', b>.
+  positions, so that every pair has a circuit a b^H of its own, compared by Re <a, a'> <b', b>. The best rotation is
+  the one by the argument of <a', a> + <b', b>.
 """
 
 from __future__ import annotations
