@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import nn
 
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.hub.cache import commit_of, local_folder
+from hf_zipit.schema import Plain
 
 PACKAGES = ("hf-zipit", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "numpy", "scipy")
 
@@ -29,7 +30,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(Plain):
     """Where one expert came from.
 
     Attributes:
@@ -50,7 +51,7 @@ class Origin:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; what is not known is left out."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}
+        return {key: value for key, value in super().to_dict().items() if value}
 
 
 def origins(experts: Mapping[str, nn.Module]) -> dict[str, Origin]:

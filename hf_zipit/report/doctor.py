@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from hf_zipit.report.tables import new_table
+from hf_zipit.schema import Plain
 
 EXTRAS = (
     ("peft", "peft", "experts that are LoRA adapters"),
@@ -25,16 +25,13 @@ EXTENSION = "~/.local/share/hf/extensions/hf-zipit/manifest.json"
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Plain):
     """One finding: `remedy` says what to do where it is not good."""
 
     what: str
     found: str
     good: bool = True
     remedy: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def examine() -> list[Check]:

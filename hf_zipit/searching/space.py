@@ -22,6 +22,7 @@ from hf_zipit.config import AUTO, MergeConfig, RefitConfig
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.sections import REFIT, real_method
 from hf_zipit.registry import METHODS, check_options, suggestion
+from hf_zipit.schema import Plain
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ Choose = Callable[[str, Choices], Any]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Plain):
     """One point of the space.
 
     Attributes:
@@ -69,15 +70,6 @@ class Setting:
             settings, method=real_method(self.method), options=self.options, depth=self.depth, residual=self.residual,
             refit=AUTO if real_method(self.method) == AUTO and self.refit is None else self.refit,
         )  # fmt: skip
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "depth": self.depth,
-            "residual": self.residual,
-            "options": dict(self.options),
-            "refit": dict(self.refit) if self.refit is not None else None,
-        }
 
     def details(self) -> str:
         """Everything but method and depth, for a table: `alpha 0.3, beta 1, residual identity`."""
