@@ -123,7 +123,7 @@ def test_bad_input_is_one_sentence(call, tmp_path, vits):
     assert "did you mean 'zip'" in error(call("merge", *two, "-m", "zpi"))
     assert "from 0 to 1" in error(call("merge", *two, "-d", "2"))
     assert "is no block" in error(call("merge", *two, "-d", "vit.layers.7"))
-    assert "no merged model" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits"))
+    assert "not a merged one" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits"))
     assert "did you mean 'sklearn-digits'" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digit"))
     assert "OLD=NEW" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--column", "a"))
     assert "--samples" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--streaming"))

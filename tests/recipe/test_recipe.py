@@ -276,7 +276,7 @@ def test_the_recipe_beside_the_model_is_the_one_that_ran(result):
 def test_foreign_files_stop_a_run_before_it_starts(tmp_path):
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no saved model"):
+    with pytest.raises(OutputError, match="not a saved model"):
         tiny(tmp_path)
 
 
