@@ -61,7 +61,7 @@ def sweep(
     with working(quiet) as say:
         from dataclasses import replace
 
-        from hf_zipit.files import check_writable, replacing
+        from hf_zipit.files import check_writable
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT
         from hf_zipit.running.run import run_recipe
@@ -83,13 +83,10 @@ def sweep(
         if plot is not None and result.experts is None:
             say(f"these models have no classes, so there is no accuracy to draw into {plot}")
         elif plot is not None:
-            from hf_zipit.report.plots import accuracy_over_depth
+            from hf_zipit.report.plots import accuracy_over_depth, save_picture
 
-            with replacing(plot) as beside:
-                accuracy_over_depth(result.rows, result.experts, title=loaded.name).savefig(
-                    beside, format="png", dpi=160
-                )
-            result = replace(result, plot=plot)
+            picture = accuracy_over_depth(result.rows, result.experts, title=loaded.name)
+            result = replace(result, plot=save_picture(picture, plot))
     print_result(result, as_json)
 
 

@@ -24,7 +24,7 @@ from hf_zipit.hub.cache import is_repo
 from hf_zipit.hub.processors import FOLDER
 from hf_zipit.modeling.hub import companion
 from hf_zipit.refit import RefitReport
-from hf_zipit.report.plots import accuracy_over_depth, refit_errors
+from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
 from hf_zipit.report.tables import EXPERTS, accuracies, score_lines
 
@@ -281,10 +281,9 @@ def write_card(
     result, recipe = Result.of(model, title), recipe_text(model, title)
     report = None if result.changed else RefitReport.of(model)
     if report:
-        refit_errors(report, folder / REFIT_PICTURE, f"{title}: error of the refit, by module")
+        save_picture(refit_picture(report, f"{title}: error of the refit, by module"), folder / REFIT_PICTURE)
     if draws_curve(result):
-        figure = accuracy_over_depth(result.curve, result.experts, title=title)
-        figure.savefig(folder / DEPTH_PICTURE, dpi=130)
+        save_picture(accuracy_over_depth(result.curve, result.experts, title=title), folder / DEPTH_PICTURE)
     if recipe:
         write_text(folder / RECIPE, recipe)
     return write_text(folder / CARD, card_text(model, result, recipe, repo_id, tags))
