@@ -1,4 +1,4 @@
-"""Skeletons: empty models of the experts' class, one for every task, with that task's labels and nothing tied."""
+"""Empty models: models of the experts' class, one for every task, with that task's labels and nothing tied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def source_class(architecture: str | None) -> type[PreTrainedModel]:
     """The class of that name in `transformers`.
 
     Raises:
-        ZipItError: there is none, or it is no model.
+        ZipItError: there is none, or it is not a model.
     """
     if not architecture:
         raise ZipItError("The configuration has no source_architecture; name the experts' class in transformers.")
@@ -26,7 +26,7 @@ def source_class(architecture: str | None) -> type[PreTrainedModel]:
         close = difflib.get_close_matches(architecture.lower(), names, n=1)
         hint = f"; did you mean '{names[close[0]]}'?" if close else "."
         raise ZipItError(
-            f"The source architecture '{architecture}' is no model of transformers {transformers.__version__}{hint}"
+            f"The source architecture '{architecture}' is not a model of transformers {transformers.__version__}{hint}"
         )
     return found
 

@@ -4,7 +4,7 @@ A branch is a whole source model in which every shared module is replaced by a `
 the trunk's module but does not own it, so the module's tensors appear under `trunk.` only. In a joint forward
 (`run_together`) the first branch computes the shared modules, the others get the remembered outputs.
 
-What must hold: a joint forward runs every shared module once; its result equals running the branches one by one; and a
+Invariants: a joint forward runs every shared module once; its result equals running the branches one by one; and a
 deep copy of the model reads the copy's trunk.
 """
 

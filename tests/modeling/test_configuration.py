@@ -104,8 +104,8 @@ def test_bad_tasks_are_named(settings: dict, message: str) -> None:
     [
         ({}, "no tasks"),
         ({"tasks": ["a"]}, "no source_architecture"),
-        ({"tasks": ["a"], "source_architecture": "VitModel"}, "'VitModel' is no model .* did you mean 'ViTModel'"),
-        ({"tasks": ["a"], "source_architecture": "ViTConfig"}, "is no model"),
+        ({"tasks": ["a"], "source_architecture": "VitModel"}, "'VitModel' is not a model .* did you mean 'ViTModel'"),
+        ({"tasks": ["a"], "source_architecture": "ViTConfig"}, "is not a model"),
         ({"tasks": ["a"], "source_architecture": "ViTModel"}, "no source_config"),
     ],
 )
