@@ -85,6 +85,22 @@ def divide(calibration: Calibration, share: float, seed: int = 0) -> tuple[Calib
     return calibration.select(rest), calibration.select(held)
 
 
+def read_divided(
+    calibration: Any, validation: Any, experts: Mapping[str, PreTrainedModel], share: float, seed: int, **reading: Any
+) -> tuple[Calibration, Calibration]:
+    """What merges may read, and what is held out: of the validation data, or a share of the calibration data.
+
+    Args:
+        calibration, validation: data as for `Calibration`, whose settings `reading` are; the second may be None.
+        experts: that read it.
+        share, seed: see `divide`.
+    """
+    data = Calibration.of(calibration, **reading).read(experts)
+    if validation is None:
+        return divide(data, share, seed)
+    return data, Calibration.of(validation, **reading).read(experts)
+
+
 def limit(calibration: Calibration, samples: int, seed: int = 0) -> Calibration:
     """At most `samples` samples of every task, drawn without replacement."""
     drawn = {
