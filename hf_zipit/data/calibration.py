@@ -62,7 +62,7 @@ class CalibrationBatch:
     @property
     def inputs(self) -> Inputs:
         """The model's keyword arguments: tensors `[samples, ...]`."""
-        return {name: tensor for name, tensor in self.columns().items() if name != LABELS}
+        return without_labels(self.columns())
 
     @property
     def samples(self) -> int:
@@ -271,19 +271,23 @@ class Calibration:
 
         A last one of a single sample joins the one before it: a BatchNorm in training cannot take it alone.
         """
-        rounds = [
-            [batch.inputs for batch in found if batch is not None] for found in zip_longest(*self._streams.values())
-        ]
-        if len(rounds) > 1 and sum(map(size_of, rounds[-1])) == 1:
+        rounds = [[batch for batch in found if batch is not None] for found in zip_longest(*self._streams.values())]
+        if len(rounds) > 1 and sum(batch.samples for batch in rounds[-1]) == 1:
             rounds[-2:] = [rounds[-2] + rounds[-1]]
-        return (join(found, self.inputs.pad) for found in rounds[self.process :: self.processes])
+        for found in rounds[self.process :: self.processes]:
+            yield join([batch.inputs for batch in found], self.inputs.pad)
 
     # -------------------------------------------------------------------------------------------- parts of it
 
     def whole(self, task: str | None) -> Inputs:
-        """All samples of a task (of the one collection for all tasks, where there is one), with their `labels`."""
-        stream = self._streams[task if task in self._streams else None]
-        return join([batch.columns() for batch in stream], self.inputs.pad)
+        """All samples of a task (of the one collection for all tasks, where there is one), with their `labels`.
+
+        Labels that do not fit the inputs, such as those of words where the model reads tokens, are left out.
+        """
+        batches = self._streams[task if task in self._streams else None]
+        even = even_out([batch.columns() for batch in batches], self.inputs.pad)
+        fitting = len({part[LABELS].shape[1:] if LABELS in part else None for part in even}) == 1
+        return join([part if fitting else without_labels(part) for part in even], self.inputs.pad)
 
     def select(self, rows: Mapping[str | None, Sequence[int]]) -> Calibration:
         """Calibration data of some samples, by task, in the order of their positions."""
@@ -338,7 +342,7 @@ def check_values(inputs: Mapping[str, Tensor], where: str) -> None:
     """Raise DataError for numbers that no model can compute with: one would make all of the merged model NaN."""
     for name, tensor in inputs.items():
         if tensor.is_floating_point() and not bool((tensor.abs() <= LARGEST).all()):
-            wrong = ~(tensor.abs() <= LARGEST).flatten(1)
+            wrong = ~(tensor.abs() <= LARGEST).reshape(len(tensor), -1)
             sample = int(wrong.any(1).nonzero()[0])
             value = float(tensor[sample].flatten()[wrong[sample]][0])
             raise DataError(
@@ -375,6 +379,11 @@ def _where(task: str | None) -> str:
 def size_of(inputs: Mapping[str, Tensor]) -> int:
     """The number of samples."""
     return len(next(iter(inputs.values())))
+
+
+def without_labels(columns: Mapping[str, Tensor]) -> Inputs:
+    """The model's keyword arguments among the columns."""
+    return {name: tensor for name, tensor in columns.items() if name != LABELS}
 
 
 def pieces(inputs: Mapping[str, Tensor], size: int) -> Iterator[Inputs]:

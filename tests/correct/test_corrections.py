@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from hf_zipit.data.batches import Batches, pieces
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit import merge, plan
 from hf_zipit.align.stage import align_trunk
-from hf_zipit.correct.correction import check_corrections
+from hf_zipit.config import correction_options
+from hf_zipit.correct.correction import register
 from hf_zipit.correct.repair import is_folding, repair
 from hf_zipit.correct.rescale_shift import chosen_sites, expert_statistics, to_own_average
 from hf_zipit.correct.sites import Site, layers
+from hf_zipit.correct.stage import correct
 from hf_zipit.correct.statistics import Statistics, UnitSums, measure, shared_statistics
-from hf_zipit.errors import DataError, RecipeError, ZipItError
+from hf_zipit.data.calibration import Calibration, pieces
+from hf_zipit.errors import DataError, ExpertError, RecipeError, ZipItError
 from hf_zipit.modeling.rescale import Affine
-from hf_zipit.observation import observe
+from hf_zipit.observation import gather_moments, observe
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import CORRECTIONS
 from hf_zipit.symmetry.proof import model_tensors
@@ -77,16 +80,29 @@ def calibration(name: str) -> dict[str, dict[str, Tensor]]:
 
 
 def merged(name: str, **settings: object) -> PreTrainedModel:
-    return merge(experts(name), calibration(name), batch_size=64, **settings)
+    return merge(experts(name), calibration(name), **{"method": "zip", "batch_size": 64, **settings})
 
 
-def planned_and_aligned(name: str) -> tuple[Plan, Mapping[str, object], Batches]:
-    """What `merge` with its defaults finds on the way."""
-    models = experts(name)
-    planned = plan(models)
-    moments = observe(planned.spec, models, calibration(name), batch_size=64)
-    batches = Batches.of(calibration(name), models, batch_size=64, moments=moments)
-    return planned, align_trunk(models, planned, moments, "zip"), batches
+def planned_and_aligned(name: str) -> tuple[Plan, Mapping[str, object], Calibration]:
+    """What `merged` finds on the way."""
+    planned = plan(experts(name), method="zip")
+    data = Calibration(calibration(name), batch_size=64).read(planned.experts)
+    return planned, align_trunk(planned, observe(planned, data)), data
+
+
+class Process(Accelerator):
+    """One of several processes that run one after the other; what they sum up is kept, and is only their own."""
+
+    def __init__(self, number: int, count: int) -> None:
+        super().__init__(cpu=True)
+        self.number, self.count, self.sums = number, count, []
+
+    process_index = property(lambda self: self.number)
+    num_processes = property(lambda self: self.count)
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
+        self.sums.append(tensor.clone())
+        return tensor
 
 
 def gap(found: Statistics, wanted: Statistics) -> float:
@@ -122,7 +138,7 @@ def test_model_with_itself_stays_that_model(name: str, correction: str):
     """Its BatchNorm statistics are those of the calibration data, so that a reset has nothing to change."""
     model = awake(in_general_position(tiny.build(name), torch.Generator().manual_seed(1)))
     inputs = example_inputs(model)
-    result = merge({"a": model, "b": model}, inputs, corrections=[correction], batch_size=64)
+    result = merge({"a": model, "b": model}, inputs, method="zip", corrections=[correction], batch_size=64)
     for task in TASKS:
         assert_same(outputs(result, inputs, model, task=task), outputs(model, inputs, model), 1e-4)
 
@@ -132,7 +148,7 @@ def test_model_with_reordered_copy_under_all_corrections(name: str):
     """Units in another order have the same statistics; BatchNorm is asked elsewhere."""
     it = invariant_case(name)
     models = {"a": it.model, "b": it.moved}
-    result = merge(models, dict(it.inputs), corrections=["repair", "rescale-shift"])
+    result = merge(models, dict(it.inputs), method="zip", corrections=["repair", "rescale-shift"])
     for task, model in models.items():
         assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
 
@@ -172,7 +188,7 @@ def test_refit_can_come_before(correction: str):
     for task, model in experts("resnet-basic").items():
         logits = outputs(result, data("resnet-basic", task), model, task=task)["logits"]
         assert logits.isfinite().all()
-    assert list(result.config.method["corrections"]) == [correction]
+    assert result.config.method["corrections"] == [{correction: {}}]
 
 
 @each_correction
@@ -236,7 +252,7 @@ def test_batchnorm_reset_counts_samples_not_batches():
     """The first norm sees the images through one convolution: its mean over uneven batches is that over all images."""
     name = "resnet-basic"
     uneven = {task: {"pixel_values": data(name, task)["pixel_values"][:11]} for task in TASKS}
-    settings = {"method": "identity", "corrections": ["batchnorm-reset"], "progress": False}
+    settings = {"method": "identity", "corrections": ["batchnorm-reset"]}
     results = [merge(experts(name), uneven, batch_size=size, **settings) for size in (4, 64)]
     (batched, *_), (whole, *_) = (list(norms(result.trunk).values()) for result in results)
     torch.testing.assert_close(batched.running_mean, whole.running_mean)
@@ -246,25 +262,22 @@ def test_batchnorm_reset_counts_samples_not_batches():
 def test_batchnorm_reset_is_the_same_over_several_processes():
     """Two processes, one after the other, their sums added by hand."""
     name = "resnet-basic"
-    models = experts(name)
-    planned = plan(models)
-    batches = Batches.of(calibration(name), models, batch_size=7)
+    planned = plan(experts(name), method="identity")
     function = CORRECTIONS.get("batchnorm-reset").function
 
-    def first_norm(batches: Batches) -> nn.BatchNorm2d:
+    def first_norm(accelerator: Accelerator | None) -> nn.BatchNorm2d:
+        data = Calibration(calibration(name), batch_size=7, accelerator=accelerator).read(planned.experts)
         result = merged(name, method="identity")
-        function(result, models, planned, {}, batches)
+        function(result, planned, {}, data, None)
         return next(iter(norms(result.trunk).values()))
 
     sums: list[list[Tensor]] = []
-    for process in range(2):
-        seen: list[Tensor] = []
-        sums.append(seen)
-        first_norm(
-            Batches(batches.batches, process=process, processes=2, all_reduce=lambda x, s=seen: s.append(x) or x)
-        )
+    for number in range(2):
+        process = Process(number, 2)
+        first_norm(process)
+        sums.append(process.sums)
     (counts_a, mean_a, var_a, *_), (counts_b, mean_b, var_b, *_) = sums
-    whole = first_norm(batches)
+    whole = first_norm(None)
     total = counts_a + counts_b
     assert total.tolist() == [48, 4]
     torch.testing.assert_close(((mean_a + mean_b) / total[0]).float(), whole.running_mean)
@@ -276,26 +289,25 @@ def test_batchnorm_reset_is_the_same_over_several_processes():
 
 @each_kind
 def test_repair_gives_every_unit_its_targets(name: str):
-    planned, alignment, batches = planned_and_aligned(name)
-    models = experts(name)
+    planned, alignment, data = planned_and_aligned(name)
     result = merged(name)
-    before = measured_gap(result, planned, alignment, batches)
-    repair(result, models, planned, alignment, batches, eps=EXACT)
-    after = measured_gap(result, planned, alignment, batches)
+    before = measured_gap(result, planned, alignment, data)
+    repair(result, planned, alignment, data, None, eps=EXACT)
+    after = measured_gap(result, planned, alignment, data)
     assert after["with bias"] < 1e-4 < before["with bias"]
     assert after["std"] < 1e-4 < before["std"]
 
 
 def measured_gap(
-    result: PreTrainedModel, planned: Plan, alignment: Mapping[str, object], batches: Batches
+    result: PreTrainedModel, planned: Plan, alignment: Mapping[str, object], data: Calibration
 ) -> dict[str, float]:
     """The largest gap over the layers that can shift, and that of the standard deviations over all layers."""
-    models = experts_of(result)
-    first = models["a"]
+    models = planned.experts
+    first = planned.model
     sites = {s.module: s for s in layers(first, planned) if is_folding(first.get_submodule(s.module))}
-    inputs = batches.together(None, 1000)
-    own = [measure(model, sites, [inputs], batches.all_reduce) for model in models.values()]
-    found = measure(OfTask(result, "a"), in_trunk(result, sites), [inputs], batches.all_reduce)
+    inputs = data.together(None, 1000)
+    own = [measure(model, sites, [inputs], data.all_reduce) for model in models.values()]
+    found = measure(OfTask(result, "a"), in_trunk(result, sites), [inputs], data.all_reduce)
     assert found.keys() == sites.keys()
     gaps = {"with bias": 0.0, "std": 0.0}
     for module, site in sites.items():
@@ -308,19 +320,11 @@ def measured_gap(
     return gaps
 
 
-def experts_of(result: PreTrainedModel) -> dict[str, PreTrainedModel]:
-    return next(experts(name) for name in KINDS if experts(name)["a"].config.to_dict() == source(result))
-
-
-def source(result: PreTrainedModel) -> dict:
-    return result.config.source_config.to_dict()
-
-
 @pytest.mark.parametrize("name", ["vit", "bert-sequence"])
 def test_both_forms_of_repair_agree_where_nothing_is_assumed(name: str):
     """Experts that differ in one layer only: what it reads is what they read, so its statistics follow from it."""
     first = experts(name)["a"]
-    planned, _, _ = planned_and_aligned(name)
+    planned = plan(experts(name), method="identity")
     path = next(site.module for site in layers(first, planned) if site.module.endswith(("query", "q_proj")))
     second = copy.deepcopy(first)
     generator = torch.Generator().manual_seed(5)
@@ -329,12 +333,13 @@ def test_both_forms_of_repair_agree_where_nothing_is_assumed(name: str):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor.shape[-1] ** 0.5)
     models = {"a": first, "b": second}
     inputs = calibration(name)
-    moments = observe(planned.spec, models, inputs, batch_size=64, row_fraction=1.0)
-    batches = replace(Batches.of(inputs, models), moments=moments)
-    alignment = align_trunk(models, planned, None, "identity")
+    planned = plan(models, method="identity")
+    data = Calibration(inputs, batch_size=64).read(models)
+    moments = gather_moments(planned.spec, models, data, row_fraction=1.0)
+    alignment = align_trunk(planned)
     plain, measured, closed = (merge(models, inputs, method="identity") for _ in range(3))
-    repair(measured, models, planned, alignment, batches, eps=EXACT)
-    repair(closed, models, planned, alignment, batches, statistics="moments", eps=EXACT)
+    repair(measured, planned, alignment, data, None, eps=EXACT)
+    repair(closed, planned, alignment, data, moments, statistics="moments", eps=EXACT)
     before, direct, found = (model.trunk.get_submodule(path) for model in (plain, measured, closed))
     assert (direct.weight.norm(dim=1) > 1.02 * before.weight.norm(dim=1)).float().mean() > 0.9
     torch.testing.assert_close(found.weight, direct.weight, rtol=1e-3, atol=1e-4)
@@ -346,13 +351,48 @@ def test_repair_from_moments_leaves_a_model_merged_with_itself(name: str):
     model = in_general_position(tiny.build(name), torch.Generator().manual_seed(1))
     inputs = example_inputs(model)
     settings = {"repair": {"statistics": "moments"}}
-    result = merge({"a": model, "b": model}, inputs, corrections=settings, row_fraction=1.0)
+    result = merge({"a": model, "b": model}, inputs, method="zip", corrections=settings, row_fraction=1.0)
     assert_same(outputs(result, inputs, model, task="b"), outputs(model, inputs, model), 1e-4)
 
 
 def test_repair_from_moments_needs_them():
     with pytest.raises(DataError, match="moments"):
         merged("vit", method="identity", corrections={"repair": {"statistics": "moments"}})
+
+
+def test_repair_from_moments_without_a_site_is_refused():
+    """A convolution's input is observed as units, not as the patches that it sums."""
+    with pytest.raises(
+        RecipeError, match="no linear layer of ResNetForImageClassification .*use statistics='measured'"
+    ):
+        merged("resnet-basic", corrections={"repair": {"statistics": "moments"}})
+
+
+@pytest.mark.parametrize(("name", "warns"), [("vit", True), ("resnet-basic", False)])
+def test_a_correction_that_changes_nothing_warns(name: str, warns: bool, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING, "hf_zipit"):
+        merged(name, method="identity", corrections=["batchnorm-reset"])
+    told = [r.getMessage() for r in caplog.records if r.name.startswith("hf_zipit")]
+    assert [message.startswith("batchnorm-reset changed nothing") for message in told] == [True] * warns
+
+
+def test_damaged_tensors_are_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CORRECTIONS, "_entries", dict(CORRECTIONS._entries))
+
+    @register("damage")
+    def damage(merged, planned, maps, calibration, moments):
+        next(merged.trunk.parameters()).data.fill_(torch.nan)
+
+    with pytest.raises(ExpertError, match="damage leaves numbers that are not finite in trunk"):
+        merged("vit", method="identity", corrections=["damage"])
+
+
+def test_an_empty_trunk_needs_no_correction():
+    planned = plan(experts("vit"), method="identity", depth=0, corrections=["repair"])
+    result = merged("vit", method="identity", depth=0)
+    before = copy.deepcopy(dict(result.state_dict()))
+    correct(result, planned, {}, None)
+    assert_bit_identical(dict(result.state_dict()), before)
 
 
 # Rescale and shift.
@@ -364,7 +404,7 @@ def test_rescaled_units_have_their_experts_statistics(name: str):
 
     But for units that are constant in the merged model, which can be given a mean only.
     """
-    planned, alignment, batches = planned_and_aligned(name)
+    planned, alignment, data = planned_and_aligned(name)
     models = experts(name)
     plain = merged(name)
     result = merged(name, corrections={"rescale-shift": {"eps": EXACT}})
@@ -372,10 +412,10 @@ def test_rescaled_units_have_their_experts_statistics(name: str):
     sites = chosen_sites(models["a"], planned, "*")
     worst, untouched = 0.0, 0.0
     for number, task in enumerate(TASKS):
-        inputs = batches.together(task, 1000)
-        wanted = expert_statistics(models[task], sites, planned, inputs, batches)
+        inputs = data.together(task, 1000)
+        wanted = expert_statistics(models[task], sites, planned, inputs, data)
         assert sites.keys() <= wanted.keys()
-        found, missed = (site_statistics(m, task, sites, inputs, batches) for m in (result, plain))
+        found, missed = (site_statistics(m, task, sites, inputs) for m in (result, plain))
         for key, site in sites.items():
             target, held = to_own_average(wanted[key], site, alignment, planned, number)
             assert held.float().mean() > 0.5
@@ -395,13 +435,13 @@ def only(statistics: Statistics, units: Tensor) -> Statistics:
 
 
 def site_statistics(
-    model: PreTrainedModel, task: str, sites: Mapping[str, Site], inputs: Mapping[str, Tensor], batches: Batches
+    model: PreTrainedModel, task: str, sites: Mapping[str, Site], inputs: Mapping[str, Tensor]
 ) -> dict[str, Statistics]:
     """Behind the corrections: with hooks that come after the model's own."""
     found: dict[str, Statistics] = {}
 
     def note(key: str, value: Tensor, axis: int) -> None:
-        found[key] = UnitSums.of(value, axis, inputs.get("attention_mask")).statistics(batches.all_reduce)
+        found[key] = UnitSums.of(value, axis, inputs.get("attention_mask")).statistics(lambda x: x)
 
     handles = []
     for key, site in sites.items():
@@ -492,8 +532,7 @@ def test_rescaling_twice_is_refused():
 
 def test_texts_of_different_length_are_padded_and_masked():
     short, long = ({"input_ids": torch.full((2, n), 5)} for n in (3, 5))
-    batches = Batches.of([short, long], experts("bert-sequence"))
-    joined = batches.together(None, 100)
+    joined = Calibration([short, long]).read(experts("bert-sequence")).together(None, 100)
     assert joined["input_ids"].shape == (4, 5)
     assert joined["attention_mask"].sum(1).tolist() == [3, 3, 5, 5]
     assert [len(p["input_ids"]) for p in pieces(joined, 3)] == [3, 1]
@@ -510,13 +549,16 @@ def test_padding_does_not_enter_statistics():
 
 
 def test_samples_are_shared_out_among_processes():
-    batches = Batches.of(calibration("vit"), experts("vit"), batch_size=5)
-    parts = [Batches(batches.batches, process=p, processes=3).together("b", 10)["pixel_values"] for p in range(3)]
+    def share(number: int, count: int, samples: int) -> Tensor:
+        data = Calibration(calibration("vit"), batch_size=5, accelerator=Process(number, count))
+        return data.read(experts("vit")).together("b", samples)["pixel_values"]
+
+    parts = [share(number, 3, 10) for number in range(3)]
     assert sum(map(len, parts)) == 10
     everything = data("vit", "b")["pixel_values"][:10]
     assert sorted(x.sum().item() for part in parts for x in part) == sorted(x.sum().item() for x in everything)
     with pytest.raises(DataError, match="shared out"):
-        Batches(batches.batches, process=0, processes=11).together("b", 10)
+        share(0, 11, 10)
 
 
 @pytest.mark.parametrize(
@@ -530,7 +572,7 @@ def test_samples_are_shared_out_among_processes():
 )
 def test_wrong_settings_are_told_before_work_starts(corrections: object, message: str):
     with pytest.raises(RecipeError, match=message):
-        merge({"a": "nowhere", "b": "nowhere"}, {}, corrections=corrections)
+        merge({"a": "nowhere", "b": "nowhere"}, {}, method="zip", corrections=corrections)
 
 
 def test_corrections_need_data():
@@ -539,5 +581,5 @@ def test_corrections_need_data():
 
 
 def test_options_are_kept_in_order():
-    assert check_corrections("repair") == {"repair": {}}
-    assert list(check_corrections(["repair", "batchnorm-reset"])) == ["repair", "batchnorm-reset"]
+    assert correction_options("repair") == {"repair": {}}
+    assert list(correction_options(["repair", "batchnorm-reset"])) == ["repair", "batchnorm-reset"]

@@ -22,7 +22,7 @@ def corrected(accelerator: Accelerator) -> dict[str, Tensor]:
         "a": torch.randn(11, 3, 32, 32, generator=torch.Generator().manual_seed(1)),
         "b": torch.randn(9, 3, 32, 32, generator=torch.Generator().manual_seed(2)) + 1,
     }
-    settings = {"method": "identity", "batch_size": 5, "progress": False}
+    settings = {"method": "identity", "batch_size": 5}
     merged = merge({"a": a, "b": b}, data, corrections=CORRECTIONS, accelerator=accelerator, **settings)
     return {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
 

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError
-from hf_zipit.observation import calibration_batches
-from hf_zipit.observation import data as data_module
 from tests.observation.models import MLP, bert, vit
 
 TASKS = ("clothes", "shoes")
@@ -64,8 +63,8 @@ KINDS: dict[str, Callable[[], Any]] = {
 
 
 def read(data: Any, model: nn.Module | None = None, **options: Any) -> list[tuple[str | None, dict[str, Tensor]]]:
-    options = {"batch_size": 4, **options}
-    return [(b.task, b.inputs) for b in calibration_batches(data, model or MLP(), TASKS, **options)]
+    calibration = Calibration(data, **{"batch_size": 4, **options}).read(dict.fromkeys(TASKS, model or MLP()))
+    return [(batch.task, batch.inputs) for batch in calibration.batches()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -74,13 +73,6 @@ def test_every_kind_gives_the_same_samples(kind: str):
     assert all(task is None and list(inputs) == ["x"] and len(inputs["x"]) <= 4 for task, inputs in batches)
     assert torch.equal(torch.cat([inputs["x"] for _, inputs in batches]), X)
     assert batches[0][1]["x"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_counts_are_exact_or_unknown(kind: str):
-    count = data_module.count_batches(KINDS[kind](), MLP(), TASKS, 4)
-    assert count in (None, len(read(KINDS[kind]())))
-    assert kind.startswith(("iterable", "torch iterable", "Iterable", "DataLoader, larger")) == (count is None)
 
 
 def test_lists_of_batches_and_of_samples_are_told_apart():
@@ -115,11 +107,12 @@ def test_batches_are_prepared_only_when_read():
             loaded.append(index)
             return super().__getitem__(index)
 
-    batches = list(calibration_batches(Counting(), MLP(), TASKS, batch_size=4))
+    batches = Calibration(Counting(), batch_size=4).read(dict.fromkeys(TASKS, MLP())).batches()
     assert not [i for i in loaded if i > 0]  # one look at the first, to tell samples from batches
     loaded.clear()
-    assert batches[1].samples == 4 and batches[1].inputs is batches[1].inputs
-    assert loaded == [4, 5, 6, 7]
+    assert batches[1].samples == 4 and torch.equal(batches[1].inputs["x"], X[4:8])
+    assert batches[1].inputs["x"] is batches[1].inputs["x"]
+    assert loaded == [4, 5, 6, 7]  # once, however often it is read
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import ZipItError
-from hf_zipit.observation import observe
+from hf_zipit.observation import gather_moments
 from tests.observation.models import vit, vit_spec
 
 
@@ -26,9 +27,8 @@ def observe_and_save(accelerator: Accelerator, data: dict[str, torch.Tensor], pa
     experts = {"clothes": vit(1), "shoes": vit(2)}
     spec = vit_spec(experts["clothes"])
     try:
-        observe(spec, experts, data, batch_size=4, row_fraction=0.7, seed=3, accelerator=accelerator).save(
-            f"{path}.safetensors"
-        )
+        read = Calibration(data, batch_size=4, accelerator=accelerator).read(experts)
+        gather_moments(spec, experts, read, row_fraction=0.7, seed=3).save(f"{path}.safetensors")
     except ZipItError as error:
         Path(f"{path}.txt").write_text(str(error))
 
