@@ -21,6 +21,7 @@ import typer
 
 from benchmarks.results import checked
 from benchmarks.zoo import RECIPES, Pair, load
+from hf_zipit.config import MergeConfig
 from hf_zipit.errors import ZipItError
 from hf_zipit.files import check_writable, write_json
 from hf_zipit.landscapes.survey import Survey
@@ -54,7 +55,7 @@ def rows(survey: Survey, methods: list[str], steps: int, depth: float) -> Iterat
         started = time.perf_counter()
         row: dict[str, Any] = {"data": "moments" in METHODS.get(method).needs}
         try:
-            surface = survey.surface(survey.pair(None), method=method, depth=depth)
+            surface = survey.surface(survey.pair(None), MergeConfig(method=method, depth=depth, seed=SEED))
             row["seconds"] = time.perf_counter() - started
             row |= survey.curve(surface, steps).to_dict()
         except ZipItError as error:

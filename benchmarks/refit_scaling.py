@@ -28,11 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.zoo import RECIPES, Pair, load
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.combine.combine import combine_trunk
-from hf_zipit.data.calibration import MicroBatch
+from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.merging import plan
-from hf_zipit.refit import RefitConfig
 from hf_zipit.refit.program import FORWARD_PASSES
-from hf_zipit.refit.stage import prepared, refit
+from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.report.tables import new_table
 
 SAMPLES = (64, 128, 256, 512, 1024)
@@ -55,20 +54,18 @@ class Point:
 
 def measure(pair: Pair, samples: int, depth: float, repeats: int) -> Point:
     """The best of the repeats, forward passes and refit in turn."""
-    config = RefitConfig()
-    tasks = list(pair.experts)
-    calibration = {task: pair.calibration(task, samples) for task in tasks}
-    planned = plan(pair.experts, method="identity", depth=depth)
-    alignment = align_trunk(pair.experts, planned, None, "identity")
-    trunk = combine_trunk(pair.experts, planned, alignment)
-    batches = prepared(calibration, pair.experts[tasks[0]], tasks, config, pair.tokenizer)
-    given: tuple[Any, ...] = (pair.experts, planned, trunk, alignment, calibration, config)
+    planned = plan(pair.experts, method="identity", depth=depth, refit=True)
+    data = {task: pair.calibration(task, samples) for task in pair.experts}
+    calibration = Calibration(data, processor=pair.tokenizer).read(pair.experts)
+    alignment = align_trunk(planned)
+    trunk = combine_trunk(planned, alignment)
+    batches = calibration.micro_batches(planned.config.refit.micro_batch)
 
     def forward() -> float:
         return seconds(lambda: run_experts(list(pair.experts.values()), batches))
 
     def fitted() -> float:
-        return seconds(lambda: refit(*given, processor=pair.tokenizer))
+        return seconds(lambda: refit_trunk(planned, trunk, alignment, calibration))
 
     def first() -> float:
         FORWARD_PASSES.clear()

@@ -118,8 +118,10 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         own = self.method != AUTO
-        self._set("options", dict(self.options or {}))
-        self._set("combine_options", dict(self.combine_options or {}))
+        for name in ("options", "combine_options"):
+            if not isinstance(getattr(self, name) or {}, Mapping):
+                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be a mapping of names to values.")
+            self._set(name, dict(getattr(self, name) or {}))
         self._set("overrides", in_order(self.overrides or {}))
         if own:
             check_options(self.method, METHODS.get(self.method).function, self.options)
@@ -130,7 +132,7 @@ class MergeConfig:
             self._set("refit", refit_config(False if self.refit == AUTO else self.refit))
         if self.corrections != AUTO or own:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
-        if not isinstance(self.depth, str) and not 0 <= self.depth <= 1:
+        if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
         if self.residual not in RESIDUALS:
             raise RecipeError(f"residual is {self.residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
@@ -258,10 +260,10 @@ def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
     Raises:
         RecipeError: a name is given twice, or it is none of these ways.
     """
-    if isinstance(named, Mapping):
-        return dict(named)
+    if not isinstance(named, (Mapping, Sequence)):
+        raise RecipeError(f"{what} is {named!r}; it must be a name, a list of names or a mapping of names to options.")
     found: dict[str, Any] = {}
-    for item in (named,) if isinstance(named, str) else tuple(named):
+    for item in (named,) if isinstance(named, (str, Mapping)) else named:
         pairs = item.items() if isinstance(item, Mapping) else ((item, None),)
         for name, value in pairs:
             if not isinstance(name, str):

@@ -25,3 +25,7 @@ class RecipeError(ZipItError):
 
 class OutputError(ZipItError):
     """The result cannot be written where the user asked for it."""
+
+
+class NameTakenError(ZipItError):
+    """Two methods, rules, corrections or adapters have the same name."""

@@ -120,8 +120,8 @@ def merge(
     reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     planned = plan(experts, config, base=base, data=calibration is not None, **settings)
-    if calibration is not None:
-        calibration.read(planned.experts)
+    if calibration is not None and _needs_data(planned.config):
+        calibration.read(planned.experts)  # before the work starts; observing reads it, too
     found = moments_for(planned, calibration, moments)
     maps = align_trunk(planned, found)
     trunk = combine_trunk(planned, maps)

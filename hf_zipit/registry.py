@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from hf_zipit.errors import RecipeError
+from hf_zipit.errors import NameTakenError, RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +49,15 @@ class Registry(Generic[T]):
         self._found = False
 
     def add(self, name: str, entry: T) -> T:
-        """Register `entry`; raises ValueError when the name is taken: a mistake in the code, not in a recipe."""
+        """Register `entry`; raises NameTakenError when the name is taken: a mistake in the code, not in a recipe."""
         if name in self._entries:
-            raise ValueError(f"There are two {self.kind}s named {name!r}; rename one of them.")
+            raise NameTakenError(f"There are two {self.kind}s named {name!r}; rename one of them.")
         self._entries[name] = entry
         return entry
 
     def get(self, name: str) -> T:
         """What `name` stands for; raises RecipeError with the nearest name when there is no such thing."""
-        self._find()
-        if name not in self._entries:
+        if name not in self:
             raise RecipeError(f"There is no {self.kind} named {name!r}; {suggestion(name, self.names())}")
         return self._entries[name]
 
@@ -74,7 +73,7 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         self._find()
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
@@ -93,6 +92,9 @@ class Registry(Generic[T]):
         for plugin in sorted(entry_points(group=self.group), key=lambda plugin: (plugin.name, plugin.value)):
             try:
                 plugin.load()
+            except NameTakenError as error:  # whose of the two is meant cannot be told, now or at the next look-up
+                self._found = False
+                raise NameTakenError(f"The plugin {plugin.value} cannot be used: {error}") from error
             except Exception as error:  # somebody else's code may raise anything; ours must go on without it
                 logger.warning("The %s of the plugin %s was not loaded: %s", self.kind, plugin.value, error)
 
@@ -119,6 +121,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """`options` as a dict; raises RecipeError for one that `function`, registered as `name`, does not have, and for a
     value of another kind than the default."""
+    if not isinstance(options, Mapping):
+        raise RecipeError(f"The options of {name!r} are {options!r}; they must be a mapping of names to values.")
     known = options_of(function)
     for option, value in options.items():
         if option not in known:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_zipit import merge, plan
+from hf_zipit import merge, observe, plan
 from hf_zipit.errors import DataError, ExpertError, OutputError, RecipeError, SpecError, ZipItError
 
 from . import tiny
@@ -98,21 +98,23 @@ WRONG_EXPERTS: dict[str, tuple[Callable[[], Arguments], str]] = {
 
 WRONG_SETTINGS: dict[str, tuple[Arguments, str]] = {
     "unknown method": ({"method": "zipp"}, "no method named 'zipp'; did you mean 'zip'"),
-    "unknown option": ({"options": {"alhpa": 0.1}}, "no option 'alhpa'; did you mean 'alpha'"),
+    "unknown option": ({"method": "zip", "options": {"alhpa": 0.1}}, "no option 'alhpa'; did you mean 'alpha'"),
     "option of another method": (
         {"method": "identity", "options": {"alpha": 0.1}},
         "'identity' has no option 'alpha'",
     ),
-    "option out of range": ({"options": {"alpha": 3.0}}, "alpha is 3.0; it must be between 0 and 1"),
+    "option out of range": ({"method": "zip", "options": {"alpha": 3.0}}, "alpha is 3.0; it must be between 0 and 1"),
     "unknown combiner": ({"combine": "averag"}, "no rule named 'averag'; did you mean 'average'"),
     "unknown residual": ({"residual": "rotate"}, "residual is 'rotate'"),
     "override of nothing": ({"overrides": {"*.nothing": "permute"}}, r"'\*\.nothing' matches no movable space"),
     "override out of range": ({"overrides": {"*.fc1": {"method": "zip", "beta": -1}}}, "beta is -1"),
-    "depth above 1": ({"depth": 1.5}, "depth must be a share from 0 to 1.*1.5"),
-    "depth below 0": ({"depth": -0.1}, "depth must be a share from 0 to 1.*-0.1"),
-    "depth that is no number": ({"depth": True}, "depth must be a share from 0 to 1"),
+    "depth above 1": ({"depth": 1.5}, "depth is 1.5; it must be a share from 0 to 1"),
+    "depth below 0": ({"depth": -0.1}, "depth is -0.1; it must be a share from 0 to 1"),
+    "depth that is no number": ({"depth": True}, "depth is True; it must be a share from 0 to 1"),
     "depth at no block": ({"depth": "vit.layer.1"}, "'vit.layer.1' is no block of ViT.*did you mean 'vit.layers.1'"),
-    "share of nothing": ({"share": 0.0}, "share of rows"),
+    "a fraction of no rows": ({"row_fraction": 0.0}, "row_fraction is 0.0; it must be 'auto' or a number above 0"),
+    "unknown setting": ({"sead": 1}, "no setting 'sead' of a merge; did you mean 'seed'"),
+    "options of no method": ({"options": {"alpha": 0.1}}, "name the method that they are for"),
 }
 
 
@@ -159,7 +161,7 @@ def test_a_plan_tells_the_same(case: str):
 )
 def test_wrong_data(calibration: Any, message: str):
     with pytest.raises(DataError, match=message) as raised:
-        merge(calibration=calibration, **two())
+        merge(calibration=calibration, method="zip", **two())
     assert_one_sentence(raised.value)
 
 
@@ -176,13 +178,13 @@ def test_nan_in_activations_names_the_module():
 def test_unwritable_moments(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError) as raised:
-        merge(calibration=Untouchable(), **two(save_moments=tmp_path / "file" / "moments.safetensors"))
+        observe(plan(method="zip", **two()), torch.ones(4, 3, 16, 16)).save(tmp_path / "file" / "moments.safetensors")
     assert_one_sentence(raised.value)
 
 
 def test_missing_moments(tmp_path: Path):
     with pytest.raises(DataError, match="no moments file"):
-        merge(moments=tmp_path / "none.safetensors", **two())
+        merge(moments=tmp_path / "none.safetensors", method="zip", **two())
 
 
 def test_model_that_cannot_be_traced():

@@ -164,7 +164,7 @@ def assert_bit_identical(found: Mapping[str, Tensor], expected: Mapping[str, Ten
 
 
 def merged(models: Sequence[PreTrainedModel], inputs: Mapping[str, Tensor], **settings: object) -> PreTrainedModel:
-    return merge(dict(zip("abc", models, strict=False)), dict(inputs), **settings)
+    return merge(dict(zip("abc", models, strict=False)), dict(inputs), **{"method": "zip", **settings})
 
 
 def assert_computes_its_experts(
@@ -286,7 +286,7 @@ def test_tensor_without_a_rule_is_named(name: str):
 
 def test_counts_cover_all_parameters():
     first, second = experts("vit")
-    planned = plan({"a": first, "b": second}, depth=0.5)
+    planned = plan({"a": first, "b": second}, method="identity", depth=0.5)
     total = sum(p.numel() for model in (first, second) for p in model.parameters())
     assert planned.parameters["experts"] == total
     assert planned.parameters["merged"] == total - planned.parameters["trunk"]
@@ -317,7 +317,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path):
 def test_made_twice(name: str, method: str):
     models = experts(name)
     inputs = calibration(models[0])
-    once, twice = (merged(models, inputs, method=method, share=0.5) for _ in range(2))
+    once, twice = (merged(models, inputs, method=method, row_fraction=0.5) for _ in range(2))
     assert_bit_identical(dict(twice.state_dict()), dict(once.state_dict()))
 
 

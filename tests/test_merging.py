@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from hf_zipit import merge, plan
+from hf_zipit import merge, observe, plan
 from hf_zipit.errors import DataError
 from hf_zipit.observation import Moments
 
@@ -65,9 +65,9 @@ def test_experts_from_folders(tmp_path: Path):
 
 def test_config_says_how_it_was_made():
     settings = {"options": {"beta": 0.5}, "residual": "identity", "overrides": {"*.fc1": "permute"}, "seed": 3}
-    result = merge(experts(), IMAGES, depth="vit.layers.1", **settings)
+    result = merge(experts(), IMAGES, method="zip", depth="vit.layers.1", **settings)
     method = json.loads(json.dumps(result.config.method))
-    assert method | settings == method
+    assert method | settings | {"overrides": [{"*.fc1": "permute"}]} == method
     assert (method["method"], method["combine"], method["depth"]) == ("zip", "average", "vit.layers.1")
     assert (result.config.depth, result.config.cut) == (0.5, "vit.layers.1")
 
@@ -84,40 +84,45 @@ def test_labels():
 
 def test_moments_are_kept_and_serve_again(tmp_path: Path):
     models, data, path = experts(), Counted(), tmp_path / "new folder" / "moments.safetensors"
-    result = merge(models, data, save_moments=path)
+    observe(plan(models, method="zip"), data).save(path)
     assert data.passes == 1
-    again = merge(models, data, moments=path)
-    also = merge(models, data, moments=Moments.load(path))
+    again = merge(models, data, method="zip", moments=path)
+    also = merge(models, data, method="zip", moments=Moments.load(path))
     assert data.passes == 1
+    result = merge(models, data, method="zip")
+    assert data.passes == 2
     assert_bit_identical(again, result)
     assert_bit_identical(also, result)
 
 
 def test_moments_serve_shallower_merges(tmp_path: Path):
     models, path = experts(), tmp_path / "moments.safetensors"
-    merge(models, IMAGES, share=1.0, save_moments=path)
+    settings = {"method": "zip", "row_fraction": 1.0}
+    observe(plan(models, **settings), IMAGES).save(path)
     size = path.stat().st_size
     for depth in (0.0, 0.5):
-        fresh = merge(models, IMAGES, depth=depth, share=1.0)
-        assert_bit_identical(merge(models, depth=depth, moments=path), fresh)
+        fresh = merge(models, IMAGES, depth=depth, **settings)
+        assert_bit_identical(merge(models, depth=depth, moments=path, **settings), fresh)
     shallow = tmp_path / "shallow.safetensors"
-    merge(models, IMAGES, depth=0.5, save_moments=shallow)
+    observe(plan(models, method="zip", depth=0.5), IMAGES).save(shallow)
     assert shallow.stat().st_size < size
     with pytest.raises(DataError, match="less depth"):
-        merge(models, moments=shallow)
+        merge(models, method="zip", moments=shallow)
 
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_moments_of_other_experts(tmp_path: Path, loaded: bool):
     models, path = experts(), tmp_path / "moments.safetensors"
-    merge(models, IMAGES, save_moments=path)
+    observe(plan(models, method="zip"), IMAGES).save(path)
     moments = Moments.load(path) if loaded else path
     with pytest.raises(DataError, match="other experts: the weights of \\['shoes'\\]"):
-        merge(models | {"shoes": tiny.build("vit", 7, num_labels=4)}, moments=moments)
+        merge(models | {"shoes": tiny.build("vit", 7, num_labels=4)}, method="zip", moments=moments)
     with pytest.raises(DataError, match="are of the tasks"):
-        merge({"clothes": models["clothes"], "hats": models["shoes"]}, moments=moments)
-    swapped = merge(dict(reversed(models.items())), moments=moments)
-    torch.testing.assert_close(logits(swapped, task="shoes"), logits(merge(models, moments=moments), task="shoes"))
+        merge({"clothes": models["clothes"], "hats": models["shoes"]}, method="zip", moments=moments)
+    swapped, there = (
+        merge(named, method="zip", moments=moments) for named in (dict(reversed(models.items())), models)
+    )
+    torch.testing.assert_close(logits(swapped, task="shoes"), logits(there, task="shoes"))
 
 
 def test_under_an_accelerator_of_the_user():
@@ -152,7 +157,7 @@ def test_wider_trunk_is_saved_and_loaded(tmp_path: Path):
     """k > d merged units: every unit of both experts' first MLP is kept apart, so that this layer loses nothing."""
     name = "vit.layers.0.mlp.fc1"
     overrides = {name: {"method": "zip", "size": 128}}
-    result = merge(experts(), IMAGES, overrides=overrides)
+    result = merge(experts(), IMAGES, method="permute", overrides=overrides)
     assert result.trunk.get_submodule(name).weight.shape == (128, 32)
     result.save_pretrained(tmp_path)
     loaded = AutoModelForImageClassification.from_pretrained(tmp_path)

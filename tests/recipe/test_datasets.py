@@ -14,9 +14,8 @@ from PIL import Image as Picture
 from transformers import PreTrainedModel
 
 import hf_zipit
-from hf_zipit.data.sources import Renamed
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.observation import calibration_batches
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sources import load_source, part_of, rename
 from hf_zipit.running.data import merged_task_data, recipe_data
@@ -92,7 +91,7 @@ def test_columns_and_streams_change_nothing_for_a_merge(kind: str) -> None:
 @pytest.mark.parametrize("refit", [False, True])
 def test_every_pass_of_a_merge_reads_the_columns(refit: bool) -> None:
     models, pixels = experts("vit"), torch.randn(12, 3, 16, 16)
-    settings = {"refit": refit, "corrections": ["rescale-shift"], "progress": False}
+    settings = {"refit": refit, "corrections": ["rescale-shift"], "method": "zip"}
     expected = hf_zipit.merge(models, pixels, **settings)
     data = Dataset.from_dict({"img": pixels.numpy()}).to_iterable_dataset()
     assert same(hf_zipit.merge(models, data, columns={"img": "pixel_values"}, **settings), expected)
@@ -107,7 +106,8 @@ def test_any_kind_of_data_may_be_renamed() -> None:
         "by task": {"a": {"x": pixels[:3]}, "b": [{"x": row} for row in pixels[3:]]},
     }
     for name, data in kinds.items():
-        batches = calibration_batches(Renamed(data, {"x": "pixel_values"}), model, ["a", "b"], batch_size=3)
+        calibration = Calibration(data, columns={"x": "pixel_values"}, batch_size=3).read({"a": model, "b": model})
+        batches = calibration.batches()
         assert torch.equal(torch.cat([batch.inputs["pixel_values"] for batch in batches]), pixels), name
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hf_zipit.adapters import adapter_for
+from hf_zipit.config import MergeConfig
 from hf_zipit.errors import SpecError
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.convolution import patches
@@ -31,7 +32,7 @@ KEPT = {
 @cache
 def program(name: str, depth: float = 1.0) -> tuple[Program, Plan]:
     model = case(name).model
-    planned = make_plan({"a": model, "b": model}, depth)
+    planned = make_plan({"a": model, "b": model}, MergeConfig(method="identity", depth=depth))
     return Program(model, calibration(model), adapter_for(model).outputs(model), planned.cut.trunk), planned
 
 

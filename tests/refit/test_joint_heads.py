@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
+from hf_zipit.config import MergeConfig
 from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.errors import RecipeError
 from hf_zipit.refit.joint_heads import calibrate_joint, log_odds
@@ -36,6 +38,13 @@ def batches(model: PreTrainedModel) -> list[MicroBatch]:
     return [MicroBatch({"pixel_values": images * 0.5 + 2 * task - 1}, task, len(images), task) for task in (0, 1)]
 
 
+def calibrate(model: PreTrainedModel, data: list[MicroBatch]) -> None:
+    """With micro-batches as they are given."""
+    planned = SimpleNamespace(config=MergeConfig(method="identity", refit={"joint_heads": True}))
+    known = all(batch.task is not None for batch in data)
+    calibrate_joint(model, planned, SimpleNamespace(by_task=known, micro_batches=lambda size: data))
+
+
 def logits(model: PreTrainedModel, batch: MicroBatch, task: str | None = None) -> Tensor:
     with torch.no_grad():
         return model(**batch.inputs, **({} if task is None else {"task": task})).logits
@@ -50,14 +59,14 @@ def right(model: PreTrainedModel, data: list[MicroBatch]) -> list[float]:
 def test_joint_logits_become_comparable(merged: PreTrainedModel):
     data = batches(merged)
     assert right(merged, data) == [0, 1]
-    calibrate_joint(merged, data)
+    calibrate(merged, data)
     assert right(merged, data) == [1, 1]
 
 
 def test_within_a_task_all_logits_move_by_the_same(merged: PreTrainedModel):
     data = batches(merged)
     before = {(task, batch.number): logits(merged, batch, task) for task in "ab" for batch in data}
-    calibrate_joint(merged, data)
+    calibrate(merged, data)
     for (task, number), old in before.items():
         shift = logits(merged, data[number], task) - old
         assert shift.abs().max() > 1
@@ -71,7 +80,7 @@ def test_samples_that_fill_up_a_batch_count_nothing(merged: PreTrainedModel):
         images = batch.inputs["pixel_values"]
         more = torch.cat([images, data[1 - batch.task].inputs["pixel_values"]])
         filled.append(replace(batch, inputs={"pixel_values": more}))
-    calibrate_joint(merged, filled)
+    calibrate(merged, filled)
     assert right(merged, data) == [1, 1]
 
 
@@ -107,12 +116,12 @@ def test_a_head_without_a_bias_is_refused(merged: PreTrainedModel):
     head = next(m for m in reversed(list(merged.branch("b").modules())) if isinstance(m, nn.Linear))
     head.bias = None
     with pytest.raises(RecipeError, match="a head that ends in a linear layer.*that of 'b' does not"):
-        calibrate_joint(merged, batches(merged))
+        calibrate(merged, batches(merged))
 
 
 def test_samples_of_unknown_task_are_refused(merged: PreTrainedModel):
     with pytest.raises(RecipeError, match="needs the task of every calibration sample"):
-        calibrate_joint(merged, [replace(batch, task=None) for batch in batches(merged)])
+        calibrate(merged, [replace(batch, task=None) for batch in batches(merged)])
 
 
 def test_tasks_with_the_same_classes_are_refused():
@@ -121,7 +130,7 @@ def test_tasks_with_the_same_classes_are_refused():
         model.config.id2label = {0: "cat", 1: "dog"}
     same = merge(models, method="identity", depth=0)
     with pytest.raises(RecipeError, match="needs tasks with different classes"):
-        calibrate_joint(same, batches(same))
+        calibrate(same, batches(same))
 
 
 def test_it_is_a_setting_of_the_refit():

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 from hf_zipit import merge
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.loading import load_recipe
-from hf_zipit.recipe.sections import Recipe, is_refitted, refit_settings
+from hf_zipit.recipe.sections import Recipe, is_refitted
 from hf_zipit.refit import RefitConfig, RefitReport
 from hf_zipit.report.card import REFIT_PICTURE, Result, card_text
 from hf_zipit.report.plots import refit_picture, save_picture, short_names
@@ -71,14 +71,14 @@ def test_it_is_saved_with_the_model_and_told_by_its_card(tmp_path: Path):
 
 
 REFITS = {
-    "none": ({}, {"average": False, "zip": False}),
-    "all": ({"refit": True}, {"average": True, "zip": True}),
+    "none": ({}, {"average": None, "zip": None}),
+    "all": ({"refit": True}, {"average": RefitConfig(), "zip": RefitConfig()}),
     "settings": ({"refit": {"ridge": "1e-3"}}, {"average": RefitConfig(ridge=1e-3), "zip": RefitConfig(ridge=1e-3)}),
-    "off": ({"refit": False}, {"average": False, "zip": False}),
-    "one": ({"method": ["zip", "zip+refit"]}, {"zip": False, "zip+refit": True}),
+    "off": ({"refit": False}, {"average": None, "zip": None}),
+    "one": ({"method": ["zip", "zip+refit"]}, {"zip": None, "zip+refit": RefitConfig()}),
     "settings of one": (
         {"method": ["zip", "zip+refit"], "refit": {"micro_batch": 3}},
-        {"zip": False, "zip+refit": RefitConfig(micro_batch=3)},
+        {"zip": None, "zip+refit": RefitConfig(micro_batch=3)},
     ),
 }
 
@@ -86,7 +86,7 @@ REFITS = {
 @pytest.mark.parametrize(("changes", "expected"), REFITS.values(), ids=REFITS.keys())
 def test_which_methods_of_a_recipe_are_refitted(tmp_path: Path, changes: dict, expected: dict):
     recipe = tiny(tmp_path, **changes)
-    assert {method: refit_settings(recipe, method) for method in recipe.method} == expected
+    assert {method: recipe.config(method, 1.0).refit for method in recipe.method} == expected
     assert [is_refitted(recipe, method) for method in recipe.method] == [bool(e) for e in expected.values()]
     (tmp_path / "again").mkdir()
     again: Recipe = load_recipe(written(tmp_path / "again", recipe.to_yaml()))

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from hf_zipit import merge
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.combine.combine import combine_trunk
-from hf_zipit.data.calibration import micro_batches
+from hf_zipit.config import MergeConfig
+from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment, SpaceMap
 from hf_zipit.planning.cut import ReadPoint
-from hf_zipit.planning.plan import make_plan
+from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, solvers, stage, walk
 from hf_zipit.refit.convolution import patches, restored
 from hf_zipit.refit.fit import UNKNOWN_TASK, Fit, squared_errors
@@ -233,9 +234,9 @@ def test_a_strong_ridge_keeps_the_combined_weights(name: str):
     """With next to no data the ridge decides: matrices stay as they were combined. (Shifts are still fitted.)"""
     found, result = measured(name, ridge=1e9)
     models = dict(zip("ab", experts(name), strict=True))
-    planned = make_plan(models, 1.0)
+    planned = plan_of(models)
     assert found.walk.fit.spec.axes == planned.spec.axes
-    combined = combine_trunk(models, planned, found.walk.fit.alignment)
+    combined = combine_trunk(planned, found.walk.fit.alignment)
     tensors = model_tensors(result.trunk)
     heads = {site for layer in found.walk.attention.values() for site in (*layer.inputs, layer.output)}
     for site in set(found.walk.sites.values()) - heads:
@@ -248,7 +249,7 @@ def test_a_strong_ridge_keeps_what_the_combined_heads_write(name: str):
     """In whatever basis the values are."""
     measurement, result = measured(name, ridge=1e9, split_heads=False)
     models = dict(zip("ab", experts(name), strict=True))
-    combined = combine_trunk(models, make_plan(models, 1.0), measurement.walk.fit.alignment)
+    combined = combine_trunk(plan_of(models), measurement.walk.fit.alignment)
     tensors = model_tensors(result.trunk)
     assert measurement.walk.attention
     for layer in measurement.walk.attention.values():
@@ -282,11 +283,11 @@ def test_units_that_one_expert_has_are_that_experts():
     """Singletons of zip: on samples of every task, and for every weight, the target is what their expert computes."""
     models = experts("vit")
     data = by_task(calibration(models[0]))
-    planned = make_plan(dict(zip("ab", models, strict=True)), 1.0)
+    planned = plan_of(dict(zip("ab", models, strict=True)))
     name = next(n for n, s in planned.spec.spaces.items() if s.size == tiny.IMAGE["intermediate_size"])
     size = planned.spec.spaces[name].size
     apart = SpaceMap(2 * size, torch.arange(2 * size).reshape(2, size))
-    alignment = align_trunk(dict(zip("ab", models, strict=True)), planned, None, "identity")
+    alignment = align_trunk(planned)
     for own_task_weight in (0.5, 0.8, 1.0):
         walk = small_walk(models, data, {**alignment, name: apart}, own_task_weight=own_task_weight)
         values, targets = walk.fit.values, walk.fit.targets
@@ -329,15 +330,19 @@ def test_a_remembered_forward_pass_serves_other_experts_as_one_of_their_own(name
     assert_bit_identical(model_tensors(again), model_tensors(fresh))
 
 
+def plan_of(models: Mapping[str, PreTrainedModel]) -> Plan:
+    """The plan of their average."""
+    return make_plan(models, MergeConfig(method="identity"))
+
+
 def small_walk(models, data, maps: Alignment | None = None, **settings: object) -> Walk:
     """A walk whose weights are of no matter; `maps` are for its targets alone."""
-    planned = make_plan(dict(zip("ab", models, strict=True)), 1.0)
+    planned = plan_of(dict(zip("ab", models, strict=True)))
     config = RefitConfig(micro_batch=8, **settings)
-    named = dict(zip("ab", models, strict=True))
-    alignment = align_trunk(named, planned, None, "identity")
+    alignment = align_trunk(planned)
     walk = Walk(
-        models[0], [model_tensors(m) for m in models], combine_trunk(named, planned, alignment),
-        stage.prepared(data, models[0], list(named), config, None), tasks="ab", spec=planned.spec, cut=planned.cut,
+        models[0], [model_tensors(m) for m in models], combine_trunk(planned, alignment),
+        Calibration(data).read(planned.experts).micro_batches(8), tasks="ab", spec=planned.spec, cut=planned.cut,
         alignment=alignment, config=config, positions=stage.readout_positions(models[0], None, config),
     )  # fmt: skip
     walk.fit.targets.alignment = maps or alignment
@@ -458,11 +463,16 @@ def test_refit_needs_data():
 # Micro-batches: how the data is cut up and filled up has no influence.
 
 
+def micro_batches(data: object, size: int, pad: int = 0) -> list[MicroBatch]:
+    model = tiny.build("bert-sequence", pad_token_id=pad)
+    return Calibration(data).read({"a": model, "b": model}).micro_batches(size)
+
+
 def test_micro_batches_are_of_one_shape():
     short = {"input_ids": torch.ones(2, 3, dtype=torch.int64)}
     long = {"input_ids": torch.ones(3, 5, dtype=torch.int64), "token_type_ids": torch.ones(3, 5, dtype=torch.int64)}
     long["attention_mask"] = torch.ones_like(long["input_ids"])
-    found = micro_batches([(0, short), (1, long)], 8, {"input_ids": 9})
+    found = micro_batches({"a": short, "b": long}, 8, pad=9)
     assert [batch.real for batch in found] == [2, 3] and [batch.number for batch in found] == [0, 1]
     assert {batch.size for batch in found} == {3}
     assert found[0].inputs["input_ids"].tolist() == [[1, 1, 1, 9, 9]] * 3
@@ -472,8 +482,9 @@ def test_micro_batches_are_of_one_shape():
 
 def test_a_mask_is_given_to_all_or_none():
     ids = torch.ones(2, 4, dtype=torch.int64)
-    assert "attention_mask" not in micro_batches([(0, {"input_ids": ids})] * 2, 2, {})[1].inputs
-    mixed = micro_batches([(0, {"input_ids": ids}), (0, {"input_ids": ids[:, :2]})], 2, {})
+    alike = micro_batches({task: {"input_ids": ids} for task in "ab"}, 2)
+    assert len(alike) == 2 and "attention_mask" not in alike[1].inputs
+    mixed = micro_batches({"a": {"input_ids": ids}, "b": {"input_ids": ids[:, :2]}}, 2)
     assert all("attention_mask" in batch.inputs for batch in mixed)
 
 

@@ -14,7 +14,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import hf_zipit
 from hf_zipit.evaluation.results import Accuracies
 from hf_zipit.recipe.loading import load_recipe
-from hf_zipit.recipe.sections import Calibration, ExpertEntry, Measured, Recipe
+from hf_zipit.recipe.sections import CalibrationData, ExpertEntry, Measured, Recipe
 from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
 from hf_zipit.report.recorded import recorded_recipe
 from hf_zipit.running.run import run_recipe
@@ -46,7 +46,7 @@ def run(experts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory):
     recipe = Recipe(
         name="digits",
         experts={task: ExpertEntry(model=str(folder)) for task, folder in experts.items()},
-        calibration=Calibration(dataset="sklearn-digits", samples=32),
+        calibration=CalibrationData(dataset="sklearn-digits", samples=32),
         evaluation=Measured(dataset="sklearn-digits", samples=32, metrics=("f1", "perplexity")),
         method=("permute+refit", "permute"),
         depth=(1.0, 0.0),
