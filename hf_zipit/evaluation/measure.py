@@ -60,9 +60,7 @@ def evaluate(
     wanted = _find_metrics(metrics)
     reading = Reading(processor, columns or {}, batch_size)
     own, scores = _measured(Subject.of(model), datasets, wanted, reading)
-    beside, expert_scores = (
-        (None, {}) if experts is None else _measured(Subject.of(experts), datasets, wanted, reading)
-    )
+    beside, expert_scores = _measured(Subject.of(experts), datasets, wanted, reading) if experts else (None, {})
     return Evaluation(own, beside, scores, expert_scores)
 
 

@@ -1,6 +1,6 @@
 """Running a recipe: experts, one look at the data, every method at every depth, the measurements, the kept model.
 
-What must hold: nothing is written over an earlier result until the new one is complete, and the experts are observed
+Invariants: nothing is written over an earlier result until the new one is complete, and the experts are observed
 once, however many merges follow.
 """
 
