@@ -118,7 +118,9 @@ def test_bad_input_is_one_sentence(call, tmp_path, vits):
     assert "There is no recipe" in error(call("run", tmp_path / "none.yaml"))
     assert "does not exist" in error(call("inspect", tmp_path / "none"))
     assert "at least two" in error(call("merge", vits / "low", "--out", tmp_path / "m"))
-    assert "calibration is missing" in error(call("merge", vits / "low", vits / "high", "--out", tmp_path / "m"))
+    assert "calibration is missing" in error(
+        call("merge", vits / "low", vits / "high", "-m", "zip", "--out", tmp_path / "m")
+    )
     two = (vits / "low", vits / "high", "-c", "sklearn-digits", "--out", tmp_path / "m")
     assert "did you mean 'zip'" in error(call("merge", *two, "-m", "zpi"))
     assert "from 0 to 1" in error(call("merge", *two, "-d", "2"))

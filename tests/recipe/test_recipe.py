@@ -20,7 +20,7 @@ from hf_zipit.running import writing
 from hf_zipit.running.data import merged_task_data
 from hf_zipit.running.run import plan_recipe, run_recipe
 from hf_zipit.running.saved import load_merged
-from hf_zipit.schema import build, read_yaml
+from hf_zipit.schema import read_yaml
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
@@ -172,7 +172,7 @@ def test_a_recipe_survives_being_written_and_read(tmp_path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_that_we_ship_are_right_but_for_what_they_name(path, tmp_path, monkeypatch):
     """All of a recipe is checked, where the folders that it names are there (here empty ones)."""
-    recipe = build(Recipe, read_yaml(path))
+    recipe = Recipe.from_dict(read_yaml(path))
     assert recipe.folder == Path("out") / recipe.name
     assert path.read_text().startswith("# ")
     folders = [(entry.model, "config.json") for entry in recipe.experts.values() if entry.model]
@@ -191,7 +191,7 @@ def test_the_recipes_that_we_ship_are_right_but_for_what_they_name(path, tmp_pat
 def test_the_families_have_recipes():
     kinds = {path.stem for path in RECIPES}
     assert {"quickstart", "fashion-vit", "fashion-resnet", "wordnet-bert", "captions-clip", "hub-to-hub"} <= kinds
-    assert build(Recipe, read_yaml(RECIPES[0].parent / "hub-to-hub.yaml")).push is not None
+    assert Recipe.from_dict(read_yaml(RECIPES[0].parent / "hub-to-hub.yaml")).push is not None
 
 
 def test_overrides_of_a_recipe_reach_its_merges(tmp_path):
@@ -200,7 +200,7 @@ def test_overrides_of_a_recipe_reach_its_merges(tmp_path):
     assert set(plan_recipe(recipe)) == {(m, d) for m in ("weights", "partial") for d in (1.0, 0.5)}
     result = run_recipe(recipe)
     kept = load_merged(str(result.model)).config
-    assert kept.method["overrides"] == override
+    assert kept.method["overrides"] == [override]
     assert kept.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [24, 16]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from datasets import Dataset
 from transformers import ViTConfig, ViTForImageClassification
 
 import hf_zipit
+from hf_zipit.config import RefitConfig
 from hf_zipit.evaluation.results import Accuracies
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sections import CalibrationData, ExpertEntry, Measured, Recipe
@@ -20,6 +22,7 @@ from hf_zipit.report.recorded import recorded_recipe
 from hf_zipit.running.run import run_recipe
 from hf_zipit.running.saved import load_merged
 from tests import tiny
+from tests.cli.test_cli import call  # noqa: F401  # a fixture
 from tests.hub.card_rules import problems
 from tests.modeling.by_hand import make_inputs
 
@@ -126,20 +129,77 @@ def test_a_merge_from_python_gives_a_recipe_that_lacks_only_the_data(experts: di
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.method == ("zip+refit",) and recipe.options == {"zip+refit": {"alpha": 0.3}}
     assert recipe.refit.ridge == 1e-3 and recipe.seed == 0
-    assert list(recipe.corrections) == ["repair"]
+    assert list(recipe.config("zip+refit", 1.0).corrections) == ["repair"]
     assert {task: entry.model for task, entry in recipe.experts.items()} == {t: str(f) for t, f in experts.items()}
 
 
-def test_corrections_keep_their_order_through_a_configuration_file(run, tmp_path: Path):
-    model = load_merged(str(run.model))
-    order = ["repair", "batchnorm-reset"]
-    model.config.method |= {"corrections": dict.fromkeys(order, {}), "correction_order": order}
-    model.config.method["recipe"]["corrections"] = dict.fromkeys(order, {})
-    model.save_pretrained(tmp_path)
-    assert list(yaml.safe_load((tmp_path / "recipe.yaml").read_text())["corrections"]) == order
-    loaded = load_merged(str(tmp_path))
-    assert list(loaded.config.method["corrections"]) != order  # what this is about
-    assert list(recorded_recipe(loaded, "x")["corrections"]) == order
+def test_what_is_in_order_stays_in_order_through_a_configuration_file(experts: dict[str, Path], tmp_path: Path):
+    """Files sort the keys of mappings; which override decides and what is corrected first must not change by that."""
+    corrections = ["repair", "batchnorm-reset"]
+    overrides = {"*.mlp.fc1": "identity", "*.fc1": "zip"}
+    recipe = Recipe(
+        name="digits",
+        experts={task: ExpertEntry(model=str(folder)) for task, folder in experts.items()},
+        calibration=CalibrationData(dataset="sklearn-digits", samples=16),
+        method=("permute",),
+        settings={"corrections": corrections, "overrides": overrides},
+        output=tmp_path / "run",
+    )
+    by_recipe = run_recipe(recipe).model
+    merged = hf_zipit.merge(
+        experts, torch.randn(16, 1, 8, 8), method="permute", corrections=corrections, overrides=overrides
+    )
+    merged.save_pretrained(tmp_path / "python")
+    for folder in (by_recipe, tmp_path / "python"):
+        written = yaml.safe_load((folder / "recipe.yaml").read_text())
+        for found in (written, recorded_recipe(load_merged(str(folder)), "digits")):
+            found = {**found, "calibration": {"dataset": "sklearn-digits"}}
+            config = Recipe.from_dict(found).config("permute", 1.0)
+            assert list(config.corrections) == corrections
+            assert list(config.overrides.items()) == list(overrides.items())
+
+
+RUNS = {
+    "auto": {},
+    "auto with settings": {"refit": RefitConfig(ridge=1e-3), "seed": 4},
+    "settings": {
+        "method": ("zip",),
+        "depth": ("vit.layers.1",),
+        "options": {"zip": {"beta": 0.5}},
+        "settings": {
+            "residual": "identity",
+            "overrides": {"*.mlp.fc1": "permute", "*.fc1": "identity"},
+            "corrections": ["repair"],
+            "row_fraction": 0.5,
+        },
+        "seed": 5,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
+def test_the_command_runs_the_recipe_beside_a_model_to_the_same_file(
+    changes: dict[str, Any],
+    experts: dict[str, Path],
+    call: Any,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    recipe = Recipe(
+        name="digits",
+        experts={task: ExpertEntry(model=str(folder)) for task, folder in experts.items()},
+        calibration=CalibrationData(dataset="sklearn-digits", samples=16),
+        threads=1,
+        output=tmp_path / "first",
+        **changes,
+    )
+    first = run_recipe(recipe).model
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call("run", first / "recipe.yaml", "-q")
+    assert code == 0, err
+    again = tmp_path / "out" / "digits" / "model"
+    assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
+    assert (again / "recipe.yaml").read_bytes() == (first / "recipe.yaml").read_bytes()
 
 
 def test_a_model_that_was_put_together_by_hand_has_no_recipe():
