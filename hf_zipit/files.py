@@ -22,8 +22,7 @@ from hf_zipit.errors import OutputError
 def replacing(target: str | Path) -> Iterator[Path]:
     """A new path beside `target`, to be written; it takes the target's place when the block ends without an error.
 
-    Raises:
-        OutputError: if the folder cannot be written, or the disk is full.
+    Raises OutputError if the folder cannot be written, or the disk is full.
     """
     target = Path(target)
     with _room_for(target, target.parent) as room:
@@ -107,8 +106,7 @@ def write_json(target: str | Path, content: Any) -> Path:
 def check_writable(folder: str | Path) -> Path:
     """Whether `folder` can be made and written, found out without leaving anything behind.
 
-    Raises:
-        OutputError: if not.
+    Raises OutputError if not.
     """
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -122,8 +120,7 @@ def check_writable(folder: str | Path) -> Path:
 def check_result_folder(folder: str | Path) -> Path:
     """Whether a model may take the place of `folder`: it must be absent, empty or hold an earlier model.
 
-    Raises:
-        OutputError: if it holds something else, which replacing it would delete, or cannot be written.
+    Raises OutputError if it holds something else, which replacing it would delete, or cannot be written.
     """
     folder = check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():

@@ -26,8 +26,7 @@ NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a mapping; a key that is given twice is an error, where YAML itself would keep the last.
 
-    Raises:
-        RecipeError: if there is no such file, it is no YAML, or it holds no mapping.
+    Raises RecipeError if there is no such file, it is no YAML, or it holds no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")

@@ -71,8 +71,7 @@ def is_label(name: str) -> bool:
 def prepare(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, name: str) -> dict[str, Tensor]:
     """Load the columns of one batch and make the model's inputs of them: tensors `[samples, ...]`.
 
-    Raises:
-        DataError: if the model's input is not among the columns and cannot be made of them.
+    Raises DataError if the model's input is not among the columns and cannot be made of them.
     """
     columns = load()
     ready = {column: values for column, values in columns.items() if inputs.takes(column)}

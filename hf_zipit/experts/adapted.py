@@ -51,8 +51,7 @@ def adapter_config(source: str, revision: str | None = None) -> dict[str, Any] |
 def plain(task: str, model: nn.Module) -> PreTrainedModel:
     """The plain model that a `PeftModel` computes; a copy, for PEFT takes its own apart.
 
-    Raises:
-        ExpertError: for adapters that cannot become weights of the base, such as prompts.
+    Raises ExpertError for adapters that cannot become weights of the base, such as prompts.
     """
     return _merged(task, copy.deepcopy(model), "")  # a PeftModel does not know where its adapter came from
 
@@ -60,8 +59,7 @@ def plain(task: str, model: nn.Module) -> PreTrainedModel:
 def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str | None = None) -> PreTrainedModel:
     """An adapter from a folder or repo, merged into its base, in float32; `settings` is what `adapter_config` found.
 
-    Raises:
-        ExpertError: if PEFT is not installed, the base's class is unknown, or the adapter cannot become weights.
+    Raises ExpertError if PEFT is not installed, the base's class is unknown, or the adapter cannot become weights.
     """
     try:
         from peft import PeftModel

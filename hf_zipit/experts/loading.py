@@ -92,8 +92,7 @@ def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedMod
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:
     """The tasks of a merged model as experts of their own, `NAME/TASK`.
 
-    Raises:
-        ExpertError: if a task cannot be a plain model.
+    Raises ExpertError if a task cannot be a plain model.
     """
     try:
         return {f"{name}/{task}": merged.expert(task) for task in merged.config.tasks}

@@ -72,8 +72,7 @@ def load_source(
 def rename(dataset: Dataset | IterableDataset, columns: Mapping[str, str], name: str) -> Dataset | IterableDataset:
     """The data set with other names of columns; those that are in the way are dropped.
 
-    Raises:
-        DataError: if none of the columns is there.
+    Raises DataError if none of the columns is there.
     """
     if not columns:
         return dataset
@@ -93,8 +92,7 @@ def _columns(dataset: Dataset | IterableDataset) -> list[str]:
 def check_source(name: str, folder: Path | None = None) -> None:
     """Whether a source can be read at all, found out without reading it; Hub names are taken on trust.
 
-    Raises:
-        DataError: if not.
+    Raises DataError if not.
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist.")
@@ -215,11 +213,7 @@ def class_names(dataset: Dataset) -> list[str]:
 
 
 def choose_classes(dataset: Dataset, classes: Sequence[Class], task: str) -> list[int]:
-    """Label ids of classes given by id or name.
-
-    Raises:
-        DataError: if there is no such class, or one is given twice.
-    """
+    """Label ids of classes given by id or name. Raises DataError if there is no such class, or one is given twice."""
     names = class_names(dataset)
     ids = []
     for wanted in classes:

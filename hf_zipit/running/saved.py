@@ -22,8 +22,7 @@ from hf_zipit.report.card import CARD, text_for_repo, write_card
 def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
     """A merged model from a repo id or folder, with the class that its configuration names.
 
-    Raises:
-        ExpertError: it cannot be loaded, or is not a merged model.
+    Raises ExpertError if it cannot be loaded, or is not a merged model.
     """
     with told(f"The merged model {source} cannot be loaded", source, revision):
         config = AutoConfig.from_pretrained(source, revision=revision)

@@ -81,8 +81,7 @@ class SearchResult(Plain):
     def best(self) -> Trial:
         """The trial with the highest score, among equals the smallest, then the fastest, then the first.
 
-        Raises:
-            RecipeError: if no merge succeeded within `max_size`.
+        Raises RecipeError if no merge succeeded within `max_size`.
         """
         best = self.best_or_none
         if best is None:

@@ -103,8 +103,7 @@ class SearchSpace:
     def of(cls, content: Mapping[str, Any] | SearchSpace | None) -> SearchSpace:
         """A space from plain values; a single value counts as a list of one.
 
-        Raises:
-            RecipeError: for an empty list, a bad range, or what no merge of the space could have.
+        Raises RecipeError for an empty list, a bad range, or what no merge of the space could have.
         """
         if isinstance(content, SearchSpace):
             return content
@@ -169,11 +168,7 @@ class SearchSpace:
         return self.setting(method, {name: choose(name, values) for name, values in self.dimensions(method).items()})
 
     def grid(self) -> list[Setting]:
-        """All settings.
-
-        Raises:
-            RecipeError: if the space holds a range.
-        """
+        """All settings. Raises RecipeError if the space holds a range."""
         found = []
         for method in self.method:
             dimensions = self.dimensions(method)
