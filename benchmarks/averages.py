@@ -47,10 +47,10 @@ def section(page: str) -> str:
         lines.append(f"| {method} | {means[method]:.1f} % | {min(whole[method].values()):.1f} % |")
     return f"""{HEADING}
 
-The share of the experts' mean that is kept at depth 1, over the {len(pairs)} pairs below (`python -m benchmarks.averages`).
-`hf_zipit.merge(experts, calibration)` does what *{WITH_DATA} + refit* does: it is level with the best and, unlike averaging,
-exact for experts that are near each other or reordered copies. `hf_zipit.merge(experts)`, without data, does what
-*{WITHOUT_DATA}* does, the best of the methods that need none.
+The share of the experts' mean that is kept at depth 1, over the {len(pairs)} pairs below (`python -m
+benchmarks.averages`). `hf_zipit.merge(experts, calibration)` does what *{WITH_DATA} + refit* does: it is level with
+the best and, unlike averaging, exact for experts that are near each other or reordered copies.
+`hf_zipit.merge(experts)`, without data, does what *{WITHOUT_DATA}* does, the best of the methods that need none.
 
 {chr(10).join(lines)}
 """

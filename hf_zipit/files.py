@@ -1,6 +1,6 @@
 """Writing results so that a good one is never lost: write beside, then rename.
 
-What must hold: at every moment the target is either what it was or complete. A full disk, a missing permission or a
+Invariants: at every moment the target is either what it was or complete. A full disk, a missing permission or a
 path that leads through a file is told in one sentence, as an `OutputError`.
 """
 
@@ -22,20 +22,12 @@ from hf_zipit.errors import OutputError
 def replacing(target: str | Path) -> Iterator[Path]:
     """A new path beside `target`, to be written; it takes the target's place when the block ends without an error.
 
-    Raises:
-        OutputError: if the folder cannot be written, or the disk is full.
+    Raises OutputError if the folder cannot be written, or the disk is full.
     """
     target = Path(target)
-    with _told(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with _told(target):
-            beside = Path(folder) / target.name
-            yield beside
-            os.replace(beside, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with _room_for(target, target.parent) as room:
+        yield room / target.name
+        os.replace(room / target.name, target)
 
 
 @contextmanager
@@ -47,21 +39,17 @@ def replacing_folder(target: str | Path) -> Iterator[Path]:
     """
     target = Path(target)
     check_result_folder(target)
-    with _told(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        with _told(target):
-            beside = room / "new"
-            beside.mkdir()
-            yield beside
+    with _room_for(target, target.parent) as room:
+        beside, old = room / "new", room / "old"
+        beside.mkdir()
+        yield beside
+        try:
             if target.exists():
-                os.replace(target, room / "old")
+                os.replace(target, old)
             os.replace(beside, target)
-    finally:
-        if not target.exists() and (room / "old").exists():  # the second rename failed
-            os.replace(room / "old", target)
-        shutil.rmtree(room, ignore_errors=True)
+        finally:
+            if not target.exists() and old.exists():  # the second rename failed
+                os.replace(old, target)
 
 
 @contextmanager
@@ -75,23 +63,30 @@ def adding_to(folder: str | Path) -> Iterator[Path]:
         OutputError: if the folder cannot be written, or the disk is full.
     """
     folder = Path(folder)
-    with _told(folder):
+    with _room_for(folder, folder) as room:
+        beside = room / folder.absolute().name  # the Hub's repositories are named after the folder
+        beside.mkdir()
+        yield beside
+        names = {path.name for path in beside.iterdir()}
+        for path in sorted(beside.iterdir()):
+            if path.is_dir():  # a folder cannot be renamed over one that holds something
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            os.replace(path, folder / path.name)
+        if any(name.startswith("model") and ".safetensors" in name for name in names):
+            for stale in folder.glob("model*.safetensors*"):
+                if stale.name not in names:
+                    stale.unlink()
+
+
+@contextmanager
+def _room_for(target: Path, folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, which is made where there is none, for what becomes `target`."""
+    with _told(target):
         folder.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=".part.", dir=folder))
+        room = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=folder))
     try:
-        with _told(folder):
-            beside = room / folder.absolute().name  # the Hub's repositories are named after the folder
-            beside.mkdir()
-            yield beside
-            names = {path.name for path in beside.iterdir()}
-            for path in sorted(beside.iterdir()):
-                if path.is_dir():  # a folder cannot be renamed over one that holds something
-                    shutil.rmtree(folder / path.name, ignore_errors=True)
-                os.replace(path, folder / path.name)
-            if any(name.startswith("model") and ".safetensors" in name for name in names):
-                for stale in folder.glob("model*.safetensors*"):
-                    if stale.name not in names:
-                        stale.unlink()
+        with _told(target):
+            yield room
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -111,8 +106,7 @@ def write_json(target: str | Path, content: Any) -> Path:
 def check_writable(folder: str | Path) -> Path:
     """Whether `folder` can be made and written, found out without leaving anything behind.
 
-    Raises:
-        OutputError: if not.
+    Raises OutputError if not.
     """
     folder = Path(folder)
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -126,12 +120,11 @@ def check_writable(folder: str | Path) -> Path:
 def check_result_folder(folder: str | Path) -> Path:
     """Whether a model may take the place of `folder`: it must be absent, empty or hold an earlier model.
 
-    Raises:
-        OutputError: if it holds something else, which replacing it would delete, or cannot be written.
+    Raises OutputError if it holds something else, which replacing it would delete, or cannot be written.
     """
     folder = check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise OutputError(f"The folder {folder} holds files that are no saved model; name a new or empty folder.")
+        raise OutputError(f"The folder {folder} holds files that are not a saved model; name a new or empty folder.")
     return folder
 
 
@@ -141,11 +134,8 @@ def _told(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if (
-            isinstance(error, FileNotFoundError)
-            and error.filename
-            and not str(error.filename).startswith(str(target.parent))
-        ):
+        read = str(getattr(error, "filename", None) or target)
+        if isinstance(error, FileNotFoundError) and not read.startswith(str(target.parent)):
             raise  # some other file that the block was reading
         raise _unwritable(target, error) from error
 

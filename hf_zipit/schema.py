@@ -1,4 +1,4 @@
-"""Dataclasses as a schema: plain values from a YAML file -> typed, frozen dataclasses, with errors a person can use.
+"""Dataclasses as a schema: plain values from a YAML file <-> typed, frozen dataclasses, with errors a person can use.
 
 The field's type is its rule. Whole numbers are taken where numbers are asked for, a single value where a tuple is
 asked for, and strings as paths; nothing else is converted, for a wrong type in a recipe is most often a slip.
@@ -6,6 +6,7 @@ asked for, and strings as paths; nothing else is converted, for a wrong type in 
 
 from __future__ import annotations
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -25,8 +26,7 @@ NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML file as a mapping; a key that is given twice is an error, where YAML itself would keep the last.
 
-    Raises:
-        RecipeError: if there is no such file, it is no YAML, or it holds no mapping.
+    Raises RecipeError if there is no such file, it is no YAML, or it holds no mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -140,6 +140,27 @@ def describe(hint: Any) -> str:
     if origin is not None or is_dataclass(hint):
         return "a mapping of keys to values"
     return NAMES.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+class Plain:
+    """A dataclass that gives itself as plain values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, as JSON knows them."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON knows it, nested ones included; numbers that are not finite become None."""
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _wrong(hint: Any, value: Any, where: str) -> RecipeError:

@@ -49,7 +49,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path):
 
 def test_a_folder_with_other_files_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(OutputError, match="no saved model"):
+    with pytest.raises(OutputError, match="not a saved model"):
         check_result_folder(tmp_path)
 
 

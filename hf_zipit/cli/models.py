@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import ColumnNames, Json, Quiet, parse_columns, parse_depth, parse_experts
-from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
+from hf_zipit.cli.options import ColumnNames, DryRun, Json, Quiet, Streaming, parse_columns, parse_depth, parse_experts
+from hf_zipit.cli.printing import print_json, print_plans, print_result, print_unknown_ops, stdout, working
 from hf_zipit.errors import RecipeError
 
 
@@ -31,7 +31,7 @@ def merge(
     split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
     column: ColumnNames = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
+    streaming: Streaming = False,
     method: Annotated[
         str, typer.Option("--method", "-m", help="How units are matched: auto (the best known), zip, permute, ...")
     ] = "auto",
@@ -47,9 +47,7 @@ def merge(
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
     seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -122,8 +120,7 @@ def inspect(
 
     console = stdout()
     console.print(spaces_table(rows, title=f"{spec.architecture}: {len(rows)} spaces"))
-    for op, modules in spec.unknown_ops.items():
-        console.print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
+    print_unknown_ops(spec.unknown_ops)
     verdict = "proven" if error <= TOLERANCE else "NOT PROVEN"
     console.print(f"{verdict}: relative error of the outputs {error:.1e}, at most {TOLERANCE:.0e} is allowed")
 
@@ -147,7 +144,7 @@ def evaluate(
     ] = None,
     column: ColumnNames = None,
     samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
-    streaming: Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")] = False,
+    streaming: Streaming = False,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -244,17 +241,15 @@ def card(
 def doctor(as_json: Json = False) -> None:
     """Say what works here, and how to fix what does not.
 
-    Checks the versions of packages, devices, processes and the connection to the Hub. Ends with 1 if something needs
+    Reads the versions of packages, devices, processes and the connection to the Hub. Ends with 1 if something needs
     fixing.
     """
-    from hf_zipit.report.doctor import examine
+    from hf_zipit.report.doctor import checks_table, examine
 
     checks = examine()
     if as_json:
         print_json([check.to_dict() for check in checks])
     else:
-        from hf_zipit.report.doctor import checks_table
-
         stdout().print(checks_table(checks))
     if any(not check.good for check in checks):
         sys.exit(1)

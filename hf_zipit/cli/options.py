@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,19 +28,20 @@ Json = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
+Streaming = Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")]
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")]
+
+
 def parse_experts(arguments: list[str]) -> dict[str, str]:
     """`TASK=MODEL` arguments by task; where the task is left out, it is the last part of the model's path.
 
-    Raises:
-        RecipeError: if a task is empty or named twice.
+    Raises RecipeError if a task is empty or named twice.
     """
     experts: dict[str, str] = {}
     for argument in arguments:
-        task, named, source = argument.partition("=")
-        if not named:
-            task, source = Path(argument).name, argument
-        if not task.strip() or not source.strip():
-            raise RecipeError(f"The expert {argument!r} should be TASK=MODEL, with a repo id or folder as MODEL.")
+        named = argument if "=" in argument else f"{Path(argument).name}={argument}"
+        task, source = _pair(named, f"The expert {argument!r} should be TASK=MODEL, MODEL a repo id or folder.")
         if task in experts:
             raise RecipeError(f"Two experts are named {task!r}; give them task names: NAME={source}.")
         experts[task] = source
@@ -48,16 +50,18 @@ def parse_experts(arguments: list[str]) -> dict[str, str]:
 
 def parse_columns(arguments: list[str] | None) -> dict[str, str]:
     """`OLD=NEW` arguments as a mapping; raises RecipeError for one that is none."""
-    columns = {}
-    for argument in arguments or ():
-        old, named, new = argument.partition("=")
-        if not (old.strip() and named and new.strip()):
-            raise RecipeError(f"The column {argument!r} should be OLD=NEW, as in img=image.")
-        columns[old] = new
-    return columns
+    return dict(_pair(a, f"The column {a!r} should be OLD=NEW, as in img=image.") for a in arguments or ())
+
+
+def _pair(argument: str, otherwise: str) -> tuple[str, str]:
+    left, _, right = argument.partition("=")
+    if not left.strip() or not right.strip():
+        raise RecipeError(otherwise)
+    return left, right
 
 
 def parse_depth(value: str) -> float | str:
+    """A share as a number, the path of a block as it is."""
     try:
         return float(value)
     except ValueError:
@@ -65,13 +69,12 @@ def parse_depth(value: str) -> float | str:
 
 
 def read_recipe(path: Path, out: Path | None, say: Any) -> Recipe:
-    from dataclasses import replace
-
+    """A checked recipe, with another output folder if one is given."""
     say("checking the recipe")
     from hf_zipit.recipe.loading import check_recipe, load_recipe
 
-    loaded = load_recipe(path)
+    recipe = load_recipe(path)
     if out is not None:
-        loaded = replace(loaded, output=out)
-        check_recipe(loaded)
-    return loaded
+        recipe = replace(recipe, output=out)
+        check_recipe(recipe)
+    return recipe

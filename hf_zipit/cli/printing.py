@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -29,11 +29,15 @@ def print_plans(recipe: Recipe, as_json: bool, say: Any) -> None:
     console.print(plans_table(plans, title=f"{recipe.name}: {first.architecture}, tasks {', '.join(first.tasks)}"))
     if recipe.calibration and any(plan.passes for plan in plans.values()):
         number = recipe.calibration.samples
-        console.print(
-            f"Observes {f'at most {number:,}' if number else 'all'} samples of each task, once for all merges."
-        )
-    for op, modules in first.spec.unknown_ops.items():
-        console.print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
+        samples = f"at most {number:,}" if number else "all"
+        console.print(f"Observes {samples} samples of each task, once for all merges.")
+    print_unknown_ops(first.spec.unknown_ops)
+
+
+def print_unknown_ops(unknown_ops: Mapping[str, Sequence[str]]) -> None:
+    """Operations that a trace met without a rule, by the modules that they are in."""
+    for op, modules in unknown_ops.items():
+        stdout().print(f"No rule for {op} in {', '.join(modules) or 'the model itself'}: what it touches is fixed.")
 
 
 def print_result(result: RunResult, as_json: bool) -> None:
@@ -51,10 +55,8 @@ def print_result(result: RunResult, as_json: bool) -> None:
         console.print(f"model    {result.model}  ({result.kept.method}, depth {result.kept.depth:g})", soft_wrap=True)
     if result.refit:
         module, error = result.refit.worst(1)[0]
-        console.print(
-            f"refit    relative error {result.refit.mean:.3f} on average, most in {module} ({error:.3f})",
-            soft_wrap=True,
-        )
+        told = f"relative error {result.refit.mean:.3f} on average, most in {module} ({error:.3f})"
+        console.print(f"refit    {told}", soft_wrap=True)
     if result.plot:
         console.print(f"picture  {result.plot}", soft_wrap=True)
     if result.pushed:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import Json, Out, Quiet, RecipePath, parse_depth, read_recipe
+from hf_zipit.cli.options import DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
 
@@ -19,9 +20,7 @@ from hf_zipit.errors import RecipeError
 )
 def run(
     recipe: RecipePath,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")
-    ] = False,
+    dry_run: DryRun = False,
     out: Out = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -59,9 +58,7 @@ def sweep(
     Saves no model; the table, and the picture if one is asked for, are all that comes out.
     """
     with working(quiet) as say:
-        from dataclasses import replace
-
-        from hf_zipit.files import check_writable, replacing
+        from hf_zipit.files import check_writable
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT
         from hf_zipit.running.run import run_recipe
@@ -83,13 +80,10 @@ def sweep(
         if plot is not None and result.experts is None:
             say(f"these models have no classes, so there is no accuracy to draw into {plot}")
         elif plot is not None:
-            from hf_zipit.report.plots import accuracy_over_depth
+            from hf_zipit.report.plots import accuracy_over_depth, save_picture
 
-            with replacing(plot) as beside:
-                accuracy_over_depth(result.rows, result.experts, title=loaded.name).savefig(
-                    beside, format="png", dpi=160
-                )
-            result = replace(result, plot=plot)
+            picture = accuracy_over_depth(result.rows, result.experts, title=loaded.name)
+            result = replace(result, plot=save_picture(picture, plot))
     print_result(result, as_json)
 
 
@@ -114,8 +108,6 @@ def search(
     recipe's output folder.
     """
     with working(quiet) as say:
-        from dataclasses import replace
-
         from hf_zipit.files import check_writable
         from hf_zipit.recipe.sections import Search
         from hf_zipit.report.frontier import save_search, search_notes, search_table
@@ -131,8 +123,7 @@ def search(
             say(f"{trial.number + 1}: {trial.setting}: {trial.error or format(trial.score, '.3f')}")
 
         result = search_recipe(loaded, say=say, watch=watch)
-        if result.best_or_none is None:
-            result.best  # noqa: B018 - raises the sentence that says why
+        result.best  # noqa: B018 - raises the sentence that says why there is none
         save_search(result, folder, recipe=loaded, title=loaded.name)
     if as_json:
         print_json(result.to_dict())

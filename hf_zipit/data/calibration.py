@@ -127,8 +127,7 @@ class Calibration:
     def of(cls, data: Any, **settings: Any) -> Calibration | None:
         """The data as calibration data; None where there is none. Settings of None are not set.
 
-        Raises:
-            DataError: settings are given beside a `Calibration`, which has its own.
+        Raises DataError if settings are given beside a `Calibration`, which has its own.
         """
         settings = {name: value for name, value in settings.items() if value is not None}
         if not isinstance(data, cls):
@@ -143,8 +142,7 @@ class Calibration:
     def read(self, experts: Mapping[str, nn.Module]) -> Calibration:
         """Itself, with the raw data read for these experts; nothing happens where it was read for them before.
 
-        Raises:
-            DataError: there is no data (of a task), a task is unknown or missing, or it was read for others.
+        Raises DataError if there is no data (of a task), a task is unknown or missing, or it was read for others.
         """
         tasks, inputs = tuple(experts), ModelInputs.of(next(iter(experts.values())))
         if self._streams and (self.tasks, self.inputs) != (tasks, inputs):
@@ -242,8 +240,7 @@ class Calibration:
     def together(self, task: str | None, samples: int) -> Inputs:
         """This process's share of a task's first `samples` samples as one batch; of every task's, if `task` is None.
 
-        Raises:
-            DataError: if there are fewer samples than processes.
+        Raises DataError if there are fewer samples than processes.
         """
         wanted = [one for one in self._streams if task is None or one in (None, task)]
         parts = []

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_zipit.data.calibration import LABELS, Calibration, pieces, size_of
+from hf_zipit.data.calibration import LABELS, Calibration, pieces
 from hf_zipit.data.labels import IGNORED
+from hf_zipit.data.processes import running
 from hf_zipit.errors import DataError, RecipeError
 
 Answers = Literal["auto", "labels", "experts"]
@@ -79,19 +80,36 @@ def divide(calibration: Calibration, share: float, seed: int = 0) -> tuple[Calib
         if count < 2:
             where = "" if task is None else f" for the task {task!r}"
             raise DataError(f"The calibration data{where} has {count} samples; to hold some out takes at least two.")
-        order = np.random.default_rng(seed).permutation(count)
+        order = _shuffled(count, seed)
         cut = min(count - 1, int(np.ceil(share * count)))
         held[task], rest[task] = np.sort(order[:cut]), np.sort(order[cut:])
     return calibration.select(rest), calibration.select(held)
 
 
+def read_divided(
+    calibration: Any, validation: Any, experts: Mapping[str, PreTrainedModel], share: float, seed: int, **reading: Any
+) -> tuple[Calibration, Calibration]:
+    """What merges may read, and what is held out: of the validation data, or a share of the calibration data.
+
+    Args:
+        calibration, validation: data as for `Calibration`, whose settings `reading` are; the second may be None.
+        experts: that read it.
+        share, seed: see `divide`.
+    """
+    data = Calibration.of(calibration, **reading).read(experts)
+    if validation is None:
+        return divide(data, share, seed)
+    return data, Calibration.of(validation, **reading).read(experts)
+
+
 def limit(calibration: Calibration, samples: int, seed: int = 0) -> Calibration:
     """At most `samples` samples of every task, drawn without replacement."""
-    drawn = {
-        task: np.sort(np.random.default_rng(seed).permutation(count)[:samples])
-        for task, count in calibration.counts.items()
-    }
-    return calibration.select(drawn)
+    counts = calibration.counts.items()
+    return calibration.select({task: np.sort(_shuffled(count, seed)[:samples]) for task, count in counts})
+
+
+def _shuffled(count: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(count)
 
 
 def held_out(
@@ -126,23 +144,20 @@ def held_out(
     return HeldOut(tasks, "labels" if by_labels else "experts")
 
 
-@torch.no_grad()
 def _answers(expert: PreTrainedModel, inputs: Mapping[str, Tensor], task: str, batch_size: int) -> Tensor:
     """What an expert answers: the most likely class, at every position that is no padding where there are several."""
     answers = []
-    mode = expert.training
-    expert.eval()
-    for start in range(0, size_of(inputs), batch_size):
-        batch = {name: tensor[start : start + batch_size].to(expert.device) for name, tensor in inputs.items()}
-        out = expert(**batch)
-        if "logits" not in out:
-            raise DataError(
-                f"The expert {task!r} is a {type(expert).__name__}, which answers with {list(out)} and no logits; "
-                "give a score of your own."
-            )
-        answer = out["logits"].argmax(-1)
-        if answer.ndim == 2 and "attention_mask" in batch:
-            answer = answer.masked_fill(batch["attention_mask"] == 0, IGNORED)
-        answers.append(answer.cpu())
-    expert.train(mode)
+    with running([expert], expert.device):
+        for batch in pieces(inputs, batch_size):
+            batch = {name: tensor.to(expert.device) for name, tensor in batch.items()}
+            out = expert(**batch)
+            if "logits" not in out:
+                raise DataError(
+                    f"The expert {task!r} is a {type(expert).__name__}, which answers with {list(out)} and no logits; "
+                    "give a score of your own."
+                )
+            answer = out["logits"].argmax(-1)
+            if answer.ndim == 2 and "attention_mask" in batch:
+                answer = answer.masked_fill(batch["attention_mask"] == 0, IGNORED)
+            answers.append(answer.cpu())
     return torch.cat(answers)

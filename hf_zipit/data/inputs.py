@@ -8,7 +8,7 @@ sequences of different length are padded per batch, with an attention mask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,17 @@ def is_label(name: str) -> bool:
 def prepare(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, name: str) -> dict[str, Tensor]:
     """Load the columns of one batch and make the model's inputs of them: tensors `[samples, ...]`.
 
-    Raises:
-        DataError: if the model's input is not among the columns and cannot be made of them.
+    Raises DataError if the model's input is not among the columns and cannot be made of them.
     """
     columns = load()
     ready = {column: values for column, values in columns.items() if inputs.takes(column)}
     if inputs.main not in ready and processor is not None:
-        processed = _process(columns, processor, inputs, name)
+        try:
+            processed = process(columns, processor, inputs.channels)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{type(processor).__name__} cannot prepare the {inputs.purpose} data{name}: {error}"
+            ) from error
         ready |= {column: values for column, values in processed.items() if inputs.takes(column)}
     if not ready or any(required not in ready for required in inputs.required):
         raise DataError(
@@ -87,31 +91,26 @@ def prepare(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, na
     return _tensors(ready, inputs, name)
 
 
-def _process(columns: Columns, processor: Any, inputs: ModelInputs, name: str) -> Mapping[str, Any]:
-    """Run an image processor, a tokenizer or both in one on the raw columns that it understands."""
+def process(columns: Mapping[str, Any], processor: Any, channels: int | None, kind: str = "pt") -> Mapping[str, Any]:
+    """What an image processor, a tokenizer or both in one makes of the raw columns that it understands.
+
+    Grey and palette images become RGB unless the model reads one channel: image processors take them as they are.
+    """
     parameters = inspect.signature(processor).parameters
     arguments: Columns = {}
-    if "images" in parameters and (column := _first(columns, IMAGE_COLUMNS)):
-        arguments["images"] = [in_channels(image, inputs.channels) for image in columns[column]]
-    if "text" in parameters and (column := _first(columns, TEXT_COLUMNS)):
+    if "images" in parameters and (column := first_of(IMAGE_COLUMNS, columns)):
+        arguments["images"] = [
+            image.convert("RGB") if channels != 1 and getattr(image, "mode", "RGB") != "RGB" else image
+            for image in columns[column]
+        ]
+    if "text" in parameters and (column := first_of(TEXT_COLUMNS, columns)):
         arguments |= {"text": list(columns[column]), "padding": True, "truncation": True}
-    if not arguments:
-        return {}
-    try:
-        return processor(**arguments, return_tensors="pt")
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{type(processor).__name__} cannot prepare the {inputs.purpose} data{name}: {error}"
-        ) from error
+    return processor(**arguments, return_tensors=kind) if arguments else {}
 
 
-def _first(columns: Columns, names: Sequence[str]) -> str | None:
+def first_of(names: Sequence[str], columns: Container[str]) -> str | None:
+    """The first of the names that is a column."""
     return next((name for name in names if name in columns), None)
-
-
-def in_channels(image: Any, channels: int | None) -> Any:
-    """Grey or palette images as RGB, unless the model reads one channel: image processors take them as they are."""
-    return image.convert("RGB") if channels != 1 and getattr(image, "mode", "RGB") != "RGB" else image
 
 
 def _tensors(columns: Columns, inputs: ModelInputs, name: str) -> dict[str, Tensor]:

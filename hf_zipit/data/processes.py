@@ -12,24 +12,33 @@ from torch import Tensor, nn
 
 
 @contextmanager
+def modes_kept(models: Iterable[nn.Module]) -> Iterator[None]:
+    """On leaving, every module is in training or eval mode as it was."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def placed(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
     """Models in eval mode and on the device, unless a `device_map` has placed them; as they were on leaving."""
     models = {id(model): model for model in models}.values()
-    training = {module: module.training for model in models for module in model.modules()}
     homes: dict[nn.Module, torch.device] = {}
-    try:
-        for model in models:
-            model.eval()
-            home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), device)
-            if not getattr(model, "hf_device_map", None) and home != device:
-                homes[model] = home
-                model.to(device)
-        yield
-    finally:
-        for model, home in homes.items():
-            model.to(home)
-        for module, mode in training.items():
-            module.training = mode
+    with modes_kept(models):
+        try:
+            for model in models:
+                model.eval()
+                home = next((tensor.device for tensor in chain(model.parameters(), model.buffers())), device)
+                if not getattr(model, "hf_device_map", None) and home != device:
+                    homes[model] = home
+                    model.to(device)
+            yield
+        finally:
+            for model, home in homes.items():
+                model.to(home)
 
 
 @contextmanager

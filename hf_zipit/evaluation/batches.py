@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_zipit.data.inputs import ModelInputs, prepare, tensor_of
+from hf_zipit.data.inputs import ModelInputs, first_of, prepare, tensor_of
 from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.data.sources import Renamed
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
+from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel
 from hf_zipit.modeling.empty_model import source_class
 
 
@@ -26,27 +27,50 @@ class Reading:
     batch_size: int
 
 
-def classes_of(whole: nn.Module, task: str) -> int | None:
-    """How many classes the task has; None where the labels are a vocabulary without names, or there are none."""
-    if isinstance(whole, SideBySide):
-        return whole.classes(task)
-    return len(whole.config.labels_of(task)) or None
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is evaluated.
 
+    Attributes:
+        model: a merged model that answers for all tasks, or experts side by side.
+        offsets: for every task the joint id of its class 0.
+        classes: how many classes a task has; None where labels are a vocabulary without names, or there are none.
+        inputs: what a task's model reads.
+        answers: whether it answers with a class or token, so that there is an accuracy.
+    """
 
-def inputs_of(whole: nn.Module, task: str) -> ModelInputs:
-    """What the experts read; merged models pass on whatever they are given."""
-    if isinstance(whole, SideBySide):
-        inputs = ModelInputs.of(whole.experts[whole.tasks.index(task)])
-    else:
+    model: nn.Module
+    offsets: Mapping[str, int]
+    classes: Mapping[str, int | None]
+    inputs: Mapping[str, ModelInputs]
+    answers: bool
+
+    @classmethod
+    def of(cls, model: nn.Module | Mapping[str, nn.Module]) -> Subject:
+        """A merged model, or experts by task. Raises DataError for anything else."""
+        whole = SideBySide(model) if isinstance(model, Mapping) else model
+        if isinstance(whole, SideBySide):
+            classes = {task: whole.classes(task) for task in whole.tasks}
+            inputs = {task: ModelInputs.of(expert) for task, expert in zip(whole.tasks, whole.experts, strict=True)}
+            return cls(whole, whole.offsets(), classes, inputs, not whole.contrastive)
+        if not isinstance(whole, ZipItPreTrainedModel):
+            raise DataError(
+                f"{type(whole).__name__} is not a merged model; pass one, or a mapping of task names to experts."
+            )
+        whole = whole.for_task(None)
         source = source_class(whole.config.source_architecture)
         inputs = ModelInputs.of_class(source, whole.config.source_config, source.main_input_name)
-    return replace(inputs, purpose="evaluation")
+        classes = {task: len(whole.config.labels_of(task)) or None for task in whole.config.tasks}
+        return cls(
+            whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs), not isinstance(whole, ZipItModel)
+        )
 
 
+@dataclass(frozen=True)
 class Collate:
     """Rows of the task `name` -> a batch, with labels that are ids of the joint classes.
 
-    Args:
+    Attributes:
         classes: how many the task has, if that is known.
         offset: the joint id of its class 0.
         labelled: whether there have to be labels; without, they say which images and texts belong together.
@@ -55,18 +79,20 @@ class Collate:
         DataError: if the model's inputs or the labels are not there, or a label is not a class of the task.
     """
 
-    def __init__(
-        self, inputs: ModelInputs, reading: Reading, name: str, classes: int | None, offset: int, labelled: bool
-    ) -> None:
-        self.inputs, self.reading, self.name = inputs, reading, name
-        self.classes, self.offset, self.labelled = classes, offset, labelled
+    inputs: ModelInputs
+    reading: Reading
+    name: str
+    classes: int | None
+    offset: int
+    labelled: bool
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         renamed = [Renamed(None, self.reading.columns).rename(dict(row)) for row in rows]
         columns = {column: [row[column] for row in renamed] for column in renamed[0]}
         whose = f" of the task {self.name!r}"
-        batch: dict[str, Any] = prepare(lambda: columns, self.inputs, self.reading.processor, whose)
-        given = next((column for column in LABEL_COLUMNS if column in columns), None)
+        inputs = replace(self.inputs, purpose="evaluation")
+        batch: dict[str, Any] = prepare(lambda: columns, inputs, self.reading.processor, whose)
+        given = first_of(LABEL_COLUMNS, columns)
         if given is None:
             if self.labelled:
                 raise DataError(f"The evaluation data{whose} has no 'labels', only {sorted(columns)}.")

@@ -9,23 +9,24 @@ at a time, the task being known.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from hf_zipit.data.labels import IGNORED, first
+from hf_zipit.data.processes import modes_kept
 from hf_zipit.errors import DataError
-from hf_zipit.evaluation.batches import Collate, Reading, classes_of, inputs_of
+from hf_zipit.evaluation.batches import Collate, Reading, Subject
 from hf_zipit.evaluation.results import Accuracies, Evaluation
-from hf_zipit.evaluation.side_by_side import SideBySide
-from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:  # a Trainer takes seconds to import
     from transformers import EvalPrediction
+
+
+Function = Callable[["EvalPrediction"], dict[str, float]]
 
 
 def evaluate(
@@ -58,8 +59,8 @@ def evaluate(
     """
     wanted = _find_metrics(metrics)
     reading = Reading(processor, columns or {}, batch_size)
-    own, scores = _measured(_whole(model), datasets, wanted, reading)
-    beside, expert_scores = (None, {}) if experts is None else _measured(_whole(experts), datasets, wanted, reading)
+    own, scores = _measured(Subject.of(model), datasets, wanted, reading)
+    beside, expert_scores = _measured(Subject.of(experts), datasets, wanted, reading) if experts else (None, {})
     return Evaluation(own, beside, scores, expert_scores)
 
 
@@ -72,10 +73,10 @@ def accuracy(
     batch_size: int = 64,
 ) -> Accuracies:
     """The accuracies of one model; see `evaluate`."""
-    return _accuracy(_whole(model), datasets, Reading(processor, columns or {}, batch_size))
+    return _accuracy(Subject.of(model), datasets, Reading(processor, columns or {}, batch_size))
 
 
-def _find_metrics(metrics: Any) -> list[Callable[[EvalPrediction], dict[str, float]]]:
+def _find_metrics(metrics: Any) -> list[Function]:
     if not callable(metrics) and not metrics:
         return []
     from hf_zipit.evaluation.metrics import find_metrics  # imports `evaluate`, which takes seconds
@@ -83,31 +84,14 @@ def _find_metrics(metrics: Any) -> list[Callable[[EvalPrediction], dict[str, flo
     return find_metrics(metrics)
 
 
-def _whole(model: nn.Module | Mapping[str, nn.Module]) -> nn.Module:
-    """The experts side by side, or the merged model that answers for all tasks."""
-    if isinstance(model, Mapping):
-        return SideBySide(model)
-    if isinstance(model, SideBySide):
-        return model
-    if isinstance(model, ZipItPreTrainedModel):
-        return model.for_task(None)
-    raise DataError(
-        f"{type(model).__name__} is not a merged model; pass a merged model, or a mapping of task names to experts."
-    )
-
-
 def _measured(
-    whole: nn.Module,
-    datasets: Mapping[str, Any],
-    metrics: list[Callable[[EvalPrediction], dict[str, float]]],
-    reading: Reading,
+    subject: Subject, datasets: Mapping[str, Any], metrics: Sequence[Function], reading: Reading
 ) -> tuple[Accuracies | None, dict[str, dict[str, float]]]:
     """The accuracies, where the model has classes, and the metrics by task."""
-    answering = _answers(whole)
-    if not answering and not metrics:
+    if not subject.answers and not metrics:
         raise DataError("The model answers with no class, so it has no accuracy; name metrics that fit it.")
-    found = _accuracy(whole, datasets, reading) if answering else None
-    _check(datasets, _tasks(whole))
+    found = _accuracy(subject, datasets, reading) if subject.answers else None
+    _check(datasets, list(subject.offsets))
     scores: dict[str, dict[str, float]] = {}
     for task, data in datasets.items() if metrics else ():
         scores[task], passes = {}, {}
@@ -115,35 +99,21 @@ def _measured(
             keep = getattr(metric, "preprocess", None)
             kept = getattr(keep, "__func__", keep)  # metrics that read the same thing share a pass
             if kept not in passes:
-                passes[kept] = _predict(whole, data, task, task, 0, reading, keep)
+                passes[kept] = _predict(subject, data, task, reading, keep)
             scores[task] |= metric(passes[kept])
     return found, scores
 
 
-def _accuracy(whole: nn.Module, datasets: Mapping[str, Any], reading: Reading) -> Accuracies:
-    _check(datasets, _tasks(whole))
-    offsets = whole.offsets() if isinstance(whole, SideBySide) else whole.config.offsets()
+def _accuracy(subject: Subject, datasets: Mapping[str, Any], reading: Reading) -> Accuracies:
+    _check(datasets, list(subject.offsets))
     # One vocabulary, or classes that all tasks share: an answer does not tell a task, so there is nothing joint.
-    shared = len(offsets) > 1 and len(set(offsets.values())) == 1
-    runs = {task: _share_right(whole, data, task, task, 0, reading) for task, data in datasets.items()}
-    joint = {}
-    if not shared:
-        for task, data in datasets.items():
-            joint[task], _ = _share_right(whole, data, task, None, offsets[task], reading)
-    return Accuracies(
-        per_task={task: right for task, (right, _) in runs.items()},
-        joint_per_task=joint,
-        samples={task: count for task, (_, count) in runs.items()},
-    )
-
-
-def _answers(whole: nn.Module) -> bool:
-    """Whether the model answers with a class or token, so that there is an accuracy."""
-    return not whole.contrastive if isinstance(whole, SideBySide) else not isinstance(whole, ZipItModel)
-
-
-def _tasks(whole: nn.Module) -> list[str]:
-    return list(whole.tasks if isinstance(whole, SideBySide) else whole.config.tasks)
+    shared = len(subject.offsets) > 1 and len(set(subject.offsets.values())) == 1
+    right, joint, counts = {}, {}, {}
+    for task, data in datasets.items():
+        right[task], counts[task] = _share_right(subject, data, task, reading)
+        if not shared:
+            joint[task], _ = _share_right(subject, data, task, reading, jointly=True)
+    return Accuracies(right, joint, counts)
 
 
 def _check(datasets: Mapping[str, Any], tasks: list[str]) -> None:
@@ -157,40 +127,35 @@ def _check(datasets: Mapping[str, Any], tasks: list[str]) -> None:
 
 
 def _share_right(
-    whole: nn.Module, data: Any, name: str, task: str | None, offset: int, reading: Reading
+    subject: Subject, data: Any, task: str, reading: Reading, *, jointly: bool = False
 ) -> tuple[float, int]:
-    """Share of right answers and their number, on the data of the task `name`."""
+    """Share of right answers and their number, on the data of a task."""
     # Keeps one number per position instead of a vocabulary's logits.
-    found = _predict(whole, data, name, task, offset, reading, lambda logits, labels: first(logits).argmax(-1))
+    found = _predict(subject, data, task, reading, lambda logits, labels: first(logits).argmax(-1), jointly=jointly)
     answers, labels = first(found.predictions), first(found.label_ids)
     counted = labels != IGNORED
     if not counted.any():
-        raise DataError(f"The evaluation data of the task {name!r} has no label that counts.")
+        raise DataError(f"The evaluation data of the task {task!r} has no label that counts.")
     return float((answers == labels)[counted].mean()), int(counted.sum())
 
 
 def _predict(
-    whole: nn.Module,
-    data: Any,
-    name: str,
-    task: str | None,
-    offset: int,
-    reading: Reading,
-    keep: Callable[[Any, Any], Any] | None,
-) -> EvalPrediction:
-    """What a model answers on the data of the task `name`, and the labels, `offset` added.
+    subject: Subject, data: Any, task: str, reading: Reading, keep: Callable[[Any, Any], Any] | None, *,
+    jointly: bool = False,
+) -> EvalPrediction:  # fmt: skip
+    """What a model answers on the data of a task, and the labels.
 
     Args:
-        task: whom to ask: one task, or all jointly.
         keep: what is kept of a batch's outputs; everything for None.
+        jointly: ask among the classes of all tasks, without telling the task.
     """
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
-    model = whole.for_task(task)
-    collate = Collate(inputs_of(whole, name), reading, name, classes_of(whole, name), offset, _answers(whole))
-    with tempfile.TemporaryDirectory() as folder, _modes_kept(whole):
+    offset = subject.offsets[task] if jointly else 0
+    collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.answers)
+    with tempfile.TemporaryDirectory() as folder, modes_kept([subject.model]):  # a Trainer puts it into eval mode
         trainer = Trainer(
-            model=model,
+            model=subject.model.for_task(None if jointly else task),
             args=TrainingArguments(
                 output_dir=folder,
                 per_device_eval_batch_size=reading.batch_size,
@@ -207,14 +172,3 @@ def _predict(
         )
         found = trainer.predict(data)
     return EvalPrediction(found.predictions, found.label_ids)
-
-
-@contextmanager
-def _modes_kept(whole: nn.Module) -> Iterator[None]:
-    """A Trainer puts what it evaluates into eval mode; afterwards every module is in its own again."""
-    modes = [(module, module.training) for module in whole.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

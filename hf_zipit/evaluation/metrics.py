@@ -63,9 +63,7 @@ class AnswerMetric(TrainerMetric):
     """Metrics of the most likely class: predictions and references are class ids."""
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
-        predictions, labels = first(found.predictions), first(found.label_ids)
-        if predictions.ndim > labels.ndim:
-            predictions = predictions.argmax(-1)
+        predictions, labels = class_ids(found)
         return self.compute(predictions=predictions.reshape(-1), references=labels.reshape(-1))
 
     def preprocess(self, logits: Any, labels: Any = None) -> Tensor:
@@ -156,12 +154,8 @@ class RetrievalRecall(TrainerMetric):
         similarity = images @ texts.T
         found = {}
         for top in (top for top in k if top < len(images) or top == min(k)):
-            right = {
-                "image_to_text": recall_at(similarity, ids, top),
-                "text_to_image": recall_at(similarity.T, ids, top),
-            }
-            found |= {f"{name}@{top}": value for name, value in right.items()}
-            found[f"recall@{top}"] = float(np.mean(list(right.values())))
+            there, back = recall_at(similarity, ids, top), recall_at(similarity.T, ids, top)
+            found |= {f"image_to_text@{top}": there, f"text_to_image@{top}": back, f"recall@{top}": (there + back) / 2}
         return found
 
 
@@ -177,11 +171,7 @@ def recall_at(similarity: np.ndarray, ids: np.ndarray, k: int) -> float:
 
 
 def counted(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Both without the positions that do not count.
-
-    Raises:
-        DataError: if nothing counts.
-    """
+    """Both without the positions that do not count; raises DataError if nothing counts."""
     predictions, references = np.asarray(predictions), np.asarray(references)
     kept = references != IGNORED
     if not kept.any():
@@ -189,22 +179,22 @@ def counted(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:
     return predictions[kept], references[kept]
 
 
+def class_ids(found: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+    """What a Trainer predicts, the most likely classes where it kept the logits, and its labels."""
+    predictions, labels = first(found.predictions), first(found.label_ids)
+    return predictions.argmax(-1) if predictions.ndim > labels.ndim else predictions, labels
+
+
 def answers(logits: Any, labels: Any = None) -> Tensor:
     """The most likely class of every sample or position."""
     return first(logits).argmax(-1)
 
 
-accuracy = Accuracy()
-f1 = F1()
-perplexity = Perplexity()
-retrieval_recall = RetrievalRecall()
+accuracy, f1, perplexity, retrieval_recall = Accuracy(), F1(), Perplexity(), RetrievalRecall()
 
 METRICS: dict[str, TrainerMetric] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "perplexity": perplexity,
-    "retrieval_recall": retrieval_recall,
-}
+    "accuracy": accuracy, "f1": f1, "perplexity": perplexity, "retrieval_recall": retrieval_recall
+}  # fmt: skip
 """The metrics that have a name."""
 
 Metric = str | evaluate.EvaluationModule | Callable[[EvalPrediction], Any]
@@ -213,27 +203,22 @@ Metric = str | evaluate.EvaluationModule | Callable[[EvalPrediction], Any]
 def find_metrics(metrics: Metric | Iterable[Metric]) -> list[Callable[[EvalPrediction], dict[str, float]]]:
     """Metrics by name, modules of `evaluate` and plain functions, as functions of a Trainer's predictions.
 
-    Raises:
-        RecipeError: for a name that is none of ours.
+    Raises RecipeError for a name that is none of ours.
     """
     given = [metrics] if isinstance(metrics, (str, evaluate.EvaluationModule)) or callable(metrics) else list(metrics)
     return [_as_function(metric) for metric in given]
 
 
 def _as_function(metric: Metric) -> Callable[[EvalPrediction], dict[str, float]]:
-    if isinstance(metric, str):
-        if metric not in METRICS:
-            hint = suggestion(metric, METRICS)
-            raise RecipeError(
-                f"There is no metric {metric!r}; {hint} From Python, one of the Hub is passed as "
-                f"evaluate.load({metric!r})."
-            )
-        return METRICS[metric]
+    if isinstance(metric, str) and metric not in METRICS:
+        raise RecipeError(
+            f"There is no metric {metric!r}; {suggestion(metric, METRICS)} From Python, one of the Hub is passed as "
+            f"evaluate.load({metric!r})."
+        )
+    metric = METRICS[metric] if isinstance(metric, str) else metric
     if isinstance(metric, TrainerMetric):
         return metric
-    if isinstance(metric, evaluate.EvaluationModule):
-        return ModuleOfAnswers(metric)
-    return Named(metric)
+    return ModuleOfAnswers(metric) if isinstance(metric, evaluate.EvaluationModule) else Named(metric)
 
 
 class ModuleOfAnswers:
@@ -245,10 +230,7 @@ class ModuleOfAnswers:
         self.module = module
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
-        predictions, labels = first(found.predictions), first(found.label_ids)
-        if predictions.ndim > labels.ndim:
-            predictions = predictions.argmax(-1)
-        predictions, labels = counted(predictions, labels)
+        predictions, labels = counted(*class_ids(found))
         return self.module.compute(predictions=predictions, references=labels)
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hf_zipit.files import write_json
+from hf_zipit.schema import Plain
 
 Scores = Mapping[str, Mapping[str, float]]
 """Metrics of one model, `{task: {name: value}}`."""
 
 
 @dataclass(frozen=True)
-class Accuracies:
+class Accuracies(Plain):
     """Shares of right answers of one model, in 0..1.
 
     Attributes:
@@ -42,11 +43,11 @@ class Accuracies:
         return float(np.average(list(self.joint_per_task.values()), weights=list(self.samples.values())))
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "mean": self.mean, "joint": self.joint}
+        return {**super().to_dict(), "mean": self.mean, "joint": self.joint}
 
 
 @dataclass(frozen=True)
-class Measurement:
+class Measurement(Plain):
     """One merge of several of the same experts, and what was measured of it.
 
     Attributes:
@@ -66,18 +67,11 @@ class Measurement:
     scores: Scores = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "depth": self.depth,
-            "parameters": self.parameters,
-            "seconds": round(self.seconds, 3),
-            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
-            "scores": {task: dict(found) for task, found in self.scores.items()},
-        }
+        return {**super().to_dict(), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Plain):
     """What was measured of a model and, where they were given, of its experts side by side.
 
     Attributes:
@@ -89,14 +83,6 @@ class Evaluation:
     experts: Accuracies | None = None
     scores: Scores = field(default_factory=dict)
     expert_scores: Scores = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "model": self.model.to_dict() if self.model else None,
-            "experts": self.experts.to_dict() if self.experts else None,
-            "scores": {task: dict(found) for task, found in self.scores.items()},
-            "expert_scores": {task: dict(found) for task, found in self.expert_scores.items()},
-        }
 
     def to_json(self, path: str | Path) -> Path:
         """Write the accuracies; an earlier file is replaced only by a complete one."""

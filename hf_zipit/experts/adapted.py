@@ -17,14 +17,12 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from hf_zipit.errors import ExpertError, ZipItError
-from hf_zipit.hub.reasons import why
+from hf_zipit.errors import ExpertError
+from hf_zipit.hub.reasons import told
 
 HEADS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -53,23 +51,15 @@ def adapter_config(source: str, revision: str | None = None) -> dict[str, Any] |
 def plain(task: str, model: nn.Module) -> PreTrainedModel:
     """The plain model that a `PeftModel` computes; a copy, for PEFT takes its own apart.
 
-    Raises:
-        ExpertError: for adapters that cannot become weights of the base, such as prompts.
+    Raises ExpertError for adapters that cannot become weights of the base, such as prompts.
     """
     return _merged(task, copy.deepcopy(model), "")  # a PeftModel does not know where its adapter came from
 
 
 def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str | None = None) -> PreTrainedModel:
-    """An adapter from a folder or repo, merged into its base, in float32.
+    """An adapter from a folder or repo, merged into its base, in float32; `settings` is what `adapter_config` found.
 
-    Args:
-        task: the expert's, for errors.
-        source: the folder or repo id of the adapter.
-        settings: what `adapter_config` found.
-        revision: of the adapter's repo.
-
-    Raises:
-        ExpertError: if PEFT is not installed, the base's class is unknown, or the adapter cannot become weights.
+    Raises ExpertError if PEFT is not installed, the base's class is unknown, or the adapter cannot become weights.
     """
     try:
         from peft import PeftModel
@@ -77,17 +67,13 @@ def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str
         raise ExpertError(
             f"the expert {task!r} ({source}) is an adapter, and PEFT is not installed; {INSTALL}"
         ) from error
-    base_source, base_revision = settings.get("base_model_name_or_path"), settings.get("revision")
+    base_source = settings.get("base_model_name_or_path")
     if not base_source:
         raise ExpertError(f"the adapter of the expert {task!r} ({source}) names no base model; merge it first")
     saved = _saved_shapes(source, revision)
-    try:
+    what = f"the base {base_source} of the expert {task!r} could not be loaded"
+    with told(what, base_source, settings.get("revision")):
         base = _load_base(task, source, settings, saved)
-    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
-        if isinstance(error, ZipItError):
-            raise
-        reason = why(error, base_source, base_revision)
-        raise ExpertError(f"the base {base_source} of the expert {task!r} could not be loaded: {reason}") from error
     model = PeftModel.from_pretrained(base, source, **({"revision": revision} if revision else {}))
     return _merged(task, model, source)
 
@@ -136,12 +122,10 @@ def _labelled(
     that in the adapter's file.
     """
     beside = Path(source).expanduser() / "config.json"
-    if beside.is_file():
-        labels = json.loads(beside.read_text(encoding="utf-8")).get("id2label")
-        if labels:
-            config.id2label = {int(key): name for key, name in labels.items()}
-            config.label2id = {name: key for key, name in config.id2label.items()}
-            return config
+    if beside.is_file() and (labels := json.loads(beside.read_text(encoding="utf-8")).get("id2label")):
+        config.id2label = {int(key): name for key, name in labels.items()}
+        config.label2id = {name: key for key, name in config.id2label.items()}
+        return config
     with torch.device("meta"):
         empty = model_class.from_config(config) if hasattr(model_class, "from_config") else model_class(config)
     for name, tensor in empty.state_dict().items():

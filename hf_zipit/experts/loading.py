@@ -8,17 +8,15 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_zipit import modeling
-from hf_zipit.errors import ExpertError, ZipItError
+from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
 from hf_zipit.hub.cache import commit_of, looks_local
 from hf_zipit.hub.processors import processor_files
-from hf_zipit.hub.reasons import why
+from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
 
 Expert = PreTrainedModel | nn.Module | str | Path
@@ -73,33 +71,28 @@ def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, P
     given = dict(base) if isinstance(base, Mapping) else dict.fromkeys(experts, base)
     if set(given) != set(experts):
         raise ExpertError(f"base= names {sorted(given)}, but the experts are {sorted(experts)}; give one for each")
-    loaded: dict[Any, PreTrainedModel] = {}
+    loaded: dict[Any, PreTrainedModel] = {}  # a module is its own key
     for task, source in given.items():
-        key = source if isinstance(source, (str, Path)) else id(source)
-        if key not in loaded:
-            loaded[key] = _load_base(task, source, experts[task])
-    return {task: loaded[s if isinstance(s, (str, Path)) else id(s)] for task, s in given.items()}
+        if source not in loaded:
+            loaded[source] = _load_base(task, source, experts[task])
+    return {task: loaded[source] for task, source in given.items()}
 
 
 def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedModel:
     if isinstance(source, nn.Module):
         return source.eval()
-    with torch.random.fork_rng(devices=[]):  # a head that is missing is initialised
-        try:
-            model = type(expert).from_pretrained(
-                source, config=expert.config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
-        except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
-            reason = why(error, str(source), None)
-            raise ExpertError(f"the base of {task!r} could not be loaded from {source}: {reason}") from error
+    what = f"the base of {task!r} could not be loaded from {source}"
+    with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
+        model = type(expert).from_pretrained(
+            source, config=expert.config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
     return model.eval()
 
 
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:
     """The tasks of a merged model as experts of their own, `NAME/TASK`.
 
-    Raises:
-        ExpertError: if a task cannot be a plain model.
+    Raises ExpertError if a task cannot be a plain model.
     """
     try:
         return {f"{name}/{task}": merged.expert(task) for task in merged.config.tasks}
@@ -122,14 +115,9 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
     if (isinstance(expert, Path) or looks_local(source)) and not folder.is_dir():
         raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
     source = str(folder) if folder.is_dir() else source
-    try:
+    with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
         settings = adapter_config(source, revision)
         model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
-    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
-        if isinstance(error, ZipItError):
-            raise
-        reason = why(error, source, revision)
-        raise ExpertError(f"the expert {task!r} could not be loaded from {source}: {reason}") from error
     if not folder.is_dir():
         commit = commit_of(source, revision or "main")
         processor_files(source, commit, fetch=True)

@@ -1,7 +1,7 @@
 """Where the experts came from: what a recipe and a model card must say so that a merge can be made and checked again.
 
 An expert's `sha256` is taken over the names, dtypes, shapes and bytes of its parameters and persistent buffers as they
-were merged (`observe.fingerprint`), not over a file: it is the same for one file and for shards, for a model that was
+were merged (`experts.fingerprint`), not over a file: it is the same for one file and for shards, for a model that was
 loaded and for one that was built.
 
 Invariants: nothing here uses the network; cards of repos are read from what loading left on this machine.
@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import yaml
+from huggingface_hub.repocard import metadata_load
 from torch import nn
 
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.hub.cache import commit_of, local_folder
+from hf_zipit.schema import Plain
 
 PACKAGES = ("hf-zipit", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "numpy", "scipy")
 
@@ -29,7 +31,7 @@ LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 @dataclass(frozen=True)
-class Origin:
+class Origin(Plain):
     """Where one expert came from.
 
     Attributes:
@@ -50,7 +52,7 @@ class Origin:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; what is not known is left out."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v}
+        return {key: value for key, value in super().to_dict().items() if value}
 
 
 def origins(experts: Mapping[str, nn.Module]) -> dict[str, Origin]:
@@ -78,15 +80,10 @@ def source_of(model: nn.Module) -> tuple[str | None, str | None]:
 def card_data(source: str | None, revision: str | None = None) -> dict[str, Any]:
     """The metadata of a model's card, as far as the card is on this machine; empty if it is not, or is damaged."""
     folder = local_folder(source, revision)
-    card = folder / CARD if folder else None
-    if card is None or not card.is_file():
-        return {}
-    _, *parts = card.read_text(encoding="utf-8", errors="replace").split("---\n", 2)
     try:
-        found = yaml.safe_load(parts[0]) if len(parts) == 2 else None
-    except yaml.YAMLError:
+        return metadata_load(folder / CARD) or {} if folder else {}
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def common_licence(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -16,14 +17,29 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import SafetensorError
+
+from hf_zipit.errors import ExpertError, ZipItError
 
 LOG_IN = "log in with `hf auth login`"
+
+
+@contextmanager
+def told(what: str, source: str, revision: str | None = None) -> Iterator[None]:
+    """Loads a model of `source` inside: a failure becomes an ExpertError that begins with `what` and says why."""
+    try:
+        yield
+    except ZipItError:
+        raise
+    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+        raise ExpertError(f"{what}: {why(error, source, revision)}") from error
 
 
 def why(error: BaseException, source: str, revision: str | None = None) -> str:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hf_zipit.schema import Plain, plain
+
 
 @dataclass(frozen=True)
-class Losses:
+class Losses(Plain):
     """Losses (mean cross-entropy) and errors (shares of wrong answers) at the points of a line or grid, by task."""
 
     loss: Mapping[str, tuple[Any, ...]]
     error: Mapping[str, tuple[Any, ...]]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"loss": _plain(self.loss), "error": _plain(self.error)}
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,7 @@ class Curve(Losses):
 
     def to_dict(self) -> dict[str, Any]:
         barriers = {task: self.barrier(task) for task in self.loss}
-        return {
-            "method": self.method,
-            "exact": self.exact,
-            "at": list(self.at),
-            **super().to_dict(),
-            "barrier": _plain(barriers),
-            "mean_barrier": _plain(self.mean_barrier),
-        }
+        return {**super().to_dict(), "barrier": plain(barriers), "mean_barrier": plain(self.mean_barrier)}
 
 
 @dataclass(frozen=True)
@@ -69,18 +60,9 @@ class Plane(Losses):
     y: tuple[float, ...]
     through_merge: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "points": {name: list(point) for name, point in self.points.items()},
-            "x": list(self.x),
-            "y": list(self.y),
-            "through_merge": self.through_merge,
-            **super().to_dict(),
-        }
-
 
 @dataclass(frozen=True)
-class Landscape:
+class Landscape(Plain):
     """The loss around two experts and a merge.
 
     Attributes:
@@ -107,15 +89,9 @@ class Landscape:
         return [self.aligned, *([self.naive] if self.naive else [])]
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "pair": list(self.pair),
-            "method": self.method,
-            "depth": self.depth,
-            "answers": self.answers,
-            "samples": dict(self.samples),
-            "interpolation": [curve.to_dict() for curve in self.curves],
-            "plane": self.plane.to_dict() if self.plane else None,
-        }
+        found = super().to_dict()
+        lines = [found.pop("aligned"), found.pop("naive")]
+        return {**found, "interpolation": [line for line in lines if line]}
 
 
 def barrier(at: Sequence[float], loss: Sequence[float]) -> float:
@@ -124,12 +100,3 @@ def barrier(at: Sequence[float], loss: Sequence[float]) -> float:
     0 or more, because the ends have none; Git Re-Basin, arXiv 2209.04836, definition 2.2.
     """
     return max(value - ((1 - x) * loss[0] + x * loss[-1]) for x, value in zip(at, loss, strict=True))
-
-
-def _plain(value: Any) -> Any:
-    """Numbers as JSON knows them: what is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value if math.isfinite(value) else None

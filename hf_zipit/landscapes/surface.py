@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,10 +24,13 @@ ON_THE_LINE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """A tensor of the merged model, `targets` being all its copies there, and how it moves with x and y.
+class Move:
+    """A tensor's value at the first expert, and from there the ways to the second and to the merge.
 
     Attributes:
+        targets: all its copies in the merged model.
+        north: the way along the second axis.
+        counts: whether it has a part in distances: parameters have, statistics have not.
         positive: whether it must not become negative, as a running variance.
     """
 
@@ -35,7 +38,14 @@ class Place:
     base: Tensor
     east: Tensor
     north: Tensor
+    counts: bool
     positive: bool
+
+    @classmethod
+    def between(cls, targets: Sequence[Tensor], a: Tensor, b: Tensor, counts: bool = True) -> Move:
+        """With the way to the merge as the second axis."""
+        positive = not counts and all(bool((value >= 0).all()) for value in (a, b, targets[0]))
+        return cls(targets, a, b - a, targets[0] - a, counts, positive)
 
     def put(self, x: float, y: float) -> None:
         moved = self.base + x * self.east + y * self.north
@@ -50,7 +60,7 @@ class Surface:
     Attributes:
         method, depth: of the merge.
         model: the model; `move` changes it.
-        places: what `move` changes.
+        moves: the tensors that `move` changes.
         points: the aligned experts and the merge, by name.
         exact: whether the aligned experts compute what the experts compute.
         through_merge: whether the merge spans the second axis.
@@ -59,7 +69,7 @@ class Surface:
     method: str
     depth: float
     model: PreTrainedModel
-    places: Sequence[Place]
+    moves: Sequence[Move]
     points: Mapping[str, tuple[float, float]]
     exact: bool
     through_merge: bool
@@ -67,19 +77,14 @@ class Surface:
     @torch.no_grad()
     def move(self, x: float, y: float = 0.0) -> PreTrainedModel:
         """The model at a point: `a + x (b - a) + y * north`."""
-        for place in self.places:
-            place.put(x, y)
+        for move in self.moves:
+            move.put(x, y)
         return self.model
 
 
 @torch.no_grad()
 def make_surface(
-    planned: Plan,
-    alignment: Alignment,
-    merged: PreTrainedModel,
-    pair: tuple[str, str],
-    *,
-    seed: int = 0,
+    planned: Plan, alignment: Alignment, merged: PreTrainedModel, pair: tuple[str, str], *, seed: int = 0
 ) -> Surface:
     """The plane through two aligned experts and a merge.
 
@@ -92,61 +97,32 @@ def make_surface(
     Raises:
         ExpertError: if the aligned trunks are the same.
     """
-    moves = [*_trunk(planned.folded, planned, alignment, merged, pair), *_readouts(planned, alignment, merged)]
+    moves = [*_trunk(planned, alignment, merged, pair), *_readouts(planned, alignment, merged)]
     length = _inner((move.east, move.east) for move in moves if move.counts)
     if not length > 0:
         raise ExpertError(
             f"the aligned trunks of the experts {pair[0]!r} and {pair[1]!r} are the same, with no line between them; "
             "choose other experts"
         )
-    share = _inner((move.to_merge, move.east) for move in moves if move.counts) / length
-    norths = [move.to_merge - share * move.east for move in moves]
+    share = _inner((move.north, move.east) for move in moves if move.counts) / length
+    norths = [move.north - share * move.east for move in moves]
     off = math.sqrt(_inner((n, n) for n, move in zip(norths, moves, strict=True) if move.counts) / length)
     through_merge = off > ON_THE_LINE
     if through_merge:
         norths = [north / off for north in norths]
     else:
         norths, off = _random_norths(moves, length, seed), 0.0
-    places = [
-        Place(move.targets, move.base, move.east, north, not move.counts and move.never_negative())
-        for move, north in zip(moves, norths, strict=True)
-    ]
+    moves = [replace(move, north=north) for move, north in zip(moves, norths, strict=True)]
     points = {pair[0]: (0.0, 0.0), pair[1]: (1.0, 0.0), "merge": (share, off)}
     return Surface(
-        planned.config.method, planned.cut.depth, merged, places, points, _is_exact(alignment), through_merge
+        planned.config.method, planned.cut.depth, merged, moves, points, _is_exact(alignment), through_merge
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Move:
-    """A tensor's value at the first expert, and from there the way to the second and to the merge.
-
-    Attributes:
-        targets: all its copies in the merged model.
-        counts: whether it has a part in distances: parameters have, statistics have not.
-    """
-
-    targets: Sequence[Tensor]
-    base: Tensor
-    east: Tensor
-    to_merge: Tensor
-    counts: bool
-
-    @classmethod
-    def between(cls, targets: Sequence[Tensor], a: Tensor, b: Tensor, counts: bool = True) -> _Move:
-        return cls(targets, a, b - a, targets[0] - a, counts)
-
-    def never_negative(self) -> bool:
-        """Whether it is positive at all three, as a running variance is."""
-        ends = (self.base, self.base + self.east, self.base + self.to_merge)
-        return all(bool((value >= 0).all()) for value in ends)
-
-
-def _trunk(
-    experts: Mapping[str, PreTrainedModel], planned: Plan, alignment: Alignment, merged: PreTrainedModel, pair: Any
-) -> Iterator[_Move]:
+def _trunk(planned: Plan, alignment: Alignment, merged: PreTrainedModel, pair: tuple[str, str]) -> Iterator[Move]:
     """Every tensor of the trunk that something reads."""
-    spec, tasks = planned.spec, list(experts)
+    spec, experts = planned.spec, planned.folded
+    tasks = list(experts)
     numbers = [tasks.index(task) for task in pair]
     sources = [model_tensors(experts[task]) for task in pair]
     parameters = {name for name, _ in experts[pair[0]].named_parameters(remove_duplicate=False)}
@@ -162,10 +138,10 @@ def _trunk(
             to_merged(in_float32(source[name]), labels, alignment, spec, number).to(targets[0])
             for source, number in zip(sources, numbers, strict=True)
         )
-        yield _Move.between(targets, *ends, counts=name in parameters)
+        yield Move.between(targets, *ends, counts=name in parameters)
 
 
-def _readouts(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> Iterator[_Move]:
+def _readouts(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> Iterator[Move]:
     """Fitted readouts belong to the merge; the aligned experts are read through U_t."""
     for number, task in enumerate(planned.tasks):
         key = merged.branch_names[task]
@@ -175,11 +151,11 @@ def _readouts(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> I
             if isinstance(readout, DenseEntry):
                 plain = unmerge_matrix(alignment, entry.key, number, planned.spec).to(readout.weight)
                 zeros = torch.zeros_like(readout.bias)
-                yield _Move.between([readout.weight], plain, plain)
-                yield _Move.between([readout.bias], zeros, zeros)
+                yield Move.between([readout.weight], plain, plain)
+                yield Move.between([readout.bias], zeros, zeros)
 
 
-def _random_norths(moves: Sequence[_Move], length: float, seed: int) -> list[Tensor]:
+def _random_norths(moves: Sequence[Move], length: float, seed: int) -> list[Tensor]:
     """A random direction at a right angle to east, as long as it, in every tensor about as long as it is there."""
     generator = torch.Generator().manual_seed(seed)
     norths = []

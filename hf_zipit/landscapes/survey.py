@@ -1,4 +1,4 @@
-"""Experts, the data their merges look at and the samples that losses are measured on, and the measuring itself."""
+"""Experts, the data their merges read and the samples that losses are measured on, and the measuring itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.utils.logging import tqdm
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.config import MergeConfig
 from hf_zipit.data.calibration import Calibration
-from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out, limit
+from hf_zipit.data.held_out import Answers, HeldOut, held_out, limit, read_divided
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.errors import RecipeError
 from hf_zipit.experts.loading import Experts, load_experts
@@ -46,11 +46,7 @@ class Survey:
     ) -> Survey:  # fmt: skip
         """Load the experts and divide the data; `reading` are settings of `Calibration`. See `landscape`."""
         loaded = load_experts(experts)
-        data = Calibration.of(calibration, **reading).read(loaded)
-        if validation is None:
-            data, part = divide(data, hold_out, seed)
-        else:
-            part = Calibration.of(validation, **reading).read(loaded)
+        data, part = read_divided(calibration, validation, loaded, hold_out, seed, **reading)
         return cls(loaded, data, held_out(limit(part, samples, seed), loaded, answers=answers), moments, seed)
 
     def pair(self, wanted: Sequence[str] | None) -> tuple[str, str]:

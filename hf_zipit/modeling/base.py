@@ -16,7 +16,7 @@ import copy
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -31,7 +31,7 @@ from ..errors import ZipItError
 from ..files import adding_to
 from ..hub.processors import FOLDER as PROCESSORS
 from ..hub.processors import Files, processor_files, write_files
-from .configuration import ZipItConfig, nearest
+from .configuration import ZipItConfig
 from .empty_model import empty_model
 from .entries import Entry, attach, leave, make_entries
 from .head_dims import cut_heads
@@ -44,6 +44,9 @@ Task = str | Sequence[str] | Tensor | None
 
 PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
+
+
+MOMENTS = "moments.safetensors"
 
 
 class Savable(Protocol):
@@ -178,9 +181,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         """The task's name, also from its position, which is what a collated column of class labels holds."""
         if isinstance(task, int) and 0 <= task < len(self.config.tasks):
             return self.config.tasks[task]
-        if task in self.branch_names:
-            return task
-        raise ZipItError(f"The task '{task}' is unknown: {nearest(task, self.config.tasks)}")
+        return self.config.known(task)
 
     def branch(self, task: str) -> nn.Module:
         """The task's own modules; called directly, it runs the trunk, too."""
@@ -203,13 +204,13 @@ class ZipItPreTrainedModel(PreTrainedModel):
         key = self.branch_names[task]
         return leave(self.branches[key](**inputs), self.config.exits, self.exits[key])
 
-    def run_branches(self, inputs: dict[str, Any]) -> dict[str, ModelOutput]:
-        """Every task's output on the same batch; the trunk runs once."""
+    def run_branches(self, run: Callable[[str], ModelOutput]) -> dict[str, ModelOutput]:
+        """What `run` gives for every task on the same batch; the trunk runs once."""
         outputs = {}
         with run_together() as memo:
             for task in self.config.tasks:
                 memo.next_branch()
-                outputs[task] = self.run_branch(task, inputs)
+                outputs[task] = run(task)
         return outputs
 
     def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
@@ -217,7 +218,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         axes = {setting["field"]: setting["axis"] for setting in self.config.exits}
         return side_by_side(list(outputs.values()), axes)
 
-    def compute(self, task: Task, labels: Tensor | None, inputs: dict[str, Any]) -> ModelOutput:
+    def compute(self, task: Task, labels: Tensor | None, /, **inputs: Any) -> ModelOutput:
         """Joint or one-task output, with the loss where labels are given.
 
         Labels are ids of the joint classes without a task, and the tasks' own ids wherever tasks are given.
@@ -226,7 +227,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         chosen = self.choose(task)
         if isinstance(chosen, str):
             return self.run_branch(chosen, inputs if labels is None else {**inputs, "labels": labels})
-        outputs = self.run_branches(inputs)
+        outputs = self.run_branches(lambda name: self.run_branch(name, inputs))
         joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
         if labels is not None:
             ids = labels if chosen is None else joint_ids(labels, chosen, self.config.offsets())
@@ -277,29 +278,22 @@ class ZipItPreTrainedModel(PreTrainedModel):
         self,
         repo_id: str,
         *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
         private: bool | None = None,
         token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | None = None,
         moments: Savable | str | Path | None = None,
+        **commit: Any,
     ) -> CommitInfo:
         """Upload what `save_pretrained` writes in one commit: the repo is what it was, or complete.
 
         Args:
-            repo_id: `user/name`, or `name` for the one who is logged in; made where there is none.
-            commit_message, commit_description: of the commit.
-            private: whether a new repo is private.
-            token: to log in with; the stored one by default.
-            revision: the branch, which is made where there is none.
-            create_pr: whether to open a pull request instead of writing to the branch.
+            repo_id, private, token: as for `modeling.hub.open_repo`.
             max_shard_size: of a file with weights.
             tags: more tags for the card.
             moments: the `hf_zipit.Moments` of the merge, or their file, to go along as `moments.safetensors`: who has
                 them can merge again with other settings and without data.
+            commit: `revision`, `create_pr`, `commit_message`, `commit_description`: see `modeling.hub.push_folder`.
 
         Raises:
             OutputError: if the Hub cannot be reached or refuses.
@@ -310,17 +304,11 @@ class ZipItPreTrainedModel(PreTrainedModel):
             folder.mkdir()
             self._write(folder, max_shard_size=max_shard_size)
             self._write_companions(folder, folder.name, repo_id, tags or ())
-            if moments is not None:
-                copy_moments(moments, folder / "moments.safetensors")
-            return push_folder(
-                folder,
-                repo_id,
-                token=token,
-                revision=revision,
-                create_pr=create_pr,
-                commit_message=commit_message,
-                commit_description=commit_description,
-            )
+            if isinstance(moments, (str, Path)):
+                shutil.copyfile(moments, folder / MOMENTS)
+            elif moments is not None:
+                moments.save(folder / MOMENTS)
+            return push_folder(folder, repo_id, token=token, **commit)
 
     def _write(self, folder: str | Path, **kwargs: Any) -> None:
         self.config.auto_map = auto_map(self.auto_class, type(self).__name__)
@@ -341,14 +329,6 @@ class ZipItPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
         """Nothing to do: transformers would copy this file alone, and it needs its package (see `hub.py`)."""
-
-
-def copy_moments(moments: Savable | str | Path, target: Path) -> None:
-    """Write moments, or copy their file."""
-    if isinstance(moments, (str, Path)):
-        shutil.copyfile(moments, target)
-    else:
-        moments.save(target)
 
 
 def module_names(tasks: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ Invariants: a configuration that is written to JSON and read again builds the sa
 from __future__ import annotations
 
 import copy
-import difflib
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -20,6 +19,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ..errors import ZipItError
+from ..registry import suggestion
 
 Labels = dict[int, str]
 
@@ -103,13 +103,17 @@ class ZipItConfig(PreTrainedConfig):
 
     def answer_for(self, task: str | None) -> None:
         """Make `task` (None: all, jointly) the one that is meant when none is named, and its classes the model's."""
-        if task is not None and task not in self.tasks:
-            raise ZipItError(f"The task '{task}' is unknown: {nearest(task, self.tasks)}")
-        self.task = task
+        self.task = task if task is None else self.known(task)
         if self.task_labels:
             joint = joint_labels(self.tasks, self.task_labels, self.joint)
             self.id2label = joint if task is None else dict(self.labels_of(task))
             self.label2id = {name: key for key, name in self.id2label.items()}
+
+    def known(self, task: str) -> str:
+        """The task itself; raises ZipItError where there is no such task."""
+        if task not in self.tasks:
+            raise ZipItError(f"The task {task!r} is unknown; {suggestion(task, self.tasks)}")
+        return task
 
     def labels_of(self, task: str) -> Labels:
         """The task's own classes by id; empty for models without labels."""
@@ -124,12 +128,6 @@ class ZipItConfig(PreTrainedConfig):
             found[task] = start
             start += len(self.labels_of(task))
         return found
-
-
-def nearest(task: object, tasks: list[str]) -> str:
-    """The end of the message about an unknown task."""
-    close = difflib.get_close_matches(str(task), tasks, n=1)
-    return (f"did you mean '{close[0]}'? " if close else "") + f"The tasks of this model are {tasks}."
 
 
 def check_tasks(tasks: list[str], task_labels: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Skeletons: empty models of the experts' class, one for every task, with that task's labels and nothing tied."""
+"""Empty models: models of the experts' class, one for every task, with that task's labels and nothing tied."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from .configuration import ZipItConfig
 
 
 def source_class(architecture: str | None) -> type[PreTrainedModel]:
-    """The class of that name in `transformers`.
-
-    Raises:
-        ZipItError: there is none, or it is not a model.
-    """
+    """The class of that name in `transformers`. Raises ZipItError if there is none, or it is not a model."""
     if not architecture:
         raise ZipItError("The configuration has no source_architecture; name the experts' class in transformers.")
     found = getattr(transformers, architecture, None)

@@ -20,7 +20,6 @@ from .base import Task, ZipItPreTrainedModel
 from .configuration import ZipItConfig
 from .empty_model import source_class
 from .joint import joint_embedding, mask_foreign, pick, side_by_side, vote
-from .trunk import run_together
 
 
 class ZipItModel(ZipItPreTrainedModel):
@@ -42,27 +41,23 @@ class ZipItModel(ZipItPreTrainedModel):
         task: Task = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        inputs = {
-            "pixel_values": pixel_values,
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        return self.compute(task, None, inputs | kwargs)
+        return self.compute(
+            task, None, pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask,
+            token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:
         """Image embeddings as the source class returns them, or joint ones (unit vectors) in `pooler_output`."""
-        return self.contrastive_features("get_image_features", task, {"pixel_values": pixel_values} | kwargs)
+        return self.contrastive_features("get_image_features", task, pixel_values=pixel_values, **kwargs)
 
     @can_return_tuple
     def get_text_features(self, input_ids: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:
         """Text embeddings as the source class returns them, or joint ones (unit vectors) in `pooler_output`."""
-        return self.contrastive_features("get_text_features", task, {"input_ids": input_ids} | kwargs)
+        return self.contrastive_features("get_text_features", task, input_ids=input_ids, **kwargs)
 
-    def contrastive_features(self, method: str, task: Task, inputs: dict[str, Any]) -> ModelOutput:
+    def contrastive_features(self, method: str, task: Task, /, **inputs: Any) -> ModelOutput:
+        """What a method of the source class gives for one task, or the joint embeddings in `pooler_output`."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
         chosen = self.choose(task)
         if isinstance(chosen, list):
@@ -71,11 +66,7 @@ class ZipItModel(ZipItPreTrainedModel):
             raise ZipItError(f"A merge of {self.config.source_architecture} models has no {method}.")
         if chosen is not None:
             return getattr(self.branch(chosen), method)(**inputs)
-        outputs = []
-        with run_together() as memo:
-            for name in self.config.tasks:
-                memo.next_branch()
-                outputs.append(getattr(self.branch(name), method)(**inputs))
+        outputs = list(self.run_branches(lambda name: getattr(self.branch(name), method)(**inputs)).values())
         joint = side_by_side(outputs)
         joint["pooler_output"] = joint_embedding([output.pooler_output for output in outputs])
         return joint
@@ -128,7 +119,7 @@ class ZipItForImageClassification(ZipItLabelled):
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, task: Task = None, **kwargs: Any
     ) -> ModelOutput:
-        return self.compute(task, labels, {"pixel_values": pixel_values} | kwargs)
+        return self.compute(task, labels, pixel_values=pixel_values, **kwargs)
 
 
 class ZipItForText(ZipItLabelled):
@@ -146,14 +137,10 @@ class ZipItForText(ZipItLabelled):
         task: Task = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-        }
-        return self.compute(task, labels, inputs | kwargs)
+        return self.compute(
+            task, labels, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs,
+        )  # fmt: skip
 
 
 class ZipItForSequenceClassification(ZipItForText):
@@ -178,11 +165,8 @@ class ZipItForMaskedLM(ZipItForText):
 
 
 MERGED_CLASSES: tuple[type[ZipItPreTrainedModel], ...] = (
-    ZipItForImageClassification,
-    ZipItForSequenceClassification,
-    ZipItForTokenClassification,
-    ZipItForMaskedLM,
-)
+    ZipItForImageClassification, ZipItForSequenceClassification, ZipItForTokenClassification, ZipItForMaskedLM,
+)  # fmt: skip
 
 
 def merged_class(source_architecture: str | None) -> type[ZipItPreTrainedModel]:

@@ -60,15 +60,12 @@ def write_remote_module(folder: str | Path, model_class: str) -> None:
 
 
 def open_repo(repo_id: str, *, private: bool | None = None, token: bool | str | None = None) -> str:
-    """Make a model repo where there is none.
+    """The whole id, `user/name`, of a model repo, which is made where there is none.
 
     Args:
         repo_id: `user/name`, or `name` for the one who is logged in.
-        private: of a new repo.
+        private: whether a new repo is private.
         token: to log in with; the stored one by default.
-
-    Returns:
-        The whole id, `user/name`.
 
     Raises:
         OutputError: if the Hub cannot be reached or refuses.
@@ -92,8 +89,7 @@ def push_folder(
 
     Args:
         folder: of a saved merged model.
-        repo_id: of an existing repo.
-        token: to log in with; the stored one by default.
+        repo_id, token: of an existing repo: see `open_repo`.
         revision: the branch, which is made where there is none.
         create_pr: whether to open a pull request instead of writing to the branch.
         commit_message, commit_description: of the commit.

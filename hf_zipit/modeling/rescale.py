@@ -70,7 +70,7 @@ class TrunkRescale(nn.ModuleDict):
         return None if task is None else self[task](output)
 
 
-class DoorRescale(nn.Module):
+class ReadoutRescale(nn.Module):
     """A readout's two corrections: when its task runs alone, and in a joint forward pass."""
 
     def __init__(self, readout: Entry) -> None:
@@ -115,7 +115,7 @@ def make_rescales(
         inside.append(rescale)
     found = nn.ModuleDict({"trunk": inside})
     for kind, by_task in readouts.items():
-        found[kind] = nn.ModuleDict({task: nn.ModuleList(map(DoorRescale, by_task[task])) for task in tasks})
+        found[kind] = nn.ModuleDict({task: nn.ModuleList(map(ReadoutRescale, by_task[task])) for task in tasks})
         for task in tasks:
             for readout, rescale in zip(by_task[task], found[kind][task], strict=True):
                 readout.register_forward_hook(rescale.after)

@@ -9,7 +9,7 @@ from hf_zipit.config import AUTO, SEEDS, MergeConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.files import check_result_folder, check_writable
 from hf_zipit.hub.cache import looks_local
-from hf_zipit.recipe.sections import ALIASES, REFIT, Data, Push, Recipe, real_method
+from hf_zipit.recipe.sections import REFIT, Data, Push, Recipe
 from hf_zipit.recipe.sources import BUILT_IN, check_source
 from hf_zipit.registry import METHODS, suggestion
 from hf_zipit.schema import read_yaml
@@ -55,15 +55,11 @@ def _check_experts(recipe: Recipe) -> None:
         if expert.model is None and not expert.classes:
             raise RecipeError(f"experts.{task} is to be trained here; give the classes it learns.")
         if expert.model is not None:
-            check_model_source(expert.model, task)
+            _check_model(expert.model, task)
 
 
-def check_model_source(source: str, task: str) -> None:
-    """A model given as a folder must be there; a repo id is taken on trust.
-
-    Raises:
-        RecipeError: if a folder does not exist or holds no model.
-    """
+def _check_model(source: str, task: str) -> None:
+    """A model given as a folder must be there; a repo id is taken on trust."""
     folder = Path(source).expanduser()
     if looks_local(source) and not folder.is_dir():
         raise RecipeError(f"The expert {task!r} is to come from the folder {source}, which does not exist.")
@@ -80,10 +76,6 @@ def _check_merging(recipe: Recipe) -> None:
             raise RecipeError(f"{key} is an empty list; give at least one.")
         if len(set(values)) < len(values):
             raise RecipeError(f"{key} holds a value twice in {list(values)}.")
-    for method in recipe.method:
-        if real_method(method) not in (AUTO, *METHODS.names()):
-            name = method.removesuffix(REFIT)
-            raise RecipeError(f"There is no method {name!r}; {suggestion(name, (AUTO, *METHODS.names(), *ALIASES))}")
     for method in recipe.options:
         if method not in recipe.method:
             raise RecipeError(f"options.{method} is for no method of this recipe; {suggestion(method, recipe.method)}")
@@ -92,9 +84,9 @@ def _check_merging(recipe: Recipe) -> None:
     for config in recipe.configs.values():
         for pattern, override in config.overrides.items():
             override_choice(pattern, override)
-    for key, seed in {"seed": recipe.seed, **{f"experts.{t}.seed": e.seed for t, e in recipe.experts.items()}}.items():
-        if seed is not None and not 0 <= seed < SEEDS:
-            raise RecipeError(f"{key} should be from 0 to {SEEDS - 1}, but is {seed}.")
+    for task, expert in recipe.experts.items():
+        if expert.seed is not None and not 0 <= expert.seed < SEEDS:
+            raise RecipeError(f"experts.{task}.seed should be from 0 to {SEEDS - 1}, but is {expert.seed}.")
     if recipe.threads is not None and recipe.threads < 1:
         raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     kept = recipe.kept
@@ -114,19 +106,17 @@ def _check_data(recipe: Recipe) -> None:
         from hf_zipit.evaluation.metrics import find_metrics  # imports `evaluate`, which takes seconds
 
         find_metrics(recipe.evaluation.metrics)
-    sections = {"calibration": recipe.calibration, "evaluation": recipe.evaluation, "train": recipe.train}
-    for name, section in sections.items():
-        if section is None:
-            continue
-        if name == "train" and section.dataset not in BUILT_IN:
-            raise RecipeError(f"train.dataset should be one of {', '.join(BUILT_IN)}, but is {section.dataset!r}.")
+    if recipe.train and recipe.train.dataset not in BUILT_IN:
+        raise RecipeError(f"train.dataset should be one of {', '.join(BUILT_IN)}, but is {recipe.train.dataset!r}.")
+    for name in ("calibration", "evaluation", "train"):
+        section = getattr(recipe, name)
         for number in ("samples", "batch_size", "epochs"):
             value = getattr(section, number, None)
             if value is not None and value < 1:
                 raise RecipeError(f"{name}.{number} should be at least 1, but is {value}.")
         if isinstance(section, Data):
             _check_section(recipe, name, section)
-        else:
+        elif section is not None:
             _check_source(name, section.dataset, section.folder)
 
 

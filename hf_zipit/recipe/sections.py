@@ -258,8 +258,7 @@ class Recipe:
     def from_dict(cls, content: Any) -> Recipe:
         """The recipe of plain values, as a YAML file holds them.
 
-        Raises:
-            RecipeError: for an unknown key, a missing one or a value of a wrong type.
+        Raises RecipeError for an unknown key, a missing one or a value of a wrong type.
         """
         if not isinstance(content, Mapping):
             return build(cls, content)
@@ -272,11 +271,7 @@ class Recipe:
         return build(cls, {**rest, "settings": settings})
 
     def config(self, method: str, depth: float | str) -> MergeConfig:
-        """The settings of the merge by one of the methods at one of the depths.
-
-        Raises:
-            RecipeError: one is wrong.
-        """
+        """The settings of the merge by one of the methods at one of the depths. Raises RecipeError if one is wrong."""
         plain = real_method(method)
         refit = (self.refit or True) if is_refitted(self, method) else False
         if plain == AUTO and self.refit is None and not method.endswith(REFIT):

@@ -10,14 +10,13 @@ matched by the classes' names, so that an expert is never measured with the labe
 from __future__ import annotations
 
 import gzip
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, in_channels
+from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, first_of, process
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import DataError
 from hf_zipit.hub.cache import looks_local
@@ -73,12 +72,11 @@ def load_source(
 def rename(dataset: Dataset | IterableDataset, columns: Mapping[str, str], name: str) -> Dataset | IterableDataset:
     """The data set with other names of columns; those that are in the way are dropped.
 
-    Raises:
-        DataError: if none of the columns is there.
+    Raises DataError if none of the columns is there.
     """
     if not columns:
         return dataset
-    there = dataset.column_names or list(next(iter(dataset)))
+    there = _columns(dataset)
     known = {old: new for old, new in columns.items() if old in there and old != new}
     if not any(old in there for old in columns):
         raise DataError(f"The data set {name!r} has none of the columns {list(columns)} to rename, only {there}.")
@@ -86,11 +84,15 @@ def rename(dataset: Dataset | IterableDataset, columns: Mapping[str, str], name:
     return dataset.remove_columns(taken).rename_columns(known)
 
 
+def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    """The names of the columns; of a stream that does not tell them, those of its first row."""
+    return dataset.column_names or list(next(iter(dataset)))
+
+
 def check_source(name: str, folder: Path | None = None) -> None:
     """Whether a source can be read at all, found out without reading it; Hub names are taken on trust.
 
-    Raises:
-        DataError: if not.
+    Raises DataError if not.
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist.")
@@ -188,8 +190,8 @@ def _dataset(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> Datase
 
 def _with_labels(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
     """The label column named `labels`, with a feature that names its classes."""
-    there = dataset.column_names or list(next(iter(dataset)))
-    column = next((column for column in LABEL_COLUMNS if column in there), None)
+    there = _columns(dataset)
+    column = first_of(LABEL_COLUMNS, there)
     if column is None:
         wanted = " or ".join(LABEL_COLUMNS)
         raise DataError(f"The data set {name!r} has no column {wanted}, only {there}; say in `columns` which it is.")
@@ -211,11 +213,7 @@ def class_names(dataset: Dataset) -> list[str]:
 
 
 def choose_classes(dataset: Dataset, classes: Sequence[Class], task: str) -> list[int]:
-    """Label ids of classes given by id or name.
-
-    Raises:
-        DataError: if there is no such class, or one is given twice.
-    """
+    """Label ids of classes given by id or name. Raises DataError if there is no such class, or one is given twice."""
     names = class_names(dataset)
     ids = []
     for wanted in classes:
@@ -261,9 +259,7 @@ def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int =
     """At most this many rows, drawn without replacement; all of them for None."""
     if not hasattr(dataset, "select"):
         return read(dataset, samples, seed)
-    if samples is None or samples >= len(dataset):
-        return dataset
-    return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:samples]))
+    return dataset.select(_draw(np.arange(len(dataset)), samples, seed))
 
 
 def part_of(
@@ -290,16 +286,18 @@ def part_of(
         wanted = set(ids)
         dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed)
     labels = np.asarray(dataset.with_format("numpy")["labels"])
-    rows = np.flatnonzero(np.isin(labels, ids))
-    if samples is not None and samples < len(rows):
-        rows = np.sort(np.random.default_rng(seed).permutation(rows)[:samples])
+    rows = _draw(np.flatnonzero(np.isin(labels, ids)), samples, seed)
     position = {label: index for index, label in enumerate(ids)}
     relabelled = [position[label] for label in labels[rows].tolist()]
-    return (
-        dataset.select(rows)
-        .remove_columns("labels")
-        .add_column("labels", relabelled, feature=ClassLabel(names=list(names)))
-    )
+    part = dataset.select(rows).remove_columns("labels")
+    return part.add_column("labels", relabelled, feature=ClassLabel(names=list(names)))
+
+
+def _draw(rows: np.ndarray, samples: int | None, seed: int) -> np.ndarray:
+    """At most so many of the rows, drawn without replacement, in their order."""
+    if samples is None or samples >= len(rows):
+        return rows
+    return np.sort(np.random.default_rng(seed).permutation(rows)[:samples])
 
 
 def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Dataset:
@@ -313,24 +311,21 @@ def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Data
     Raises:
         DataError: if there is neither a ready column nor a processor for the raw ones.
     """
-    if {"pixel_values", "input_ids"} & set(dataset.column_names):
+    columns = dataset.column_names
+    if is_ready(dataset):
         return dataset.with_format("torch")
-    image = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
-    text = next((column for column in TEXT_COLUMNS if column in dataset.column_names), None)
-    if processor is None or not (image or text):
+    if processor is None or not first_of((*IMAGE_COLUMNS, *TEXT_COLUMNS), columns):
         raise DataError(
-            f"The data has the columns {dataset.column_names}, and the experts bring no processor that prepares them; "
+            f"The data has the columns {columns}, and the experts bring no processor that prepares them; "
             "save the experts with their image processor or tokenizer, or give data with pixel_values or input_ids."
         )
-    accepted = inspect.signature(processor).parameters
+    others = [column for column in columns if column != "labels"]
+    prepared = dataset.map(
+        lambda rows: dict(process(rows, processor, channels, "np")), batched=True, remove_columns=others
+    )
+    return prepared.with_format("torch")
 
-    def process(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        given: dict[str, Any] = {}
-        if image and "images" in accepted:
-            given |= {"images": [in_channels(picture, channels) for picture in rows[image]]}
-        if text and "text" in accepted:
-            given |= {"text": rows[text], "truncation": True, "padding": True}
-        return dict(processor(**given, return_tensors="np"))
 
-    others = [column for column in dataset.column_names if column != "labels"]
-    return dataset.map(process, batched=True, remove_columns=others).with_format("torch")
+def is_ready(dataset: Dataset) -> bool:
+    """Whether the data hold what a model reads, so that there is nothing to prepare."""
+    return bool({"pixel_values", "input_ids"} & set(dataset.column_names))

@@ -40,8 +40,7 @@ class Training:
 def new_classifier(model: dict[str, Any], labels: list[str], seed: int) -> PreTrainedModel:
     """A randomly initialised image classifier for `labels`.
 
-    Raises:
-        RecipeError: if the configuration is not that of an image classifier.
+    Raises RecipeError if the configuration is not that of an image classifier.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageClassification

@@ -24,9 +24,10 @@ from hf_zipit.hub.cache import is_repo
 from hf_zipit.hub.processors import FOLDER
 from hf_zipit.modeling.hub import companion
 from hf_zipit.refit import RefitReport
-from hf_zipit.report.plots import accuracy_over_depth, refit_errors
+from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
 from hf_zipit.report.tables import EXPERTS, accuracies, score_lines
+from hf_zipit.schema import plain
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -94,25 +95,26 @@ class Result:
         method = model.config.method
         experts: Mapping[str, Any] = method.get("experts", {})
         measured = method.get("results") or {}
+        tasks = model.config.tasks
         changed = "sha256" in method and fingerprint_experts({"": model})[""] != method["sha256"]
         found = {} if changed else measured
         return cls(
             name=name,
-            base_models={task: experts.get(task, {}).get("model") for task in model.config.tasks},
+            base_models={task: experts.get(task, {}).get("model") for task in tasks},
             dataset=found.get("dataset"),
             split=found.get("split"),
-            merged=_accuracy(found.get("merged"), model.config.tasks),
-            experts=_accuracy(measured.get("experts"), model.config.tasks),
+            merged=_accuracy(found.get("merged"), tasks),
+            experts=_accuracy(measured.get("experts"), tasks),
             scores=_scores(found.get("scores", ())),
             expert_scores=_scores(found.get("expert_scores", ())),
             parameters=model.num_parameters(),
             expert_parameters=method.get("expert_parameters", 0),
             calibration=measured.get("calibration"),
             curve=[
-                Measurement(p["method"], p["depth"], p["parameters"], _accuracy(p["accuracy"], model.config.tasks))
-                for p in found.get("curve", [])
+                Measurement(**{**point, "accuracy": _accuracy(point["accuracy"], tasks)})
+                for point in found.get("curve", [])
             ],
-            licence=common_licence(experts) if len(experts) == len(model.config.tasks) else {},
+            licence=common_licence(experts) if len(experts) == len(tasks) else {},
             datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
             changed=changed,
         )
@@ -120,23 +122,12 @@ class Result:
 
 def remember(model: PreTrainedModel, result: Result) -> None:
     """Write measurements into the model's configuration, from where every later card takes them."""
+    plainly = ("dataset", "split", "merged", "experts", "calibration")
+    point = ("method", "depth", "parameters", "accuracy")  # seconds are others in every run
     model.config.method["results"] = {
-        "dataset": result.dataset,
-        "split": result.split,
-        "merged": result.merged.to_dict() if result.merged else None,
-        "experts": result.experts.to_dict() if result.experts else None,
-        "scores": _entries(result.scores),
-        "expert_scores": _entries(result.expert_scores),
-        "calibration": result.calibration,
-        "curve": [
-            {
-                "method": point.method,
-                "depth": point.depth,
-                "parameters": point.parameters,
-                "accuracy": point.accuracy.to_dict() if point.accuracy else None,
-            }
-            for point in result.curve
-        ],
+        **{name: plain(getattr(result, name)) for name in plainly},
+        **{name: _entries(getattr(result, name)) for name in ("scores", "expert_scores")},
+        "curve": [{name: plain(getattr(row, name)) for name in point} for row in result.curve],
     }
 
 
@@ -201,29 +192,21 @@ def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
             measures["joint accuracy"] = ("accuracy", result.merged.joint)
     for task, metric, value in _entries(result.scores):
         measures.setdefault(f"{metric} on {task}", (metric, value))
+    where = {"dataset_type": result.dataset, "dataset_name": result.dataset, "dataset_split": result.split}
     return [
         EvalResult(
-            task_type=pipeline_tag(model) or "other",
-            dataset_type=result.dataset,
-            dataset_name=result.dataset,
-            dataset_split=result.split,
-            metric_type=metric,
-            metric_name=name,
-            metric_value=round(value, 5),
+            pipeline_tag(model) or "other", metric_type=kind, metric_name=name, metric_value=round(value, 5), **where
         )
-        for name, (metric, value) in measures.items()
+        for name, (kind, value) in measures.items()
     ]
 
 
 def card_text(
     model: PreTrainedModel, result: Result, recipe: str = "", repo_id: str | None = None, tags: Sequence[str] = ()
 ) -> str:
-    """The whole card, as Markdown with a YAML header.
+    """The whole card, as Markdown with a YAML header: what `result` and the text of a recipe tell of a merged model.
 
     Args:
-        model: the merged model.
-        result: what is told of it.
-        recipe: the recipe's text.
         repo_id: where the model will be, if that is known.
         tags: more tags.
     """
@@ -238,7 +221,7 @@ def card_text(
         metadata=card_metadata(model, result, tags).to_yaml().strip(),
         result=result,
         config=model.config,
-        classes=_classes(model),
+        classes={task: list(model.config.labels_of(task).values()) for task in model.config.tasks},
         architecture=model.config.source_architecture,
         main_input=model.main_input_name,
         auto_class=getattr(model, "auto_class", "AutoModel"),
@@ -267,11 +250,6 @@ def processor_folders(model: PreTrainedModel) -> dict[str, str]:
     return {task: f"{FOLDER}/{key}" for task, key in names.items() if any(f"{FOLDER}/{key}/" in f for f in files)}
 
 
-def _classes(model: PreTrainedModel) -> dict[str, list[str]]:
-    config: Any = model.config
-    return {task: list(config.labels_of(task).values()) for task in config.tasks}
-
-
 @companion("card")
 def write_card(
     folder: Path, model: PreTrainedModel, name: str, repo_id: str | None = None, tags: Sequence[str] = ()
@@ -281,10 +259,9 @@ def write_card(
     result, recipe = Result.of(model, title), recipe_text(model, title)
     report = None if result.changed else RefitReport.of(model)
     if report:
-        refit_errors(report, folder / REFIT_PICTURE, f"{title}: error of the refit, by module")
+        save_picture(refit_picture(report, f"{title}: error of the refit, by module"), folder / REFIT_PICTURE)
     if draws_curve(result):
-        figure = accuracy_over_depth(result.curve, result.experts, title=title)
-        figure.savefig(folder / DEPTH_PICTURE, dpi=130)
+        save_picture(accuracy_over_depth(result.curve, result.experts, title=title), folder / DEPTH_PICTURE)
     if recipe:
         write_text(folder / RECIPE, recipe)
     return write_text(folder / CARD, card_text(model, result, recipe, repo_id, tags))

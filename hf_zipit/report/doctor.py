@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any
 
+from packaging.requirements import Requirement
 from rich.table import Table
 
 from hf_zipit.report.tables import new_table
+from hf_zipit.schema import Plain
 
 EXTRAS = (
     ("peft", "peft", "experts that are LoRA adapters"),
@@ -25,16 +25,13 @@ EXTENSION = "~/.local/share/hf/extensions/hf-zipit/manifest.json"
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Plain):
     """One finding: `remedy` says what to do where it is not good."""
 
     what: str
     found: str
     good: bool = True
     remedy: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def examine() -> list[Check]:
@@ -49,32 +46,23 @@ def _versions() -> Iterator[Check]:
         yield Check("hf-zipit", "not installed", False, "pip install -e . in the source tree, or pip install hf-zipit")
         return
     yield Check("hf-zipit", version("hf-zipit"))
-    for line in wanted:
-        name, floor = re.match(r"([\w.-]+)\s*(?:>=\s*([\w.]+))?", line).groups()
+    for requirement in map(Requirement, wanted):
         try:
-            found = version(name)
+            found = version(requirement.name)
         except PackageNotFoundError:
-            yield Check(name, "missing", False, f"pip install '{name}>={floor}'")
+            yield Check(requirement.name, "missing", False, f"pip install '{requirement}'")
             continue
-        good = floor is None or release(found) >= release(floor)
-        yield Check(name, found, good, "" if good else f"pip install -U '{name}>={floor}'")
-
-
-def release(text: str) -> tuple[int, ...]:
-    """The release numbers of a version: `2.13.0+cpu` is `(2, 13, 0)`."""
-    return tuple(int(part) for part in re.findall(r"\d+", text.partition("+")[0])[:3])
+        good = requirement.specifier.contains(found, prereleases=True)
+        yield Check(requirement.name, found, good, "" if good else f"pip install -U '{requirement}'")
 
 
 def _devices() -> Iterator[Check]:
     import torch
 
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        yield Check("devices", ", ".join(names))
-    elif torch.backends.mps.is_available():
-        yield Check("devices", "Apple GPU (mps)")
-    else:
-        yield Check("devices", "CPU only; everything works, large models are slow")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("Apple GPU (mps)")
+    yield Check("devices", ", ".join(names) or "CPU only; everything works, large models are slow")
     threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     good = threads <= cores
     yield Check("threads", f"{threads} of {cores} cores", good, "" if good else f"set OMP_NUM_THREADS={cores} or less")
@@ -120,7 +108,6 @@ def checks_table(checks: list[Check]) -> Table:
     """The findings as a table for the terminal."""
     table = new_table("", ["", "what", "found", "what to do"], [])
     for check in checks:
-        table.add_row(
-            "ok" if check.good else "!", check.what, check.found, check.remedy, style=None if check.good else "red"
-        )
+        mark, style = ("ok", None) if check.good else ("!", "red")
+        table.add_row(mark, check.what, check.found, check.remedy, style=style)
     return table

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from hf_zipit.files import replacing, write_json, write_text
+from hf_zipit.files import write_json, write_text
 from hf_zipit.recipe.sections import Recipe
-from hf_zipit.report.plots import STYLE, add_legend, add_title, look, wrapped
-from hf_zipit.report.tables import accuracies, new_table, share
+from hf_zipit.report.plots import add_legend, add_title, drawing, look, save_picture, wrapped
+from hf_zipit.report.tables import accuracies, depth_cell, new_table, share
 from hf_zipit.searching.result import SearchResult, Trial, with_setting
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def save_search(result: SearchResult, folder: str | Path, *, recipe: Recipe | No
     """
     folder = Path(folder)
     write_json(folder / RESULTS, result.to_dict())
-    with replacing(folder / PICTURE) as beside:
-        frontier_picture(result, title=title).savefig(beside, format="png", dpi=160)
+    save_picture(frontier_picture(result, title=title), folder / PICTURE)
     if recipe is not None:
         write_text(folder / BEST, with_setting(recipe, result.best.setting).to_yaml())
     return folder
@@ -87,10 +86,9 @@ def _samples(result: SearchResult) -> str:
 
 def _cells(trial: Trial, result: SearchResult) -> list[str]:
     measured = accuracies(trial.accuracy) if trial.accuracy else [share(trial.score)]
-    depth = f"{trial.setting.depth:.2f}" if isinstance(trial.setting.depth, float) else trial.setting.depth
     size, macs = trial.parameters / result.expert_parameters, trial.macs / max(result.expert_macs, 1)
     return [
-        trial.setting.method, trial.setting.details(), depth, *measured,
+        trial.setting.method, trial.setting.details(), depth_cell(trial.setting.depth), *measured,
         f"{size:.2f}", f"{macs:.2f}", f"{trial.seconds:.1f}",
     ]  # fmt: skip
 
@@ -101,16 +99,12 @@ def frontier_picture(result: SearchResult, title: str = "") -> Figure:
     A method has one colour and marker; what is beaten in score, size and computation is pale. A panel's line is the
     best score that its size or its computation buys. The experts side by side are the star.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     panels: dict[str, tuple[Callable[[Trial], float], float]] = {
         "parameters (one expert = 1)": (lambda t: t.parameters, result.expert_parameters),
         "multiply-accumulates (one expert = 1)": (lambda t: t.macs, max(result.expert_macs, 1)),
     }
     methods = list(dict.fromkeys(trial.setting.method for trial in result.trials if trial.score is not None))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 4.3), layout="constrained")
+    with drawing(9.4, 4.3, **{"axes.grid.axis": "both"}) as figure:
         axes = figure.subplots(1, 2, sharey=True)
         for axis, (label, (cost, unit)) in zip(axes, panels.items(), strict=True):
             _draw(axis, result, methods, lambda t, cost=cost, unit=unit: cost(t) / unit)
@@ -145,23 +139,16 @@ def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callab
     line = staircase(scored)
     if line:
         line.append((max(scored)[0], line[-1][1]))  # what costs more than the best need not score less
-        axis.plot(
-            *zip(*line, strict=True),
-            color="#555555",
-            linewidth=1.3,
-            drawstyle="steps-post",
-            label="best for the cost",
-            zorder=2,
-        )
+        style = {"color": "#555555", "linewidth": 1.3, "drawstyle": "steps-post", "zorder": 2}
+        axis.plot(*zip(*line, strict=True), label="best for the cost", **style)
     for index, method in enumerate(methods):
         style = {**look(index), "linestyle": "none"}
         for trials, alpha, size, label in (
-            ([t for t in result.trials if t.setting.method == method and t.score is not None and t not in kept],
-             0.28, 5.0, None),
-            ([t for t in kept if t.setting.method == method], 1.0, 7.0, None),
+            ([t for t in result.trials if t.score is not None and t not in kept], 0.28, 5.0, None),
+            (kept, 1.0, 7.0, None),
             ([], 1.0, 6.0, method),
-        ):  # fmt: skip
-            points = [(cost(trial), trial.score) for trial in trials]
+        ):
+            points = [(cost(trial), trial.score) for trial in trials if trial.setting.method == method]
             columns = zip(*points, strict=True) if points else ([], [])
             axis.plot(*columns, alpha=alpha, markersize=size, label=label, zorder=3 + index, **style)
     if result.experts:
@@ -179,6 +166,4 @@ def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callab
             "best", (cost(best), best.score), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9,
             color="#222222",
         )  # fmt: skip
-    axis.grid(color="#E3E3E3", linewidth=0.8)
-    axis.set_axisbelow(True)
     axis.margins(x=0.08, y=0.12)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from rich.table import Table
 
-from hf_zipit.files import replacing, write_json
+from hf_zipit.files import write_json
 from hf_zipit.landscapes.results import Curve, Landscape, Plane
-from hf_zipit.report.plots import MARKERS, STYLE, add_legend, add_title, look, wrapped
+from hf_zipit.report.plots import MARKERS, add_legend, add_title, drawing, look, save_picture, wrapped
 from hf_zipit.report.tables import new_table, share
 
 if TYPE_CHECKING:
@@ -43,20 +43,15 @@ def save_landscape(found: Landscape, folder: str | Path, *, title: str = "") -> 
     write_json(folder / RESULTS, found.to_dict())
     pictures = {CURVES: interpolation} | ({CONTOURS: contours} if found.plane else {})
     for name, draw in pictures.items():
-        with replacing(folder / name) as beside:
-            draw(found, title=title).savefig(beside, format="png", dpi=160)
+        save_picture(draw(found, title=title), folder / name)
     return folder
 
 
 def contours(found: Landscape, title: str = "") -> Figure:
     """The loss of every task in the plane through the aligned experts and the merge."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     plane = found.plane
     tasks = list(plane.loss)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(0.6 + (WIDTH + 0.7) * len(tasks), WIDTH + 1.4), layout="constrained")
+    with drawing(0.6 + (WIDTH + 0.7) * len(tasks), WIDTH + 1.4, **{"axes.grid": False}) as figure:
         figure.get_layout_engine().set(h_pad=0.1)
         axes = figure.subplots(1, len(tasks), sharex=True, sharey=True, squeeze=False)[0]
         for axis, task in zip(axes, tasks, strict=True):
@@ -128,12 +123,8 @@ def _labels(figure: Figure, axes: Sequence[Axes], plane: Plane, found: Landscape
 
 def interpolation(found: Landscape, title: str = "") -> Figure:
     """Loss and error of every task on the line between the experts, aligned and as they are, with the barriers."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     tasks = list(found.aligned.loss)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(1.0 + WIDTH * len(tasks), 6.2), layout="constrained")
+    with drawing(1.0 + WIDTH * len(tasks), 6.2) as figure:
         rows = figure.subplots(2, len(tasks), sharex=True, sharey="row", squeeze=False)
         for column, task in enumerate(tasks):
             for index, curve in enumerate(found.curves):
@@ -166,8 +157,6 @@ def _curve(axis: Axes, curve: Curve, values: Sequence[float], index: int) -> Non
         curve.at, values, **look(index), markersize=4.5, linewidth=1.8, linestyle="-" if curve.exact else "--",
         label=label, zorder=3 + index, clip_on=False,
     )  # fmt: skip
-    axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axis.set_axisbelow(True)
 
 
 def _title(found: Landscape, title: str) -> str:
@@ -182,19 +171,13 @@ def _title(found: Landscape, title: str) -> str:
 def barriers_table(found: Landscape, title: str = "") -> Table:
     """A line for each way to bring the experts together: what it costs in the middle, and the barriers."""
     tasks = list(found.aligned.loss)
-    table = new_table(
-        title,
-        ["line between"],
-        [*(f"barrier {task}" for task in tasks), "of the mean", *(f"middle {task}" for task in tasks)],
-    )
+    barriers, middles = ([f"{kind} {task}" for task in tasks] for kind in ("barrier", "middle"))
+    table = new_table(title, ["line between"], [*barriers, "of the mean", *middles])
     for curve in found.curves:
         middle = min(range(len(curve.at)), key=lambda i: abs(curve.at[i] - 0.5))
-        table.add_row(
-            line_name(curve),
-            *(f"{curve.barrier(task):.3f}" for task in tasks),
-            f"{curve.mean_barrier:.3f}",
-            *(share(1 - curve.error[task][middle]) for task in tasks),
-        )
+        barriers = [f"{curve.barrier(task):.3f}" for task in tasks]
+        right = [share(1 - curve.error[task][middle]) for task in tasks]
+        table.add_row(line_name(curve), *barriers, f"{curve.mean_barrier:.3f}", *right)
     table.caption = "barrier: excess of the loss over the line between the ends; middle: accuracy half-way"
     table.caption_justify = "left"
     return table

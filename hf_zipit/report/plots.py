@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os.path import commonprefix
 from pathlib import Path
 from textwrap import fill
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_zipit.evaluation.results import Accuracies, Measurement
 from hf_zipit.files import replacing
@@ -35,6 +36,11 @@ STYLE = {
     "xtick.color": "#555555",
     "ytick.color": "#555555",
     "figure.dpi": 110,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.8,
 }
 
 Measure = Callable[[Accuracies], "float | None"]
@@ -44,6 +50,23 @@ LETTER = 0.62
 
 LINE = 1.6 / 72
 """The height of a line in inches over the font's size in points."""
+
+
+@contextmanager
+def drawing(width: float, height: float, **style: Any) -> Iterator[Figure]:
+    """An empty figure, in inches, and the style that is drawn in; `style` is what differs from `STYLE`."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure  # a figure of its own: no display, no global state
+
+    with rc_context({**STYLE, **style}):
+        yield Figure(figsize=(width, height), layout="constrained")
+
+
+def save_picture(figure: Figure, path: Path) -> Path:
+    """A picture as a PNG file, whole or not at all."""
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=140)
+    return path
 
 
 def look(index: int) -> dict[str, str]:
@@ -59,6 +82,8 @@ def wrapped(text: str, inches: float, size: float = 10) -> str:
 
 def add_title(figure: Figure, text: str, size: float = 12) -> None:
     """A title on the left above all panels, in lines that fit; the figure grows by those after the first."""
+    if not text:
+        return
     lines = wrapped(text, figure.get_figwidth() - 0.2, size)
     figure.suptitle(lines, x=0.01, ha="left", fontsize=size)
     figure.set_figheight(figure.get_figheight() + lines.count("\n") * LINE * size)
@@ -83,12 +108,8 @@ def accuracy_over_depth(rows: Sequence[Measurement], experts: Accuracies, title:
         rows: merges with their accuracies.
         experts: the accuracies of the experts side by side.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure  # a figure of its own: no display, no global state
-
     panels = _panels(experts)
-    with rc_context(STYLE):
-        figure = Figure(figsize=(1.2 + PANEL * len(panels), 3.9), layout="constrained")
+    with drawing(1.2 + PANEL * len(panels), 3.9) as figure:
         axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (name, measure) in zip(axes, panels.items(), strict=True):
             _draw(axis, rows, experts, measure)
@@ -96,8 +117,7 @@ def accuracy_over_depth(rows: Sequence[Measurement], experts: Accuracies, title:
             axis.set_xlabel("depth (share of blocks merged)")
         axes[0].set_ylabel("accuracy")
         add_legend(figure, axes[0])
-        if title:
-            add_title(figure, title)
+        add_title(figure, title)
     return figure
 
 
@@ -121,42 +141,19 @@ def _draw(axis: Axes, rows: Sequence[Measurement], experts: Accuracies, measure:
     methods = list(dict.fromkeys(row.method for row in rows))
     for index, method in enumerate(methods):
         points = sorted((row.depth, measure(row.accuracy)) for row in rows if row.method == method and row.accuracy)
-        axis.plot(
-            *zip(*points, strict=True),
-            **look(index),
-            markersize=5.5,
-            linewidth=1.8,
-            label=method,
-            zorder=3 + index,
-            clip_on=False,
-        )
+        line = {**look(index), "markersize": 5.5, "linewidth": 1.8, "zorder": 3 + index, "clip_on": False}
+        axis.plot(*zip(*points, strict=True), label=method, **line)
     axis.axhline(measure(experts), color="#333333", linestyle=(0, (5, 3)), linewidth=1.2, label="experts", zorder=2)
     axis.set_ylim(0, 1)
     axis.xaxis.set_major_locator(FixedLocator(sorted({row.depth for row in rows}), nbins=MAX_TICKS))
     axis.xaxis.set_major_formatter("{x:.2g}")
-    axis.grid(axis="y", color="#E3E3E3", linewidth=0.8)
-    axis.set_axisbelow(True)
-
-
-def refit_errors(report: RefitReport, path: str | Path, title: str = "") -> Path:
-    """Draw the refit's relative errors into a PNG file; see `refit_picture`."""
-    with replacing(Path(path)) as beside:
-        refit_picture(report, title).savefig(beside, format="png", dpi=130)
-    return Path(path)
 
 
 def refit_picture(report: RefitReport, title: str = "") -> Figure:
     """The refit's relative errors, module by module in the order they run, a marker per task.
 
     Long models take several columns. The scale is linear: what is lost is where the markers are far to the right.
-
-    Args:
-        report: of a refit; `RefitReport.from_dict(model.config.method["refit_errors"])` for a merged model.
-        title: of the picture.
     """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     names = list(report.errors)
     columns = max(1, -(-len(names) // MAX_ROWS))
     rows = max(1, -(-len(names) // columns))
@@ -164,8 +161,7 @@ def refit_picture(report: RefitReport, title: str = "") -> Figure:
     widest = max(map(len, labels), default=0)
     highest = max((error for by_task in report.errors.values() for error in by_task.values()), default=0.0)
     tasks = list(dict.fromkeys(task for by_task in report.errors.values() for task in by_task))
-    with rc_context(STYLE):
-        figure = Figure(figsize=((2.6 + 0.065 * widest) * columns, 1.5 + 0.19 * rows), layout="constrained")
+    with drawing((2.6 + 0.065 * widest) * columns, 1.5 + 0.19 * rows, **{"axes.grid.axis": "x"}) as figure:
         axes = figure.subplots(1, columns, sharex=True, squeeze=False)[0]
         for column, axis in enumerate(axes):
             part = slice(column * rows, (column + 1) * rows)
@@ -174,8 +170,7 @@ def refit_picture(report: RefitReport, title: str = "") -> Figure:
             axis.set_xlim(0, highest * 1.06 or 1)
             axis.set_xlabel("squared error / variance of the target")
         add_legend(figure, axes[0])
-        if title:
-            add_title(figure, title)
+        add_title(figure, title)
     return figure
 
 
@@ -187,19 +182,10 @@ def _draw_errors(
             axis.plot([0, max(by_task.values())], [row, row], color="#D8D8D8", linewidth=1.2, zorder=1)
     for index, task in enumerate(tasks):
         points = [(by_task[task], row) for row, by_task in enumerate(errors) if task in by_task]
-        axis.plot(
-            *zip(*points, strict=True) if points else ([], []),
-            **look(index),
-            markersize=4.5,
-            linestyle="none",
-            label=task,
-            zorder=3 + index,
-            clip_on=False,
-        )
+        line = {**look(index), "markersize": 4.5, "linestyle": "none", "zorder": 3 + index, "clip_on": False}
+        axis.plot(*zip(*points, strict=True) if points else ([], []), label=task, **line)
     axis.set_yticks(range(len(labels)), labels, fontsize=7.5)
     axis.tick_params(axis="y", length=0)
-    axis.grid(axis="x", color="#E3E3E3", linewidth=0.8)
-    axis.set_axisbelow(True)
 
 
 def short_names(modules: Sequence[str]) -> list[str]:

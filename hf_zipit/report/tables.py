@@ -29,6 +29,11 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}".removeprefix("0")
 
 
+def depth_cell(depth: float | str) -> str:
+    """A depth with two digits; the path of a block as it is."""
+    return f"{depth:.2f}" if isinstance(depth, float) else depth
+
+
 def accuracies(found: Accuracies) -> list[str]:
     """The accuracies of one model: each task, their mean, joint."""
     return [*(share(value) for value in found.per_task.values()), share(found.mean), share(found.joint)]
@@ -88,40 +93,23 @@ def spaces_table(rows: Iterable[Mapping[str, Any]], title: str = "") -> Table:
     table = new_table(title, ["space", "symmetry", "fixed by"], ["heads", "size", "parameters"])
     table.columns[0].no_wrap = True
     for row in rows:
-        fixed = row["symmetry"] == "fixed"
-        table.add_row(
-            row["name"],
-            row["symmetry"],
-            row["frozen_by"] or "",
-            f"{row['heads']:,}" if row["heads"] else "",
-            f"{row['size']:,}",
-            f"{row['parameters']:,}",
-            style="dim" if fixed else None,
-        )
+        words = (row["name"], row["symmetry"], row["frozen_by"] or "")
+        numbers = ("" if row[name] is None else f"{row[name]:,}" for name in ("heads", "size", "parameters"))
+        table.add_row(*words, *numbers, style="dim" if row["symmetry"] == "fixed" else None)
     return table
 
 
 def plans_table(plans: Mapping[tuple[str, float | str], Plan], title: str = "") -> Table:
     """What every merge of a recipe would do."""
-    table = new_table(
-        title,
-        ["method", "cut"],
-        ["trunk", "branches", "merged", "of experts", "matched", "moments", "passes"],
-    )
+    numbers = ["trunk", "branches", "merged", "of experts", "matched", "moments", "passes"]
+    table = new_table(title, ["method", "cut"], numbers)
     for (method, depth), plan in plans.items():
-        sizes, covered = plan.parameters, plan.coverage
-        trunk = max(sizes["trunk"], 1)
-        table.add_row(
-            method,
-            f"{depth:.2f}" if isinstance(depth, float) else depth,
-            f"{sizes['trunk']:,}",
-            f"{sizes['branches']:,}",
-            f"{sizes['merged']:,}",
-            f"{sizes['merged'] / sizes['experts']:.0%}",
-            f"{covered['movable'] / trunk:.0%}",
-            megabytes(plan.moment_bytes) if plan.passes else "-",
-            str(plan.passes),
-        )
+        sizes = plan.parameters
+        cells = [f"{sizes[part]:,}" for part in ("trunk", "branches", "merged")]
+        cells.append(f"{sizes['merged'] / sizes['experts']:.0%}")
+        cells.append(f"{plan.coverage['movable'] / max(sizes['trunk'], 1):.0%}")
+        cells.append(megabytes(plan.moment_bytes) if plan.passes else "-")
+        table.add_row(method, depth_cell(depth), *cells, str(plan.passes))
     return table
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import ExpertError
@@ -13,7 +14,7 @@ from hf_zipit.hub.processors import FOLDER as PROCESSORS
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.modeling import ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class
 from hf_zipit.recipe.sections import Data, Recipe
-from hf_zipit.recipe.sources import choose_classes, load_source, match_labels, part_of, ready, some_of
+from hf_zipit.recipe.sources import choose_classes, is_ready, load_source, match_labels, part_of, ready, some_of
 from hf_zipit.running.experts import entry_of
 
 if TYPE_CHECKING:
@@ -27,38 +28,66 @@ def recipe_data(recipe: Recipe, data: Data, experts: Mapping[str, PreTrainedMode
     """
     parts = {}
     for task, expert in experts.items():
-        entry, labelled = entry_of(recipe, task), has_classes(expert)
-        own = data.of(entry)
-        whole = load_source(
-            own.dataset, own.split, folder=own.folder, config=own.config, columns=own.columns,
-            streaming=own.streaming, labelled=labelled,
-        )  # fmt: skip
-        if labelled:
-            part = _own_classes(whole, entry.classes, expert, task, own.samples, recipe.seed)
-        else:
-            part = some_of(whole, own.samples, recipe.seed)
-        raw = not {"pixel_values", "input_ids"} & set(part.column_names)
-        channels = getattr(expert.config, "num_channels", None)
-        parts[task] = ready(part, load_processor(entry.model) if raw else None, channels)
+        entry = entry_of(recipe, task)
+        labels = [expert.config.id2label[i] for i in range(expert.config.num_labels)] if has_classes(expert) else None
+        processor = partial(load_processor, entry.model)
+        parts[task] = _part(data.of(entry), task, labels, entry.classes, processor, expert.config, recipe.seed)
     return parts
+
+
+def merged_task_data(
+    model: ZipItPreTrainedModel, source: str, data: Data, tasks: Sequence[str] | None = None
+) -> dict[str, Dataset]:
+    """For every task of a merged model its own part of a data set, classes matched by name.
+
+    Models without classes of their own (features, a vocabulary) take all of it for every task.
+
+    Args:
+        model: loaded from `source`, where its processor is.
+        data: where the data is.
+        tasks: only these; all of them for None.
+    """
+    parts = {}
+    for task in [model.known(task) for task in tasks or model.config.tasks]:
+        labels = list(model.config.labels_of(task).values()) or None
+        processor = partial(load_processor, source, model.branch_names[task])
+        parts[task] = _part(data, task, labels, (), processor, model.config.source_config)
+    return parts
+
+
+def _part(
+    data: Data, task: str, labels: list[str] | None, classes: Sequence[int | str], processor: Callable[[], Any],
+    config: PreTrainedConfig, seed: int = 0,
+) -> Dataset:  # fmt: skip
+    """The rows of a task's classes with the expert's own label ids (all rows without `labels`), ready for it.
+
+    Args:
+        data: where they are.
+        labels: the names of the expert's classes, by its label ids.
+        classes: what the data calls them, where it names them otherwise.
+        processor: loads what prepares raw images or texts.
+        config: the expert's.
+        seed: of the draw, if there are more than `data.samples`.
+    """
+    whole = load_source(
+        data.dataset, data.split, folder=data.folder, config=data.config, columns=data.columns,
+        streaming=data.streaming, labelled=labels is not None,
+    )  # fmt: skip
+    if labels is None:
+        part = some_of(whole, data.samples, seed)
+    else:
+        ids = choose_classes(whole, classes, task) if classes else match_labels(whole, labels, task)
+        if len(ids) != len(labels):
+            raise ExpertError(
+                f"The expert {task!r} has {len(labels)} labels, but experts.{task}.classes names {len(ids)}."
+            )
+        part = part_of(whole, ids, labels, samples=data.samples, seed=seed)
+    return ready(part, None if is_ready(part) else processor(), getattr(config, "num_channels", None))
 
 
 def has_classes(expert: PreTrainedModel) -> bool:
     """Whether an expert is a classifier, so that data have to be matched to its labels."""
     return merged_class(type(expert).__name__) not in (ZipItModel, ZipItForMaskedLM)
-
-
-def _own_classes(
-    whole: Dataset, classes: Sequence[int | str], expert: PreTrainedModel, task: str, samples: int | None, seed: int
-) -> Dataset:
-    """The rows of an expert's classes, with its own label ids."""
-    labels = [expert.config.id2label[i] for i in range(expert.config.num_labels)]
-    ids = choose_classes(whole, classes, task) if classes else match_labels(whole, labels, task)
-    if len(ids) != len(labels):
-        raise ExpertError(
-            f"The expert {task!r} has {len(labels)} labels, but experts.{task}.classes names {len(ids)}."
-        )
-    return part_of(whole, ids, labels, samples=samples, seed=seed)
 
 
 def without_labels(data: Dataset) -> Dataset:
@@ -85,34 +114,3 @@ def load_processor(source: str | None, task: str | None = None) -> Any:
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):  # each family in its own way
             continue
     return None
-
-
-def merged_task_data(
-    model: ZipItPreTrainedModel, source: str, data: Data, tasks: Sequence[str] | None = None
-) -> dict[str, Dataset]:
-    """For every task of a merged model its own part of a data set, classes matched by name.
-
-    Models without classes of their own (features, a vocabulary) take all of it for every task.
-
-    Args:
-        model: loaded from `source`, where its processor is.
-        data: where the data is.
-        tasks: only these; all of them for None.
-    """
-    chosen = [model.known(task) for task in tasks or model.config.tasks]
-    labelled = bool(model.config.task_labels)
-    whole = load_source(
-        data.dataset, data.split, folder=data.folder, config=data.config, columns=data.columns,
-        streaming=data.streaming, labelled=labelled,
-    )  # fmt: skip
-    channels = getattr(model.config.source_config, "num_channels", None)
-    parts = {}
-    for task in chosen:
-        labels = list(model.config.labels_of(task).values())
-        if labelled:
-            part = part_of(whole, match_labels(whole, labels, task), labels, samples=data.samples)
-        else:
-            part = some_of(whole, data.samples)
-        raw = not {"pixel_values", "input_ids"} & set(part.column_names)
-        parts[task] = ready(part, load_processor(source, model.branch_names[task]) if raw else None, channels)
-    return parts

@@ -12,12 +12,7 @@ from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.loading import load_expert, load_experts
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.recipe.sections import ExpertEntry, Recipe
-from hf_zipit.recipe.sources import (
-    choose_classes,
-    class_names,
-    load_source,
-    part_of,
-)
+from hf_zipit.recipe.sources import choose_classes, class_names, load_source, part_of
 from hf_zipit.recipe.training import new_classifier, train_classifier
 
 Say = Callable[[str], None]
@@ -52,7 +47,7 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool) -> dict[str, PreTra
 
 def task_of(model: PreTrainedModel, part: str, task: str) -> PreTrainedModel:
     if not isinstance(model, ZipItPreTrainedModel):
-        raise ExpertError(f"experts.{task} asks for the task {part!r}, but its model is no merged one.")
+        raise ExpertError(f"experts.{task} asks for the task {part!r}, but its model is not a merged one.")
     return model.expert(part)
 
 

@@ -6,7 +6,7 @@ The recipe's evaluation data is never read here: settings that were chosen on te
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from hf_zipit.config import RefitConfig
@@ -24,10 +24,7 @@ SEARCHED = ("residual",)
 
 
 def search_recipe(
-    recipe: Recipe,
-    *,
-    say: Say = lambda _: None,
-    watch: Callable[[Trial], None] = lambda _: None,
+    recipe: Recipe, *, say: Say = lambda _: None, watch: Callable[[Trial], None] = lambda _: None
 ) -> SearchResult:
     """Search the space of a recipe's `search` section, or else what the recipe lists.
 
@@ -48,22 +45,13 @@ def search_recipe(
         calibration = recipe_data(recipe, recipe.calibration, experts)
         validation = recipe_data(recipe, settings.validation, experts) if settings.validation else None
         say("searching")
+        how = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("space", "validation")}
+        how |= {name: value for name, value in recipe.settings.items() if name not in SEARCHED}
+        batch_size = recipe.calibration.batch_size
         return search(
-            experts,
-            calibration,
-            validation=validation,
-            space=space,
-            sampler=settings.sampler,
-            trials=settings.trials,
-            hold_out=settings.hold_out,
-            score=settings.score,
-            answers=settings.answers,
-            max_size=settings.max_size,
-            watch=watch,
-            batch_size=recipe.calibration.batch_size,
-            seed=recipe.seed,
-            **{name: value for name, value in recipe.settings.items() if name not in SEARCHED},
-        )
+            experts, calibration, validation=validation, space=space, watch=watch, batch_size=batch_size,
+            seed=recipe.seed, **how,
+        )  # fmt: skip
 
 
 def recipe_space(recipe: Recipe) -> SearchSpace:
@@ -98,7 +86,7 @@ def landscape_recipe(
     Args:
         recipe: from `load_recipe`.
         method, depth: of the merge; those under the recipe's `save` by default.
-        grid, steps, samples: see `hf_zipit.landscape`; the samples are not those that the merge looks at.
+        grid, steps, samples: see `hf_zipit.landscape`; the samples are not those that the merge reads.
         say: is told in a few words what is being done.
 
     Raises:
@@ -113,11 +101,6 @@ def landscape_recipe(
         data = recipe_data(recipe, recipe.calibration, experts)
         say(f"measuring around {method}, depth {depth}")
         return landscape(
-            experts,
-            data,
-            recipe.config(method, depth),
-            grid=grid,
-            steps=steps,
-            samples=samples,
+            experts, data, recipe.config(method, depth), grid=grid, steps=steps, samples=samples,
             batch_size=recipe.calibration.batch_size,
-        )
+        )  # fmt: skip

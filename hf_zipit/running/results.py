@@ -9,10 +9,11 @@ from typing import Any
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.refit import RefitReport
+from hf_zipit.schema import Plain
 
 
 @dataclass(frozen=True)
-class RunResult:
+class RunResult(Plain):
     """What a recipe made.
 
     Attributes:
@@ -40,15 +41,6 @@ class RunResult:
     pushed: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "recipe": self.recipe.to_dict(),
-            "experts": self.experts.to_dict() if self.experts else None,
-            "expert_scores": {task: dict(found) for task, found in self.expert_scores.items()},
-            "expert_parameters": self.expert_parameters,
-            "results": [row.to_dict() for row in self.rows],
-            "kept": self.kept.to_dict() if self.kept else None,
-            "model": str(self.model) if self.model else None,
-            "plot": str(self.plot) if self.plot else None,
-            "refit_errors": self.refit.to_dict() if self.refit else None,
-            "pushed": self.pushed,
-        }
+        found = super().to_dict()
+        found["results"], found["refit_errors"] = found.pop("rows"), found.pop("refit")
+        return found

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
 
 from hf_zipit import modeling
-from hf_zipit.errors import ExpertError, OutputError, ZipItError
+from hf_zipit.errors import ExpertError, OutputError
 from hf_zipit.experts.loading import damage
-from hf_zipit.hub.reasons import why
+from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder
 from hf_zipit.recipe.loading import load_recipe
@@ -25,10 +23,9 @@ from hf_zipit.report.card import CARD, text_for_repo, write_card
 def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
     """A merged model from a repo id or folder, with the class that its configuration names.
 
-    Raises:
-        ExpertError: if it cannot be loaded, or is not a merged model.
+    Raises ExpertError if it cannot be loaded, or is not a merged model.
     """
-    try:
+    with told(f"The merged model {source} cannot be loaded", source, revision):
         config = AutoConfig.from_pretrained(source, revision=revision)
         if not isinstance(config, modeling.ZipItConfig):
             raise ExpertError(
@@ -39,11 +36,6 @@ def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
         if wrong := damage(found):
             raise ExpertError(f"The merged model {source} is damaged: it {wrong}; save it again, or merge again.")
         return model.eval()
-    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
-        if isinstance(error, ZipItError):
-            raise
-        reason = why(error, source, revision)
-        raise ExpertError(f"The merged model {source} cannot be loaded: {reason}.") from error
 
 
 def push_saved(source: str | Path, repo_id: str, *, private: bool | None = None, **settings: Any) -> CommitInfo:
@@ -69,7 +61,7 @@ def push_saved(source: str | Path, repo_id: str, *, private: bool | None = None,
     if not (folder / "config.json").is_file():
         raise ExpertError(f"There is no merged model in {source}; name the folder of one, or a recipe.")
     if json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") != ZipItConfig.model_type:
-        raise ExpertError(f"{source} holds a model, but no merged one; push it with its own push_to_hub.")
+        raise ExpertError(f"{source} holds a model that is not a merged one; push it with its own push_to_hub.")
     repo_id = open_repo(repo_id, private=private, token=settings.get("token"))
     card = folder / CARD
     text = text_for_repo(card.read_text(encoding="utf-8"), repo_id) if card.is_file() else None
@@ -84,8 +76,7 @@ def card_of(source: str, *, write: bool = False) -> tuple[str, Path | None]:
         write: whether to write it, with its pictures and the recipe, into the folder.
 
     Raises:
-        ExpertError: if it cannot be loaded, or is not a merged model.
-        OutputError: if it is to be written, but there is no folder.
+        ExpertError, OutputError: it cannot be loaded, is not a merged model, or there is no folder to write into.
     """
     folder = Path(source).expanduser()
     if write and not folder.is_dir():

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hf_zipit.files import replacing, replacing_folder, write_json
+from hf_zipit.files import replacing_folder, write_json
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.card import Result, remember
+from hf_zipit.report.plots import accuracy_over_depth, save_picture
 from hf_zipit.running.experts import Say
 from hf_zipit.running.results import RunResult
 from hf_zipit.running.saved import push_saved
@@ -28,11 +29,8 @@ def write_all(
             with replacing_folder(folder / "experts" / task) as beside:
                 experts[task].save_pretrained(beside)
     if result.experts is not None and len({row.depth for row in result.rows}) > 1:
-        from hf_zipit.report.plots import accuracy_over_depth
-
-        with replacing(folder / "accuracy.png") as beside:
-            accuracy_over_depth(result.rows, result.experts, title=recipe.name).savefig(beside, dpi=160)
-        result = replace(result, plot=folder / "accuracy.png")
+        picture = accuracy_over_depth(result.rows, result.experts, title=recipe.name)
+        result = replace(result, plot=save_picture(picture, folder / "accuracy.png"))
     result = write_model(result, model, folder / "model")
     write_json(folder / "results.json", result.to_dict())  # again, with the paths of what was written
     if recipe.push is None:

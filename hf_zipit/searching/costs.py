@@ -23,13 +23,7 @@ def expert_macs(spec: MergeSpec) -> int:
 
 
 def merged_macs(spec: MergeSpec, config: Any, expert: nn.Module) -> int:
-    """Multiply-accumulates of a merged model for one sample and all tasks.
-
-    Args:
-        spec: the experts' spec.
-        config: the merged model's: which modules are shared, and which tensors are wider than an expert's.
-        expert: one of the experts.
-    """
+    """Multiply-accumulates of the merged model of a `config` for one sample and all tasks; `expert` is any of them."""
     wider = _widths(config.trunk_shapes, {name: tensor.shape for name, tensor in model_tensors(expert).items()})
     total = 0.0
     for module, macs in spec.macs.items():

@@ -10,12 +10,12 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.evaluation.results import Accuracies
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.refit import RefitConfig
-from hf_zipit.schema import build
+from hf_zipit.schema import Plain, build
 from hf_zipit.searching.space import Setting
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Plain):
     """One merge of a search.
 
     Attributes:
@@ -39,16 +39,7 @@ class Trial:
     error: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "number": self.number,
-            "setting": self.setting.to_dict(),
-            "score": self.score,
-            "accuracy": self.accuracy.to_dict() if self.accuracy else None,
-            "parameters": self.parameters,
-            "macs": self.macs,
-            "seconds": round(self.seconds, 3),
-            "error": self.error,
-        }
+        return {**super().to_dict(), "seconds": round(self.seconds, 3)}
 
     def beats(self, other: Trial) -> bool:
         """Whether it is as good, as small and as fast as another trial, and better in one of the three."""
@@ -61,7 +52,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Plain):
     """What a search found.
 
     Attributes:
@@ -90,8 +81,7 @@ class SearchResult:
     def best(self) -> Trial:
         """The trial with the highest score, among equals the smallest, then the fastest, then the first.
 
-        Raises:
-            RecipeError: if no merge succeeded within `max_size`.
+        Raises RecipeError if no merge succeeded within `max_size`.
         """
         best = self.best_or_none
         if best is None:
@@ -124,18 +114,9 @@ class SearchResult:
     def to_dict(self) -> dict[str, Any]:
         best = self.best_or_none
         return {
-            "measure": self.measure,
-            "answers": self.answers,
-            "samples": dict(self.samples),
-            "sampler": self.sampler,
-            "seed": self.seed,
-            "max_size": self.max_size,
-            "experts": self.experts.to_dict() if self.experts else None,
-            "expert_parameters": self.expert_parameters,
-            "expert_macs": self.expert_macs,
+            **super().to_dict(),
             "best": best.number if best else None,
             "frontier": [trial.number for trial in self.frontier],
-            "trials": [trial.to_dict() for trial in self.trials],
         }
 
 

@@ -8,34 +8,35 @@
       dual: {balance: {low: 0.1, high: 0.9}}
     refit: {own_task_weight: [0.5, 1.0]}                          # for the methods with +refit behind their names
 
-What must hold: an option only counts for its method, so that no two settings of a grid are the same merge.
+Invariants: an option only counts for its method, so that no two settings of a grid are the same merge.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import product
 from typing import Any
 
-from hf_zipit.config import AUTO, MergeConfig, RefitConfig
+from hf_zipit.config import AUTO, MergeConfig
 from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.sections import REFIT, real_method
-from hf_zipit.registry import METHODS, check_options, suggestion
+from hf_zipit.registry import suggestion
+from hf_zipit.schema import Plain, build, convert
 
 
 @dataclass(frozen=True)
 class Range:
     """All numbers from `low` to `high`, whole ones where both are; drawn evenly, or evenly in their logarithms."""
 
-    low: float
-    high: float
+    low: int | float
+    high: int | float
     log: bool = False
 
     def __post_init__(self) -> None:
         if not self.low < self.high or (self.log and self.low <= 0):
-            above = ", above 0 for log," if self.log else ""
-            raise RecipeError(f"The range from {self.low} to {self.high} should begin{above} below its end.")
+            above = "above 0 and " if self.log else ""
+            raise RecipeError(f"The range from {self.low} to {self.high} should begin {above}below its end.")
 
 
 Choices = tuple[Any, ...] | Range
@@ -46,7 +47,7 @@ Choose = Callable[[str, Choices], Any]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Setting(Plain):
     """One point of the space.
 
     Attributes:
@@ -70,22 +71,12 @@ class Setting:
             refit=AUTO if real_method(self.method) == AUTO and self.refit is None else self.refit,
         )  # fmt: skip
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "depth": self.depth,
-            "residual": self.residual,
-            "options": dict(self.options),
-            "refit": dict(self.refit) if self.refit is not None else None,
-        }
-
     def details(self) -> str:
         """Everything but method and depth, for a table: `alpha 0.3, beta 1, residual identity`."""
         named = {**self.options, **(self.refit or {})}
-        parts = [
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in named.items()
-        ]
-        return ", ".join([*parts, *([f"residual {self.residual}"] if self.residual != "match" else [])])
+        if self.residual != "match":
+            named["residual"] = self.residual
+        return ", ".join(f"{name} {v:.3g}" if isinstance(v, float) else f"{name} {v}" for name, v in named.items())
 
     def __str__(self) -> str:
         depth = f"{self.depth:g}" if isinstance(self.depth, float) else self.depth
@@ -112,48 +103,37 @@ class SearchSpace:
     def of(cls, content: Mapping[str, Any] | SearchSpace | None) -> SearchSpace:
         """A space from plain values; a single value counts as a list of one.
 
-        Raises:
-            RecipeError: for an unknown key, method, option or refit setting, an empty list or a bad range.
+        Raises RecipeError for an empty list, a bad range, or what no merge of the space could have.
         """
         if isinstance(content, SearchSpace):
             return content
         given = dict(content or {})
         known = [f.name for f in fields(cls)]
-        for key in given:
+        for key, value in given.items():
             if key not in known:
                 raise RecipeError(f"A search space has no {key!r}; {suggestion(str(key), known)}")
-        for key in {"method", "depth", "residual"} & set(given):
-            given[key] = choices(given[key], key)
+            if key in ("method", "depth", "residual"):
+                given[key] = choices(value, key)
         if "options" in given:
-            given["options"] = {
-                method: {name: choices(value, f"options.{method}.{name}") for name, value in options.items()}
-                for method, options in _mapping(given["options"], "options").items()
-                if _mapping(options, f"options.{method}") is not None
-            }
-        if given.get("refit") in (True, False, None):
-            given["refit"] = {} if given.get("refit") else None
-        else:
-            refit = _mapping(given["refit"], "refit")
-            given["refit"] = {name: choices(value, f"refit.{name}") for name, value in refit.items()}
+            options = convert(Mapping[str, Mapping[str, Any]], given["options"], "options")
+            given["options"] = {method: _all_choices(own, f"options.{method}") for method, own in options.items()}
+        refit = convert(Mapping[str, Any] | bool | None, given.get("refit"), "refit")
+        given["refit"] = _all_choices(refit, "refit") if isinstance(refit, Mapping) else {} if refit else None
         return cls(**given)
 
     def __post_init__(self) -> None:
         for key in ("method", "residual"):
             if isinstance(getattr(self, key), Range):
                 raise RecipeError(f"The {key} of a search space should be a list of names, but is a range.")
-        for method in self.method:
-            if not isinstance(method, str) or real_method(method) not in (AUTO, *METHODS.names()):
-                raise RecipeError(f"There is no method {method!r}; {suggestion(str(method), METHODS.names())}")
-        for method, options in self.options.items():
+        for method in self.options:
             if method not in self.method and all(method != m.removesuffix(REFIT) for m in self.method):
                 raise RecipeError(f"options.{method} is for no method of the space; {suggestion(method, self.method)}")
-            for name, values in options.items():
-                for value in (values.low, values.high) if isinstance(values, Range) else values:
-                    check_options(method, METHODS.get(real_method(method)).function, {name: value})
-        settings = [f.name for f in fields(RefitConfig)]
-        for name in self.refit or {}:
-            if name not in settings:
-                raise RecipeError(f"refit has no setting {name!r}; {suggestion(name, settings)}")
+        for method in self.method:
+            ends = {name: _ends(values) for name, values in self.dimensions(method).items()}
+            first = {name: values[0] for name, values in ends.items()}
+            for name, values in ends.items():
+                for value in values:  # a MergeConfig refuses what no merge can have
+                    self.setting(method, {**first, name: value}).config({})
 
     def refitted(self, method: str) -> bool:
         """Whether a method is followed by the refit: as in recipes, `refit` is for all where no name asks for it."""
@@ -188,21 +168,16 @@ class SearchSpace:
         return self.setting(method, {name: choose(name, values) for name, values in self.dimensions(method).items()})
 
     def grid(self) -> list[Setting]:
-        """All settings.
-
-        Raises:
-            RecipeError: if the space holds a range.
-        """
-        return list(self._settings())
-
-    def _settings(self) -> Iterator[Setting]:
+        """All settings. Raises RecipeError if the space holds a range."""
+        found = []
         for method in self.method:
             dimensions = self.dimensions(method)
             for name, values in dimensions.items():
                 if isinstance(values, Range):
                     raise RecipeError(f"A grid needs lists, but {name} is a range; list its values, or search by tpe.")
-            for values in product(*dimensions.values()):
-                yield self.setting(method, dict(zip(dimensions, values, strict=True)))
+            points = product(*dimensions.values())
+            found += [self.setting(method, dict(zip(dimensions, point, strict=True))) for point in points]
+        return found
 
 
 def choices(value: Any, name: str) -> Choices:
@@ -210,11 +185,7 @@ def choices(value: Any, name: str) -> Choices:
     if isinstance(value, Range):
         return value
     if isinstance(value, Mapping):
-        if not {"low", "high"} <= set(value) <= {"low", "high", "log"}:
-            raise RecipeError(f"The range of {name} should have the keys low and high (and log), not {sorted(value)}.")
-        if any(isinstance(value[end], bool) or not isinstance(value[end], (int, float)) for end in ("low", "high")):
-            raise RecipeError(f"The range of {name} should go from one number to another, but is {dict(value)}.")
-        return Range(**value)
+        return build(Range, value, name)
     values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value,)
     if not values:
         raise RecipeError(f"{name} is an empty list; give at least one value.")
@@ -222,14 +193,14 @@ def choices(value: Any, name: str) -> Choices:
         if one is not None and not isinstance(one, (str, bool, int, float)):
             raise RecipeError(f"{name} should hold numbers, names or true and false, but holds {one!r}.")
     # An optimiser tells choices apart by their values, and 1 from 1.0 means nothing here.
-    numbers = any(isinstance(one, float) for one in values)
-    values = tuple(float(one) if numbers and type(one) is int else one for one in values)
-    if name == "depth":
+    if name == "depth" or any(isinstance(one, float) for one in values):
         values = tuple(float(one) if type(one) is int else one for one in values)
     return tuple(dict.fromkeys(values))
 
 
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise RecipeError(f"{name} should be a mapping of names to values, but is {value!r}.")
-    return value
+def _all_choices(values: Mapping[str, Any], name: str) -> dict[str, Choices]:
+    return {key: choices(value, f"{name}.{key}") for key, value in values.items()}
+
+
+def _ends(values: Choices) -> tuple[Any, ...]:
+    return (values.low, values.high) if isinstance(values, Range) else values

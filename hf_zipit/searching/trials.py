@@ -1,9 +1,8 @@
 """Search: try many settings of a merge on held-out calibration data, and keep those that nothing beats.
 
-The calibration data is divided first: one part is what merges look at (moments, refit), the other part only scores
-them. Test data has no place in the signature. The experts are observed once, for the deepest merge of the space
-(`observing.py`). The score is an accuracy on the held-out part: against
-labels where there are any, else against the answers of the task's own expert, which needs no labels.
+The calibration data is divided first: one part is what merges read (moments, refit), the other only scores them. Test
+data has no place in the signature. The experts are observed once, for the deepest merge of the space. The score is an
+accuracy on the held-out part: against labels, or against the answers of each task's own expert, which needs none.
 
 `"grid"` runs all settings of the space, or a seeded sample of them. `"tpe"` lets Optuna's tree-structured Parzen
 estimator choose (Bergstra et al., Algorithms for Hyper-Parameter Optimization, NeurIPS 2011; with several objectives
@@ -15,9 +14,10 @@ Invariants: the same seed gives the same trials; a merge that fails is a trial w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from transformers.utils.logging import tqdm
 
 from hf_zipit.config import MergeConfig
 from hf_zipit.data.calibration import Calibration
-from hf_zipit.data.held_out import Answers, HeldOut, divide, held_out
+from hf_zipit.data.held_out import Answers, HeldOut, held_out, read_divided
 from hf_zipit.errors import RecipeError, ZipItError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.experts.loading import Experts, load_experts
@@ -103,20 +103,16 @@ def search(
     seed = MergeConfig.of(common).seed
     space = SearchSpace.of(space)
     _check(sampler, trials, score, max_size)
-    sample = _sampler(space, sampler, trials, seed)
+    grid = _grid(space, trials, seed) if sampler == "grid" else None
     loaded = load_experts(experts)
     first = next(iter(loaded.values()))
     for depth in _depths(space):
         make_plan(loaded, MergeConfig(depth=depth))
-    data = Calibration.of(calibration, accelerator=accelerator, **reading).read(loaded)
-    if validation is None:
-        data, held = divide(data, hold_out, seed)
-    else:
-        held = Calibration.of(validation, accelerator=accelerator, **reading).read(loaded)
+    data, held = read_divided(calibration, validation, loaded, hold_out, seed, accelerator=accelerator, **reading)
     samples = None if callable(score) else held_out(held, loaded, answers=answers)
     task = _Task(loaded, data, SharedMoments(loaded, data, _depths(space), moments), score, samples, common)
     done: list[Trial] = []
-    with tqdm(total=sample.total, desc="searching", unit="merge") as bar:
+    with tqdm(total=trials or TRIALS if grid is None else len(grid), desc="searching", unit="merge") as bar:
 
         def run(setting: Setting) -> Trial:
             trial = task.run(len(done), setting)
@@ -125,7 +121,11 @@ def search(
             bar.update()
             return trial
 
-        sample.search(run)
+        if grid is None:
+            _tpe(space, trials or TRIALS, seed, run)
+        else:
+            for setting in grid:
+                run(setting)
     beside = accuracy(loaded, samples.tasks, batch_size=data.batch_size) if samples else None
     spec = MergeSpec.from_model(first)
     return SearchResult(
@@ -143,6 +143,8 @@ def _check(sampler: str, trials: int | None, score: Any, max_size: float | None)
         raise RecipeError(f"score is {score!r}; it must be 'mean', 'joint' or a function of the merged model.")
     if max_size is not None and max_size <= 0:
         raise RecipeError(f"max_size is {max_size}; it must be above 0.")
+    if sampler == "tpe" and find_spec("optuna") is None:
+        raise RecipeError("sampler 'tpe' needs Optuna: pip install 'hf_zipit[search]', or take 'grid'.")
 
 
 def _depths(space: SearchSpace) -> tuple[float | str, ...]:
@@ -200,66 +202,38 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-@dataclass(frozen=True)
-class _Grid:
+def _grid(space: SearchSpace, trials: int | None, seed: int) -> list[Setting]:
     """All settings of a space, or a seeded sample of them in the grid's order."""
-
-    settings: Sequence[Setting]
-
-    @property
-    def total(self) -> int:
-        return len(self.settings)
-
-    def search(self, run: Callable[[Setting], Trial]) -> None:
-        for setting in self.settings:
-            run(setting)
-
-
-@dataclass(frozen=True)
-class _Tpe:
-    """Optuna proposes, from what it knows of the trials before."""
-
-    space: SearchSpace
-    total: int
-    seed: int
-
-    def search(self, run: Callable[[Setting], Trial]) -> None:
-        import optuna
-
-        known: dict[str, Trial] = {}
-        verbosity = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        try:
-            study = optuna.create_study(
-                directions=("maximize", "minimize", "minimize"), sampler=optuna.samplers.TPESampler(seed=self.seed)
-            )
-            repeated = 0
-            while len(known) < self.total and repeated < ASKS:
-                asked = study.ask()
-                setting = self.space.draw(_choose(asked))
-                key = str(setting.to_dict())
-                repeated = repeated + 1 if key in known else 0
-                trial = known[key] = known.get(key) or run(setting)
-                if trial.score is None:
-                    study.tell(asked, state=optuna.trial.TrialState.FAIL)
-                else:
-                    study.tell(asked, (trial.score, trial.parameters, trial.macs))
-        finally:
-            optuna.logging.set_verbosity(verbosity)
-
-
-def _sampler(space: SearchSpace, sampler: str, trials: int | None, seed: int) -> _Grid | _Tpe:
-    if sampler == "tpe":
-        try:
-            import optuna  # noqa: F401
-        except ImportError:
-            raise RecipeError("sampler 'tpe' needs Optuna: pip install 'hf_zipit[search]', or take 'grid'.") from None
-        return _Tpe(space, trials or TRIALS, seed)
     settings = space.grid()
-    if trials is not None and trials < len(settings):
-        chosen = np.random.default_rng(seed).permutation(len(settings))[:trials]
-        settings = [settings[i] for i in sorted(chosen)]
-    return _Grid(settings)
+    if trials is None or trials >= len(settings):
+        return settings
+    return [settings[i] for i in sorted(np.random.default_rng(seed).permutation(len(settings))[:trials])]
+
+
+def _tpe(space: SearchSpace, total: int, seed: int, run: Callable[[Setting], Trial]) -> None:
+    """Run what Optuna proposes from the trials before."""
+    import optuna
+
+    known: dict[str, Trial] = {}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(
+            directions=("maximize", "minimize", "minimize"), sampler=optuna.samplers.TPESampler(seed=seed)
+        )
+        repeated = 0
+        while len(known) < total and repeated < ASKS:
+            asked = study.ask()
+            setting = space.draw(_choose(asked))
+            key = str(setting.to_dict())
+            repeated = repeated + 1 if key in known else 0
+            trial = known[key] = known.get(key) or run(setting)
+            if trial.score is None:
+                study.tell(asked, state=optuna.trial.TrialState.FAIL)
+            else:
+                study.tell(asked, (trial.score, trial.parameters, trial.macs))
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def _choose(asked: Any) -> Choose:

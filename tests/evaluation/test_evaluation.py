@@ -123,7 +123,7 @@ def test_data_that_cannot_be_measured_on_is_refused(data, message):
 
 
 def test_a_model_that_is_not_merged_is_refused():
-    with pytest.raises(DataError, match="not a merged model"):
+    with pytest.raises(DataError, match="is not a merged model"):
         accuracy(Told(0, 2), {"a": A})
 
 

@@ -89,7 +89,7 @@ WRONG = {
     "depth below zero": ({"depth": [0, -0.1]}, RecipeError, "depth should be a share"),
     "no depth": ({"depth": []}, RecipeError, "depth is an empty list"),
     "depth twice": ({"depth": [1, 1.0]}, RecipeError, "twice"),
-    "unknown method": ({"method": "zap", "save": None}, RecipeError, "no method 'zap'; did you mean 'zip'"),
+    "unknown method": ({"method": "zap", "save": None}, RecipeError, "no method named 'zap'; did you mean 'zip'"),
     "option for no method": ({"options": {"permute": {}}}, RecipeError, "options.permute is for no method"),
     "unknown option": ({"options": {"zip": {"alfa": 0.3}}}, RecipeError, "did you mean 'alpha'"),
     "unknown refit setting": ({"refit": {"rigde": 1e-3}}, RecipeError, "refit.rigde .* did you mean 'ridge'"),
@@ -124,8 +124,12 @@ WRONG = {
     "a name that is a path": ({"name": "../up"}, RecipeError, "name should be"),
     "no place to push to": ({"push": {"private": True}}, RecipeError, "push.repo_id is missing"),
     "a place that is none": ({"push": {"repo_id": "a/b/c"}}, RecipeError, "push.repo_id should be user/name"),
-    "negative seed": ({"seed": -1}, RecipeError, "seed should be from 0 to 4294967295, but is -1"),
-    "misspelled method with a refit": ({"method": "zpi+refit"}, RecipeError, "no method 'zpi'; did you mean 'zip'"),
+    "negative seed": ({"seed": -1}, RecipeError, "seed is -1; it must be a whole number from 0 to 4294967295"),
+    "misspelled method with a refit": (
+        {"method": "zpi+refit"},
+        RecipeError,
+        "no method named 'zpi'; did you mean 'zip'",
+    ),
     "no threads": ({"threads": 0}, RecipeError, "threads should be at least 1"),
 }
 
@@ -276,7 +280,7 @@ def test_the_recipe_beside_the_model_is_the_one_that_ran(result):
 def test_foreign_files_stop_a_run_before_it_starts(tmp_path):
     (tmp_path / "out" / "model").mkdir(parents=True)
     (tmp_path / "out" / "model" / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match="no saved model"):
+    with pytest.raises(OutputError, match="not a saved model"):
         tiny(tmp_path)
 
 

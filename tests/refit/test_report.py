@@ -14,7 +14,7 @@ from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sections import Recipe, is_refitted
 from hf_zipit.refit import RefitConfig, RefitReport
 from hf_zipit.report.card import REFIT_PICTURE, Result, card_text
-from hf_zipit.report.plots import refit_errors, short_names
+from hf_zipit.report.plots import refit_picture, save_picture, short_names
 from hf_zipit.running.run import run_recipe
 
 from ..cli.test_cli import call, vits  # noqa: F401  # fixtures
@@ -44,7 +44,7 @@ def test_names_lose_what_all_begin_with():
 def test_the_picture_of_a_long_model_takes_columns(tmp_path: Path, blocks: int):
     names = [f"bert.layer.{i}.module.{j}" for i in range(blocks) for j in range(8)]
     report = RefitReport(("a", "b"), {name: {"a": 0.1, "b": 0.2} for name in names})
-    height, width = imread(refit_errors(report, tmp_path / "errors.png", "title")).shape[:2]
+    height, width = imread(save_picture(refit_picture(report, "title"), tmp_path / "errors.png")).shape[:2]
     assert height < 1400
     assert width > 900 * (blocks > 6)
 
