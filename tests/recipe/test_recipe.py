@@ -125,7 +125,7 @@ WRONG = {
     "no place to push to": ({"push": {"private": True}}, RecipeError, "push.repo_id is missing"),
     "a place that is none": ({"push": {"repo_id": "a/b/c"}}, RecipeError, "push.repo_id should be user/name"),
     "negative seed": ({"seed": -1}, RecipeError, "seed is -1; it must be a whole number from 0 to 4294967295"),
-    "misspelled method with a refit": ({"method": "zpi+refit"}, RecipeError, "did you mean 'zip'"),
+    "misspelled method with a refit": (
         {"method": "zpi+refit"},
         RecipeError,
         "no method named 'zpi'; did you mean 'zip'",
