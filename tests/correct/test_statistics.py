@@ -1,4 +1,4 @@
-"""Which statistics a merged unit is given: averages over its own units of means and deviations, dead units left alone."""
+"""Which statistics a merged unit is given: averages over its units of means and deviations; dead units are left alone."""
 
 from __future__ import annotations
 
