@@ -1,4 +1,4 @@
-"""Which statistics a merged unit is given: averages over its units of means and deviations; dead units are left alone."""
+"""Which statistics a merged unit is given: averages over its units of means and deviations, dead units excepted."""
 
 from __future__ import annotations
 
