@@ -85,8 +85,8 @@ WRONG = {
         RecipeError,
         "does not exist",
     ),
-    "depth above one": ({"depth": 1.5}, RecipeError, "depth should be a share from 0 to 1.* is 1.5"),
-    "depth below zero": ({"depth": [0, -0.1]}, RecipeError, "depth should be a share"),
+    "depth above one": ({"depth": 1.5}, RecipeError, "depth is 1.5; it must be a share from 0 to 1"),
+    "depth below zero": ({"depth": [0, -0.1]}, RecipeError, "depth is -0.1; it must be a share"),
     "no depth": ({"depth": []}, RecipeError, "depth is an empty list"),
     "depth twice": ({"depth": [1, 1.0]}, RecipeError, "twice"),
     "unknown method": ({"method": "zap", "save": None}, RecipeError, "no method 'zap'; did you mean 'zip'"),
@@ -101,7 +101,7 @@ WRONG = {
         RecipeError,
         "calibration is missing",
     ),
-    "unknown residual": ({"residual": "macht"}, RecipeError, "residual should be"),
+    "unknown residual": ({"residual": "macht"}, RecipeError, "residual is .macht.; it must be .match."),
     "save what is not made": ({"save": {"method": "zip", "depth": 0.5}}, RecipeError, "does not make"),
     "unknown override": ({"overrides": {"*.mlp.*": "permut"}}, RecipeError, "did you mean 'permute'"),
     "unknown option of an override": (
@@ -124,7 +124,7 @@ WRONG = {
     "a name that is a path": ({"name": "../up"}, RecipeError, "name should be"),
     "no place to push to": ({"push": {"private": True}}, RecipeError, "push.repo_id is missing"),
     "a place that is none": ({"push": {"repo_id": "a/b/c"}}, RecipeError, "push.repo_id should be user/name"),
-    "negative seed": ({"seed": -1}, RecipeError, "seed should be from 0 to 4294967295, but is -1"),
+    "negative seed": ({"seed": -1}, RecipeError, "seed is -1; it must be a whole number from 0 to 4294967295"),
     "misspelled method with a refit": ({"method": "zpi+refit"}, RecipeError, "no method 'zpi'; did you mean 'zip'"),
     "no threads": ({"threads": 0}, RecipeError, "threads should be at least 1"),
 }
