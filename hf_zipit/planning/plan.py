@@ -118,7 +118,7 @@ def with_readouts(planned: Plan) -> Plan:
     """The plan of a refit, which fits an affine map `[d, d + 1]` for every place and task that reads the trunk."""
     if not planned.cut.trunk:
         return planned
-    sizes = [planned.spec.size(entry.key) for entry in (*planned.cut.entries, *planned.cut.exits)]
+    sizes = [planned.spec.length(entry.label) for entry in (*planned.cut.entries, *planned.cut.exits)]
     readouts = len(planned.tasks) * sum(size * (size + 1) for size in sizes)
     grown = {part: planned.parameters[part] + readouts for part in ("branches", "merged")}
     return replace(planned, parameters={**planned.parameters, **grown})

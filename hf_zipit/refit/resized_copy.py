@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from math import prod
 from typing import TypeVar
 
 from torch import nn
 
-from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
@@ -31,7 +30,7 @@ def merged_shapes(spec: MergeSpec, alignment: Alignment) -> dict[str, list[int]]
     """The shapes of all tensors that have a space of another size in the merged model, those of the branches too."""
     resized = {name for name, space_map in alignment.items() if space_map.size != spec.spaces[name].size}
     return {
-        name: [prod(merged_sizes(product_key(label), alignment, spec)) for label in labels]
+        name: [merged_length(label, alignment, spec) for label in labels]
         for name, labels in spec.axes.items()
-        if any(factor.space in resized for label in labels for factor in label)
+        if any(space in resized for label in labels for space in product_key(label))
     }
