@@ -194,7 +194,7 @@ def test_partial_merge_is_the_published_one():
         branch = copy.deepcopy(expert)
         branch.load_state_dict({**branch.state_dict(), **trunk})
         readout = IndexEntry(entry.axis, spec.size(entry.key), alignment[entry.key[0]].size)
-        readout.index.copy_(unmerge_index(alignment, entry.key, number, spec))
+        readout.index.copy_(unmerge_index(alignment, entry.label, number, spec))
         branch.get_submodule(entry.target).register_forward_pre_hook(readout.before, with_kwargs=True)
         with torch.no_grad():
             outputs.append(branch(numbers()["x"][:8]))

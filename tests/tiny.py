@@ -102,6 +102,8 @@ EXTRA: dict[str, Builder] = {
         do_stable_layer_norm=True,
         feat_extract_norm="layer",
     ),
+    "phi3": of(T.Phi3ForCausalLM, T.Phi3Config, **DECODER, pad_token_id=0),
+    "gpt-neox": of(T.GPTNeoXForCausalLM, T.GPTNeoXConfig, **TEXT),
     "gpt2": of(T.GPT2LMHeadModel, T.GPT2Config, **GPT),
 }
 """Classes that no adapter of the project was written for (but for DeiT and ELECTRA, which share one)."""

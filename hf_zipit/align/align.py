@@ -24,7 +24,8 @@ from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Map
 from hf_zipit.planning.cut import NOT_IN_TRUNK
 from hf_zipit.registry import METHODS
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry, factors
+from hf_zipit.symmetry.sums import without_sums
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def align(
         RecipeError: an unknown method, option or `residual`, or a pattern that matches nothing.
         DataError: correlations of another size than the spec's, or not finite.
     """
+    spec, weights = without_sums(spec, weights)
     default = _default(method, options or {})
     choices = _choices(spec, default, residual, overrides or {})
     _check(spec, correlations, experts)
@@ -151,7 +153,7 @@ def residual_spaces(spec: MergeSpec) -> tuple[str, ...]:
         # One axis alone is a bias or a norm's scale, which changes a stream but does not write into it.
         if len(labels) > 1:
             for label in labels:
-                for factor in label:
+                for factor in factors(label):
                     if not factor.dual:
                         writers[factor.space].add(parameter.rpartition(".")[0])
     outer = {name for space in spec.spaces.values() for name in space.within}

@@ -14,7 +14,7 @@ from math import prod
 from torch import Tensor
 
 from hf_zipit.align.aligned import STATISTICS
-from hf_zipit.symmetry.spec import MergeSpec
+from hf_zipit.symmetry.spec import MergeSpec, product_key
 
 
 @dataclass(frozen=True)
@@ -80,4 +80,4 @@ def multiplications(spec: MergeSpec, tensors: Mapping[str, Tensor]) -> Cost:
 def _spaces(spec: MergeSpec, tensor: str) -> tuple[str, ...]:
     """The movable spaces on a tensor's axes."""
     labels = spec.axes.get(tensor, ())
-    return tuple(f.space for label in labels for f in label if spec.movable(f.space))
+    return tuple(name for label in labels for name in product_key(label) if spec.movable(name))

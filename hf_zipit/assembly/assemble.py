@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit.errors import ExpertError
-from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
@@ -66,9 +65,9 @@ def assemble(
             if readouts is not None:
                 module.load_state_dict(dict(zip(("weight", "bias"), readouts[entry][number], strict=True)))
             elif only_groups(maps, entry.key):
-                module.index.copy_(unmerge_index(maps, entry.key, number, spec))
+                module.index.copy_(unmerge_index(maps, entry.label, number, spec))
             else:
-                module.weight.data.copy_(unmerge_matrix(maps, entry.key, number, spec))
+                module.weight.data.copy_(unmerge_matrix(maps, entry.label, number, spec))
     return merged.eval()
 
 
@@ -97,8 +96,8 @@ def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> d
 def _setting(
     where: str, entry: ReadPoint, spec: MergeSpec, maps: Alignment, readouts: Readouts | None
 ) -> dict[str, Any]:
-    units = spec.size(entry.key)
-    size = prod(merged_sizes(entry.key, maps, spec))
+    units = spec.length(entry.label)
+    size = merged_length(entry.label, maps, spec)
     kind = "index" if readouts is None and only_groups(maps, entry.key) else "dense"
     return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 

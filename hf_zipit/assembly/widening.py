@@ -123,7 +123,7 @@ class _Trial:
         touched = {
             name: merge_tensor([self.tensors[name]] * 2, labels, maps, self.spec)
             for name, labels in self.spec.axes.items()
-            if any(factor.space in maps for label in labels for factor in label)
+            if any(name in maps for label in labels for name in product_key(label))
         }
         shapes = {name: list(tensor.shape) for name, tensor in touched.items()}
         found = []
@@ -139,7 +139,7 @@ class _Trial:
         for copy_number in range(2):
             own = found
             for axis, label in enumerate(self.spec.outputs[field]):
-                if any(factor.space in maps for factor in label):
+                if any(name in maps for name in product_key(label)):
                     own = own.index_select(axis, merged_index(product_key(label), maps, self.spec, copy_number))
             if own.shape != expected.shape:
                 return False

@@ -20,7 +20,7 @@ from hf_zipit.maps.transform import to_merged
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import RULES
 from hf_zipit.symmetry.proof import model_tensors
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 Combine = Callable[[Sequence[Tensor], Sequence[AxisLabel]], Tensor]
 """A rule with its options: from the experts' tensors in merged units, and their labels, to the merged one."""
@@ -125,7 +125,7 @@ def _agreed(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Mappin
     """The one value of integer or boolean tensors, such as position ids; of counters, the largest."""
     if not tensors[0].dim():
         return torch.stack(list(tensors)).amax(0)
-    if any(factor.space in maps for label in labels for factor in label):
+    if any(name in maps for label in labels for name in product_key(label)):
         raise SpecError(f"A {tensors[0].dtype} tensor has an axis in a movable space; it cannot be averaged there.")
     if not all(torch.equal(tensors[0], other) for other in tensors[1:]):
         raise SpecError(f"The experts have different values in a {tensors[0].dtype} tensor, which cannot be averaged.")

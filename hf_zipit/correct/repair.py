@@ -46,7 +46,7 @@ from hf_zipit.maps.transform import features_to_merged, only_groups
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.record import probe_name
 from hf_zipit.planning.plan import Plan
-from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, fitted, product_key
+from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, factors, fitted, product_key
 
 PIECE = 64
 """Samples that an expert is given at once."""
@@ -184,7 +184,8 @@ def _repair_from_moments(
 def probe_of(path: str, spec: MergeSpec) -> Probe | None:
     """The probe of a layer's input: its own, or a neighbour's that reads the same (query's for key and value)."""
     weight = spec.axes[f"{path}.weight"]
-    keys = [product_key(label) for label in weight if any(factor.dual for factor in label)]  # not what it writes
+    # Not what it writes.
+    keys = [product_key(label) for label in weight if any(factor.dual for factor in factors(label))]
     inputs = [p for p in spec.probes if p.where == "input" and p.key in keys]
     own = next((p for p in inputs if p.module == path), None)
     parent = path.rpartition(".")[0]

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_zipit.planning.cut import Cut
 from hf_zipit.planning.plan import Plan
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def block_inputs(spec: MergeSpec, cut: Cut) -> Iterator[Site]:
             continue
         values: dict[str, tuple[AxisLabel, ...]] = {}
         for crossing in spec.crossings:
-            moving = any(spec.movable(factor.space) for label in crossing.axes for factor in label)
+            moving = any(spec.movable(name) for label in crossing.axes for name in product_key(label))
             if block.path in crossing.stack and moving:
                 values[crossing.value] = crossing.axes
         if len(values) != 1:

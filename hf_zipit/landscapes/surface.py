@@ -149,7 +149,7 @@ def _readouts(planned: Plan, alignment: Alignment, merged: PreTrainedModel) -> I
         pairs += zip(planned.cut.exits, merged.exits[key], strict=True)
         for entry, readout in pairs:
             if isinstance(readout, DenseEntry):
-                plain = unmerge_matrix(alignment, entry.key, number, planned.spec).to(readout.weight)
+                plain = unmerge_matrix(alignment, entry.label, number, planned.spec).to(readout.weight)
                 zeros = torch.zeros_like(readout.bias)
                 yield Move.between([readout.weight], plain, plain)
                 yield Move.between([readout.bias], zeros, zeros)

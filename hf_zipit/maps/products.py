@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.maps.space_map import Alignment, LinearMap, Map
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, product_key
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, Sum, product_key
 
 
 def factor_indices(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int) -> dict[str, Tensor]:
@@ -55,6 +55,16 @@ def rows_of(name: str, spec: MergeSpec, space_map: Map) -> tuple[str, ...]:
 def merged_sizes(key: ProductKey, maps: Alignment, spec: MergeSpec) -> list[int]:
     """The number of merged units of every factor."""
     return [maps[name].size if name in maps else spec.spaces[name].size for name in key]
+
+
+def merged_length(label: AxisLabel, maps: Alignment, spec: MergeSpec) -> int:
+    """The number of merged units on an axis."""
+    return prod(
+        sum(merged_length(term, maps, spec) for term in factor.terms)
+        if isinstance(factor, Sum)
+        else merged_sizes((factor.space,), maps, spec)[0]
+        for factor in label
+    )
 
 
 def merged_index(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from math import prod
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.products import merged_sizes
 from hf_zipit.maps.space_map import Alignment, LinearMap, Map, SpaceMap
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Space, product_key
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Space, product_key, products
 
 Along = Callable[[Tensor, int, AxisLabel, Alignment, MergeSpec, int], Tensor]
 """Brings one axis of one expert's tensor into merged units."""
@@ -34,6 +35,10 @@ def check_axes(label_axes: Sequence[AxisLabel], spec: MergeSpec) -> None:
     Raises:
         SpecError: units of an axis live within units that are on no other axis, or within those of several.
     """
+    if any(len(products(label)) > 1 for label in label_axes):  # each of what they are sums of, with the others
+        for together in product(*map(products, label_axes)):
+            check_axes(together, spec)
+        return
     for label in label_axes:
         movable = tuple(factor for factor in label if spec.movable(factor.space))
         outer = outer_elsewhere(movable, spec)

@@ -10,40 +10,50 @@ and every axis that has no map (a class, a position, a kernel's width) is averag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hf_zipit.errors import SpecError
-from hf_zipit.maps.products import change_basis, factor_indices, merged_index, merged_sizes
+from hf_zipit.maps.products import change_basis, factor_indices, merged_index, merged_length, merged_sizes
 from hf_zipit.maps.rows import axes_to_merge, row_by_row
 from hf_zipit.maps.space_map import Alignment, LinearMap, SpaceMap
-from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, ProductKey, product_key
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, all_read, product_key, products
+from hf_zipit.symmetry.sums import by_products, put_together, take_apart
 
 
 def to_merged(
     tensor: Tensor, label_axes: Sequence[AxisLabel], alignment: Alignment, spec: MergeSpec, expert: int
 ) -> Tensor:
     """One expert's tensor in the merged units: T M_t on vector axes, U_t on dual axes; axes without a label stay."""
-    expected = [
-        spec.size(product_key(label)) if label else n for label, n in zip(label_axes, tensor.shape, strict=False)
-    ]
+    expected = [spec.length(label) if label else n for label, n in zip(label_axes, tensor.shape, strict=False)]
     if list(tensor.shape) != expected:
         raise SpecError(
             f"Expert {expert}'s tensor is {list(tensor.shape)} where the spec expects {expected}; trace it again."
         )
-    for axis in axes_to_merge(label_axes, alignment, spec):
-        tensor = row_by_row(tensor, axis, label_axes, alignment, spec, expert, _along)
-    return tensor
+
+    def along_all(part: Tensor, labels: tuple[AxisLabel, ...]) -> Tensor:
+        for axis in axes_to_merge(labels, alignment, spec):
+            part = row_by_row(part, axis, labels, alignment, spec, expert, _along)
+        return part
+
+    return by_products(tensor, label_axes, along_all, spec.length, partial(merged_length, maps=alignment, spec=spec))
 
 
 def features_to_merged(
     features: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int
 ) -> Tensor:
     """One expert's features in merged units along one axis: T M_t on a vector axis, U_t transposed on a dual one."""
-    if not any(factor.space in alignment for factor in label):
+    if not any(name in alignment for name in product_key(label)):
         return features
-    return _along(features, axis % features.dim(), label, alignment, spec, expert)
+    axis %= features.dim()
+    parts = take_apart(features, axis, label, spec.length)
+    done = [
+        _along(part, axis, product, alignment, spec, expert)
+        for part, product in zip(parts, products(label), strict=True)
+    ]
+    return put_together(done, axis, label, partial(merged_length, maps=alignment, spec=spec))
 
 
 def shares_held(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
@@ -52,7 +62,7 @@ def shares_held(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert:
     A change of basis mixes one expert's units with nobody else's: there it is 1.
     """
     groups = {name: space_map for name, space_map in alignment.items() if isinstance(space_map, SpaceMap)}
-    ones = torch.ones(spec.size(product_key(label)), dtype=torch.float64)
+    ones = torch.ones(spec.length(label), dtype=torch.float64)
     return features_to_merged(ones, 0, label, groups, spec, expert)
 
 
@@ -61,20 +71,22 @@ def only_groups(alignment: Alignment, key: ProductKey) -> bool:
     return not any(isinstance(alignment.get(name), LinearMap) for name in key)
 
 
-def unmerge_index(alignment: Alignment, key: ProductKey, expert: int, spec: MergeSpec) -> Tensor:
-    """For each of an expert's units of a product the merged unit that it reads: int64 `[size of the product]`.
+def unmerge_index(alignment: Alignment, label: AxisLabel, expert: int, spec: MergeSpec) -> Tensor:
+    """For each of an expert's units on an axis the merged unit that it reads: int64 `[units]`.
 
     U_t x is `x[..., unmerge_index(...)]`, where `only_groups`. (The spec tells the sizes of fixed factors, which have
     no map.)
     """
-    return merged_index(key, alignment, spec, expert)
+    length = partial(merged_length, maps=alignment, spec=spec)
+    merged = take_apart(torch.arange(length(label)), 0, label, length)
+    indices = (merged_index(product_key(product), alignment, spec, expert) for product in products(label))
+    return put_together([own[index] for own, index in zip(merged, indices, strict=True)], 0, label, spec.length)
 
 
-def unmerge_matrix(alignment: Alignment, key: ProductKey, expert: int, spec: MergeSpec) -> Tensor:
-    """U_t of a product: float64 `[size of the product, merged size]`."""
-    reading = tuple(Factor(name, dual=True) for name in key)
-    eye = torch.eye(spec.size(key), dtype=torch.float64)
-    return features_to_merged(eye, 0, reading, alignment, spec, expert).T
+def unmerge_matrix(alignment: Alignment, label: AxisLabel, expert: int, spec: MergeSpec) -> Tensor:
+    """U_t of an axis: float64 `[units, merged units]`."""
+    eye = torch.eye(spec.length(label), dtype=torch.float64)
+    return features_to_merged(eye, 0, all_read(label), alignment, spec, expert).T
 
 
 def _along(tensor: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:

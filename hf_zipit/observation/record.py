@@ -24,8 +24,9 @@ Choose = Callable[[str, int, int], Tensor | None]
 
 
 def probe_name(probe: Probe) -> str:
-    """A probe's identity: `module:where:axis`."""
-    return f"{probe.module}:{probe.where}:{probe.axis}"
+    """A probe's identity: `module:where:axis`, and which units where it has not all of them."""
+    units = "" if probe.span is None else f":{probe.span[1]}-{probe.span[2]}"
+    return f"{probe.module}:{probe.where}:{probe.axis}{units}"
 
 
 def keep_all(probe: str, call: int, rows: int) -> None:
@@ -123,16 +124,18 @@ class Recorder:
 
     def _record(self, probe: Probe, tensor: Tensor | None) -> None:
         units, name = self.units[probe], probe_name(probe)
-        if tensor is None or not -tensor.ndim <= probe.axis < tensor.ndim or tensor.shape[probe.axis] != units:
+        width, start, stop = probe.span or (units, 0, units)
+        on_axis = units // (stop - start) * width
+        if tensor is None or not -tensor.ndim <= probe.axis < tensor.ndim or tensor.shape[probe.axis] != on_axis:
             found = "no tensor" if tensor is None else f"a tensor of shape {list(tensor.shape)}"
             raise SpecError(
-                f"The {probe.where} of {probe.module or 'the model'} should have {units} units on axis {probe.axis}, "
-                f"but the expert {self._expert!r} has {found} there: the spec is of another model."
+                f"The {probe.where} of {probe.module or 'the model'} should have {on_axis} units on axis "
+                f"{probe.axis}, but the expert {self._expert!r} has {found} there: the spec is of another model."
             )
         rows = tensor.detach().movedim(probe.axis, -1)
         if self._mask is not None and rows.ndim > 2 and rows.shape[:2] == self._mask.shape:
             rows = rows[self._mask.to(rows.device)]
-        rows = rows.reshape(-1, units)
+        rows = rows.reshape(-1, on_axis // width, width)[..., start:stop].reshape(-1, units)
         # A finite sum costs a fraction of looking at every value, and proves as much.
         if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
             raise ExpertError(

@@ -27,12 +27,17 @@ class ReadPoint:
     Attributes:
         target: the module of the branch whose first input it is, or the output field (`exit`).
         axis: the axis of that tensor.
-        key: the product of spaces that the axis is.
+        label: what the axis is.
     """
 
     target: str
     axis: int
-    key: ProductKey
+    label: AxisLabel
+
+    @property
+    def key(self) -> ProductKey:
+        """The names of its spaces."""
+        return product_key(self.label)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Cut:
     def spaces(self, spec: MergeSpec) -> frozenset[str]:
         """Movable spaces that some tensor of the trunk has."""
         labels = (label for name in self.trunk for label in spec.axes.get(name, ()))
-        return frozenset(f.space for label in labels for f in label if spec.movable(f.space))
+        return frozenset(name for label in labels for name in product_key(label) if spec.movable(name))
 
     def trunk_spec(self, spec: MergeSpec) -> MergeSpec:
         """The spec as the later stages see it: spaces that only branches have are fixed, and nobody looks there."""
@@ -221,13 +226,13 @@ def _entries(spec: MergeSpec, in_trunk: InTrunk, readouts: frozenset[str]) -> tu
                 f"{spec.architecture} cannot be cut before {readout}: it reads more than one value of the trunk; "
                 "choose another depth"
             )
-        entries[ReadPoint(readout, moving[0], product_key(crossing.axes[moving[0]]))] = None
+        entries[ReadPoint(readout, moving[0], crossing.axes[moving[0]])] = None
     return tuple(entries)
 
 
 def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[ReadPoint, ...]:
     return tuple(
-        ReadPoint(field, axis, product_key(label))
+        ReadPoint(field, axis, label)
         for field, axes in spec.outputs.items()
         if in_trunk(spec.output_places[field])
         for axis, label in enumerate(axes)
@@ -236,7 +241,7 @@ def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[ReadPoint, ...]:
 
 
 def _moves(label: AxisLabel, spec: MergeSpec) -> bool:
-    return any(spec.movable(factor.space) for factor in label)
+    return any(map(spec.movable, product_key(label)))
 
 
 def _cannot_cut(spec: MergeSpec, crossing: Crossing) -> str:

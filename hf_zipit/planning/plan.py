@@ -159,7 +159,7 @@ def count_parameters(
         for model in experts.values()
     )
     if readouts and cut.trunk:
-        read = [spec.size(place.key) for place in (*cut.entries, *cut.exits)]
+        read = [spec.length(place.label) for place in (*cut.entries, *cut.exits)]
         branches += len(experts) * sum(size * (size + 1) for size in read)
     return {
         "expert": sizes[0],

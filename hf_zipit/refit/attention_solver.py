@@ -160,8 +160,8 @@ class AttentionSolver:
         for site in self.attention.inputs:
             by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
         for x, sites in by_input.items():
-            key = product_key(self.spec.axes[sites[0].weight][1])
-            start = torch.cat([unmerge_matrix(self.alignment, key, t, self.spec) for t in self.tasks])
+            label = self.spec.axes[sites[0].weight][1]
+            start = torch.cat([unmerge_matrix(self.alignment, label, t, self.spec) for t in self.tasks])
             gram = Gram(start.shape[1], len(start), start)
             for b in range(len(self.fit.values.batches)):
                 value = self.fit.values.of(x, MERGED, b)

@@ -12,7 +12,6 @@ import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
-from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
@@ -259,7 +258,7 @@ def merged_shapes(spec: MergeSpec, alignment: Alignment) -> dict[str, list[int]]
     """The shapes of all tensors that have a space of another size in the merged model, those of the branches too."""
     resized = {name for name, space_map in alignment.items() if space_map.size != spec.spaces[name].size}
     return {
-        name: [prod(merged_sizes(product_key(label), alignment, spec)) for label in labels]
+        name: [merged_length(label, alignment, spec) for label in labels]
         for name, labels in spec.axes.items()
-        if any(factor.space in resized for label in labels for factor in label)
+        if any(name in resized for label in labels for name in product_key(label))
     }

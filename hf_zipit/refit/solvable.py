@@ -10,16 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 from torch import fx
 
-from hf_zipit.maps.products import merged_sizes
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
 from hf_zipit.symmetry.ops import is_within, module_stack, op_name, overload, shape_of
-from hf_zipit.symmetry.spec import MergeSpec, Symmetry, product_key
+from hf_zipit.symmetry.spec import Factor, MergeSpec, Symmetry
 
 TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
 """Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""
@@ -238,10 +237,10 @@ def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSit
 def _is_free_inside(weight: str, spec: MergeSpec) -> bool:
     """Whether a weight's outputs are heads times a space in which any change of basis is allowed."""
     label = spec.axes[weight][0]
-    return len(label) == 2 and spec.spaces[label[1].space].symmetry is Symmetry.LINEAR
+    return len(label) == 2 and isinstance(label[1], Factor) and spec.spaces[label[1].space].symmetry is Symmetry.LINEAR
 
 
 def _keeps_width(weight: str, spec: MergeSpec, alignment: Alignment) -> bool:
     """Whether there is one merged unit for every unit of an expert: no head stays unmerged."""
-    label = product_key(spec.axes[weight][0])
-    return prod(merged_sizes(label, alignment, spec)) == spec.size(label)
+    label = spec.axes[weight][0]
+    return merged_length(label, alignment, spec) == spec.length(label)

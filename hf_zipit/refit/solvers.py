@@ -149,7 +149,7 @@ def solve_readout(fit: Fit, entry: ReadPoint, node: fx.Node) -> list[tuple[Tenso
     """For every task the map from the merged units to the expert's own, on the task's own samples."""
     found = []
     for t in fit.values.experts:
-        prior = unmerge_matrix(fit.alignment, entry.key, t, fit.spec)
+        prior = unmerge_matrix(fit.alignment, entry.label, t, fit.spec)
         gram = Gram(prior.shape[1], prior.shape[0], prior)
         for b, batch in enumerate(fit.values.batches):
             if batch.task not in (None, t):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.symmetry.spaces import AxisLabel, Factor, Symmetry, Trace
+from hf_zipit.symmetry.sums import by_products
 
 GroupElement = Mapping[str, Tensor]
 """Per movable space: int64 `[*within, size]`, an order (unit i of the result is unit order[i]), or float64
@@ -82,6 +83,11 @@ def apply_element(tensors: Mapping[str, Tensor], spec: Trace, element: GroupElem
 
 def transform(tensor: Tensor, axes: tuple[AxisLabel, ...], spec: Trace, element: GroupElement) -> Tensor:
     """Apply a group element to every labelled axis of one tensor; axes with an empty label stay as they are."""
+    return by_products(tensor, axes, lambda part, labels: _transform(part, labels, spec, element), spec.length)
+
+
+def _transform(tensor: Tensor, axes: tuple[AxisLabel, ...], spec: Trace, element: GroupElement) -> Tensor:
+    """`transform`, of a tensor whose axes are no sums."""
     factors: list[Factor | None] = []
     sizes: list[int] = []
     for label, length in zip(axes, tensor.shape, strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 
 from torch import fx, nn
 
@@ -18,10 +19,14 @@ from hf_zipit.symmetry.spaces import (
     Place,
     Probe,
     Space,
+    Sum,
     Symmetry,
     Trace,
     product_key,
 )
+
+Span = tuple[int, int, int] | None
+"""Which units of an axis: see `Probe.span`."""
 
 WRITTEN_BY_MANY = 3
 """A space that at least this many modules write into is a residual stream."""
@@ -31,6 +36,7 @@ class Naming:
     """The names and labels of one interpreted graph."""
 
     def __init__(self, run: Interpreter, model: nn.Module) -> None:
+        run.atoms.close()
         self.run = run
         self.atoms = run.atoms
         self.model = model
@@ -57,7 +63,7 @@ class Naming:
         first: dict[int, bool] = {}
         vectors = [axes[0] for axes in (self.labels[name] for name in self.sorted) if len(axes) == 1]
         for axis in [*self.run.held, *vectors]:
-            for ref in self.atoms.resolve(axis):
+            for ref in self._leaves(axis):
                 votes[ref.atom] += -1 if ref.dual else 1
                 first.setdefault(ref.atom, ref.dual)
         return {atom: votes[atom] < 0 or (votes[atom] == 0 and dual) for atom, dual in first.items()}
@@ -70,10 +76,11 @@ class Naming:
         """
         company: dict[int, set[int]] = {}
         for axes in self._everywhere():
-            times = Counter(ref.atom for axis in axes for ref in self.atoms.resolve(axis))
-            once = {atom for atom, count in times.items() if count == 1}
-            for atom in times:
-                company[atom] = company.get(atom, once) & once
+            for together in product(*map(self.atoms.products, axes)):
+                times = Counter(ref.atom for axis in together for ref in axis)
+                once = {atom for atom, count in times.items() if count == 1}
+                for atom in times:
+                    company[atom] = company.get(atom, once) & once
         return company
 
     def _everywhere(self) -> Iterator[Sequence[Axis]]:
@@ -85,7 +92,7 @@ class Naming:
         company = self._company()
         within: dict[int, tuple[int, ...]] = {}
         for name in self.sorted:
-            for axis in self.labels[name]:
+            for axis in chain(*map(self.atoms.products, self.labels[name])):
                 for i, ref in enumerate(axis):
                     known = within.setdefault(ref.atom, ())
                     # Of two that are always together, only one can live within the other.
@@ -101,16 +108,20 @@ class Naming:
         writers: dict[int, dict[str, None]] = defaultdict(dict)
         place: dict[int, str] = {}
         outer: set[int] = set()
+        summed: set[int] = set()
         for name in self.sorted:
             module = name.rpartition(".")[0]
-            for i, axis in enumerate(self.labels[name]):
-                for j, ref in enumerate(axis):
-                    owners[ref.atom][module] = None
-                    place.setdefault(ref.atom, f"{name}.{i}" if len(axis) == 1 else f"{name}.{i}.{j}")
-                    if j + 1 < len(axis):
-                        outer.add(ref.atom)
+            for i, label in enumerate(self.labels[name]):
+                terms = self.atoms.products(label)
+                summed |= {ref.atom for axis in terms for ref in axis if len(terms) > 1}
+                for axis in terms:
+                    for j, ref in enumerate(axis):
+                        owners[ref.atom][module] = None
+                        place.setdefault(ref.atom, f"{name}.{i}" if len(axis) == 1 else f"{name}.{i}.{j}")
+                        if j + 1 < len(axis):
+                            outer.add(ref.atom)
         for module, _, axis in self.run.writers:
-            for ref in self.atoms.resolve(axis):
+            for ref in self._leaves(axis):
                 writers[ref.atom][module] = None
         names: dict[int, str] = {}
         taken: Counter[str] = Counter()
@@ -119,7 +130,8 @@ class Naming:
                 name = place[atom]
             elif atom in outer:
                 parent = common_parent(list(writers[atom]) or list(owned_by))
-                heads = len(writers[atom]) != 1 and not any(map(self._is_convolution, writers[atom]))
+                heads = len(writers[atom]) != 1 or atom in summed
+                heads = heads and not any(map(self._is_convolution, writers[atom]))
                 name = f"{parent}.heads" if heads else f"{next(iter(writers[atom]))}.groups"
             elif len(writers[atom]) >= WRITTEN_BY_MANY:
                 name = f"{common_parent(list(writers[atom]))}.residual"
@@ -134,18 +146,27 @@ class Naming:
         return isinstance(self.run.modules.get(module), (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
     def label(self, axis: Axis) -> AxisLabel:
-        return tuple(Factor(self.names[ref.atom], ref.dual ^ self.flip.get(ref.atom, False)) for ref in axis)
+        return tuple(self._factor(ref) for ref in self.atoms.resolve(axis))
+
+    def _factor(self, ref: Ref) -> Factor | Sum:
+        if terms := self.atoms.terms(ref):
+            return Sum(tuple(map(self.label, terms)))
+        return Factor(self.names[ref.atom], ref.dual ^ self.flip.get(ref.atom, False))
+
+    def _leaves(self, axis: Axis) -> list[Ref]:
+        """The atoms of an axis, those of its sums as well."""
+        return [ref for part in self.atoms.products(axis) for ref in part]
 
     def value_label(self, value: Value) -> tuple[AxisLabel, ...]:
         """One label per axis of a value; empty for axes (tokens, positions) that no tensor of the model has."""
-        resolved = [self.atoms.resolve(axis) for axis in value.axes]
-        return tuple(self.label(refs) if all(r.atom in self.names for r in refs) else () for refs in resolved)
+        known = (all(ref.atom in self.names for ref in self._leaves(axis)) for axis in value.axes)
+        return tuple(self.label(axis) if named else () for axis, named in zip(value.axes, known, strict=True))
 
     def crossings(self) -> tuple[Crossing, ...]:
         found: dict[Crossing, None] = {}
         for name, value, made, read, stack in self.run.crossings:
             axes = self.value_label(value)
-            if any(self.atoms.symmetry(ref) for axis in value.axes for ref in axis) and any(axes):
+            if any(self.atoms.symmetry(ref) for axis in value.axes for ref in self._leaves(axis)) and any(axes):
                 found[Crossing(name, axes, made, read, stack)] = None
         return tuple(found)
 
@@ -169,24 +190,38 @@ class Naming:
         found: dict[Probe, None] = {}
         observed: set[fx.Node] = set()
         for module, position, axis, source in self.run.readers:
-            label = self._observable(axis, spaces)
-            if label and source not in observed:
+            parts = [] if source in observed else self._observable(axis, spaces)
+            if parts:
                 observed.add(source)
-                found[Probe(module, "input", position, product_key(label), _read(label))] = None
+            found |= {Probe(module, "input", position, product_key(p), _read(p), span): None for p, span in parts}
         read = {probe.key for probe in found}
         for module, position, axis in self.run.writers:
-            label = self._observable(axis, spaces)
-            if label and product_key(label) not in read:
-                found[Probe(module, "output", position, product_key(label), _read(label))] = None
+            for part, span in self._observable(axis, spaces):
+                if product_key(part) not in read:
+                    found[Probe(module, "output", position, product_key(part), _read(part), span)] = None
         return tuple(found)
 
-    def _observable(self, axis: Axis, spaces: Mapping[str, Space]) -> AxisLabel | None:
-        refs = self.atoms.resolve(axis)
-        if any(ref.atom not in self.names for ref in refs):
-            return None
-        label = self.label(refs)
-        movable = any(spaces[f.space].symmetry is not Symmetry.FIXED for f in label)
-        return label if movable else None
+    def _observable(self, axis: Axis, spaces: Mapping[str, Space]) -> list[tuple[AxisLabel, Span]]:
+        """The movable products that an axis is the sum of, and where they are on it."""
+        if any(ref.atom not in self.names for ref in self._leaves(axis)):
+            return []
+        found = [(axis, None)] if not any(map(self.atoms.terms, self.atoms.resolve(axis))) else self._terms(axis)
+        labels = ((self.label(part), span) for part, span in found)
+        return [(p, span) for p, span in labels if any(spaces[f.space].symmetry is not Symmetry.FIXED for f in p)]
+
+    def _terms(self, axis: Axis) -> list[tuple[Axis, Span]]:
+        """The terms without sums of an axis with a sum, and where they are on it."""
+        axis = self.atoms.resolve(axis)
+        place = next(i for i, ref in enumerate(axis) if self.atoms.terms(ref))
+        before, summed, after = axis[:place], axis[place], axis[place + 1 :]
+        minor, start, found = self.atoms.size(after), 0, []
+        width = self.atoms.size((summed,)) * minor
+        for term in self.atoms.terms(summed):
+            stop = start + self.atoms.size(term) * minor
+            if not any(map(self.atoms.terms, before + term + after)):
+                found.append((before + term + after, (width, start, stop)))
+            start = stop
+        return found
 
     def spec(
         self,

@@ -10,7 +10,7 @@ The spec holds no tensor: it depends on the model's class and configuration, not
 from __future__ import annotations
 
 import enum
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TypeVar
@@ -70,15 +70,61 @@ class Factor:
     dual: bool = False
 
 
-AxisLabel = tuple[Factor, ...]
-"""The spaces whose product an axis is, major to minor; empty for an axis of size one."""
+@dataclass(frozen=True)
+class Sum:
+    """The direct sum of axes, of one after another: what one projection to queries, keys and values puts out."""
+
+    terms: tuple[AxisLabel, ...]
+
+
+AxisLabel = tuple[Factor | Sum, ...]
+"""The spaces (or direct sums) whose product an axis is, major to minor; empty for an axis of size one."""
 
 ProductKey = tuple[str, ...]
 """The names of the spaces of an axis label, major to minor."""
 
 
 def product_key(label: AxisLabel) -> ProductKey:
-    return tuple(factor.space for factor in label)
+    """The names of the spaces of a label, those of its sums as well."""
+    return tuple(factor.space for factor in factors(label))
+
+
+def products(label: AxisLabel) -> list[AxisLabel]:
+    """The labels without sums whose direct sum a label is; one, for most.
+
+    A sum that stands within a product is multiplied out: heads x (queries + keys) is heads x queries + heads x keys.
+    """
+    for i, factor in enumerate(label):
+        if isinstance(factor, Sum):
+            return [product for term in factor.terms for product in products(label[:i] + term + label[i + 1 :])]
+    return [label]
+
+
+def factors(label: AxisLabel) -> Iterator[Factor]:
+    """All factors of a label, those of its sums as well."""
+    for factor in label:
+        if isinstance(factor, Sum):
+            for term in factor.terms:
+                yield from factors(term)
+        else:
+            yield factor
+
+
+def flipped(label: AxisLabel) -> AxisLabel:
+    """What an axis reads, as one that holds it, and the other way round."""
+    return _mapped(label, lambda factor: replace(factor, dual=not factor.dual))
+
+
+def all_read(label: AxisLabel) -> AxisLabel:
+    """The label of an axis that reads all that another one holds or reads."""
+    return _mapped(label, lambda factor: replace(factor, dual=True))
+
+
+def _mapped(label: AxisLabel, function: Callable[[Factor], Factor]) -> AxisLabel:
+    return tuple(
+        Sum(tuple(_mapped(term, function) for term in factor.terms)) if isinstance(factor, Sum) else function(factor)
+        for factor in label
+    )
 
 
 @dataclass(frozen=True)
@@ -91,6 +137,8 @@ class Probe:
         axis: the axis of that tensor.
         key: the names of the spaces whose product that axis is.
         reads: those of them that the axis reads instead of holding (a key's dimensions, that move as a query's dual).
+        span: where the axis is a direct sum, which of its units these are: `(width, start, stop)` for those from
+            `start` to `stop` of every `width`; None for all.
     """
 
     module: str
@@ -98,6 +146,7 @@ class Probe:
     axis: int
     key: ProductKey
     reads: tuple[str, ...] = ()
+    span: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -213,6 +262,13 @@ class Trace:
         """Number of units of a product of spaces."""
         return prod(self.spaces[name].size for name in key)
 
+    def length(self, label: AxisLabel) -> int:
+        """Number of units on an axis."""
+        return prod(
+            sum(map(self.length, factor.terms)) if isinstance(factor, Sum) else self.spaces[factor.space].size
+            for factor in label
+        )
+
     def output_label(self, weight: str, axis: int) -> AxisLabel:
         """The units that a module puts out along an axis of its weight.
 
@@ -221,7 +277,7 @@ class Trace:
         for norm in self.folds:
             if norm.weight == weight:
                 reader = norm.readers[0]
-                return tuple(replace(f, dual=not f.dual) for f in self.axes[reader.weight][reader.axis])
+                return flipped(self.axes[reader.weight][reader.axis])
         return self.axes[weight][axis]
 
     def movable(self, name: str) -> bool:

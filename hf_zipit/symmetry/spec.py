@@ -18,9 +18,13 @@ from hf_zipit.symmetry.spaces import (
     Probe,
     ProductKey,
     Space,
+    Sum,
     Symmetry,
     Trace,
+    all_read,
+    factors,
     product_key,
+    products,
 )
 from hf_zipit.symmetry.trace import trace
 
@@ -34,8 +38,12 @@ __all__ = [
     "Probe",
     "ProductKey",
     "Space",
+    "Sum",
     "Symmetry",
+    "all_read",
+    "factors",
     "product_key",
+    "products",
 ]
 
 

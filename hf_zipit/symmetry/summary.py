@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from hf_zipit.symmetry.spaces import Symmetry, Trace
+from hf_zipit.symmetry.spaces import Symmetry, Trace, factors
 
 
 def space_rows(spec: Trace, model: nn.Module) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def coverage(spec: Trace, model: nn.Module, names: Collection[str] | None = None
 
 def _spaces(spec: Trace, name: str) -> set[str]:
     """The spaces on any axis of a tensor."""
-    return {factor.space for label in spec.axes.get(name, ()) for factor in label}
+    return {factor.space for label in spec.axes.get(name, ()) for factor in factors(label)}
 
 
 def _elements(model: nn.Module) -> dict[str, int]:

@@ -143,7 +143,7 @@ def _walk(
     outputs = dict(zip(names, [r for r in results if isinstance(r, Value)], strict=True))
     for name, value in outputs.items():
         for i, axis in enumerate(value.axes):
-            if name not in features or i == 0:
+            if name not in features or i == 0 or len(run.atoms.products(axis)) > 1:
                 run.atoms.restrict(axis, Symmetry.FIXED, f"the model's output {name}")
     batch = next(iter(inputs.values())).shape[0]
     return Naming(run, model).spec(towers, head, outputs, samples=batch)

@@ -305,8 +305,9 @@ def test_a_map_does_what_the_group_element_does():
 def test_the_unmerge_matrix_inverts_the_merge(key):
     element = random_element(HEADS, torch.Generator().manual_seed(2))
     maps, size = alignment_of(element), HEADS.size(key)
-    merge = features_to_merged(torch.eye(size).double(), 0, tuple(map(Factor, key)), maps, HEADS, 1)
-    near(unmerge_matrix(maps, key, 1, HEADS) @ merge, torch.eye(size).double())
+    label = tuple(map(Factor, key))
+    merge = features_to_merged(torch.eye(size).double(), 0, label, maps, HEADS, 1)
+    near(unmerge_matrix(maps, label, 1, HEADS) @ merge, torch.eye(size).double())
 
 
 def test_identity_matrices_do_what_identity_labels_do():

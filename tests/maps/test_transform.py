@@ -111,7 +111,7 @@ def test_one_to_one_maps_of_permuted_copies_give_the_same_bits(experts):
     axes = [label("heads dim"), label("-stream")]
     merged = torch.randn(12, 6, generator=torch.Generator().manual_seed(1)) * 1e3
     copies = [
-        merged[unmerge_index(alignment, ("heads", "dim"), t, SPEC)][:, unmerge_index(alignment, ("stream",), t, SPEC)]
+        merged[unmerge_index(alignment, axes[0], t, SPEC)][:, unmerge_index(alignment, axes[1], t, SPEC)]
         for t in range(experts)
     ]
     assert all(torch.equal(to_merged(copy, axes, alignment, SPEC, t), merged) for t, copy in enumerate(copies))
@@ -126,7 +126,7 @@ def test_a_merged_layer_computes_the_merge_of_what_the_experts_compute():
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(7, generator=generator, dtype=torch.float64)
     weights = [torch.randn(12, 6, generator=generator, dtype=torch.float64) for _ in range(2)]
-    outputs = [w @ x[unmerge_index(alignment, ("stream",), t, SPEC)] for t, w in enumerate(weights)]
+    outputs = [w @ x[unmerge_index(alignment, label("stream"), t, SPEC)] for t, w in enumerate(weights)]
     merged = merge_tensor(weights, [label("heads dim"), label("-stream")], alignment, SPEC)
     torch.testing.assert_close(merged @ x, merge_tensor(outputs, [label("heads dim")], alignment, SPEC))
 

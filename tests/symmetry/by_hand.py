@@ -25,13 +25,13 @@ class Case:
 
     Attributes:
         function: takes the hidden tensor `[2, 5, WIDTH]`.
-        symmetry: what must be inferred for the hidden units.
+        symmetry: what must be inferred for the hidden units; several where their parts differ.
         tight: whether more than that would be wrong, so that the proof must fail with it.
         extra: parameters or buffers that the function takes by name.
     """
 
     function: Callable[..., Tensor]
-    symmetry: Symmetry
+    symmetry: Symmetry | tuple[Symmetry, ...]
     tight: bool = True
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -287,7 +287,8 @@ CASES: dict[str, Case] = {
         tight=False,
     ),
     "rotary embedding of a part": Case(
-        lambda x: torch.cat([quarter_rotated(x[..., :4]).repeat(1, 1, 2)[..., :4] + x[..., :4], x[..., 4:]], -1), FIXED
+        lambda x: torch.cat([quarter_rotated(x[..., :4]).repeat(1, 1, 2)[..., :4] + x[..., :4], x[..., 4:]], -1),
+        LINEAR,
     ),
     "rotary embedding and one half": Case(rotary_and_half, FIXED),
     "rotary embedding and layer norm": Case(lambda x: F.layer_norm(rotary(x), (WIDTH,)), FIXED),
@@ -346,7 +347,7 @@ CASES: dict[str, Case] = {
     "index": Case(lambda x: x[..., ORDER], FIXED),
     "index select": Case(lambda x, i: x.index_select(-1, i), FIXED, extra={"i": ORDER}),
     "gather": Case(lambda x: x.gather(-1, ORDER.expand(2, 5, WIDTH)), FIXED),
-    "chunks": Case(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), FIXED),
+    "chunks": Case(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), LINEAR),
     "unbound": Case(lambda x: torch.stack(x.unbind(-1)[::-1], -1), FIXED),
     "concatenated": Case(lambda x: torch.cat([x, x], -1), FIXED),
     "shifted by padding": Case(lambda x: F.pad(x, (1, -1)), FIXED),
@@ -357,9 +358,9 @@ CASES: dict[str, Case] = {
     "place of the largest": Case(lambda x: x.max(-1).indices.float().unsqueeze(-1), FIXED),
     "argmax": Case(lambda x: x.argmax(-1).float().unsqueeze(-1), FIXED),
     "with positions": Case(lambda x: x + torch.arange(WIDTH), FIXED),
-    "assigned": Case(assigned, FIXED),
-    "other units in place": Case(copied, FIXED),
-    "a part in place": Case(doubled_part, FIXED),
+    "assigned": Case(assigned, (FIXED, PERMUTATION), tight=False),
+    "other units in place": Case(copied, LINEAR),
+    "a part in place": Case(doubled_part, (LINEAR, FIXED), tight=False),
 }
 """Every kind of rule, between two linear layers."""
 
@@ -420,7 +421,7 @@ class Attention(nn.Module):
 
 
 class Fused(nn.Module):
-    """One linear layer for query, key and value, taken apart by `chunk` or by a view."""
+    """One linear layer for query, key and value, taken apart by `chunk`, so in every head, or by a view."""
 
     def __init__(self, by: str) -> None:
         super().__init__()
@@ -433,10 +434,25 @@ class Fused(nn.Module):
         y = self.qkv(x)
         if self.by == "chunk":
             q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)) for t in y.chunk(3, -1))
+        elif self.by == "inner chunk":
+            q, k, v = y.unflatten(-1, (HEADS, 3 * HEAD_DIM)).chunk(3, -1)
         else:
             q, k, v = y.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Gated(nn.Module):
+    """One linear layer for a gate and what it gates, and a concatenation of it with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fused = nn.Linear(6, 2 * WIDTH)
+        self.last = nn.Linear(WIDTH + 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.fused(x).chunk(2, -1)
+        return self.last(torch.cat([x, gate.sigmoid() * up], -1))
 
 
 class HeadMixing(nn.Module):
@@ -635,6 +651,8 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "grouped queries, sdpa": (lambda: Attention("sdpa", groups=GROUPS), (2, 5, 6)),
     "grouped queries, manual": (lambda: Attention("manual", groups=GROUPS), (2, 5, 6)),
     "fused, chunk": (lambda: Fused("chunk"), (2, 5, 6)),
+    "fused, inside the heads": (lambda: Fused("inner chunk"), (2, 5, 6)),
+    "gate and input": (Gated, (2, 5, 6)),
     "fused, view": (lambda: Fused("view"), (2, 5, 6)),
     "two cuts": (TwoCuts, (2, 5, 6)),
     "convolutions": (Convolutional, (2, 3, 8, 8)),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from hf_zipit.symmetry import MergeSpec, prove
-from hf_zipit.symmetry.spec import Space, Symmetry
+from hf_zipit.symmetry.spec import Space, Symmetry, factors
 
 SEEDS = range(3)
 BROKEN = 1e-3
@@ -22,7 +22,7 @@ def worst_error(
 
 
 def spaces_of(spec: MergeSpec, tensor: str, axis: int) -> list[Space]:
-    return [spec.spaces[factor.space] for factor in spec.axes[tensor][axis]]
+    return [spec.spaces[factor.space] for factor in factors(spec.axes[tensor][axis])]
 
 
 def with_symmetry(spec: MergeSpec, name: str, symmetry: Symmetry) -> MergeSpec:

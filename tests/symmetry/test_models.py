@@ -50,7 +50,7 @@ def test_every_axis_of_every_tensor_has_a_label_of_its_size(name):
     assert set(spec.axes) | spec.unused == set(tensors)
     assert not set(spec.axes) & spec.unused
     for tensor, labels in spec.axes.items():
-        assert [spec.size(tuple(f.space for f in label)) for label in labels] == list(tensors[tensor].shape), tensor
+        assert [spec.length(label) for label in labels] == list(tensors[tensor].shape), tensor
 
 
 PROJECTIONS = {

@@ -8,7 +8,7 @@ import transformers as T
 
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import TOLERANCE
-from hf_zipit.symmetry.spec import Symmetry
+from hf_zipit.symmetry.spec import Symmetry, product_key, products
 from tests import tiny
 from tests.symmetry.checks import BROKEN, next_symmetries, with_symmetry, worst_error
 
@@ -25,12 +25,16 @@ ROTATED = {
     "esm, scaled before": tiny.of(
         T.EsmForMaskedLM, T.EsmConfig, **tiny.TEXT, position_embedding_type="rotary", pad_token_id=1, mask_token_id=2
     ),
+    "phi3, fused and sliced": tiny.EVERYTHING["phi3"],
     "dinov3, patches only": tiny.of(T.DINOv3ViTModel, T.DINOv3ViTConfig, **tiny.IMAGE),
+}
+PARTLY_ROTATED = {
+    "stablelm": tiny.of(T.StableLmForCausalLM, T.StableLmConfig, **tiny.DECODER),
+    "gpt-neox, fused": tiny.EVERYTHING["gpt-neox"],
+    "phi": tiny.of(T.PhiForCausalLM, T.PhiConfig, **tiny.TEXT),
 }
 FIXED = {
     "cohere, neighbours": tiny.of(T.CohereForCausalLM, T.CohereConfig, **tiny.DECODER),
-    "stablelm, a part": tiny.of(T.StableLmForCausalLM, T.StableLmConfig, **tiny.DECODER),
-    "phi3, fused and sliced": tiny.of(T.Phi3ForCausalLM, T.Phi3Config, **tiny.DECODER, pad_token_id=0),
 }
 
 
@@ -49,6 +53,19 @@ def test_pairs_can_be_rotated_and_no_more(name):
     model, spec = traced(ROTATED[name])
     first, _ = rotary_spaces(spec)  # one a layer
     assert (first.size, len(first.within)) == (8, 1)
+    assert worst_error(model, spec) <= TOLERANCE
+    for more in next_symmetries(first):
+        assert worst_error(model, with_symmetry(spec, first.name, more)) > BROKEN
+
+
+@pytest.mark.parametrize("name", PARTLY_ROTATED)
+def test_what_is_left_beside_the_pairs_of_a_head_is_free(name):
+    model, spec = traced(PARTLY_ROTATED[name])
+    first, _ = rotary_spaces(spec)
+    labels = [label for labels in spec.axes.values() for label in labels if first.name in product_key(label)]
+    parts = [spec.spaces[product_key(product)[-1]] for product in products(labels[0])]
+    (rest,) = [parts[i + 1] for i, part in enumerate(parts[:2]) if part == first]
+    assert (first.size + rest.size, rest.symmetry, rest.within) == (8, Symmetry.LINEAR, first.within)
     assert worst_error(model, spec) <= TOLERANCE
     for more in next_symmetries(first):
         assert worst_error(model, with_symmetry(spec, first.name, more)) > BROKEN

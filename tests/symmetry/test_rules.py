@@ -11,7 +11,8 @@ from torch import nn
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import TOLERANCE
-from hf_zipit.symmetry.spec import Symmetry
+from hf_zipit.symmetry.spaces import flipped
+from hf_zipit.symmetry.spec import Symmetry, product_key, products
 from tests.symmetry.by_hand import (
     CASES,
     FIXED,
@@ -30,6 +31,7 @@ from tests.symmetry.by_hand import (
     Case,
     Convolutional,
     Fused,
+    Gated,
     HeadMixing,
     ResidualStream,
     TwoCuts,
@@ -53,12 +55,13 @@ def seeded(builder, shape):
 def test_hidden_units_get_the_symmetry_that_the_op_leaves(name):
     case = CASES[name]
     model, spec, inputs = seeded(lambda: Between(case), (2, 5, 6))
-    (hidden,) = spaces_of(spec, "first.weight", 0)
-    assert hidden.symmetry is case.symmetry
+    hidden = spaces_of(spec, "first.weight", 0)
+    expected = case.symmetry if isinstance(case.symmetry, tuple) else (case.symmetry,) * len(hidden)
+    assert tuple(space.symmetry for space in hidden) == expected
     assert worst_error(model, spec, inputs) <= TOLERANCE
-    if case.tight:
-        for more in next_symmetries(hidden):
-            assert worst_error(model, with_symmetry(spec, hidden.name, more), inputs) > BROKEN, more
+    for space in hidden if case.tight else ():
+        for more in next_symmetries(space):
+            assert worst_error(model, with_symmetry(spec, space.name, more), inputs) > BROKEN, more
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
@@ -105,9 +108,30 @@ def test_grouped_queries_move_with_their_keys(kind):
     assert copies.within == inner.within == (groups.name,)  # the dims are the key's, which all copies share
 
 
-def test_fused_projections_that_are_cut_in_chunks_stay_fixed():
-    _, spec, _ = seeded(lambda: Fused("chunk"), (2, 5, 6))
-    assert all(space.symmetry is FIXED for space in spec.spaces.values())
+@pytest.mark.parametrize("by", ["chunk", "inner chunk"])
+def test_the_pieces_of_fused_projections_are_spaces_of_their_own(by):
+    _, spec, _ = seeded(lambda: Fused(by), (2, 5, 6))
+    (label,) = {spec.axes[f"qkv.{name}"][0] for name in ("weight", "bias")}
+    query, key, value = products(label)
+    assert [[f.dual for f in product] for product in (query, key, value)] == [[False] * 2, [False, True], [False] * 2]
+    assert product_key(query) == product_key(key) != product_key(value)
+    for heads, inner in (map(spec.spaces.get, product_key(product)) for product in (query, value)):
+        assert (heads.symmetry, inner.symmetry, inner.within) == (PERMUTATION, LINEAR, (heads.name,))
+    assert spec.axes["out.weight"][1] == flipped(value)
+
+
+def test_a_gate_moves_with_what_it_gates_and_not_with_what_stands_beside_them():
+    _, spec, _ = seeded(Gated, (2, 5, 6))
+    gate, up = spaces_of(spec, "fused.weight", 0)
+    assert gate == up
+    beside, read = spaces_of(spec, "last.weight", 1)
+    assert (beside.symmetry, read) == (FIXED, up)
+
+
+def test_what_no_slice_takes_stays_fixed():
+    """How much of a table is left depends on the input, which a short one must not decide."""
+    _, spec, _ = seeded(lambda: Between(Case(lambda x: x[..., :4].repeat(1, 1, 2), LINEAR)), (2, 5, 6))
+    assert [s.symmetry for s in spaces_of(spec, "first.weight", 0)] == [LINEAR, FIXED]
 
 
 def test_fused_projections_that_are_viewed_as_heads_move_together():

@@ -100,10 +100,21 @@ def replaced(run: Interpreter, node: fx.Node, x: Value, dim: int, why: str) -> V
 
 
 @rule("slice", "narrow")
-def cut_out(run: Interpreter, node: fx.Node, x: Value, dim: int = 0, *_: Any, **__: Any) -> Value:
-    if shape_of(node)[dim] == input_shape(node)[dim]:
+def cut_out(run: Interpreter, node: fx.Node, x: Value, dim: int = 0, start: Any = 0, *end_and_step: Any) -> Value:
+    size, kept = input_shape(node)[dim], shape_of(node)[dim]
+    if kept == size:
         return Value(x.axes)
-    return replaced(run, node, x, dim, "a part of it is sliced off")
+    start = max(start + size, 0) if start and start < 0 else start or 0
+    if not kept:  # nothing is read
+        axes = list(x.axes)
+        axes[dim] = run.atoms.fresh(0)
+        return Value(axes)
+    if end_and_step[1:] not in ((), (1,)):
+        return replaced(run, node, x, dim, "a part of it is sliced off")
+    sizes = [n for n in (start, kept, size - start - kept) if n]
+    axes = list(x.axes)
+    (axes[dim],) = run.atoms.take(x.axes[dim], sizes, [1 if start else 0], "a part of it is sliced off")
+    return Value(axes)
 
 
 @rule("index_select")
@@ -121,33 +132,35 @@ def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
     results = node.meta["val"]
     if len(results) == 1 and not unbinding:
         return (Value(x.axes),)
-    run.atoms.restrict(x.axes[dim], FIXED, "it is split in pieces")
-    rest = without(x, [dim % len(x.axes)])
-    run.parted(rest)
     if unbinding:
+        run.atoms.restrict(x.axes[dim], FIXED, "it is split in pieces")
+        rest = without(x, [dim % len(x.axes)])
+        run.parted(rest)
         return tuple(Value(rest) for _ in results)
-    out = []
-    for result in results:
+    out: list[Any] = [None] * len(results)
+    read = sorted({user.args[1] for user in node.users})  # type: ignore[type-var]
+    parts = run.atoms.take(x.axes[dim], [result.shape[dim] for result in results], read, "it is split in pieces")
+    for i, part in zip(read, parts, strict=True):
         axes = list(x.axes)
-        axes[dim] = run.atoms.fresh(result.shape[dim], FIXED, "it is a piece of an axis")
-        out.append(Value(axes))
+        axes[dim] = part
+        out[i] = Value(axes)  # type: ignore[index]
     return tuple(out)
 
 
 @rule("cat", "stack")
 def join(run: Interpreter, node: fx.Node, values: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(shape_of(node))
-    kept = []
-    for value in values:
-        axes = list(value.axes)
-        if op_name(node) == "cat":
-            run.atoms.restrict(axes.pop(dim), FIXED, "it is concatenated with something")
-        kept.append(axes)
+    kept, joined = (
+        [list(value.axes) for value in values],
+        run.atoms.fresh(shape_of(node)[dim], FIXED, "a concatenation"),
+    )
+    if op_name(node) == "cat":
+        joined = run.atoms.join([axes.pop(dim) for axes in kept], "a concatenation")
     for axes in kept[1:]:
         for left, right in zip(kept[0], axes, strict=True):
             run.atoms.tie(left, right, "concatenated tensors do not fit")
-    run.parted(kept[0])
-    joined = run.atoms.fresh(shape_of(node)[dim], FIXED, "a concatenation")
+    if op_name(node) == "stack":
+        run.parted(kept[0])
     return Value([*kept[0][:dim], joined, *kept[0][dim:]])
 
 
