@@ -116,7 +116,7 @@ def raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable
     if isinstance(data, (Tensor, np.ndarray)):
         data = {main: data}
     if isinstance(data, Mapping):
-        return _slices(partial(_rows_of_columns, dict(data)), _column_length(data, name), size)
+        return _slices(partial(rows_of, dict(data)), _column_length(data, name), size)
     if _is_from_datasets(data, "Dataset"):
         return _slices(lambda start, stop: data[start:stop], len(data), size)
     if _is_from_datasets(data, "IterableDataset"):
@@ -149,7 +149,8 @@ def _slices(load: Callable[[int, int], Columns], length: int, size: int) -> Iter
     return (partial(load, start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _rows_of_columns(columns: Columns, start: int, stop: int) -> Columns:
+def rows_of(columns: Mapping[str, Any], start: int, stop: int) -> Columns:
+    """Some rows of columns."""
     return {name: values[start:stop] for name, values in columns.items()}
 
 
@@ -175,7 +176,7 @@ def _split(batches: Iterable[Any], main: str, size: int, name: str) -> Iterator[
             raise DataError(
                 f"A batch of the calibration data{name} is of type {type(batch).__name__}; it must be a dict."
             )
-        yield from _slices(partial(_rows_of_columns, columns), _column_length(columns, name), size)
+        yield from _slices(partial(rows_of, columns), _column_length(columns, name), size)
 
 
 def _plain_loader(loader: DataLoader, name: str) -> DataLoader:

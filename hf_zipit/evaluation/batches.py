@@ -91,7 +91,7 @@ class Collate:
         columns = {column: [row[column] for row in renamed] for column in renamed[0]}
         whose = f" of the task {self.name!r}"
         inputs = replace(self.inputs, purpose="evaluation")
-        batch: dict[str, Any] = prepare(lambda: columns, inputs, self.reading.processor, whose)
+        batch: dict[str, Any] = prepare(columns, inputs, self.reading.processor, whose)
         given = first_of(LABEL_COLUMNS, columns)
         if given is None:
             if self.labelled:

@@ -15,6 +15,7 @@ answer. Without any of this the labels of every task but the first would be read
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,11 +115,12 @@ def _changed(data: Any, change: Callable[[Sample], dict[str, Any]]) -> Any:
     return Changed(data, change) if hasattr(data, "__getitem__") else ChangedStream(data, change)
 
 
+@dataclass(frozen=True, eq=False)
 class Changed(TorchDataset):
     """A collection of rows that are changed when they are read."""
 
-    def __init__(self, rows: Any, change: Callable[[Sample], dict[str, Any]]) -> None:
-        self.rows, self.change = rows, change
+    rows: Any
+    change: Callable[[Sample], dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,11 +129,12 @@ class Changed(TorchDataset):
         return self.change(self.rows[index])
 
 
+@dataclass(frozen=True, eq=False)
 class ChangedStream(TorchIterableDataset):
     """The same for a stream."""
 
-    def __init__(self, rows: Any, change: Callable[[Sample], dict[str, Any]]) -> None:
-        self.rows, self.change = rows, change
+    rows: Any
+    change: Callable[[Sample], dict[str, Any]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.change, self.rows)

@@ -93,7 +93,6 @@ def make_rescales(
 
     Args:
         settings: `config.rescaled`.
-        trunk: the trunk.
         readouts: `entries` and `exits` of the merged model.
         tasks: the tasks' names as modules.
 

@@ -35,7 +35,6 @@ from hf_zipit.schema import build
 ALIASES = {"average": "identity"}
 """Names that recipes may use for methods: averaging is what merging with identity maps is."""
 
-
 LISTED = ("method", "depth", "options", "refit", "seed")
 """Settings of a merge that a recipe has in its own form: several of them, by method, or for more than the merge."""
 
@@ -48,7 +47,7 @@ class TaskData:
     """Where the data of one task is, where that is not the same for all.
 
     Attributes:
-        dataset, config: as in `Data`; together they replace those of the section.
+        dataset, config: as in `Data`, in place of the section's.
         splits: what this data set calls a section's split, `{"test": "validation"}`.
         columns: beside those of the section.
     """
@@ -112,11 +111,9 @@ class Data:
         own = expert.data
         if own is None:
             return self
+        elsewhere = {"dataset": own.dataset, "config": own.config, "folder": None} if own.dataset else {}
         split = own.splits.get(self.split, self.split)
-        columns = {**self.columns, **own.columns}
-        if own.dataset is None:
-            return replace(self, split=split, columns=columns)
-        return replace(self, dataset=own.dataset, config=own.config, folder=None, split=split, columns=columns)
+        return replace(self, split=split, columns={**self.columns, **own.columns}, **elsewhere)
 
 
 @dataclass(frozen=True)
@@ -161,11 +158,8 @@ class Push:
     """Where on the Hub the kept model goes, when everything else is done.
 
     Attributes:
-        repo_id: `user/name`, or `name` for the one who is logged in; made where there is none.
-        private: whether a new repo is private.
-        revision: the branch; made where there is none.
-        create_pr: open a pull request instead of writing to the branch.
-        commit_message: of the commit.
+        repo_id, private: as for `hf_zipit.modeling.hub.open_repo`.
+        revision, create_pr, commit_message: as for `hf_zipit.modeling.hub.push_folder`.
     """
 
     repo_id: str
@@ -177,17 +171,9 @@ class Push:
 
 @dataclass(frozen=True)
 class Search:
-    """What `hf-zipit search` tries, and how: see `hf_zipit.search`.
+    """What `hf-zipit search` tries, and how: arguments of `hf_zipit.search`.
 
-    Attributes:
-        space: as in `hf_zipit.searching.space`; the recipe's own methods, depths and settings by default.
-        sampler: `grid` or `tpe`.
-        trials: at most so many merges.
-        hold_out: the share of the calibration samples that only scores.
-        validation: data to score on, in place of a part of the calibration data.
-        score: `mean` or `joint`.
-        answers: who says what is right: `labels`, the `experts`, or `auto`.
-        max_size: the best merge has at most so many times the parameters of one expert.
+    The space is that of `hf_zipit.searching.space`, with the recipe's own methods, depths and settings by default.
     """
 
     space: Mapping[str, Any] = field(default_factory=dict)
@@ -266,9 +252,8 @@ class Recipe:
         for key in content:
             if key not in known:
                 raise RecipeError(f"{key} is not a known key; {suggestion(str(key), known)}")
-        settings = {key: value for key, value in content.items() if key in SETTINGS}
-        rest = {key: value for key, value in content.items() if key not in SETTINGS}
-        return build(cls, {**rest, "settings": settings})
+        rest = dict(content)
+        return build(cls, {"settings": {key: rest.pop(key) for key in SETTINGS if key in rest}, **rest})
 
     def config(self, method: str, depth: float | str) -> MergeConfig:
         """The settings of the merge by one of the methods at one of the depths. Raises RecipeError if one is wrong."""

@@ -39,13 +39,10 @@ def push_saved(source: str | Path, repo_id: str, *, private: bool | None = None,
 
     Args:
         source: its folder, or the recipe whose results are in the recipe's folder.
-        repo_id: where to; made where there is no such repo.
-        private: of a new repo.
-        settings: of `hf_zipit.modeling.hub.push_folder`.
+        repo_id, private, settings: see `hf_zipit.modeling.hub.open_repo` and `push_folder`, which also raise.
 
     Raises:
         ExpertError: if there is no merged model.
-        OutputError: if the Hub cannot be reached or refuses.
     """
     folder = Path(source).expanduser()
     if folder.is_file():
