@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from hf_zipit.adapters import Adapter
 from hf_zipit.align.align import align
-from hf_zipit.combine.rules.average import average
+from hf_zipit.combine.combine import merge_tensor
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import unmerge_index
 from hf_zipit.modeling.entries import IndexEntry
-from hf_zipit.observation import Moments, observe
+from hf_zipit.observation import Moments, gather_moments
 from hf_zipit.planning.cut import cut_model
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import model_tensors
@@ -94,7 +95,8 @@ def spec_and_nodes(adapter: Adapter | None = None) -> tuple[MergeSpec, dict[str,
 @cache
 def moments() -> Moments:
     spec, _ = spec_and_nodes()
-    return observe(spec, experts(), numbers()["x"], batch_size=16, row_fraction=1.0)
+    calibration = Calibration(numbers()["x"], batch_size=16).read(experts())
+    return gather_moments(spec, experts(), calibration, row_fraction=1.0)
 
 
 def published_correlations(nodes: Mapping[str, ProductKey]) -> dict[ProductKey, Tensor]:
@@ -112,7 +114,9 @@ def published_labels(tag: str, node: str) -> Tensor:
 
 def as_published(name: str, alignment: Alignment, spec: MergeSpec) -> Tensor:
     """A merged tensor, as if M divided by |group| + 1e-5."""
-    merged = average([model_tensors(model)[name] for model in experts().values()], spec.axes[name], alignment, spec)
+    merged = merge_tensor(
+        [model_tensors(model)[name] for model in experts().values()], spec.axes[name], alignment, spec
+    )
     for axis, label in enumerate(spec.axes[name]):
         for factor in label:
             if factor.space in alignment and not factor.dual:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.align import align
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.maps.space_map import SpaceMap
-from hf_zipit.maps.transform import merge_tensor
 from hf_zipit.symmetry.spec import AxisLabel, Factor
 from tests.align.toys import partition, space, spec_of, vectors
 from tests.resnet20 import SPACES, ResNet20

@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from hf_zipit.observation.observed import moments_for
 from torch import nn
 
-from hf_zipit import merge, plan
+from hf_zipit import MergeConfig, merge, plan
 from hf_zipit.align.align import check_settings, override_choice
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.errors import RecipeError
-from hf_zipit.observation import Moments
+from hf_zipit.observation import Moments, observe
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import METHODS
 from tests import tiny
@@ -63,7 +62,7 @@ def test_values_of_options_are_told_before_data_is_read(method, options, message
 def test_every_method_can_be_rehearsed(method):
     """On three experts and a network that has nothing of what methods look for, such as heads; also on none at all."""
     for spec in (spec_of(space("units", 3)), spec_of(space("inputs", 3, fixed=True))):
-        assert check_settings(spec, 3, method) <= {"moments", "covariances", "weights", "widths"}
+        assert check_settings(spec, 3, MergeConfig(method=method)) <= {"moments", "covariances", "weights", "widths"}
 
 
 def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
@@ -77,9 +76,9 @@ def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
         return {}
 
     spec = spec_of(space("units", 3))
-    assert check_settings(spec, 2, "strict", options={"level": 2}) == {"weights"}
+    assert check_settings(spec, 2, MergeConfig(method="strict", options={"level": 2})) == {"weights"}
     with pytest.raises(RecipeError, match="level is 3"):
-        check_settings(spec, 2, "strict", options={"level": 3})
+        check_settings(spec, 2, MergeConfig(method="strict", options={"level": 3}))
 
 
 # Overrides.
@@ -87,16 +86,13 @@ def test_whole_network_methods_are_rehearsed_with_their_options(monkeypatch):
 
 @cache
 def gathered() -> tuple[Plan, Moments]:
-    planned = plan(experts(), method="zip")
-    found = moments_for(experts(), planned, IMAGES, None, None, row_fraction=1.0)
-    assert found is not None
-    return planned, found
+    planned = plan(experts(), method="zip", row_fraction=1.0)
+    return planned, observe(planned, IMAGES)
 
 
 def aligned(method: str, **settings: Any):
-    planned, moments = gathered()
-    planned = plan(experts(), method=method, **settings)
-    return align_trunk(experts(), planned, moments, method, **settings)
+    _, moments = gathered()
+    return align_trunk(plan(experts(), method=method, **settings), moments)
 
 
 def same(one, other) -> bool:
@@ -122,7 +118,7 @@ def test_options_of_the_method_are_not_those_of_the_override():
 def test_an_override_of_another_width_makes_a_model_of_that_width():
     whole = merge(experts(), IMAGES, method="weights", overrides={"*.1.mlp.fc1": {"method": "zip", "size": 48}})
     assert whole.config.trunk_shapes["vit.layers.1.mlp.fc1.weight"] == [48, 32]
-    assert whole.config.method["overrides"] == {"*.1.mlp.fc1": {"method": "zip", "size": 48}}
+    assert whole.config.method["overrides"] == [{"*.1.mlp.fc1": {"method": "zip", "size": 48}}]
 
 
 def test_an_override_asks_for_the_data_that_it_needs():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -88,8 +89,8 @@ def test_wide_merged_models_compute_their_expert(name: str, tmp_path: Path):
         if planned.spec.movable(s.name)
     }
     experts = {"a": model, "b": model}
-    trunk = combine_trunk(experts, planned, maps)
-    merged = assemble(experts, planned.spec, planned.cut, trunk, maps)
+    planned = replace(planned, experts=experts, folded=experts)
+    merged = assemble(planned, combine_trunk(planned, maps), maps)
     assert merged.config.trunk_shapes
     inputs = adapter_for(model).inputs(model)
     expected = outputs(model, inputs, model)

@@ -362,9 +362,7 @@ def test_repair_from_moments_needs_them():
 
 def test_repair_from_moments_without_a_site_is_refused():
     """A convolution's input is observed as units, not as the patches that it sums."""
-    with pytest.raises(
-        RecipeError, match="no linear layer of ResNetForImageClassification .*use statistics='measured'"
-    ):
+    with pytest.raises(RecipeError, match="no linear layer of ResNet.*statistics='measured'"):
         merged("resnet-basic", corrections={"repair": {"statistics": "moments"}})
 
 

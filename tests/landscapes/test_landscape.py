@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from hf_zipit import landscape, merge
+from hf_zipit import MergeConfig, landscape, merge
 from hf_zipit.data.held_out import HeldOut
 from hf_zipit.errors import ExpertError, RecipeError
 from hf_zipit.landscapes.results import barrier
@@ -76,7 +76,7 @@ def test_a_barrier_is_the_excess_over_the_line_between_the_ends():
 @pytest.mark.parametrize("method", EXACT)
 def test_the_ends_of_the_line_are_the_experts_and_its_middle_is_the_merge(method):
     it = survey()
-    curve = it.curve(it.surface(TASKS, method=method), 5)
+    curve = it.curve(it.surface(TASKS, MergeConfig(method=method)), 5)
     expected = own_losses(experts(), it.held)
     assert curve.exact
     assert curve.loss["few"][0] == pytest.approx(expected["few"], abs=1e-5)
@@ -105,7 +105,7 @@ def inner(surface: Surface, one: str, other: str) -> float:
 )
 def test_the_axes_are_orthogonal_and_the_merge_is_in_the_plane(settings):
     it = survey()
-    surface = it.surface(TASKS, **settings)
+    surface = it.surface(TASKS, MergeConfig(**settings))
     before = losses(surface.model, it.held)
     assert inner(surface, "east", "north") == pytest.approx(0, abs=1e-4 * inner(surface, "east", "east"))
     assert inner(surface, "north", "north") == pytest.approx(inner(surface, "east", "east"), rel=1e-4)
@@ -121,7 +121,7 @@ def test_the_axes_are_orthogonal_and_the_merge_is_in_the_plane(settings):
 
 def test_the_experts_and_the_merge_lie_on_lines_of_the_grid():
     it = survey()
-    surface = it.surface(TASKS, method="zip", refit=True)
+    surface = it.surface(TASKS, MergeConfig(method="zip", refit=True))
     plane = it.plane(surface, 7, 0.35)
     even = it.plane(surface, 2, 0.35)
     assert (plane.x[0], plane.x[-1], plane.y[0], plane.y[-1]) == (even.x[0], even.x[-1], even.y[0], even.y[-1])
@@ -140,7 +140,7 @@ def test_marks_that_are_close_keep_a_line_each():
 
 def test_fitted_doors_belong_to_the_merge_and_not_to_the_experts():
     it = survey()
-    surface = it.surface(TASKS, method="permute", refit=True)
+    surface = it.surface(TASKS, MergeConfig(method="permute", refit=True))
     expected = own_losses(experts(), it.held)
     assert losses(surface.move(0.0), it.held)["few"][0] == pytest.approx(expected["few"], abs=1e-5)
     assert losses(surface.move(1.0), it.held)["more"][0] == pytest.approx(expected["more"], abs=1e-5)
@@ -148,8 +148,8 @@ def test_fitted_doors_belong_to_the_merge_and_not_to_the_experts():
 
 def test_units_that_were_joined_make_the_ends_inexact():
     it = survey()
-    assert it.surface(TASKS, method="permute").exact
-    assert not it.surface(TASKS, method="zip", options={"beta": 1.0}).exact
+    assert it.surface(TASKS, MergeConfig(method="permute")).exact
+    assert not it.surface(TASKS, MergeConfig(method="zip", options={"beta": 1.0})).exact
 
 
 @pytest.mark.parametrize(
@@ -168,8 +168,8 @@ def test_alignment_removes_the_barrier_between_reordered_copies(method):
     }
     pair = {"few": model, "more": with_tensors(moved, noisy)}
     it = survey(models=pair)
-    aligned = it.curve(it.surface(TASKS, method=method), 5)
-    naive = it.curve(it.surface(TASKS, method="identity"), 5)
+    aligned = it.curve(it.surface(TASKS, MergeConfig(method=method)), 5)
+    naive = it.curve(it.surface(TASKS, MergeConfig(method="identity")), 5)
     assert max(aligned.barrier(task) for task in TASKS) < 1e-3
     assert min(naive.barrier(task) for task in TASKS) > 0.05
 
@@ -177,12 +177,12 @@ def test_alignment_removes_the_barrier_between_reordered_copies(method):
 def test_equal_trunks_have_no_line_between_them():
     model = experts()["few"]
     with pytest.raises(ExpertError, match="the same"):
-        survey(models={"few": model, "more": model}).surface(TASKS, method="identity")
+        survey(models={"few": model, "more": model}).surface(TASKS, MergeConfig(method="identity"))
 
 
 def test_only_the_trunk_moves():
     it = survey()
-    surface = it.surface(TASKS, method="permute", depth=0.5)
+    surface = it.surface(TASKS, MergeConfig(method="permute", depth=0.5))
     branches = {name: tensor.clone() for name, tensor in model_tensors(surface.model.branches).items()}
     held = [tensor for place in surface.places for tensor in place.targets]
     surface.move(0.2, 0.7)
@@ -213,7 +213,7 @@ def test_a_third_expert_makes_the_merge_span_the_plane():
 def test_what_cannot_be_drawn_is_told():
     it = survey()
     with pytest.raises(RecipeError, match="nothing is shared"):
-        it.surface(TASKS, method="identity", depth=0)
+        it.surface(TASKS, MergeConfig(method="identity", depth=0))
     for wrong in ({"steps": 2}, {"grid": 1}, {"samples": 0}, {"pair": ("few", "few")}, {"pair": ("few", "mor")}):
         with pytest.raises(RecipeError):
             landscape(experts(), data_of(TASKS), method="identity", **wrong)
@@ -224,7 +224,7 @@ def data_of(tasks: tuple[str, ...]) -> dict[str, torch.Tensor]:
 
 
 def test_the_same_seed_measures_the_same_and_the_samples_are_limited():
-    settings = {"method": "weights", "grid": 3, "steps": 3, "samples": 3, "hold_out": 0.5, "progress": False}
+    settings = {"method": "weights", "grid": 3, "steps": 3, "samples": 3, "hold_out": 0.5}
     one = landscape(experts(), data_of(TASKS), **settings)
     assert one.samples == {"few": 3, "more": 3}
     assert one.to_dict() == landscape(experts(), data_of(TASKS), **settings).to_dict()

@@ -8,7 +8,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import hf_zipit.observation.observed
 import numpy as np
 import pytest
 import torch
@@ -17,8 +16,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import hf_zipit.observation.shared
 import hf_zipit.searching.trials as searching
-from hf_zipit import merge, search
+from hf_zipit import Calibration, MergeConfig, merge, search
 from hf_zipit.adapters import adapter_for
 from hf_zipit.data.held_out import divide, held_out
 from hf_zipit.errors import DataError, RecipeError
@@ -27,7 +27,7 @@ from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.report.frontier import save_search, search_notes, search_table
 from hf_zipit.running.exploring import recipe_space, search_recipe
 from hf_zipit.running.run import run_recipe
-from hf_zipit.searching import Range, SearchResult, Setting, Space, Trial
+from hf_zipit.searching import Range, SearchResult, SearchSpace, Setting, Trial
 from hf_zipit.searching.costs import expert_macs, merged_macs
 from hf_zipit.symmetry import MergeSpec
 from tests import tiny
@@ -66,14 +66,13 @@ def told(result: SearchResult) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- the division
 
 
-def numbers(data: Any) -> list[int]:
-    """Which samples are in a collection of any kind: each holds its own number."""
-    if isinstance(data, dict):
-        data = data["pixel_values"]
-    if isinstance(data, Dataset):
-        data = data["pixel_values"]
-    rows = [row["pixel_values"] if isinstance(row, dict) else row for row in data]
-    return [int(np.ravel(np.asarray(row))[0]) for row in rows]
+def read(data: Any, models: dict[str, Any] | None = None) -> Calibration:
+    return Calibration(data).read(models or experts())
+
+
+def numbers(data: Calibration, task: str) -> list[int]:
+    """Which samples of a task there are: each holds its own number."""
+    return data.whole(task)["pixel_values"][:, 0, 0, 0].int().tolist()
 
 
 def collections() -> dict[str, Any]:
@@ -85,59 +84,59 @@ def collections() -> dict[str, Any]:
         "columns": {"pixel_values": numbered},
         "list": samples,
         "dataset": Dataset.from_dict({"pixel_values": numbered[:, :1, :1, :1].tolist()}),
+        "loader": DataLoader(numbered, batch_size=4, shuffle=True),
+        "stream": iter(numbered.split(4)),
     }
 
 
-@pytest.mark.parametrize("kind", collections())
+@pytest.mark.parametrize("kind", list(collections()))
 def test_no_sample_is_on_both_sides_and_none_is_lost(kind):
-    data = dict.fromkeys(TASKS, collections()[kind])
-    rest, held = divide(data, experts()["few"], TASKS, 0.25, seed=1)
+    data = read(dict.fromkeys(TASKS, collections()[kind]))
+    rest, held = divide(data, 0.25, seed=1)
     for task in TASKS:
-        assert len(numbers(held[task])) == 3  # a quarter of ten, rounded up
-        assert sorted(numbers(held[task]) + numbers(rest[task])) == list(range(10))
-    again, _ = divide(data, experts()["few"], TASKS, 0.25, seed=1)
-    other, _ = divide(data, experts()["few"], TASKS, 0.25, seed=2)
-    assert numbers(again["few"]) == numbers(rest["few"]) != numbers(other["few"])
+        assert len(numbers(held, task)) == 3  # a quarter of ten, rounded up
+        assert sorted(numbers(held, task) + numbers(rest, task)) == list(range(10))
+    again, _ = divide(data, 0.25, seed=1)
+    other, _ = divide(data, 0.25, seed=2)
+    assert numbers(again, "few") == numbers(rest, "few") != numbers(other, "few")
 
 
 def test_what_cannot_be_divided_is_told():
-    model = experts()["few"]
-    loader = DataLoader(torch.zeros(8, 3, 16, 16), batch_size=4)
-    for data in (loader, iter([]), [torch.zeros(4, 3, 16, 16)] * 2, torch.zeros(1, 3, 16, 16)):
-        with pytest.raises(DataError):
-            divide(data, model, TASKS, 0.5)
+    with pytest.raises(DataError, match="has 1 samples"):
+        divide(read(torch.zeros(1, 3, 16, 16)), 0.5)
     for share in (0, 1, -0.5):
         with pytest.raises(RecipeError, match="held out"):
-            divide(images(), model, TASKS, share)
+            divide(read(images()), share)
 
 
 def test_the_experts_agree_with_their_own_answers_but_not_with_wrong_labels():
-    by_experts = held_out(images(), experts())
+    by_experts = held_out(read(images()), experts())
     assert by_experts.answers == "experts"
     assert accuracy(experts(), by_experts.tasks).per_task == {"few": 1.0, "more": 1.0}
     wrong = {
         task: {"pixel_values": images()[task], "labels": (columns.tensors["labels"] + 1) % 3}
         for task, columns in by_experts.tasks.items()
     }
-    by_labels = held_out(wrong, experts())
+    by_labels = held_out(read(wrong), experts())
     assert by_labels.answers == "labels"
     assert accuracy(experts(), by_labels.tasks).per_task["few"] == 0.0
-    assert held_out(wrong, experts(), answers="experts").answers == "experts"
+    assert held_out(read(wrong), experts(), answers="experts").answers == "experts"
     with pytest.raises(DataError, match="labels"):
-        held_out(images(), experts(), answers="labels")
+        held_out(read(images()), experts(), answers="labels")
 
 
 def test_one_collection_for_all_tasks_is_scored_by_every_expert():
-    rest, held = divide(images()["few"], experts()["few"], TASKS, 0.25)
+    rest, held = divide(read(images()["few"]), 0.25)
     found = held_out(held, experts())
-    assert list(rest) == [None]
+    assert rest.counts == {None: 12}
     assert found.counts == {"few": 4, "more": 4}
 
 
 def test_padding_is_no_answer():
     model = tiny.build("bert-token", num_labels=3)
     texts = [{"input_ids": torch.tensor(ids)} for ids in ([5, 6, 7], [8, 9])]
-    found = held_out({"a": texts, "b": texts}, {"a": model, "b": model})
+    models = {"a": model, "b": model}
+    found = held_out(read({"a": texts, "b": texts}, models), models)
     assert (found.tasks["a"].tensors["labels"] == -100).tolist() == [[False] * 3, [False, False, True]]
 
 
@@ -158,7 +157,7 @@ def test_features_need_a_score_of_their_own():
 
 
 def test_options_count_for_their_method_only():
-    space = Space.of(
+    space = SearchSpace.of(
         {"method": ["permute", "zip", "zip+refit"], "depth": [1, 0.5], "residual": "match",
          "options": {"zip": {"alpha": [0.1, 0.3]}}, "refit": {"own_task_weight": [0.5, 1.0]}}
     )  # fmt: skip
@@ -168,15 +167,14 @@ def test_options_count_for_their_method_only():
     by_method = {setting.method: setting for setting in grid}
     assert by_method["permute"].options == {} and by_method["permute"].refit is None
     assert by_method["zip"].refit is None
-    assert by_method["zip+refit"].arguments() == {
-        "method": "zip", "options": {"alpha": 0.3}, "depth": 0.5, "residual": "match",
-        "refit": {"own_task_weight": 1.0},
-    }  # fmt: skip
+    assert by_method["zip+refit"].config({"seed": 3}) == MergeConfig(
+        method="zip", options={"alpha": 0.3}, depth=0.5, residual="match", refit={"own_task_weight": 1.0}, seed=3
+    )
 
 
 def test_refit_is_for_all_where_no_name_asks_for_it():
-    assert all(setting.refit == {} for setting in Space.of({"method": ["zip", "permute"], "refit": True}).grid())
-    assert {s.method: s.refit for s in Space.of({"method": ["zip+refit", "zip"]}).grid()} == {
+    assert all(setting.refit == {} for setting in SearchSpace.of({"method": ["zip", "permute"], "refit": True}).grid())
+    assert {s.method: s.refit for s in SearchSpace.of({"method": ["zip+refit", "zip"]}).grid()} == {
         "zip+refit": {}, "zip": None
     }  # fmt: skip
 
@@ -250,7 +248,7 @@ def test_a_small_space_ends_a_tpe_search():
 
 
 def test_trials_limit_a_grid_to_a_sample_of_it():
-    every = {str(setting) for setting in Space.of(SMALL).grid()}
+    every = {str(setting) for setting in SearchSpace.of(SMALL).grid()}
     result = found(space=SMALL, trials=2)
     assert len(result.trials) == 2
     assert {str(trial.setting) for trial in result.trials} < every
@@ -274,27 +272,27 @@ def test_a_failed_merge_is_a_trial_with_a_sentence():
 def test_merges_never_see_what_they_are_scored_on(monkeypatch):
     looked_at, scored_on = [], []
 
-    def watched(experts, calibration, **settings):
+    def watched(experts, calibration, config, **settings):
         looked_at.append(calibration)
-        return merge(experts, calibration, **settings)
+        return merge(experts, calibration, config, **settings)
 
     def scored(model, datasets, **settings):
         scored_on.append(datasets)
         return accuracy(model, datasets, **settings)
 
-    observe = hf_zipit.observation.observed.observe
+    observe = hf_zipit.observation.shared.observe
 
-    def observed(spec, experts, calibration, **settings):
+    def observed(planned, calibration):
         looked_at.append(calibration)
-        return observe(spec, experts, calibration, **settings)
+        return observe(planned, calibration)
 
     monkeypatch.setattr(searching, "merge", watched)
     monkeypatch.setattr(searching, "accuracy", scored)
-    monkeypatch.setattr(hf_zipit.observation.observed, "observe", observed)
+    monkeypatch.setattr(hf_zipit.observation.shared, "observe", observed)
     found(space={"method": ["permute", "zip+refit"], "depth": [1.0, 0.5], "residual": "match"})
     assert len(looked_at) == 4 + 1  # observed once
     for task in TASKS:
-        seen = {row.numpy().tobytes() for data in looked_at for row in data[task]}
+        seen = {row.numpy().tobytes() for data in looked_at for row in data.whole(task)["pixel_values"]}
         asked = {row.numpy().tobytes() for data in scored_on for row in data[task].tensors["pixel_values"]}
         assert (len(seen), len(asked)) == (12, 4)
         assert not seen & asked
@@ -305,11 +303,11 @@ def test_shared_moments_change_nothing(monkeypatch):
     monkeypatch.setattr(
         import_module("hf_zipit.observation.observe"), "MINIMUM_ROWS", 10_000
     )  # all, whatever a depth's budget allows
-    rest, held = divide(images(), experts()["few"], TASKS, 0.25)
+    rest, held = divide(read(images()), 0.25)
     samples = held_out(held, experts())
     result = found(space={"method": "zip", "depth": [0.5, 1.0], "residual": ["match", "orthogonal"]})
     for trial in result.trials:
-        alone = merge(experts(), rest, **trial.setting.arguments())
+        alone = merge(experts(), rest, trial.setting.config({}))
         assert accuracy(alone, samples.tasks) == trial.accuracy
 
 
@@ -324,8 +322,10 @@ def test_validation_data_takes_the_place_of_what_is_held_out():
     result = search(experts(), loaders, validation=validation, space={**SMALL, "depth": 1.0}, score="joint")
     assert result.answers == "labels" and result.samples == {"few": SAMPLES, "more": SAMPLES}
     for trial in result.trials:
-        merged = merge(experts(), loaders, **trial.setting.arguments())
-        assert trial.score == accuracy(merged, {t: held_out(validation, experts()).tasks[t] for t in TASKS}).joint
+        merged = merge(experts(), loaders, trial.setting.config({}))
+        assert (
+            trial.score == accuracy(merged, {t: held_out(read(validation), experts()).tasks[t] for t in TASKS}).joint
+        )
 
 
 # ----------------------------------------------------------------------------------------------- the frontier

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_zipit.combine.rules.average import average
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.space_map import SpaceMap
-from hf_zipit.maps.transform import merge_tensor, to_merged, unmerge_index
+from hf_zipit.maps.transform import to_merged, unmerge_index
 from hf_zipit.symmetry.spec import AxisLabel, Factor, product_key
 from tests.align.toys import space, spec_of
 
@@ -103,9 +103,6 @@ def test_the_sum_of_m_w_u_with_dense_matrices(axes, experts):
             tensor = torch.tensordot(dense(text, alignment, expert), tensor, dims=([1], [axis])).movedim(0, axis)
         expected = expected + tensor / experts
     torch.testing.assert_close(merge_tensor(list(tensors), labels, alignment, SPEC), expected, rtol=1e-12, atol=1e-12)
-    assert torch.equal(
-        average(list(tensors), labels, alignment, SPEC), merge_tensor(list(tensors), labels, alignment, SPEC)
-    )
 
 
 @pytest.mark.parametrize("experts", [2, 3, 5])

@@ -102,7 +102,7 @@ def test_units_whose_outer_units_are_nowhere_are_told_before_work_starts():
         check_axes(lost, SPEC)
     check_axes(WEIGHT, SPEC)
     model = tiny.build("regnet")
-    planned = plan({"a": model, "b": model})
+    planned = plan({"a": model, "b": model}, method="zip")
     name = next(
         n for n, labels in planned.spec.axes.items() if len(labels) == 4 and outer_elsewhere(labels[1], planned.spec)
     )
