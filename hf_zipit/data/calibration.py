@@ -30,7 +30,7 @@ from hf_zipit.data.inputs import ModelInputs, prepare, tensor_of
 from hf_zipit.data.kept import Keeper
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import all_reduce_sum
-from hf_zipit.data.sources import Columns, Renamed, by_task, raw_batches, rows_of
+from hf_zipit.data.sources import Columns, by_task, raw_batches, rows_of
 from hf_zipit.errors import DataError
 
 Inputs = dict[str, Tensor]
@@ -152,14 +152,12 @@ class Calibration:
                 f"now is asked for {list(tasks)} of {inputs.architecture}; make a Calibration for each."
             )
         if not self._streams:
-            data = for_tasks(self.data, tasks)
-            data = Renamed(data, self.columns) if self.columns and data is not None else data
-            keeper, streams = Keeper(self.memory_gb), {}
-            for task, part in by_task(data, inputs, tasks).items():
+            keeper, streams, columns = Keeper(self.memory_gb), {}, self.columns or {}
+            for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
                 where = _where(task)
                 streams[task] = [
                     CalibrationBatch(task, partial(load_batch, load, inputs, self.processor, where), keeper)
-                    for load in raw_batches(part, inputs.main, self.batch_size, where)
+                    for load in raw_batches(part, inputs.main, self.batch_size, where, columns)
                 ]
                 if not streams[task]:
                     raise DataError(f"There is no calibration data{where}: it is empty.")

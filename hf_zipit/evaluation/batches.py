@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_zipit.data.inputs import ModelInputs, first_of, prepare, tensor_of
 from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
-from hf_zipit.data.sources import Renamed
+from hf_zipit.data.sources import rename
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel
@@ -87,7 +87,7 @@ class Collate:
     labelled: bool
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        renamed = [Renamed(None, self.reading.columns).rename(dict(row)) for row in rows]
+        renamed = [rename(row, self.reading.columns) for row in rows]
         columns = {column: [row[column] for row in renamed] for column in renamed[0]}
         whose = f" of the task {self.name!r}"
         inputs = replace(self.inputs, purpose="evaluation")
