@@ -203,10 +203,8 @@ class Calibration:
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """All samples of all processes as batches of one number of samples and one length.
 
-        Short batches are filled up, and the fill is marked.
-
-        Args:
-            size: samples per micro-batch; as many as the largest batch has, if that is smaller.
+        Short batches are filled up, and the fill is marked. There are `size` samples in each, or as many as the
+        largest batch has, if that is fewer.
         """
         streams = [
             [(task, group) for group in self._grouped(batches, size)] for task, batches in self._streams.items()

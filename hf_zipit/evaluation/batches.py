@@ -75,8 +75,7 @@ class Collate:
         offset: the joint id of its class 0.
         labelled: whether there have to be labels; without, they say which images and texts belong together.
 
-    Raises:
-        DataError: if the model's inputs or the labels are not there, or a label is no class of the task.
+    Calling it raises DataError if the model's inputs or the labels are missing, or a label is no class of the task.
     """
 
     inputs: ModelInputs

@@ -84,15 +84,10 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled data set: see `hf_zipit.recipe.sources.load_source`.
+    """A labelled data set: arguments of `hf_zipit.recipe.sources.load_source`, and how much of it.
 
     Attributes:
-        dataset: a built-in name, a folder or a data set of the Hub; left out where every expert has its own `data`.
-        split: of the data set.
-        folder: where the files of `fashion-mnist` are.
-        config: the configuration of a data set of the Hub.
-        columns: names in the data -> `image`, `text`, `labels` or names of the model's inputs.
-        streaming: read from the Hub only as many samples as are asked for.
+        dataset: left out where every expert has its own `data`.
         samples: at most so many of each task.
         batch_size: samples per forward pass.
     """
@@ -157,9 +152,7 @@ class Save:
 class Push:
     """Where on the Hub the kept model goes, when everything else is done.
 
-    Attributes:
-        repo_id, private: as for `hf_zipit.modeling.hub.open_repo`.
-        revision, create_pr, commit_message: as for `hf_zipit.modeling.hub.push_folder`.
+    The fields are arguments of `hf_zipit.modeling.hub.open_repo` and `push_folder`.
     """
 
     repo_id: str

@@ -229,10 +229,8 @@ def choose_classes(dataset: Dataset, classes: Sequence[Class], task: str) -> lis
 def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int]:
     """For each of an expert's labels, in its own order, the data set's label id of the same name.
 
-    Labels that were never named (`LABEL_0`, ...) are taken as the data set's own, if there are as many.
-
-    Raises:
-        DataError: if a name is not among the data set's classes.
+    Labels that were never named (`LABEL_0`, ...) are taken as the data set's own, if there are as many. Raises
+    DataError if a name is not among the data set's classes.
     """
     names = class_names(dataset)
     if all(label in names for label in labels):
@@ -270,14 +268,9 @@ def part_of(
     samples: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Rows of the classes `ids`, whose labels become their positions in `ids`.
+    """At most `samples` rows of the classes `ids`, whose labels become their positions in `ids`.
 
-    Args:
-        dataset: with the column `labels`.
-        ids: label ids of the data set.
-        names: what the classes are called from now on; their old names by default.
-        samples: at most so many rows, drawn without replacement; all of them for None.
-        seed: of the draw.
+    The rows are drawn without replacement, from the `seed`; with `names` the classes are called so from now on.
     """
     from datasets import ClassLabel
 
@@ -303,13 +296,8 @@ def _draw(rows: np.ndarray, samples: int | None, seed: int) -> np.ndarray:
 def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Dataset:
     """What a model reads (`pixel_values`, `input_ids`, ...), made by the experts' processor where it is not there yet.
 
-    Args:
-        dataset: with such columns, or with images or texts.
-        processor: image processor, tokenizer or both in one.
-        channels: that the model's images have; they become RGB unless it is one.
-
-    Raises:
-        DataError: if there is neither a ready column nor a processor for the raw ones.
+    Images become RGB unless the model reads one of the `channels`. Raises DataError if there is neither a ready column
+    nor a processor for the raw ones.
     """
     columns = dataset.column_names
     if is_ready(dataset):

@@ -27,12 +27,8 @@ REST = 12
 def save_search(result: SearchResult, folder: str | Path, *, recipe: Recipe | None = None, title: str = "") -> Path:
     """The folder, with all trials (`search.json`), the picture of the frontier and, if told the recipe, the best one.
 
-    Args:
-        result: of `hf_zipit.search`.
-        folder: where to; files of an earlier search are replaced.
-        recipe: whose experts and data were searched: with the best setting it becomes `best.yaml`, which
-            `hf-zipit run` takes.
-        title: of the picture.
+    Files of an earlier search are replaced. The recipe whose experts and data were searched becomes, with the best
+    setting, `best.yaml`, which `hf-zipit run` takes.
 
     Raises:
         OutputError: if the folder cannot be written.

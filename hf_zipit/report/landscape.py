@@ -34,10 +34,7 @@ WIDTH = 3.6  # inches of a panel
 
 def save_landscape(found: Landscape, folder: str | Path, *, title: str = "") -> Path:
     """The folder, with the numbers (`landscape.json`), the curves (`interpolation.png`) and, given a plane, the
-    contours (`landscape.png`).
-
-    Raises:
-        OutputError: if the folder cannot be written.
+    contours (`landscape.png`). Raises OutputError if it cannot be written.
     """
     folder = Path(folder)
     write_json(folder / RESULTS, found.to_dict())

@@ -36,9 +36,7 @@ NO_DATA = "# Merged from Python: add `calibration` (see the documentation) to ru
 def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """The recipe of a merged model as plain values; empty for one that `hf_zipit.merge` did not make.
 
-    Args:
-        model: the merged model.
-        name: what it is called, where no recipe named it.
+    It has the name that is given, unless a recipe named it.
     """
     method = model.config.method
     if "experts" not in method:
