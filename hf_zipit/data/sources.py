@@ -98,9 +98,9 @@ def raw_batches(
         data = {main: data}
     if isinstance(data, Mapping):
         return _slices(partial(rows_of, dict(data)), _column_length(data, name), size)
-    if _is_from_datasets(data, "Dataset"):
+    if is_from_datasets(data, "Dataset"):
         return _slices(lambda start, stop: data[start:stop], len(data), size)
-    if _is_from_datasets(data, "IterableDataset"):
+    if is_from_datasets(data, "IterableDataset"):
         return (partial(dict, batch) for batch in data.iter(size))
     if isinstance(data, DataLoader):
         return _split(_seeded(_plain_loader(data, name)), main, size, name)
@@ -120,7 +120,8 @@ def _renamed(columns: Mapping[str, str], load: Callable[[], Columns]) -> Columns
     return rename(load(), columns)
 
 
-def _is_from_datasets(data: Any, name: str) -> bool:
+def is_from_datasets(data: Any, name: str = "Dataset") -> bool:
+    """Whether this is a `datasets.Dataset`, or another of the package's classes."""
     # Whoever has one of its objects has imported it; importing it for the others would take a second.
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(data, getattr(datasets, name))

@@ -208,12 +208,12 @@ class Recipe:
     experts: Mapping[str, ExpertEntry]
     base: str | Mapping[str, str] | None = None
     calibration: CalibrationData | None = None
-    evaluation: Measured | None = None
     method: tuple[str, ...] = (AUTO,)
     depth: tuple[float | str, ...] = (1.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refit: RefitConfig | bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Measured | None = None
     save: Save | None = None
     push: Push | None = None
     train: Train | None = None

@@ -18,6 +18,7 @@ import numpy as np
 
 from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, first_of, process
 from hf_zipit.data.labels import LABEL_COLUMNS
+from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.hub.reasons import first_line, why
@@ -199,7 +200,7 @@ def _with_labels(dataset: Dataset | IterableDataset, name: str) -> Dataset | Ite
         dataset = dataset.rename_column(column, "labels")
     if hasattr((dataset.features or {}).get("labels"), "names"):
         return dataset
-    if not hasattr(dataset, "class_encode_column"):
+    if not is_from_datasets(dataset):
         raise DataError(f"The labels of the streamed data set {name!r} have no names of classes; read it unstreamed.")
     return dataset.class_encode_column("labels")
 
@@ -255,7 +256,7 @@ def read(stream: IterableDataset, samples: int | None, seed: int = 0) -> Dataset
 
 def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
     """At most so many rows, drawn without replacement; all of them for None."""
-    if not hasattr(dataset, "select"):
+    if not is_from_datasets(dataset):
         return read(dataset, samples, seed)
     return dataset.select(_draw(np.arange(len(dataset)), samples, seed))
 
@@ -275,7 +276,7 @@ def part_of(
     from datasets import ClassLabel
 
     names = names or [class_names(dataset)[i] for i in ids]
-    if not hasattr(dataset, "select"):
+    if not is_from_datasets(dataset):
         wanted = set(ids)
         dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed)
     labels = np.asarray(dataset.with_format("numpy")["labels"])
