@@ -34,8 +34,7 @@ def replacing(target: str | Path) -> Iterator[Path]:
 def replacing_folder(target: str | Path) -> Iterator[Path]:
     """The same for a folder: an empty one to be filled, which then takes the place of an earlier result.
 
-    Raises:
-        OutputError: see `check_result_folder`, or if the folder cannot be written, or the disk is full.
+    Raises OutputError as `replacing` and `check_result_folder` do.
     """
     target = Path(target)
     check_result_folder(target)
@@ -57,10 +56,7 @@ def adding_to(folder: str | Path) -> Iterator[Path]:
     """A new folder to be filled; its files are moved into `folder`, over those of the same name, when the block ends.
 
     Other files of `folder` stay, unlike under `replacing_folder`: a training run keeps its own beside a model. Shards
-    of an earlier model's weights do not, if weights were written.
-
-    Raises:
-        OutputError: if the folder cannot be written, or the disk is full.
+    of an earlier model's weights do not, if weights were written. Raises OutputError as `replacing` does.
     """
     folder = Path(folder)
     with _room_for(folder, folder) as room:

@@ -45,6 +45,7 @@ def plan(
     *,
     base: Any = None,
     data: bool = True,
+    observed: bool = False,
     **settings: Any,
 ) -> Plan:
     """What a merge will do; touches no data, and finds every mistake that can be found without it.
@@ -53,7 +54,7 @@ def plan(
         experts: the models by task name, as for `merge`.
         config: how they are merged; or its fields as keywords.
         base: as for `merge`.
-        data: whether there will be calibration data, which an automatic method depends on.
+        data, observed: whether there will be calibration data, or moments, which an automatic method depends on.
 
     Raises:
         ExpertError, SpecError, RecipeError: as `merge` does before it starts.
@@ -62,7 +63,7 @@ def plan(
     config = MergeConfig.of(config, **settings)
     loaded = load_experts(experts)
     first = next(iter(loaded.values()))
-    config = choose(config, first, data=data)
+    config = choose(config, first, data=data, observed=observed)
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
     check_rule(config, base)
@@ -124,7 +125,7 @@ def merge(
     reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
-    planned = plan(experts, config, base=base, data=calibration is not None)
+    planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
     if calibration is not None and _needs_data(planned.config):
         calibration.read(planned.experts)  # before the work starts; observing reads it, too
     found = moments_for(planned, calibration, moments)

@@ -63,13 +63,9 @@ _UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _map
 
 
 def build(schema: type[T], content: Any, where: str = "") -> T:
-    """An instance of the dataclass `schema` from a mapping.
+    """An instance of the dataclass `schema` from a mapping, whose path in the file is `where`, as `"experts.shoes"`.
 
-    Args:
-        where: the path of `content` in the file, for errors: `"experts.shoes"`.
-
-    Raises:
-        RecipeError: for an unknown key, a missing one or a value of a wrong type.
+    Raises RecipeError for an unknown key, a missing one or a value of a wrong type.
     """
     if not isinstance(content, Mapping):
         raise RecipeError(f"{where or 'the recipe'} should be a mapping of keys to values, but is {_shown(content)}.")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -29,7 +30,7 @@ from hf_zipit.data.inputs import ModelInputs, prepare, tensor_of
 from hf_zipit.data.kept import Keeper
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import all_reduce_sum
-from hf_zipit.data.sources import Columns, Renamed, by_task, raw_batches
+from hf_zipit.data.sources import Columns, by_task, raw_batches, rows_of
 from hf_zipit.errors import DataError
 
 Inputs = dict[str, Tensor]
@@ -151,14 +152,12 @@ class Calibration:
                 f"now is asked for {list(tasks)} of {inputs.architecture}; make a Calibration for each."
             )
         if not self._streams:
-            data = for_tasks(self.data, tasks)
-            data = Renamed(data, self.columns) if self.columns and data is not None else data
-            keeper, streams = Keeper(self.memory_gb), {}
-            for task, part in by_task(data, inputs, tasks).items():
+            keeper, streams, columns = Keeper(self.memory_gb), {}, self.columns or {}
+            for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
                 where = _where(task)
                 streams[task] = [
-                    CalibrationBatch(task, Load(load, inputs, self.processor, where), keeper)
-                    for load in raw_batches(part, inputs.main, self.batch_size, where)
+                    CalibrationBatch(task, partial(load_batch, load, inputs, self.processor, where), keeper)
+                    for load in raw_batches(part, inputs.main, self.batch_size, where, columns)
                 ]
                 if not streams[task]:
                     raise DataError(f"There is no calibration data{where}: it is empty.")
@@ -204,10 +203,8 @@ class Calibration:
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """All samples of all processes as batches of one number of samples and one length.
 
-        Short batches are filled up, and the fill is marked.
-
-        Args:
-            size: samples per micro-batch; as many as the largest batch has, if that is smaller.
+        Short batches are filled up, and the fill is marked. There are `size` samples in each, or as many as the
+        largest batch has, if that is fewer.
         """
         streams = [
             [(task, group) for group in self._grouped(batches, size)] for task, batches in self._streams.items()
@@ -232,8 +229,8 @@ class Calibration:
             waiting.append(batch.inputs)
             while (count := sum(map(size_of, waiting))) >= size:
                 joined = join(waiting, self.inputs.pad)
-                yield {name: tensor[:size] for name, tensor in joined.items()}
-                waiting = [{name: tensor[size:] for name, tensor in joined.items()}] if count > size else []
+                yield rows_of(joined, 0, size)
+                waiting = [rows_of(joined, size, count)] if count > size else []
         if waiting:
             yield join(waiting, self.inputs.pad)
 
@@ -246,7 +243,7 @@ class Calibration:
         parts = []
         for one in wanted:
             part = join(list(self._first(self._streams[one], samples)), self.inputs.pad)
-            parts.append({name: tensor[:samples] for name, tensor in part.items()})
+            parts.append(rows_of(part, 0, samples))
         joined = join(parts, self.inputs.pad)
         if size_of(joined) < self.processes:
             raise DataError(
@@ -295,8 +292,7 @@ class Calibration:
             index = torch.as_tensor(positions)
             chosen = {name: tensor[index] for name, tensor in self.whole(task).items()}
             part._streams[task] = [
-                CalibrationBatch(task, Slice(chosen, start, self.batch_size), keeper)
-                for start in range(0, len(index), self.batch_size)
+                CalibrationBatch(task, partial(dict, piece), keeper) for piece in pieces(chosen, self.batch_size)
             ]
         return part
 
@@ -306,33 +302,13 @@ class Calibration:
         return {task: sum(batch.samples for batch in batches) for task, batches in self._streams.items()}
 
 
-@dataclass(frozen=True)
-class Load:
-    """Loads and prepares one raw batch when it is called."""
-
-    load: Callable[[], Columns]
-    inputs: ModelInputs
-    processor: Any
-    where: str
-
-    def __call__(self) -> Inputs:
-        columns = self.load()
-        found = prepare(lambda: columns, self.inputs, self.processor, self.where)
-        check_values(found, self.where)
-        labels = label_tensor(columns.get(LABELS))
-        return found if labels is None or len(labels) != size_of(found) else {**found, LABELS: labels}
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Some rows of columns that are in memory."""
-
-    columns: Inputs
-    start: int
-    size: int
-
-    def __call__(self) -> Inputs:
-        return {name: tensor[self.start : self.start + self.size] for name, tensor in self.columns.items()}
+def load_batch(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, where: str) -> Inputs:
+    """One raw batch, loaded and prepared, with its labels if it has one for each sample."""
+    columns = load()
+    found = prepare(columns, inputs, processor, where)
+    check_values(found, where)
+    labels = label_tensor(columns.get(LABELS))
+    return found if labels is None or len(labels) != size_of(found) else {**found, LABELS: labels}
 
 
 def check_values(inputs: Mapping[str, Tensor], where: str) -> None:
@@ -386,7 +362,7 @@ def without_labels(columns: Mapping[str, Tensor]) -> Inputs:
 def pieces(inputs: Mapping[str, Tensor], size: int) -> Iterator[Inputs]:
     """The inputs, at most `size` samples at a time."""
     for start in range(0, size_of(inputs), size):
-        yield {name: tensor[start : start + size] for name, tensor in inputs.items()}
+        yield rows_of(inputs, start, start + size)
 
 
 def in_turns(streams: Iterable[Sequence[Any]]) -> list[Any]:

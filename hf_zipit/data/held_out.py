@@ -62,15 +62,10 @@ class HeldOut:
 
 
 def divide(calibration: Calibration, share: float, seed: int = 0) -> tuple[Calibration, Calibration]:
-    """What is left for merging, and what is held out.
-
-    Args:
-        calibration: read for the experts.
-        share: of every task's samples that is held out, rounded up, above 0 and below 1.
-        seed: of the draw.
+    """What is left for merging, and what is held out: a `share` of every task's samples, rounded up.
 
     Raises:
-        RecipeError: the share is out of range.
+        RecipeError: the share is not above 0 and below 1.
         DataError: there are fewer than two samples.
     """
     if not 0 < share < 1:
@@ -89,12 +84,9 @@ def divide(calibration: Calibration, share: float, seed: int = 0) -> tuple[Calib
 def read_divided(
     calibration: Any, validation: Any, experts: Mapping[str, PreTrainedModel], share: float, seed: int, **reading: Any
 ) -> tuple[Calibration, Calibration]:
-    """What merges may read, and what is held out: of the validation data, or a share of the calibration data.
+    """What merges may read, and what is held out: the validation data, or without it a share of the calibration data.
 
-    Args:
-        calibration, validation: data as for `Calibration`, whose settings `reading` are; the second may be None.
-        experts: that read it.
-        share, seed: see `divide`.
+    `reading` are settings of `Calibration`; for `share` and `seed` see `divide`.
     """
     data = Calibration.of(calibration, **reading).read(experts)
     if validation is None:
@@ -119,7 +111,6 @@ def held_out(
 
     Args:
         calibration: the samples, read for the experts.
-        experts: the experts by task.
         answers: `"labels"` of the data, ids of each task's own classes; the `"experts"`' answers; `"auto"`: labels
             where every task has them.
 

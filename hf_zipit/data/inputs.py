@@ -8,7 +8,7 @@ sequences of different length are padded per batch, with an attention mask.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +68,11 @@ def is_label(name: str) -> bool:
     return "label" in name or name in ("start_positions", "end_positions")
 
 
-def prepare(load: Callable[[], Columns], inputs: ModelInputs, processor: Any, name: str) -> dict[str, Tensor]:
-    """Load the columns of one batch and make the model's inputs of them: tensors `[samples, ...]`.
+def prepare(columns: Columns, inputs: ModelInputs, processor: Any, name: str) -> dict[str, Tensor]:
+    """The model's inputs made of the columns of one batch: tensors `[samples, ...]`.
 
     Raises DataError if the model's input is not among the columns and cannot be made of them.
     """
-    columns = load()
     ready = {column: values for column, values in columns.items() if inputs.takes(column)}
     if inputs.main not in ready and processor is not None:
         try:

@@ -7,8 +7,9 @@ What is taken, per task (`{"clothes": data, "shoes": data}`) or as one collectio
 - a `torch.utils.data.DataLoader`, or any other iterable of batches (dicts of tensors, tensors, or tuples of which the
   first is the input);
 - a tensor or numpy array of the model's main input, or a dict of tensors;
-- a list, or a `torch` dataset, of samples (dicts, tensors, or tuples of which the first is the input);
-- any of these as `Renamed(data, {"img": "image"})`, where the columns have other names.
+- a list, or a `torch` dataset, of samples (dicts, tensors, or tuples of which the first is the input).
+
+`columns` renames columns of any of these, `{"img": "image"}`.
 
 Nothing is read before its batch is asked for, as far as the kind of the data allows that.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -35,38 +35,25 @@ from hf_zipit.errors import DataError
 _BATCH_AXES = {"pixel_values": 4, "input_ids": 2, "input_values": 2, "input_features": 3, "inputs_embeds": 3}
 
 
-@dataclass(frozen=True)
-class Renamed:
-    """Data whose columns have other names: `columns` maps a name in the data to what the model or processor reads.
+def rename(row: Mapping[str, Any], columns: Mapping[str, str]) -> Columns:
+    """A row or batch with other names of columns; a renamed column takes the place of its namesake.
 
-    Columns that a data set lacks are passed over, so that one mapping serves tasks whose data differ.
+    Columns that it lacks are passed over, so that one mapping serves tasks whose data differ.
     """
-
-    data: Any
-    columns: Mapping[str, str]
-
-    def rename(self, row: Columns) -> Columns:
-        """The columns of a row or batch under their new names; a renamed column takes the place of its namesake."""
-        kept = {name: value for name, value in row.items() if name not in self.columns}
-        return kept | {new: row[old] for old, new in self.columns.items() if old in row}
-
-    def rows(self) -> Any:
-        """The data; of a list the renamed rows, whose names tell batches from samples."""
-        if not isinstance(self.data, (list, tuple)):
-            return self.data
-        return [self.rename(dict(row)) if isinstance(row, Mapping) else row for row in self.data]
+    kept = {name: value for name, value in row.items() if name not in columns}
+    return kept | {new: row[old] for old, new in columns.items() if old in row}
 
 
-def by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
+def by_task(
+    calibration: Any, inputs: ModelInputs, tasks: Sequence[str], columns: Mapping[str, str]
+) -> dict[str | None, Any]:
     """The collections by task; under None the one for all tasks. Raises DataError if tasks are missing or unknown."""
     if calibration is None:
         raise DataError("There is no calibration data: give some unlabelled inputs of every task.")
-    if isinstance(calibration, Renamed):
-        return _by_task_renamed(calibration, inputs, tasks)
     if not isinstance(calibration, Mapping):
         return {None: calibration}
-    raw = (*IMAGE_COLUMNS, *TEXT_COLUMNS)
-    if not any(task in calibration for task in tasks) and any(_is_input(n, inputs, raw) for n in calibration):
+    named = rename(calibration, columns)
+    if not any(task in calibration for task in tasks) and any(_is_input(name, inputs) for name in named):
         return {None: calibration}
     if unknown := [name for name in calibration if name not in tasks]:
         raise DataError(
@@ -81,24 +68,16 @@ def by_task(calibration: Any, inputs: ModelInputs, tasks: Sequence[str]) -> dict
     return {task: calibration[task] for task in tasks}
 
 
-def _by_task_renamed(calibration: Renamed, inputs: ModelInputs, tasks: Sequence[str]) -> dict[str | None, Any]:
-    data = calibration.data
-    if isinstance(data, Mapping) and not any(task in data for task in tasks):  # columns, by name
-        return by_task(calibration.rename(dict(data)), inputs, tasks)
-    return {
-        task: None if part is None else Renamed(part, calibration.columns)
-        for task, part in by_task(data, inputs, tasks).items()
-    }
-
-
-def _is_input(name: str, inputs: ModelInputs, raw: Sequence[str]) -> bool:
-    return name in raw or (name in inputs.accepted if inputs.accepted is not None else name == inputs.main)
+def _is_input(name: str, inputs: ModelInputs) -> bool:
+    return name in (inputs.accepted or (inputs.main,)) or name in (*IMAGE_COLUMNS, *TEXT_COLUMNS)
 
 
 # --- collections -> raw batches: callables that give the columns of one batch ---
 
 
-def raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable[[], Columns]]:
+def raw_batches(
+    data: Any, main: str, size: int, name: str, columns: Mapping[str, str] | None = None
+) -> Iterator[Callable[[], Columns]]:
     """For every batch of at most `size` samples what gives its columns.
 
     Args:
@@ -106,20 +85,22 @@ def raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable
         main: the model's main input.
         size: larger batches of a `DataLoader` or iterable are split, smaller ones are left.
         name: what to add to "the calibration data" in errors.
+        columns: other names of columns.
 
     Raises:
         DataError: the collection is of no kind that can be read.
     """
-    if isinstance(data, Renamed):
-        loads = raw_batches(data.rows(), main, size, name)
-        return (partial(_renamed, data, load) for load in loads)
+    if columns:
+        if isinstance(data, (list, tuple)):  # names tell batches from samples
+            data = [rename(row, columns) if isinstance(row, Mapping) else row for row in data]
+        return (partial(_renamed, columns, load) for load in raw_batches(data, main, size, name))
     if isinstance(data, (Tensor, np.ndarray)):
         data = {main: data}
     if isinstance(data, Mapping):
-        return _slices(partial(_rows_of_columns, dict(data)), _column_length(data, name), size)
-    if _is_from_datasets(data, "Dataset"):
+        return _slices(partial(rows_of, dict(data)), _column_length(data, name), size)
+    if is_from_datasets(data, "Dataset"):
         return _slices(lambda start, stop: data[start:stop], len(data), size)
-    if _is_from_datasets(data, "IterableDataset"):
+    if is_from_datasets(data, "IterableDataset"):
         return (partial(dict, batch) for batch in data.iter(size))
     if isinstance(data, DataLoader):
         return _split(_seeded(_plain_loader(data, name)), main, size, name)
@@ -135,11 +116,12 @@ def raw_batches(data: Any, main: str, size: int, name: str) -> Iterator[Callable
     return _split(data, main, size, name)
 
 
-def _renamed(data: Renamed, load: Callable[[], Columns]) -> Columns:
-    return data.rename(load())
+def _renamed(columns: Mapping[str, str], load: Callable[[], Columns]) -> Columns:
+    return rename(load(), columns)
 
 
-def _is_from_datasets(data: Any, name: str) -> bool:
+def is_from_datasets(data: Any, name: str = "Dataset") -> bool:
+    """Whether this is a `datasets.Dataset`, or another of the package's classes."""
     # Whoever has one of its objects has imported it; importing it for the others would take a second.
     datasets = sys.modules.get("datasets")
     return datasets is not None and isinstance(data, getattr(datasets, name))
@@ -149,7 +131,8 @@ def _slices(load: Callable[[int, int], Columns], length: int, size: int) -> Iter
     return (partial(load, start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _rows_of_columns(columns: Columns, start: int, stop: int) -> Columns:
+def rows_of(columns: Mapping[str, Any], start: int, stop: int) -> Columns:
+    """Some rows of columns."""
     return {name: values[start:stop] for name, values in columns.items()}
 
 
@@ -175,7 +158,7 @@ def _split(batches: Iterable[Any], main: str, size: int, name: str) -> Iterator[
             raise DataError(
                 f"A batch of the calibration data{name} is of type {type(batch).__name__}; it must be a dict."
             )
-        yield from _slices(partial(_rows_of_columns, columns), _column_length(columns, name), size)
+        yield from _slices(partial(rows_of, columns), _column_length(columns, name), size)
 
 
 def _plain_loader(loader: DataLoader, name: str) -> DataLoader:

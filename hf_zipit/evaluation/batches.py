@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hf_zipit.data.inputs import ModelInputs, first_of, prepare, tensor_of
 from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
-from hf_zipit.data.sources import Renamed
+from hf_zipit.data.sources import rename
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel
@@ -75,8 +75,7 @@ class Collate:
         offset: the joint id of its class 0.
         labelled: whether there have to be labels; without, they say which images and texts belong together.
 
-    Raises:
-        DataError: if the model's inputs or the labels are not there, or a label is not a class of the task.
+    Calling it raises DataError if the model's inputs or the labels are missing, or a label is not a class of the task.
     """
 
     inputs: ModelInputs
@@ -87,11 +86,11 @@ class Collate:
     labelled: bool
 
     def __call__(self, rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-        renamed = [Renamed(None, self.reading.columns).rename(dict(row)) for row in rows]
+        renamed = [rename(row, self.reading.columns) for row in rows]
         columns = {column: [row[column] for row in renamed] for column in renamed[0]}
         whose = f" of the task {self.name!r}"
         inputs = replace(self.inputs, purpose="evaluation")
-        batch: dict[str, Any] = prepare(lambda: columns, inputs, self.reading.processor, whose)
+        batch: dict[str, Any] = prepare(columns, inputs, self.reading.processor, whose)
         given = first_of(LABEL_COLUMNS, columns)
         if given is None:
             if self.labelled:

@@ -160,12 +160,7 @@ class RetrievalRecall(TrainerMetric):
 
 
 def recall_at(similarity: np.ndarray, ids: np.ndarray, k: int) -> float:
-    """Share of rows that have a column of their own id among the k most similar.
-
-    Args:
-        similarity: `[n, n]`, queries by candidates.
-        ids: `[n]`, of the pairs.
-    """
+    """Share of the queries of a similarity `[queries, candidates]` with one of their own id among the k nearest."""
     nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
     return float(np.mean((ids[nearest] == ids[:, None]).any(1)))
 

@@ -15,6 +15,7 @@ answer. Without any of this the labels of every task but the first would be read
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset as TorchIterableDataset
 
 from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
+from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
 from hf_zipit.modeling import ZipItPreTrainedModel
 
@@ -55,21 +57,16 @@ def task_datasets(model: ZipItPreTrainedModel, datasets: Mapping[str, Any], *, j
     return {task: _tagged(data, positions[task]) for task, data in datasets.items()}
 
 
-def _is_dataset(data: Any) -> bool:
-    """Whether this is a `datasets.Dataset`, told without importing it for those who have none."""
-    return hasattr(data, "select") and hasattr(data, "column_names")
-
-
 def _tagged(data: Any, position: int) -> Any:
     """The data with the column `task`."""
-    if _is_dataset(data):
+    if is_from_datasets(data):
         return _with_column(data, "task", [position] * len(data))
     return _changed(data, lambda row: {**row, "task": position})
 
 
 def _joint(data: Any, offset: int, names: list[str]) -> Any:
     """The data with joint labels and no task."""
-    if not _is_dataset(data):
+    if not is_from_datasets(data):
 
         def change(row: Sample) -> dict[str, Any]:
             shifted = {name: _plus(row[name], offset) for name in LABEL_COLUMNS if name in row}
@@ -109,16 +106,17 @@ def _plus(labels: Any, offset: int) -> Any:
 
 def _changed(data: Any, change: Callable[[Sample], dict[str, Any]]) -> Any:
     """Rows that are changed when they are read: nothing is copied or written."""
-    if hasattr(data, "map") and hasattr(data, "column_names"):  # a stream of `datasets`
+    if is_from_datasets(data, "IterableDataset"):
         return data.map(change)
     return Changed(data, change) if hasattr(data, "__getitem__") else ChangedStream(data, change)
 
 
+@dataclass(frozen=True, eq=False)
 class Changed(TorchDataset):
     """A collection of rows that are changed when they are read."""
 
-    def __init__(self, rows: Any, change: Callable[[Sample], dict[str, Any]]) -> None:
-        self.rows, self.change = rows, change
+    rows: Any
+    change: Callable[[Sample], dict[str, Any]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -127,11 +125,12 @@ class Changed(TorchDataset):
         return self.change(self.rows[index])
 
 
+@dataclass(frozen=True, eq=False)
 class ChangedStream(TorchIterableDataset):
     """The same for a stream."""
 
-    def __init__(self, rows: Any, change: Callable[[Sample], dict[str, Any]]) -> None:
-        self.rows, self.change = rows, change
+    rows: Any
+    change: Callable[[Sample], dict[str, Any]]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return map(self.change, self.rows)

@@ -104,9 +104,7 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
     """One expert; a repo id or a folder is loaded in float32 with the class that its configuration names.
 
     With a repo id its image processor or tokenizer and its card come along into the cache, for the merged model's.
-
-    Raises:
-        ExpertError: if it cannot be loaded, in one sentence that says why.
+    Raises ExpertError if it cannot be loaded, in one sentence that says why.
     """
     if isinstance(expert, nn.Module):
         return as_expert(task, expert)

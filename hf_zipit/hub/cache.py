@@ -17,10 +17,7 @@ CONFIGS = ("config.json", "adapter_config.json")
 def local_folder(source: str | Path | None, revision: str | None = None, fetch: Sequence[str] = ()) -> Path | None:
     """The folder in which the files of a model lie: the one that was named, or the cache's; None if there is neither.
 
-    Args:
-        source: a folder or a repo id.
-        revision: of the repo.
-        fetch: patterns of the files to download first.
+    `fetch` names patterns of the files to download first.
     """
     if not source:
         return None

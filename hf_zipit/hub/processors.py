@@ -36,10 +36,7 @@ NOISE = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_comm
 def processor_files(source: str | Path | None, revision: str | None = None, *, fetch: bool = False) -> Files:
     """The processor files of a model, those under `processors/` included; none where it has none.
 
-    Args:
-        source: a folder or a repo id.
-        revision: of the repo.
-        fetch: whether files of a repo (and its card) may be downloaded; else those that are on this machine are read.
+    With `fetch`, files of a repo (and its card) may be downloaded; else those that are on this machine are read.
     """
     folder = local_folder(source, revision, [*PATTERNS, f"{FOLDER}/*", "README.md"] if fetch else [])
     if folder is None:
@@ -64,14 +61,9 @@ def saved_files(processor: Any) -> Files:
 
 
 def together(by_task: Mapping[str, Files], folders: Mapping[str, str]) -> Files:
-    """The experts' processor files as those of one model.
+    """The experts' processor files as those of one model: those of one if all are equal, else each in its folder.
 
-    Args:
-        by_task: each expert's files; experts without any do not count.
-        folders: for every task a name that a folder may have.
-
-    Returns:
-        The files of one expert if all are equal, else each expert's in `processors/FOLDER/`.
+    The folders are `processors/FOLDER/`, FOLDER by task in `folders`. Experts without any files do not count.
     """
     known = {task: files for task, files in by_task.items() if files}
     if not known:

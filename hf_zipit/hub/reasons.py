@@ -43,13 +43,7 @@ def told(what: str, source: str, revision: str | None = None) -> Iterator[None]:
 
 
 def why(error: BaseException, source: str, revision: str | None = None) -> str:
-    """The reason why something of a repo id or folder could not be read or written.
-
-    Args:
-        error: what was raised, with its causes.
-        source: the repo id or folder.
-        revision: the revision that was asked for.
-    """
+    """The reason why something of a repo id or folder could not be read or written: the `error` with its causes."""
     chain = list(_causes(error))
 
     def is_a(*kinds: type[BaseException]) -> bool:

@@ -61,15 +61,12 @@ def landscape(
         config: of the merge; or its fields as keywords. By default units are matched by `weights`. Corrections belong
             to one point, not to a plane, and are left out. The refit pairs attention heads (`split_heads` is off):
             between models with different heads there is no line.
-        validation: data to measure on, in place of a part of the calibration data.
         pair: the tasks of the two experts; the first two by default.
         grid: points on each axis of the plane, 2 or more; 0 for no plane. Every point runs all samples once.
         margin: how far the plane goes beyond the points, in distances of the experts.
         steps: points on the line, 3 or more; an odd number includes the middle.
         samples: of each task, at most, that are measured on.
-        hold_out: the share of the calibration data that is measured on.
-        answers: `"labels"`, `"experts"` or `"auto"`: see `hf_zipit.search`.
-        moments: of the same experts, as for `merge`.
+        validation, hold_out, answers, moments: of the samples that are measured on: see `hf_zipit.search`.
         accelerator: where the experts are observed; the losses are measured where `merge` leaves the model.
         settings: fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
@@ -79,8 +76,7 @@ def landscape(
     """
     if steps < 3 or grid < 0 or grid == 1 or samples < 1:
         raise RecipeError(
-            f"steps, grid and samples are {steps}, {grid} and {samples}; there must be 3 or more steps, 2 or more "
-            "points on an axis (or 0, for no plane), and 1 or more samples."
+            f"steps is {steps}, grid {grid} and samples {samples}; they must be at least 3, 2 (or 0: no plane) and 1."
         )
     reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
     if config is None and "method" not in settings:

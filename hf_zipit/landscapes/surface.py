@@ -86,16 +86,10 @@ class Surface:
 def make_surface(
     planned: Plan, alignment: Alignment, merged: PreTrainedModel, pair: tuple[str, str], *, seed: int = 0
 ) -> Surface:
-    """The plane through two aligned experts and a merge.
+    """The plane through two aligned experts and a merge, which is changed from now on.
 
-    Args:
-        planned, alignment: of the merge.
-        merged: what came out; it is changed from now on.
-        pair: the tasks of the two experts.
-        seed: of the random direction where the merge is on the line between the experts.
-
-    Raises:
-        ExpertError: if the aligned trunks are the same.
+    Where the merge is on the line between the experts, `seed` draws the second axis. Raises ExpertError if the aligned
+    trunks are the same.
     """
     moves = [*_trunk(planned, alignment, merged, pair), *_readouts(planned, alignment, merged)]
     length = _inner((move.east, move.east) for move in moves if move.counts)

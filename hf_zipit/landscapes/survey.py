@@ -52,13 +52,12 @@ class Survey:
     def pair(self, wanted: Sequence[str] | None) -> tuple[str, str]:
         """The tasks of two experts, the first two by default."""
         tasks = list(self.experts)
-        chosen = list(wanted or tasks[:2])
-        for task in chosen:
-            if task not in tasks:
-                raise RecipeError(f"There is no expert {task!r}; {suggestion(task, tasks)}")
+        chosen = tuple(wanted or tasks[:2])
+        if unknown := [task for task in chosen if task not in tasks]:
+            raise RecipeError(f"There is no expert {unknown[0]!r}; {suggestion(unknown[0], tasks)}")
         if len(set(chosen)) != 2 or len(chosen) != 2:
-            raise RecipeError(f"A line runs between two different experts, not between {chosen}.")
-        return chosen[0], chosen[1]
+            raise RecipeError(f"A line runs between two different experts, not between {list(chosen)}.")
+        return chosen
 
     def surface(self, pair: tuple[str, str], config: MergeConfig) -> Surface:
         """Merge, and lay the plane through two experts."""
@@ -95,9 +94,8 @@ class Survey:
         return Plane(*rows, surface.points, tuple(x), tuple(y), surface.through_merge)
 
     def _measure(self, surface: Surface, points: Sequence[tuple[float, float]], what: str) -> Losses:
-        found = []
-        for point in tqdm(points, desc=what, unit="point"):
-            found.append(losses(surface.move(*point), self.held, self.calibration.batch_size))
+        size = self.calibration.batch_size
+        found = [losses(surface.move(*at), self.held, size) for at in tqdm(points, desc=what, unit="point")]
         tasks = list(self.held.tasks)
         return Losses(*({task: tuple(each[task][kind] for each in found) for task in tasks} for kind in (0, 1)))
 

@@ -104,11 +104,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def add_rescales(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """Per-task corrections, the identity until they are set: see `rescale.py`.
 
-        Args:
-            settings: `config.rescaled`: the sites in the trunk; every entry and exit is corrected, too.
-
-        Raises:
-            ZipItError: if the model has such corrections.
+        `settings` become `config.rescaled`: the sites in the trunk; every entry and exit is corrected, too. Raises
+        ZipItError if the model has such corrections.
         """
         if self.config.rescaled is not None:
             raise ZipItError("This model is rescaled and shifted per task already; start from the merged model.")
@@ -164,10 +161,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def choose(self, task: Task) -> str | list[str] | None:
         """None (joint), one task, or, for a batch of several tasks, the task of every sample.
 
-        Where the caller names none, it is the one that this view answers for: see `for_task`.
-
-        Raises:
-            ZipItError: a task is unknown.
+        Where the caller names none, it is the one that this view answers for: see `for_task`. Raises ZipItError if a
+        task is unknown.
         """
         if task is None:
             task = self.config.task
@@ -192,7 +187,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
         Raises:
             ZipItError: the task is unknown.
-            ExpertError: no plain model can compute it; see `expert.py`.
+            ExpertError: no plain model can compute it; see `hf_zipit.assembly.disassemble`.
         """
         # A model is below what takes it apart: what that needs (symmetries, cuts) is of no use to a model that runs.
         return import_module("hf_zipit.assembly.disassemble").plain_expert(self, task)

@@ -20,13 +20,7 @@ from .trunk import Shared
 
 
 class Entry(nn.Module):
-    """Maps merged units to a task's own along one axis: `[..., k, ...] -> [..., d, ...]`.
-
-    Args:
-        axis: the axis of the units.
-        units: d, the task's own units.
-        size: k, the merged units.
-    """
+    """Maps merged units to a task's own along one axis: `[..., size, ...] -> [..., units, ...]`."""
 
     def __init__(self, axis: int, units: int, size: int) -> None:
         super().__init__()

@@ -30,14 +30,10 @@ def head_dim_name(module: nn.Module) -> str | None:
 
 
 def cut_heads(root: nn.Module, head_dims: Mapping[str, int]) -> None:
-    """Give attention layers narrower heads, and more of them, of the same width together.
+    """Give attention layers under `root` narrower heads, and more of them, of the same width together.
 
-    Args:
-        root: holds the attention modules under their paths.
-        head_dims: the new width of a head, by path; divides the old one.
-
-    Raises:
-        ZipItError: there is no attention layer under a path, or its heads cannot be cut so.
+    `head_dims` holds the new width of a head by path; it divides the old one. Raises ZipItError if there is no
+    attention layer under a path, or its heads cannot be cut so.
     """
     for path, new in head_dims.items():
         try:

@@ -107,17 +107,12 @@ def push_folder(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
         stale = [name for name in filter_repo_objects(there, allow_patterns=list(STALE)) if name not in files]
+        changes = [CommitOperationDelete(name) for name in stale]
+        changes += [CommitOperationAdd(name, content) for name, content in files.items()]
         return api.create_commit(
-            repo_id,
-            operations=[
-                *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(name, content) for name, content in files.items()),
-            ],
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or "Upload merged model",
-            commit_description=commit_description,
-        )
+            repo_id, changes, revision=revision, create_pr=create_pr,
+            commit_message=commit_message or "Upload merged model", commit_description=commit_description,
+        )  # fmt: skip
 
 
 def _api(token: bool | str | None) -> HfApi:

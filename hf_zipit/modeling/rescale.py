@@ -92,13 +92,9 @@ def make_rescales(
     """The corrections, hooked to their modules; bound methods, so that a deep copy reads the copy's.
 
     Args:
-        settings: `config.rescaled`.
-        trunk: the trunk.
+        settings: `config.rescaled`; raises ZipItError if one is not in the trunk.
         readouts: `entries` and `exits` of the merged model.
         tasks: the tasks' names as modules.
-
-    Raises:
-        ZipItError: if a module is not in the trunk.
     """
     tasks = list(tasks)
     inside = nn.ModuleList()

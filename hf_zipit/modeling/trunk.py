@@ -27,10 +27,7 @@ from ..errors import ZipItError
 class Shared(nn.Module):
     """Stand-in for a module of the trunk: calls it, or returns what it already returned in this joint forward.
 
-    Args:
-        trunk: the module that holds the shared modules under their paths.
-        path: which of them this is; `""` is the trunk itself.
-        task: the module name of the task whose branch it stands in.
+    The module is the one under `path` in the trunk, `""` the trunk itself; `task` is the branch's, as a module name.
     """
 
     def __init__(self, trunk: nn.Module, path: str, task: str | None = None) -> None:

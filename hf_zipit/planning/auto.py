@@ -28,17 +28,18 @@ WITH_DATA = "permute"
 WITHOUT_DATA = "circuits"
 
 
-def choose(config: MergeConfig, model: nn.Module, *, data: bool) -> MergeConfig:
+def choose(config: MergeConfig, model: nn.Module, *, data: bool, observed: bool = False) -> MergeConfig:
     """The config with nothing left to choose.
 
     Args:
         config: its `"auto"` settings are replaced.
         model: one of the experts.
         data: whether there is calibration data.
+        observed: whether there are moments of an earlier merge.
     """
     if not config.automatic:
         return config
-    method = config.method if config.method != AUTO else WITH_DATA if data else WITHOUT_DATA
+    method = config.method if config.method != AUTO else WITH_DATA if data or observed else WITHOUT_DATA
     refit = config.refit
     if refit == AUTO:
         refit = RefitConfig() if data and config.depth != 0 else None

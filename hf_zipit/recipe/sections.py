@@ -35,7 +35,6 @@ from hf_zipit.schema import build
 ALIASES = {"average": "identity"}
 """Names that recipes may use for methods: averaging is what merging with identity maps is."""
 
-
 LISTED = ("method", "depth", "options", "refit", "seed")
 """Settings of a merge that a recipe has in its own form: several of them, by method, or for more than the merge."""
 
@@ -48,7 +47,7 @@ class TaskData:
     """Where the data of one task is, where that is not the same for all.
 
     Attributes:
-        dataset, config: as in `Data`; together they replace those of the section.
+        dataset, config: as in `Data`, in place of the section's.
         splits: what this data set calls a section's split, `{"test": "validation"}`.
         columns: beside those of the section.
     """
@@ -85,15 +84,10 @@ class ExpertEntry:
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled data set: see `hf_zipit.recipe.sources.load_source`.
+    """A labelled data set: arguments of `hf_zipit.recipe.sources.load_source`, and how much of it.
 
     Attributes:
-        dataset: a built-in name, a folder or a data set of the Hub; left out where every expert has its own `data`.
-        split: of the data set.
-        folder: where the files of `fashion-mnist` are.
-        config: the configuration of a data set of the Hub.
-        columns: names in the data -> `image`, `text`, `labels` or names of the model's inputs.
-        streaming: read from the Hub only as many samples as are asked for.
+        dataset: left out where every expert has its own `data`.
         samples: at most so many of each task.
         batch_size: samples per forward pass.
     """
@@ -112,11 +106,9 @@ class Data:
         own = expert.data
         if own is None:
             return self
+        elsewhere = {"dataset": own.dataset, "config": own.config, "folder": None} if own.dataset else {}
         split = own.splits.get(self.split, self.split)
-        columns = {**self.columns, **own.columns}
-        if own.dataset is None:
-            return replace(self, split=split, columns=columns)
-        return replace(self, dataset=own.dataset, config=own.config, folder=None, split=split, columns=columns)
+        return replace(self, split=split, columns={**self.columns, **own.columns}, **elsewhere)
 
 
 @dataclass(frozen=True)
@@ -160,12 +152,7 @@ class Save:
 class Push:
     """Where on the Hub the kept model goes, when everything else is done.
 
-    Attributes:
-        repo_id: `user/name`, or `name` for the one who is logged in; made where there is none.
-        private: whether a new repo is private.
-        revision: the branch; made where there is none.
-        create_pr: open a pull request instead of writing to the branch.
-        commit_message: of the commit.
+    The fields are arguments of `hf_zipit.modeling.hub.open_repo` and `push_folder`.
     """
 
     repo_id: str
@@ -177,17 +164,9 @@ class Push:
 
 @dataclass(frozen=True)
 class Search:
-    """What `hf-zipit search` tries, and how: see `hf_zipit.search`.
+    """What `hf-zipit search` tries, and how: arguments of `hf_zipit.search`.
 
-    Attributes:
-        space: as in `hf_zipit.searching.space`; the recipe's own methods, depths and settings by default.
-        sampler: `grid` or `tpe`.
-        trials: at most so many merges.
-        hold_out: the share of the calibration samples that only scores.
-        validation: data to score on, in place of a part of the calibration data.
-        score: `mean` or `joint`.
-        answers: who says what is right: `labels`, the `experts`, or `auto`.
-        max_size: the best merge has at most so many times the parameters of one expert.
+    The space is that of `hf_zipit.searching.space`, with the recipe's own methods, depths and settings by default.
     """
 
     space: Mapping[str, Any] = field(default_factory=dict)
@@ -229,12 +208,12 @@ class Recipe:
     experts: Mapping[str, ExpertEntry]
     base: str | Mapping[str, str] | None = None
     calibration: CalibrationData | None = None
-    evaluation: Measured | None = None
     method: tuple[str, ...] = (AUTO,)
     depth: tuple[float | str, ...] = (1.0,)
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refit: RefitConfig | bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Measured | None = None
     save: Save | None = None
     push: Push | None = None
     train: Train | None = None
@@ -266,9 +245,8 @@ class Recipe:
         for key in content:
             if key not in known:
                 raise RecipeError(f"{key} is not a known key; {suggestion(str(key), known)}")
-        settings = {key: value for key, value in content.items() if key in SETTINGS}
-        rest = {key: value for key, value in content.items() if key not in SETTINGS}
-        return build(cls, {**rest, "settings": settings})
+        rest = dict(content)
+        return build(cls, {"settings": {key: rest.pop(key) for key in SETTINGS if key in rest}, **rest})
 
     def config(self, method: str, depth: float | str) -> MergeConfig:
         """The settings of the merge by one of the methods at one of the depths. Raises RecipeError if one is wrong."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, first_of, process
 from hf_zipit.data.labels import LABEL_COLUMNS
+from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.hub.reasons import first_line, why
@@ -199,7 +200,7 @@ def _with_labels(dataset: Dataset | IterableDataset, name: str) -> Dataset | Ite
         dataset = dataset.rename_column(column, "labels")
     if hasattr((dataset.features or {}).get("labels"), "names"):
         return dataset
-    if not hasattr(dataset, "class_encode_column"):
+    if not is_from_datasets(dataset):
         raise DataError(f"The labels of the streamed data set {name!r} have no names of classes; read it unstreamed.")
     return dataset.class_encode_column("labels")
 
@@ -229,10 +230,8 @@ def choose_classes(dataset: Dataset, classes: Sequence[Class], task: str) -> lis
 def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int]:
     """For each of an expert's labels, in its own order, the data set's label id of the same name.
 
-    Labels that were never named (`LABEL_0`, ...) are taken as the data set's own, if there are as many.
-
-    Raises:
-        DataError: if a name is not among the data set's classes.
+    Labels that were never named (`LABEL_0`, ...) are taken as the data set's own, if there are as many. Raises
+    DataError if a name is not among the data set's classes.
     """
     names = class_names(dataset)
     if all(label in names for label in labels):
@@ -257,7 +256,7 @@ def read(stream: IterableDataset, samples: int | None, seed: int = 0) -> Dataset
 
 def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
     """At most this many rows, drawn without replacement; all of them for None."""
-    if not hasattr(dataset, "select"):
+    if not is_from_datasets(dataset):
         return read(dataset, samples, seed)
     return dataset.select(_draw(np.arange(len(dataset)), samples, seed))
 
@@ -270,19 +269,14 @@ def part_of(
     samples: int | None = None,
     seed: int = 0,
 ) -> Dataset:
-    """Rows of the classes `ids`, whose labels become their positions in `ids`.
+    """At most `samples` rows of the classes `ids`, whose labels become their positions in `ids`.
 
-    Args:
-        dataset: with the column `labels`.
-        ids: label ids of the data set.
-        names: what the classes are called from now on; their old names by default.
-        samples: at most this many rows, drawn without replacement; all of them for None.
-        seed: of the draw.
+    The rows are drawn without replacement, from the `seed`; with `names` the classes are called so from now on.
     """
     from datasets import ClassLabel
 
     names = names or [class_names(dataset)[i] for i in ids]
-    if not hasattr(dataset, "select"):
+    if not is_from_datasets(dataset):
         wanted = set(ids)
         dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed)
     labels = np.asarray(dataset.with_format("numpy")["labels"])
@@ -303,13 +297,8 @@ def _draw(rows: np.ndarray, samples: int | None, seed: int) -> np.ndarray:
 def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Dataset:
     """What a model reads (`pixel_values`, `input_ids`, ...), made by the experts' processor where it is not there yet.
 
-    Args:
-        dataset: with such columns, or with images or texts.
-        processor: image processor, tokenizer or both in one.
-        channels: that the model's images have; they become RGB unless it is one.
-
-    Raises:
-        DataError: if there is neither a ready column nor a processor for the raw ones.
+    Images become RGB unless the model reads one of the `channels`. Raises DataError if there is neither a ready column
+    nor a processor for the raw ones.
     """
     columns = dataset.column_names
     if is_ready(dataset):

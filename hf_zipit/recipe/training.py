@@ -68,9 +68,7 @@ def train_classifier(training: Training, data: Dataset, labels: list[str], *, se
     """A classifier trained on `pixel_values` and `labels`, in eval mode, on the CPU.
 
     Args:
-        training: the model and the schedule.
         data: rows with `pixel_values [channels, height, width]` and `labels`, ids into `labels`.
-        labels: the names of the classes.
         seed: of the initialisation and of the order.
     """
     import torch

@@ -11,7 +11,7 @@ from rich.table import Table
 from hf_zipit.files import write_json, write_text
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.plots import add_legend, add_title, drawing, look, save_picture, wrapped
-from hf_zipit.report.tables import accuracies, depth_cell, new_table, share
+from hf_zipit.report.tables import accuracies, depth_cell, held_out_samples, new_table, share
 from hf_zipit.searching.result import SearchResult, Trial, with_setting
 
 if TYPE_CHECKING:
@@ -27,12 +27,8 @@ REST = 12
 def save_search(result: SearchResult, folder: str | Path, *, recipe: Recipe | None = None, title: str = "") -> Path:
     """The folder, with all trials (`search.json`), the picture of the frontier and, if told the recipe, the best one.
 
-    Args:
-        result: of `hf_zipit.search`.
-        folder: where to; files of an earlier search are replaced.
-        recipe: whose experts and data were searched: with the best setting it becomes `best.yaml`, which
-            `hf-zipit run` takes.
-        title: of the picture.
+    Files of an earlier search are replaced. The recipe whose experts and data were searched becomes, with the best
+    setting, `best.yaml`, which `hf-zipit run` takes.
 
     Raises:
         OutputError: if the folder cannot be written.
@@ -68,20 +64,15 @@ def search_table(result: SearchResult, title: str = "") -> Table:
 def search_notes(result: SearchResult) -> list[str]:
     """What the table does not say: how the score was taken, how many trials are left out, which merges failed."""
     right = {"labels": "their labels", "experts": "the answers of each task's expert"}
-    notes = [f"Scores: on {_samples(result)}, right by {right[result.answers]}."] if result.answers else []
+    notes = (
+        [f"Scores: on {held_out_samples(result.samples)}, right by {right[result.answers]}."] if result.answers else []
+    )
     notes.append("size and MACs: in experts, for the answers of all tasks.")
     failed = [trial for trial in result.trials if trial.error]
     left_out = len(result.trials) - len(failed) - len(result.frontier) - REST
     if left_out > 0:
         notes.append(f"{left_out} more merges are beaten and not shown.")
     return [*notes, *(f"Failed: {trial.setting}: {trial.error}" for trial in failed)]
-
-
-def _samples(result: SearchResult) -> str:
-    counts = set(result.samples.values())
-    if len(counts) == 1:
-        return f"{counts.pop()} held-out samples a task"
-    return f"{', '.join(f'{count} {task}' for task, count in result.samples.items())} held-out samples"
 
 
 def _cells(trial: Trial, result: SearchResult) -> list[str]:
@@ -111,7 +102,9 @@ def frontier_picture(result: SearchResult, title: str = "") -> Figure:
             axis.set_xlabel(label)
         axes[0].set_ylabel(wrapped(_score_name(result), 2.8))
         add_legend(figure, axes[0])
-        told = f"{len(result.trials)} merges" + (f", scored on {_samples(result)}" if result.samples else "")
+        told = f"{len(result.trials)} merges" + (
+            f", scored on {held_out_samples(result.samples)}" if result.samples else ""
+        )
         add_title(figure, f"{title}: {told}" if title else told, 11)
     return figure
 

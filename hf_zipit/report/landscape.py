@@ -15,7 +15,7 @@ from rich.table import Table
 from hf_zipit.files import write_json
 from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.report.plots import MARKERS, add_legend, add_title, drawing, look, save_picture, wrapped
-from hf_zipit.report.tables import new_table, share
+from hf_zipit.report.tables import held_out_samples, new_table, share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,10 +34,7 @@ WIDTH = 3.6  # inches of a panel
 
 def save_landscape(found: Landscape, folder: str | Path, *, title: str = "") -> Path:
     """The folder, with the numbers (`landscape.json`), the curves (`interpolation.png`) and, given a plane, the
-    contours (`landscape.png`).
-
-    Raises:
-        OutputError: if the folder cannot be written.
+    contours (`landscape.png`). Raises OutputError if it cannot be written.
     """
     folder = Path(folder)
     write_json(folder / RESULTS, found.to_dict())
@@ -161,10 +158,8 @@ def _curve(axis: Axes, curve: Curve, values: Sequence[float], index: int) -> Non
 
 def _title(found: Landscape, title: str) -> str:
     """What is shown, of which merge, on which data."""
-    counts = set(found.samples.values())
-    number = f"{counts.pop()} held-out samples a task" if len(counts) == 1 else "held-out samples"
     right = {"labels": "labelled", "experts": "labelled by the experts"}[found.answers]
-    merge = f"{found.method}, depth {found.depth:g}; {number}, {right}"
+    merge = f"{found.method}, depth {found.depth:g}; {held_out_samples(found.samples)}, {right}"
     return f"{title}: {merge}" if title else merge
 
 

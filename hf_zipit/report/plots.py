@@ -102,11 +102,7 @@ def add_legend(figure: Figure, axis: Axes) -> None:
 def accuracy_over_depth(rows: Sequence[Measurement], experts: Accuracies, title: str = "") -> Figure:
     """Accuracy over the share of merged blocks: a line per method, a panel per task and one for the joint accuracy.
 
-    With more than three tasks their mean takes the place of the tasks. The experts are a dashed line.
-
-    Args:
-        rows: merges with their accuracies.
-        experts: the accuracies of the experts side by side.
+    With more than three tasks their mean takes the place of the tasks. The experts, side by side, are a dashed line.
     """
     panels = _panels(experts)
     with drawing(1.2 + PANEL * len(panels), 3.9) as figure:

@@ -9,19 +9,16 @@ file can name; the recipe then says so in its first line.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import yaml
 from transformers import PreTrainedModel
 
 from hf_zipit.config import MergeConfig
-from hf_zipit.recipe.sections import SETTINGS
+from hf_zipit.recipe.sections import SETTINGS, Recipe
 
-ORDER = (
-    "name", "experts", "base", "calibration", "method", "depth", "options", "refit", "corrections", "residual",
-    "overrides", "combine", "combine_options", "row_fraction", "evaluation", "save", "train", "seed", "threads",
-    "versions",
-)  # fmt: skip
+ORDER = [key for f in fields(Recipe) for key in (SETTINGS if f.name == "settings" else (f.name,))]
 """The keys of a recipe as people write them; a configuration file sorts them by letter."""
 
 ORDERED = ("experts",)
@@ -36,9 +33,7 @@ NO_DATA = "# Merged from Python: add `calibration` (see the documentation) to ru
 def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """The recipe of a merged model as plain values; empty for one that `hf_zipit.merge` did not make.
 
-    Args:
-        model: the merged model.
-        name: what it is called, where no recipe named it.
+    It has the name that is given, unless a recipe named it.
     """
     method = model.config.method
     if "experts" not in method:
@@ -51,8 +46,7 @@ def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     if bases := {task: origin.get("model") for task, origin in method.get("bases", {}).items()}:
         recipe.setdefault("base", bases)
     recipe["versions"] = method.get("versions", {})
-    order = {key: position for position, key in enumerate(ORDER)}
-    keys = sorted(recipe, key=lambda key: order.get(key, len(order)))
+    keys = [*(key for key in ORDER if key in recipe), *(key for key in recipe if key not in ORDER)]
     return {key: recipe[key] if key in ORDERED else _sorted(recipe[key]) for key in keys}
 
 

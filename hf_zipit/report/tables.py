@@ -113,6 +113,14 @@ def plans_table(plans: Mapping[tuple[str, float | str], Plan], title: str = "") 
     return table
 
 
+def held_out_samples(samples: Mapping[str, int]) -> str:
+    """How many samples of each task were held out, in words."""
+    counts = set(samples.values())
+    if len(counts) == 1:
+        return f"{counts.pop()} held-out samples a task"
+    return f"{', '.join(f'{count} {task}' for task, count in samples.items())} held-out samples"
+
+
 def megabytes(size: int) -> str:
     """A size in bytes as megabytes: `12.3 MB`."""
     return f"{size / 1e6:,.1f} MB"

@@ -38,14 +38,10 @@ def recipe_data(recipe: Recipe, data: Data, experts: Mapping[str, PreTrainedMode
 def merged_task_data(
     model: ZipItPreTrainedModel, source: str, data: Data, tasks: Sequence[str] | None = None
 ) -> dict[str, Dataset]:
-    """For every task of a merged model its own part of a data set, classes matched by name.
+    """For every task (or those that are named) of a merged model its own part of a data set, classes matched by name.
 
-    Models without classes of their own (features, a vocabulary) take all of it for every task.
-
-    Args:
-        model: loaded from `source`, where its processor is.
-        data: where the data is.
-        tasks: only these; all of them for None.
+    Models without classes of their own (features, a vocabulary) take all of it for every task. The processor is the
+    one beside the model, in `source`.
     """
     parts = {}
     for task in [model.known(task) for task in tasks or model.config.tasks]:
@@ -62,12 +58,10 @@ def _part(
     """The rows of a task's classes with the expert's own label ids (all rows without `labels`), ready for it.
 
     Args:
-        data: where they are.
         labels: the names of the expert's classes, by its label ids.
         classes: what the data calls them, where it names them otherwise.
         processor: loads what prepares raw images or texts.
         config: the expert's.
-        seed: of the draw, if there are more than `data.samples`.
     """
     whole = load_source(
         data.dataset, data.split, folder=data.folder, config=data.config, columns=data.columns,
@@ -97,9 +91,7 @@ def without_labels(data: Dataset) -> Dataset:
 def load_processor(source: str | None, task: str | None = None) -> Any:
     """The processor, image processor or tokenizer that was saved with a model; None if there is none.
 
-    Args:
-        source: a folder or a repo id.
-        task: the module name of a task of a merged model whose tasks have processors of their own.
+    `task` is the module name of a task of a merged model whose tasks have processors of their own.
     """
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 

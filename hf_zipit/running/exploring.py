@@ -28,13 +28,8 @@ def search_recipe(
 ) -> SearchResult:
     """Search the space of a recipe's `search` section, or else what the recipe lists.
 
-    Args:
-        recipe: from `load_recipe`.
-        say: is told in a few words what is being done.
-        watch: is given every trial when it is done.
-
-    Raises:
-        ZipItError: as `hf_zipit.search` does, or if the recipe has no calibration data.
+    `say` is told in a few words what is being done, `watch` is given every trial when it is done. Raises as
+    `hf_zipit.search` does, and a RecipeError if the recipe has no calibration data.
     """
     settings = recipe.search or Search()
     space = recipe_space(recipe)
@@ -81,16 +76,10 @@ def landscape_recipe(
     samples: int = 128,
     say: Say = lambda _: None,
 ) -> Landscape:
-    """The loss around a recipe's experts and one of its merges, on calibration data.
+    """The loss around a recipe's experts and one of its merges, on calibration data that the merge does not read.
 
-    Args:
-        recipe: from `load_recipe`.
-        method, depth: of the merge; those under the recipe's `save` by default.
-        grid, steps, samples: see `hf_zipit.landscape`; the samples are not those that the merge reads.
-        say: is told in a few words what is being done.
-
-    Raises:
-        ZipItError: as `hf_zipit.landscape` does, or if the recipe has no calibration data to measure on.
+    Method and depth are those under the recipe's `save` by default; `grid`, `steps` and `samples` as for
+    `hf_zipit.landscape`, which also says what is raised; without calibration data it is a RecipeError.
     """
     if recipe.calibration is None:
         raise RecipeError("calibration is missing; a part of it is held out to measure the losses on.")

@@ -43,13 +43,10 @@ def push_saved(source: str | Path, repo_id: str, *, private: bool | None = None,
 
     Args:
         source: its folder, or the recipe whose results are in the recipe's folder.
-        repo_id: where to; made where there is no such repo.
-        private: of a new repo.
-        settings: of `hf_zipit.modeling.hub.push_folder`.
+        repo_id, private, settings: see `hf_zipit.modeling.hub.open_repo` and `push_folder`, which also raise.
 
     Raises:
         ExpertError: if there is no merged model.
-        OutputError: if the Hub cannot be reached or refuses.
     """
     folder = Path(source).expanduser()
     if folder.is_file():
@@ -69,14 +66,10 @@ def push_saved(source: str | Path, repo_id: str, *, private: bool | None = None,
 
 
 def card_of(source: str, *, write: bool = False) -> tuple[str, Path | None]:
-    """The model card of a merged model, and where it was written.
+    """The model card of a merged model in a folder or repo, and where it was written.
 
-    Args:
-        source: a folder or repo id.
-        write: whether to write it, with its pictures and the recipe, into the folder.
-
-    Raises:
-        ExpertError, OutputError: it cannot be loaded, is not a merged model, or there is no folder to write into.
+    With `write` it is written, with its pictures and the recipe, into the folder. Raises an ExpertError if the model
+    cannot be loaded or is not a merged one, an OutputError if there is no folder to write into.
     """
     folder = Path(source).expanduser()
     if write and not folder.is_dir():

@@ -57,6 +57,7 @@ def search(
     calibration: Any,
     config: MergeConfig | Mapping[str, Any] | None = None,
     *,
+    base: Any = None,
     validation: Any = None,
     space: Mapping[str, Any] | SearchSpace | None = None,
     sampler: Sampler = "grid",
@@ -77,6 +78,7 @@ def search(
         calibration: a little data, as for `merge`; never test data. Labels are used for nothing but the score.
         config: what all merges have in common; or its fields as keywords. Its `seed` is also that of the division of
             the data and of the sampler.
+        base: as for `merge`.
         validation: data to score on, of the same kinds; without it a part of the calibration data is held out.
         space: what to try, as in `searching.space`; permute and zip at two depths by default.
         sampler: `"grid"` or `"tpe"`.
@@ -110,7 +112,7 @@ def search(
         make_plan(loaded, MergeConfig(depth=depth))
     data, held = read_divided(calibration, validation, loaded, hold_out, seed, accelerator=accelerator, **reading)
     samples = None if callable(score) else held_out(held, loaded, answers=answers)
-    task = _Task(loaded, data, SharedMoments(loaded, data, _depths(space), moments), score, samples, common)
+    task = _Task(loaded, data, SharedMoments(loaded, data, _depths(space), moments), score, samples, common, base)
     done: list[Trial] = []
     with tqdm(total=trials or TRIALS if grid is None else len(grid), desc="searching", unit="merge") as bar:
 
@@ -161,16 +163,17 @@ class _Task:
     score: Score
     samples: HeldOut | None
     common: Mapping[str, Any]
+    base: Any = None
 
     def run(self, number: int, setting: Setting) -> Trial:
         """Merge and score; an error that a user can see becomes the trial's."""
         started = time.perf_counter()
         try:
             config = setting.config(self.common)
-            found = self.moments.moments(plan(self.experts, config))
+            found = self.moments.moments(plan(self.experts, config, base=self.base))
             started = time.perf_counter()  # all merges share the observation
             with no_bars():
-                merged = merge(self.experts, self.calibration, config, moments=found)
+                merged = merge(self.experts, self.calibration, config, base=self.base, moments=found)
             seconds = time.perf_counter() - started
             measured, score = self._scored(merged)
         except ZipItError as error:
