@@ -4,7 +4,7 @@ A merged model has the modules of its source class with tensors of other shapes.
 whether it still computes the right thing, depends on the class: the hidden units of an MLP only meet linear maps and
 elementwise functions, so more of them are welcome; a LayerNorm over a residual stream would take its statistics over
 both experts' units; a `view(..., head_dim)` does not even run. Nobody can read that off a table of names, so it is
-proven, as the spec is: a model in general position is merged with itself, with some units kept apart. Two copies of a
+proven, as the spec is: a model in general position is merged with itself, with some units unmerged. Two copies of a
 unit that each count half are that unit, so the wide model must compute what the model computes.
 """
 
@@ -101,7 +101,7 @@ class _Trial:
         return cls((empty, *with_eager_attention(empty)), spec, tensors, inputs, fields, outputs)
 
     def holds(self, names: Collection[str]) -> bool:
-        """Whether the model merged with itself, some units of these spaces kept apart, computes the model."""
+        """Whether the model merged with itself, some units of these spaces unmerged, computes the model."""
         maps = {name: self._some_apart(self.spec.spaces[name], names) for name in names}
         try:
             found = self._run(maps)
@@ -110,7 +110,7 @@ class _Trial:
         return all(self._same(field, outputs[field], maps) for outputs in found for field in self.outputs)
 
     def _some_apart(self, space: Space, wide: Collection[str]) -> SpaceMap:
-        """A third of the units is kept apart: all of them would leave the statistics of a norm what they are."""
+        """A third of the units stays unmerged: all of them would leave the statistics of a norm what they are."""
         apart = max(1, space.size // 3)
         sizes = [self.spec.spaces[outer].size for outer in space.within]
         lead = [n + max(1, n // 3) * (outer in wide) for n, outer in zip(sizes, space.within, strict=True)]

@@ -204,7 +204,7 @@ def merged_input(
     std = merged_covariance.diagonal().clamp_min(0).sqrt()
     if only_groups(alignment, probe.key):
         target = merge @ covariance.diagonal().clamp_min(0).sqrt()
-    else:  # the mean over the experts of what their turned units vary by
+    else:  # the mean over the experts of what their rotated units vary by
         own = [merge[:, i : i + size] * experts for i in range(0, len(mean), size)]
         blocks = [covariance[i : i + size, i : i + size] for i in range(0, len(mean), size)]
         variances = [((m @ block) * m).sum(1).clamp_min(0) for m, block in zip(own, blocks, strict=True)]

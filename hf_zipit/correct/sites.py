@@ -37,7 +37,7 @@ class Site:
 def layers(model: nn.Module, planned: Plan) -> Iterator[Site]:
     """The outputs of the trunk's layers, in execution order.
 
-    A convolution without bias right before its BatchNorm is left out: the norm's output is the one to look at.
+    A convolution without bias right before its BatchNorm is left out: the norm's output is corrected instead.
     """
     spec, trunk = planned.spec, planned.cut.trunk
     found: list[Site] = []

@@ -261,7 +261,7 @@ class Calibration:
             yield batch.inputs
 
     def mixed(self) -> Iterator[Inputs]:
-        """This process's batches with samples of all tasks in each, as far as every task has so many.
+        """This process's batches with samples of all tasks in each, as far as every task has that many.
 
         A last one of a single sample joins the one before it: a BatchNorm in training cannot take it alone.
         """

@@ -131,7 +131,7 @@ class Moments:
     """What the units of T experts do on the same inputs: sums per product of spaces and per probe.
 
     Matrices are `[T*d, T*d]` and vectors `[T*d]`, both float64; the units stand expert by expert, in the order of
-    `tasks`. Methods that take a `probe` look at that place alone; without one they combine all probes of the product.
+    `tasks`. Methods that take a `probe` read that place alone; without one they combine all probes of the product.
     They raise `SpecError` for a product that was not observed.
 
     Attributes:
@@ -207,7 +207,7 @@ class Moments:
         return self if self.tasks == tuple(experts) else self.select(tuple(experts))
 
     def at(self, probes: Mapping[ProductKey, Sequence[str]]) -> Moments:
-        """The moments of some products at some of their probes: what a merge of less depth looks at.
+        """The moments of some products at some of their probes: what a merge of less depth reads.
 
         Raises:
             DataError: if one of them was not observed.

@@ -34,7 +34,7 @@ def keep_all(probe: str, call: int, rows: int) -> None:
 
 
 def choose_rows(row_fraction: float, minimum: int, seed: int, batch: int) -> Choose:
-    """Choose a seeded share of the rows, at least `minimum` of them where there are so many.
+    """Choose a seeded share of the rows, at least `minimum` of them where there are that many.
 
     The choice depends on the batch, the probe and the call, and on nothing else: every expert is asked for the same
     rows, and it does not matter which process asks.

@@ -32,7 +32,8 @@ class Plan:
         experts: the models by task, as they were given.
         folded: the models that every later stage works on: with their norms folded where the plan says so. They
             compute what the experts compute, and share all tensors that folding does not change.
-        bases: by task the model that the expert started from, folded alike; empty where no rule asks for them.
+        bases: by task the model that the expert started from, folded in the same way; empty where no rule asks for
+            them.
         spec: the architecture's spaces and labels; spaces that only branches have are fixed.
         cut: what is merged and what stays apart.
         parameters: elements of one expert, of the `trunk`, of all `branches`, of the `merged` model and of all

@@ -88,7 +88,7 @@ class Data:
 
     Attributes:
         dataset: left out where every expert has its own `data`.
-        samples: at most so many of each task.
+        samples: at most this many of each task.
         batch_size: samples per forward pass.
     """
 

@@ -288,7 +288,7 @@ def part_of(
 
 
 def _draw(rows: np.ndarray, samples: int | None, seed: int) -> np.ndarray:
-    """At most so many of the rows, drawn without replacement, in their order."""
+    """At most this many of the rows, drawn without replacement, in their order."""
     if samples is None or samples >= len(rows):
         return rows
     return np.sort(np.random.default_rng(seed).permutation(rows)[:samples])

@@ -44,7 +44,8 @@ def search_recipe(
         how |= {name: value for name, value in recipe.settings.items() if name not in SEARCHED}
         batch_size = recipe.calibration.batch_size
         return search(
-            experts, calibration, validation=validation, space=space, watch=watch, batch_size=batch_size,
+            experts, calibration, base=recipe.base, validation=validation, space=space, watch=watch,
+            batch_size=batch_size,
             seed=recipe.seed, **how,
         )  # fmt: skip
 

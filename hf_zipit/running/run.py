@@ -1,4 +1,4 @@
-"""Running a recipe: experts, one look at the data, every method at every depth, the measurements, the kept model.
+"""Running a recipe: experts, one pass over the data, every method at every depth, the measurements, the kept model.
 
 Invariants: nothing is written over an earlier result until the new one is complete, and the experts are observed
 once, however many merges follow.

@@ -82,7 +82,7 @@ def search(
         validation: data to score on, of the same kinds; without it a part of the calibration data is held out.
         space: what to try, as in `searching.space`; permute and zip at two depths by default.
         sampler: `"grid"` or `"tpe"`.
-        trials: at most so many different merges; the whole grid by default, or 30 by tpe.
+        trials: at most this many different merges; the whole grid by default, or 30 by tpe.
         hold_out: the share of every task's calibration samples that only scores.
         score: `"mean"` of the tasks' accuracies, `"joint"` accuracy among the classes of all tasks, or a function of
             the merged model, which should read no test data either.

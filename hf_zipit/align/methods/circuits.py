@@ -40,7 +40,7 @@ def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
 
     Args:
         network: the spaces, the experts' weights and the maps that are fixed already.
-        sweeps: at most so many rounds, 1 or more.
+        sweeps: at most this many rounds, 1 or more.
 
     Returns:
         The maps of all movable spaces without a fixed map.

@@ -67,8 +67,8 @@ def match_dual(
             observed, or only seen in weights, counts as it is.
         variant: `"align"` matches units one-to-one (`permute`), `"zip"` also joins units of one expert (`zip`).
         alpha, beta: zip's options; the published runs all have these defaults.
-        sweeps: at most so many visits of every space, 1 or more.
-        patience: stop after so many sweeps without a better mean similarity.
+        sweeps: at most this many visits of every space, 1 or more.
+        patience: stop after this many sweeps without a better mean similarity.
 
     Returns:
         The maps of all movable spaces without a fixed map.

@@ -45,7 +45,7 @@ def match_weights(network: Network, *, sweeps: int = 100) -> dict[str, SpaceMap]
     Args:
         network: the spaces, the experts' weights and the maps that are fixed already; its seed draws the order of the
             visits.
-        sweeps: at most so many visits of every space, 1 or more.
+        sweeps: at most this many visits of every space, 1 or more.
 
     Returns:
         The maps of all movable spaces without a fixed map, in the units of the reference expert.
