@@ -30,7 +30,7 @@ from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey, Space, Symmetr
 logger = logging.getLogger(__name__)
 
 SWEEPS = 10
-"""At most this many visits of the spaces whose ties weights decide: what they say depends on the other spaces' maps."""
+"""At most this many visits of the spaces whose ties weights decide: what they say depends on the other maps."""
 
 
 @dataclass(frozen=True)
