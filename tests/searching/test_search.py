@@ -91,7 +91,7 @@ def collections() -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", list(collections()))
 def test_no_sample_is_on_both_sides_and_none_is_lost(kind):
-    data = read(dict.fromkeys(TASKS, collections()[kind]))
+    data = read({task: collections()[kind] for task in TASKS})
     rest, held = divide(data, 0.25, seed=1)
     for task in TASKS:
         assert len(numbers(held, task)) == 3  # a quarter of ten, rounded up
