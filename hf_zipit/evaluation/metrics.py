@@ -6,7 +6,7 @@
 
 `evaluate.load` downloads a script for every metric; these are part of the package. Labels of -100 never count, as
 everywhere in transformers. A Trainer keeps all logits until the end; a metric's `preprocess`, given as
-`preprocess_logits_for_metrics`, keeps only what the metric looks at: one number instead of a vocabulary's.
+`preprocess_logits_for_metrics`, keeps only what the metric reads: one number instead of a vocabulary's.
 
 Importing `evaluate` takes seconds, so this module is imported when `hf_zipit.metrics` is first used.
 """

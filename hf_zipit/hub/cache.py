@@ -1,6 +1,6 @@
 """What loading a model from the Hub left on this machine: the folder of its files, and which commit they are of.
 
-What must hold: nothing is downloaded unless the caller names what.
+Invariants: nothing is downloaded unless the caller names what.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A merged model is saved with its experts' processor: at the top of the folder wh
 per task in `processors/TASK/`. They are compared and copied as files, so nothing has to be installed to read them, and
 a folder without any never yields an empty tokenizer (`AutoTokenizer` makes one from the configuration alone).
 
-What must hold: the network is only used for a repo id that the user named.
+Invariants: the network is only used for a repo id that the user named.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The loss around two experts and their merge: on the line between the aligned experts, and in a plane with the merge.
 
 Two experts that were trained apart lie in different basins; averaging their weights lands on the barrier between them.
-Alignment brings expert b's units into a's places, and if the experts are alike up to a symmetry the barrier is gone
+Alignment brings expert b's units into a's places, and if the experts are the same up to a symmetry the barrier is gone
 (Git Re-Basin, arXiv 2209.04836; for experts of different tasks MuDSC, CVPR 2024). Here the weights of the trunk are
 moved and every task's loss is measured through that task's own branch, at its own entry.
 

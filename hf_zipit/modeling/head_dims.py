@@ -2,7 +2,7 @@
 
 The weights of such a layer have their usual shapes; only how their outputs are cut into heads differs. The classes of
 `transformers` cut by an attribute of the attention module, `view(..., -1, self.head_dim)`, so that another number
-there is all it takes. Where a class does otherwise, nothing is cut: `refit/splitting.py` looks at what the class
+there is all it takes. Where a class does otherwise, nothing is cut: `refit/splitting.py` tries what the class
 really computes before it plans with narrower heads.
 """
 
