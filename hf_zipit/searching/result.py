@@ -126,7 +126,7 @@ def with_setting(recipe: Recipe, setting: Setting) -> Recipe:
         recipe,
         method=(setting.method,),
         depth=(setting.depth,),
-        residual=setting.residual,
+        settings={**recipe.settings, "residual": setting.residual},
         options={setting.method: dict(setting.options)} if setting.options else {},
         refit=build(RefitConfig, setting.refit, "refit") if setting.refit is not None else None,
         search=None,
