@@ -11,7 +11,7 @@ from rich.table import Table
 from hf_zipit.files import write_json, write_text
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.plots import add_legend, add_title, drawing, look, save_picture, wrapped
-from hf_zipit.report.tables import accuracies, depth_cell, held_out_samples, new_table, share
+from hf_zipit.report.tables import EXPERTS, accuracies, depth_cell, held_out_samples, new_table, share
 from hf_zipit.searching.result import SearchResult, Trial, with_setting
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def search_table(result: SearchResult, title: str = "") -> Table:
     if result.experts:
         count = len(tasks)
         beside = [*accuracies(result.experts), f"{count:.2f}", f"{count:.2f}", "-"]
-        table.add_row("", "experts side by side", "", "-", *beside, style="dim", end_section=True)
+        table.add_row("", EXPERTS, "", "-", *beside, style="dim", end_section=True)
     kept = result.frontier
     for trial in kept:
         table.add_row("best" if trial is result.best_or_none else "frontier", *_cells(trial, result))
@@ -148,7 +148,7 @@ def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callab
         tasks = len(result.experts.per_task)
         axis.plot(
             [tasks], [mean], "*", color="#333333", markersize=12, markeredgecolor="white", zorder=4 + len(methods),
-            label="experts side by side",
+            label=EXPERTS,
         )  # fmt: skip
     if len(scored) > len(kept):
         axis.plot([], [], "o", color="#333333", alpha=0.28, markersize=5, label="pale: beaten")
