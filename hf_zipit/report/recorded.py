@@ -42,10 +42,8 @@ def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
     written = recipe.get("experts", {})
     recipe["experts"] = {}
     for task in model.config.tasks:  # those of a merged model that a recipe named together are `NAME/TASK`
-        entry, origin = (
-            written.get(task) or written.get(task.rpartition("/")[0]) or {},
-            method["experts"].get(task, {}),
-        )
+        origin = method["experts"].get(task, {})
+        entry = written.get(task) or written.get(task.rpartition("/")[0]) or {}
         recipe["experts"][task] = {**entry, **{key: origin[key] for key in PINS if key in origin}}
     if bases := {task: origin.get("model") for task, origin in method.get("bases", {}).items()}:
         recipe.setdefault("base", bases)
