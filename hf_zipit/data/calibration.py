@@ -154,7 +154,7 @@ class Calibration:
         if not self._streams:
             keeper, streams, columns = Keeper(self.memory_gb), {}, self.columns or {}
             for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
-                where = _where(task)
+                where = where_of(task)
                 streams[task] = [
                     CalibrationBatch(task, partial(load_batch, load, inputs, self.processor, where), keeper)
                     for load in raw_batches(part, inputs.main, self.batch_size, where, columns)
@@ -345,7 +345,8 @@ def for_tasks(data: Any, tasks: Sequence[str]) -> Any:
     return found
 
 
-def _where(task: str | None) -> str:
+def where_of(task: str | None) -> str:
+    """The end of an error: whose data it is."""
     return "" if task is None else f" for the task {task!r}"
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_zipit.data.calibration import LABELS, Calibration, pieces
+from hf_zipit.data.calibration import LABELS, Calibration, pieces, where_of
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import running
 from hf_zipit.errors import DataError, RecipeError
@@ -73,7 +73,7 @@ def divide(calibration: Calibration, share: float, seed: int = 0) -> tuple[Calib
     rest, held = {}, {}
     for task, count in calibration.counts.items():
         if count < 2:
-            where = "" if task is None else f" for the task {task!r}"
+            where = where_of(task)
             raise DataError(f"The calibration data{where} has {count} samples; to hold some out takes at least two.")
         order = _shuffled(count, seed)
         cut = min(count - 1, int(np.ceil(share * count)))

@@ -41,15 +41,11 @@ def _fingerprint_module(model: nn.Module) -> str:
     for path, module in model.named_modules():
         # Offloaded weights are on the meta device outside this context.
         with align_module_device(module):
-            persistent = ((n, b) for n, b in module.named_buffers(recurse=False) if n not in _transient(module))
+            transient = module._non_persistent_buffers_set  # they follow from the configuration
+            persistent = ((n, b) for n, b in module.named_buffers(recurse=False) if n not in transient)
             for name, tensor in chain(module.named_parameters(recurse=False), persistent):
                 _update(digest, f"{path}.{name}", tensor)
     return digest.hexdigest()
-
-
-def _transient(module: nn.Module) -> set[str]:
-    """Names of the buffers that `state_dict` leaves out: they follow from the configuration."""
-    return module._non_persistent_buffers_set
 
 
 def _update(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:

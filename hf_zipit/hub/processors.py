@@ -92,15 +92,9 @@ def _content(name: str, raw: bytes) -> Any:
     if not name.endswith("_config.json"):
         return raw
     try:
-        return _without_noise(json.loads(raw))
+        return json.loads(raw, object_hook=lambda found: {key: found[key] for key in found if key not in NOISE})
     except ValueError:  # damaged
         return raw
-
-
-def _without_noise(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_noise(item) for key, item in value.items() if key not in NOISE}
-    return value
 
 
 def write_files(folder: str | Path, files: Files) -> None:

@@ -112,7 +112,7 @@ class ZipItConfig(PreTrainedConfig):
     def known(self, task: str) -> str:
         """The task itself; raises ZipItError where there is no such task."""
         if task not in self.tasks:
-            raise ZipItError(f"The task {task!r} is unknown; {suggestion(task, self.tasks)}")
+            raise ZipItError(f"The task '{task}' is unknown; {suggestion(task, self.tasks)}")
         return task
 
     def labels_of(self, task: str) -> Labels:

@@ -2,7 +2,7 @@
 
 The weights of such a layer have their usual shapes; only how their outputs are cut into heads differs. The classes of
 `transformers` cut by an attribute of the attention module, `view(..., -1, self.head_dim)`, so that another number
-there is all it takes. Where a class does otherwise, nothing is cut: `refit/splitting.py` reads what the class
+there is all it takes. Where a class does otherwise, nothing is cut: `refit/splitting.py` tries what the class
 really computes before it plans with narrower heads.
 """
 
@@ -39,7 +39,7 @@ def cut_heads(root: nn.Module, head_dims: Mapping[str, int]) -> None:
         try:
             module = root.get_submodule(path)
         except AttributeError:
-            raise ZipItError(f"head_dims names '{path}', which is not a module of the trunk.") from None
+            raise ZipItError(f"head_dims names '{path}', which is no module of the trunk.") from None
         name = head_dim_name(module)
         if name is None:
             raise ZipItError(f"head_dims names '{path}', which does not say how wide its heads are.")

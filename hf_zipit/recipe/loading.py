@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from hf_zipit.align.align import override_choice
 from hf_zipit.config import AUTO, SEEDS, MergeConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.files import check_result_folder, check_writable
 from hf_zipit.hub.cache import looks_local
-from hf_zipit.recipe.sections import REFIT, Data, Push, Recipe
+from hf_zipit.recipe.sections import REFIT, Data, Recipe
 from hf_zipit.recipe.sources import BUILT_IN, check_source
 from hf_zipit.registry import METHODS, suggestion
 from hf_zipit.schema import read_yaml
@@ -36,7 +39,7 @@ def check_recipe(recipe: Recipe) -> None:
     _check_merging(recipe)
     _check_data(recipe)
     if recipe.push is not None:
-        _check_push(recipe.push)
+        _check_repo(recipe.push.repo_id)
     check_writable(recipe.folder)
     check_result_folder(recipe.folder / "model")
 
@@ -90,7 +93,7 @@ def _check_merging(recipe: Recipe) -> None:
     if recipe.threads is not None and recipe.threads < 1:
         raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     kept = recipe.kept
-    if kept.method not in recipe.method or kept.depth not in recipe.depth:
+    if (kept.method, kept.depth) not in recipe.configs:
         raise RecipeError(
             f"save asks for {kept.method} at depth {kept.depth}, which this recipe does not make; choose one of the "
             f"methods {list(recipe.method)} and depths {list(recipe.depth)}."
@@ -127,14 +130,11 @@ def _reads_data(config: MergeConfig) -> bool:
     return explicit or (method is not None and bool(method.needs & {"moments", "covariances"}))
 
 
-def _check_push(push: Push) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
+def _check_repo(repo_id: str) -> None:
     try:
-        validate_repo_id(push.repo_id)
+        validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise RecipeError(f"push.repo_id should be user/name, but is {push.repo_id!r}: {error}") from error
+        raise RecipeError(f"push.repo_id should be user/name, but is {repo_id!r}: {error}") from error
 
 
 def _check_section(recipe: Recipe, name: str, section: Data) -> None:

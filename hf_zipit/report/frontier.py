@@ -11,7 +11,7 @@ from rich.table import Table
 from hf_zipit.files import write_json, write_text
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.plots import add_legend, add_title, drawing, look, save_picture, wrapped
-from hf_zipit.report.tables import accuracies, depth_cell, held_out_samples, new_table, share
+from hf_zipit.report.tables import EXPERTS, accuracies, depth_cell, held_out_samples, new_table, share
 from hf_zipit.searching.result import SearchResult, Trial, with_setting
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def search_table(result: SearchResult, title: str = "") -> Table:
     if result.experts:
         count = len(tasks)
         beside = [*accuracies(result.experts), f"{count:.2f}", f"{count:.2f}", "-"]
-        table.add_row("", "experts side by side", "", "-", *beside, style="dim", end_section=True)
+        table.add_row("", EXPERTS, "", "-", *beside, style="dim", end_section=True)
     kept = result.frontier
     for trial in kept:
         table.add_row("best" if trial is result.best_or_none else "frontier", *_cells(trial, result))
@@ -90,21 +90,20 @@ def frontier_picture(result: SearchResult, title: str = "") -> Figure:
     A method has one colour and marker; what is beaten in score, size and computation is pale. A panel's line is the
     best score that its size or its computation buys. The experts side by side are the star.
     """
-    panels: dict[str, tuple[Callable[[Trial], float], float]] = {
-        "parameters (one expert = 1)": (lambda t: t.parameters, result.expert_parameters),
-        "multiply-accumulates (one expert = 1)": (lambda t: t.macs, max(result.expert_macs, 1)),
+    panels: dict[str, Callable[[Trial], float]] = {
+        "parameters (one expert = 1)": lambda trial: trial.parameters / result.expert_parameters,
+        "multiply-accumulates (one expert = 1)": lambda trial: trial.macs / max(result.expert_macs, 1),
     }
     methods = list(dict.fromkeys(trial.setting.method for trial in result.trials if trial.score is not None))
     with drawing(9.4, 4.3, **{"axes.grid.axis": "both"}) as figure:
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, (label, (cost, unit)) in zip(axes, panels.items(), strict=True):
-            _draw(axis, result, methods, lambda t, cost=cost, unit=unit: cost(t) / unit)
+        for axis, (label, cost) in zip(axes, panels.items(), strict=True):
+            _draw(axis, result, methods, cost)
             axis.set_xlabel(label)
         axes[0].set_ylabel(wrapped(_score_name(result), 2.8))
         add_legend(figure, axes[0])
-        told = f"{len(result.trials)} merges" + (
-            f", scored on {held_out_samples(result.samples)}" if result.samples else ""
-        )
+        scored = f", scored on {held_out_samples(result.samples)}" if result.samples else ""
+        told = f"{len(result.trials)} merges{scored}"
         add_title(figure, f"{title}: {told}" if title else told, 11)
     return figure
 
@@ -149,14 +148,11 @@ def _draw(axis: Axes, result: SearchResult, methods: Sequence[str], cost: Callab
         tasks = len(result.experts.per_task)
         axis.plot(
             [tasks], [mean], "*", color="#333333", markersize=12, markeredgecolor="white", zorder=4 + len(methods),
-            label="experts side by side",
+            label=EXPERTS,
         )  # fmt: skip
     if len(scored) > len(kept):
         axis.plot([], [], "o", color="#333333", alpha=0.28, markersize=5, label="pale: beaten")
-    best = result.best_or_none
-    if best:
-        axis.annotate(
-            "best", (cost(best), best.score), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=9,
-            color="#222222",
-        )  # fmt: skip
+    if best := result.best_or_none:
+        style = {"textcoords": "offset points", "ha": "center", "fontsize": 9, "color": "#222222"}
+        axis.annotate("best", (cost(best), best.score), xytext=(0, 7), **style)
     axis.margins(x=0.08, y=0.12)

@@ -40,9 +40,11 @@ def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
         return {}
     recipe = dict(method["recipe"]) if "recipe" in method else _from_settings(method, name)
     written = recipe.get("experts", {})
-    recipe["experts"] = {
-        task: _pinned(_entry(written, task), method["experts"].get(task, {})) for task in model.config.tasks
-    }
+    recipe["experts"] = {}
+    for task in model.config.tasks:  # those of a merged model that a recipe named together are `NAME/TASK`
+        origin = method["experts"].get(task, {})
+        entry = written.get(task) or written.get(task.rpartition("/")[0]) or {}
+        recipe["experts"][task] = {**entry, **{key: origin[key] for key in PINS if key in origin}}
     if bases := {task: origin.get("model") for task, origin in method.get("bases", {}).items()}:
         recipe.setdefault("base", bases)
     recipe["versions"] = method.get("versions", {})
@@ -82,12 +84,3 @@ def _from_settings(method: Mapping[str, Any], name: str) -> dict[str, Any]:
     default = MergeConfig(method=config.method).to_dict()
     same = {key for key in SETTINGS if found[key] == default[key]}
     return {key: value for key, value in found.items() if value is not None and key not in same}
-
-
-def _entry(written: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """What a recipe wrote of a task's expert; the tasks of a merged model that it named together are `NAME/TASK`."""
-    return dict(written.get(task) or written.get(task.rpartition("/")[0]) or {})
-
-
-def _pinned(entry: dict[str, Any], origin: Mapping[str, Any]) -> dict[str, Any]:
-    return entry | {key: origin[key] for key in PINS if key in origin}

@@ -37,18 +37,16 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool) -> dict[str, PreTra
             made[task] = new_classifier(recipe.train.model, labels, seed)
     sources: dict[str, Any] = {task: made.get(task, entry.model) for task, entry in recipe.experts.items()}
     for task, entry in given.items():
-        if entry.task is not None:
-            sources[task] = task_of(load_expert(task, entry.model, entry.revision), entry.task, task)
+        if entry.task is None:
+            continue
+        merged = load_expert(task, entry.model, entry.revision)
+        if not isinstance(merged, ZipItPreTrainedModel):
+            raise ExpertError(f"experts.{task} asks for the task {entry.task!r}, but its model is not a merged one.")
+        sources[task] = merged.expert(entry.task)
     revisions = {task: entry.revision for task, entry in given.items() if entry.revision}
     loaded = load_experts(sources, revisions=revisions)
     _check_weights({task: entry.sha256 for task, entry in given.items() if entry.sha256}, loaded)
     return loaded
-
-
-def task_of(model: PreTrainedModel, part: str, task: str) -> PreTrainedModel:
-    if not isinstance(model, ZipItPreTrainedModel):
-        raise ExpertError(f"experts.{task} asks for the task {part!r}, but its model is not a merged one.")
-    return model.expert(part)
 
 
 def _check_weights(wanted: Mapping[str, str], experts: Mapping[str, PreTrainedModel]) -> None:

@@ -31,12 +31,11 @@ Save = Literal["all", "model", "nothing"]
 
 
 def plan_recipe(recipe: Recipe, say: Say = lambda _: None) -> dict[tuple[str, float | str], Plan]:
-    """What a run would do, for every method and depth. Experts that it would train are made, but not trained."""
+    """What a run would do, by method and depth. Experts that it would train are made, but not trained."""
     return _plans(recipe, recipe_experts(recipe, say, train=False))
 
 
 def _plans(recipe: Recipe, experts: Mapping[str, PreTrainedModel]) -> dict[tuple[str, float | str], Plan]:
-    """What every merge of a recipe would do, by method and depth."""
     data = recipe.calibration is not None
     return {point: plan(experts, config, base=recipe.base, data=data) for point, config in recipe.configs.items()}
 
@@ -73,9 +72,8 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
     calibration = None
     if recipe.calibration:
         data = recipe_data(recipe, recipe.calibration, experts)
-        calibration = Calibration({task: without_labels(part) for task, part in data.items()},
-                                  batch_size=recipe.calibration.batch_size)  # fmt: skip
-        calibration.read(experts)
+        data = {task: without_labels(part) for task, part in data.items()}
+        calibration = Calibration(data, batch_size=recipe.calibration.batch_size).read(experts)
     evaluation = recipe_data(recipe, recipe.evaluation, experts) if recipe.evaluation else None
     plans = _plans(recipe, experts)
     shared = SharedMoments(experts, calibration, recipe.depth)
@@ -92,20 +90,16 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
         say("measuring the experts")
     beside = measured(experts)
     rows, kept_row, kept_model = [], None, None
-    for method in recipe.method:
-        for depth in recipe.depth:
-            say(f"merging: {method}, depth {depth}")
-            started = time.perf_counter()
-            merged = merge(
-                experts, calibration, recipe.config(method, depth), base=recipe.base, moments=moments[method, depth]
-            )
-            seconds = time.perf_counter() - started
-            found = measured(merged)
-            share = depth if merged.config.depth is None else merged.config.depth
-            row = Measurement(method, share, merged.num_parameters(), found.model, seconds, found.scores)
-            rows.append(row)
-            if (method, depth) == (recipe.kept.method, recipe.kept.depth):
-                kept_row, kept_model = row, merged
+    for (method, depth), config in recipe.configs.items():
+        say(f"merging: {method}, depth {depth}")
+        started = time.perf_counter()
+        merged = merge(experts, calibration, config, base=recipe.base, moments=moments[method, depth])
+        seconds = time.perf_counter() - started
+        found = measured(merged)
+        share = depth if merged.config.depth is None else merged.config.depth
+        rows.append(Measurement(method, share, merged.num_parameters(), found.model, seconds, found.scores))
+        if (method, depth) == (recipe.kept.method, recipe.kept.depth):
+            kept_row, kept_model = rows[-1], merged
     total = sum(expert.num_parameters() for expert in experts.values())
     result = RunResult(recipe, beside.model, total, tuple(rows), kept_row, beside.scores)
     if save == "nothing" or not PartialState().is_main_process:  # all processes have the same result

@@ -17,13 +17,15 @@ from hf_zipit.running.experts import Say
 from hf_zipit.running.results import RunResult
 from hf_zipit.running.saved import push_saved
 
+RESULTS = "results.json"
+
 
 def write_all(
     result: RunResult, model: PreTrainedModel, experts: Mapping[str, PreTrainedModel], say: Say
 ) -> RunResult:
     """Save the results, the trained experts, the picture and the kept model with its card; push it, if asked to."""
     recipe, folder = result.recipe, result.recipe.folder
-    write_json(folder / "results.json", result.to_dict())  # first: measuring is what takes long
+    write_json(folder / RESULTS, result.to_dict())  # first: measuring is what takes long
     for task, entry in recipe.experts.items():
         if entry.model is None:
             with replacing_folder(folder / "experts" / task) as beside:
@@ -32,13 +34,12 @@ def write_all(
         picture = accuracy_over_depth(result.rows, result.experts, title=recipe.name)
         result = replace(result, plot=save_picture(picture, folder / "accuracy.png"))
     result = write_model(result, model, folder / "model")
-    write_json(folder / "results.json", result.to_dict())  # again, with the paths of what was written
-    if recipe.push is None:
-        return result
-    say(f"pushing to {recipe.push.repo_id}")
-    commit = push_saved(result.model, **asdict(recipe.push))
-    result = replace(result, pushed=str(commit.pr_url or commit.repo_url))
-    write_json(folder / "results.json", result.to_dict())
+    write_json(folder / RESULTS, result.to_dict())  # again, with the paths of what was written
+    if recipe.push is not None:
+        say(f"pushing to {recipe.push.repo_id}")
+        commit = push_saved(result.model, **asdict(recipe.push))
+        result = replace(result, pushed=str(commit.pr_url or commit.repo_url))
+        write_json(folder / RESULTS, result.to_dict())
     return result
 
 

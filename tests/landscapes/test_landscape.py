@@ -90,7 +90,7 @@ def test_the_ends_of_the_line_are_the_experts_and_its_middle_is_the_merge(method
 
 def inner(surface: Surface, one: str, other: str) -> float:
     """The inner product of two of a surface's axes."""
-    return sum(float((getattr(p, one).double() * getattr(p, other).double()).sum()) for p in surface.places)
+    return sum(float((getattr(p, one).double() * getattr(p, other).double()).sum()) for p in surface.moves)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_only_the_trunk_moves():
     it = survey()
     surface = it.surface(TASKS, MergeConfig(method="permute", depth=0.5))
     branches = {name: tensor.clone() for name, tensor in model_tensors(surface.model.branches).items()}
-    held = [tensor for place in surface.places for tensor in place.targets]
+    held = [tensor for move in surface.moves for tensor in move.targets]
     surface.move(0.2, 0.7)
     shared = {tensor.data_ptr() for tensor in held}
     for name, tensor in model_tensors(surface.model.branches).items():
