@@ -105,7 +105,8 @@ def document(rows: Sequence[Row], split: str, samples: int, command: str) -> str
     parts = [
         f"""# The frontier
 
-Written by `{command}`, with the experts of `python -m benchmarks.zoo --out zoo`; not edited by hand.
+Written by `{command}`,
+with the experts of `python -m benchmarks.zoo --out zoo`; not edited by hand.
 
 Pairs that were made because they hurt, at depth 1, and the *ceiling*: what a model of the same size reaches when it
 learns from the same experts on the same unlabelled samples by gradients. Scores are shares of hits on the {split}
@@ -148,7 +149,13 @@ def main(
             typer.echo(f"{pair} {method}: {row.error or row.scores}", err=True)
             if numbers is not None:
                 write_json(numbers, {"rows": [asdict(each) for each in rows]})
-    page = document(rows, split.value, samples, "python -m benchmarks.frontier --zoo zoo --out docs/frontier.md")
+    words = [
+        "python -m benchmarks.frontier --zoo zoo --out docs/frontier.md",
+        *(f"--pairs {pair}" for pair in pairs or ()),
+    ]
+    words += [f"--split {split.value}"] if split != Split.test else []
+    words += [f"--samples {samples}"] if samples != SAMPLES else []
+    page = document(rows, split.value, samples, " ".join(words))
     typer.echo(page)
     if out is not None:
         write_text(out, page)
