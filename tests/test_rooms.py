@@ -27,9 +27,7 @@ ROOMS = (
 
 NAMED_TWICE: set[str] = {
     "Moments", "Sums",  # observe/moments.py, refit/regression.py
-    "Place",  # landscapes/surface.py, symmetry/spaces.py
     "Site",  # correct/sites.py, refit/graph.py
-    "Space",  # searching/space.py, symmetry/spaces.py
 }  # fmt: skip
 """Names that still stand for several things."""
 
