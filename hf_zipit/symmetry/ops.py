@@ -6,7 +6,8 @@ value(s) of its result. It ties axes that must move together and restricts the s
 - an elementwise nonlinearity, or a product of two vectors unit by unit, allows permutations only;
 - a linear map or a contraction allows any invertible map, and puts its two sides in duality;
 - a norm without its affine part allows orthogonal maps (LayerNorm: those that keep the vector of ones);
-- an index, a slice, a concatenation, an input or an output fixes the axis it works along;
+- a slice or a concatenation makes its axis a direct sum, whose terms move apart;
+- an index, an input or an output fixes the axis it works along;
 - an op that has no rule fixes everything it touches. Unknown is always safe.
 
 A rule whose op mixes or renumbers an axis must also say so (`Interpreter.parted`): units of other axes can no longer

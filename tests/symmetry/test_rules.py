@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import MergeSpec
@@ -203,6 +204,16 @@ def test_lengths_of_normed_weights_move_with_their_units():
     spaces = [spaces_of(spec, f"{name}.parametrizations.weight.original1", 0) for name in ("first", "conv", "grouped")]
     symmetries = [[space.symmetry for space in found] for found in spaces]
     assert symmetries == [[PERMUTATION], [PERMUTATION, ORTHOGONAL], [PERMUTATION, PERMUTATION]]
+
+
+def test_units_with_lengths_of_their_own_are_reordered_at_most():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(weight_norm(nn.Linear(6, 8)), nn.Linear(8, 3)), {"input": torch.randn(2, 5, 6)}
+    spec = MergeSpec.from_model(model, inputs)
+    (hidden,) = spaces_of(spec, "1.weight", 1)
+    assert hidden.symmetry is PERMUTATION
+    for more in next_symmetries(hidden):
+        assert worst_error(model, with_symmetry(spec, hidden.name, more), inputs) > BROKEN
 
 
 def test_one_tensor_under_two_names_has_one_label():

@@ -10,9 +10,9 @@ every pair by an angle of its own passes through the embedding, and cancels wher
 rotated by the same angle. Nothing else does: whatever mixes two pairs, or changes the lengths of a pair's units, meets
 their angles.
 
-Taken op by op, the halves would be a slice and a concatenation, which fix their axis. So the whole form is searched
-first, and only this one: units paired in another way (GPT-J's neighbours), or embeddings of a part of the units
-(GPT-NeoX) are walked op by op, and stay fixed.
+Taken op by op, the halves would be pieces whose products with cos and sin fix them. So the whole form is searched
+first, and only this one: units paired in another way (GPT-J's neighbours) are walked op by op, and stay fixed. An
+embedding of a part of the units (GPT-NeoX) is one of a term of a direct sum.
 """
 
 from __future__ import annotations
