@@ -48,7 +48,7 @@ def distilled(
     method = METHODS[start]
     settings = method.settings_for(pair.name)
     data = calibration if method.data else None
-    merged = merge(pair.experts, data, processor=pair.tokenizer, seed=SEED, progress=False, **settings)
+    merged = merge(pair.experts, data, processor=pair.tokenizer, seed=SEED, **settings)
     generator = Generator().manual_seed(SEED)
     optimizer = torch.optim.Adam(merged.parameters(), rate)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
