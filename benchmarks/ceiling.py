@@ -22,6 +22,7 @@ import typer
 from torch import Generator, Tensor, nn
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measure import METHODS, SEED, Row, machine, scored, sources
 from benchmarks.zoo import Pair, Tensors, load
@@ -100,6 +101,7 @@ def measure_ceiling(zoo: str, pair: str, split: str, samples: int, **settings: A
         samples: calibration samples per task, of the train split.
         settings: of `distilled`.
     """
+    disable_progress_bar()
     loaded = load(pair, zoo, train=False)
     calibration = {task: loaded.calibration(task, samples, SEED) for task in loaded.experts}
     started, worked = time.perf_counter(), time.process_time()

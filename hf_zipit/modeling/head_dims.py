@@ -39,7 +39,7 @@ def cut_heads(root: nn.Module, head_dims: Mapping[str, int]) -> None:
         try:
             module = root.get_submodule(path)
         except AttributeError:
-            raise ZipItError(f"head_dims names '{path}', which is no module of the trunk.") from None
+            raise ZipItError(f"head_dims names '{path}', which is not a module of the trunk.") from None
         name = head_dim_name(module)
         if name is None:
             raise ZipItError(f"head_dims names '{path}', which does not say how wide its heads are.")

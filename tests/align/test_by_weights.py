@@ -17,7 +17,7 @@ from hf_zipit.adapters import adapter_for
 from hf_zipit.align.align import align
 from hf_zipit.align.by_weights import ambiguous_units, told_apart
 from hf_zipit.align.method import Network
-from hf_zipit.combine.rules.average import average
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import model_tensors, perturb
@@ -62,7 +62,7 @@ def test_a_model_merged_with_its_permuted_copy_is_that_model(name, method):
     moved = apply_element(tensors, spec, random_element(spec, generator, permutations_only=True))
     experts = {"a": holding(model, tensors), "b": holding(model, moved)}
     inputs = {n: example(x, generator) for n, x in adapter_for(model).inputs(model).items() if isinstance(x, Tensor)}
-    whole = merge(experts, inputs, method=method, progress=False)
+    whole = merge(experts, inputs, method=method)
     fields = adapter_for(model).outputs(model)
     for task, expert in experts.items():
         with torch.no_grad():
@@ -130,7 +130,7 @@ def test_dead_units_of_three_experts_are_merged_the_same_in_every_order(method, 
         acting = {("hidden",): correlation(*(doing[t] for t in order))}
         own = [weights[t] for t in order]
         maps = align(SPEC, acting, 3, method, weights=own)
-        merged = {name: average([w[name] for w in own], labels, maps, SPEC) for name, labels in LABELS.items()}
+        merged = {name: merge_tensor([w[name] for w in own], labels, maps, SPEC) for name, labels in LABELS.items()}
         results.append(merged["down.weight"] @ (merged["up.weight"] @ torch.eye(6)).relu())
     for other in results[1:]:
         torch.testing.assert_close(other, results[0])

@@ -13,9 +13,10 @@ from hf_zipit.align.align import align, residual_spaces
 from hf_zipit.align.method import Network
 from hf_zipit.align.methods.dual import BALANCES, _State, match_dual
 from hf_zipit.align.solver import Choice
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import SpaceMap
-from hf_zipit.observation.observe import observe
+from hf_zipit.observation.observe import gather_moments
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.spec import Factor, MergeSpec, ProductKey
 from tests import tiny
@@ -33,7 +34,7 @@ def correlations(name: str, experts: Sequence[Mapping[str, Tensor]]) -> dict[Pro
         models[str(t)].load_state_dict({n: x.clone() for n, x in weights.items()}, strict=False)
     inputs = adapter_for(models["0"]).inputs(models["0"])
     inputs = {n: x for n, x in inputs.items() if isinstance(x, Tensor)}
-    moments = observe(spec_for(name), models, [inputs], row_fraction=1.0)
+    moments = gather_moments(spec_for(name), models, Calibration([inputs]).read(models), row_fraction=1.0)
     return {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118 (not a mapping)
 
 

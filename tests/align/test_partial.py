@@ -16,7 +16,7 @@ from hf_zipit.align.align import align
 from hf_zipit.align.cost import multiplications, parameters
 from hf_zipit.align.method import Network
 from hf_zipit.align.methods.partial import allocate, keep_apart, lacking_similarity, match_partial, worst_units
-from hf_zipit.combine.rules.average import average
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.merging import merge, plan
@@ -64,7 +64,7 @@ def network(*experts: dict[str, Tensor], wide: bool = True) -> Network:
 
 
 def merged(maps: dict[str, SpaceMap], *experts: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: average([e[name] for e in experts], labels, maps, SPEC) for name, labels in LAYER.items()}
+    return {name: merge_tensor([e[name] for e in experts], labels, maps, SPEC) for name, labels in LAYER.items()}
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -105,8 +105,8 @@ def test_pairs_under_rotary_embeddings_are_turned_by_methods_that_know_how(metho
     planned = plan(models, method=method)
     moments = None
     if "moments" in METHODS.get(method).needs:
-        moments = observe(planned.spec, models, calibration(models["a"]))
-    found = align_trunk(models, planned, moments, method)
+        moments = observe(planned, calibration(models["a"]))
+    found = align_trunk(planned, moments)
     rotary = {name for name, space in planned.spec.spaces.items() if space.symmetry is Symmetry.ROTARY}
     assert len(rotary) == 2
     movable = {name for name in planned.spec.spaces if planned.spec.movable(name)}
@@ -137,9 +137,9 @@ def test_an_override_of_the_stream_wins_over_residual_orthogonal():
 
 def test_what_cannot_be_rotated_is_said_once_and_matched(caplog):
     models = turned("bert-sequence", permutations_only=True)
-    with caplog.at_level(logging.INFO, logger="hf_zipit.merging"):
+    with caplog.at_level(logging.INFO, logger="hf_zipit.align.align"):
         result = merged(models, "permute", residual="orthogonal")
-    assert [record.name for record in caplog.records].count("hf_zipit.merging") == 1
+    assert [record.name for record in caplog.records].count("hf_zipit.align.align") == 1
     assert "BertForSequenceClassification" in caplog.text
     assert_computes(result, models)
 
@@ -198,7 +198,7 @@ def test_residual_orthogonal_of_unrelated_experts_is_independent_of_their_order(
     models = experts("vit", 3)
     inputs = calibration(models[0])
     for method in ("zip", "weights"):
-        settings = {"method": method, "residual": "orthogonal", "progress": False}
+        settings = {"method": method, "residual": "orthogonal"}
         there = merge(dict(zip("abc", models, strict=True)), inputs, **settings)
         back = merge(dict(reversed(list(zip("abc", models, strict=True)))), inputs, **settings)
         for task, model in zip("abc", models, strict=True):

@@ -123,7 +123,7 @@ def test_an_override_of_another_width_makes_a_model_of_that_width():
 
 def test_a_share_is_the_size_of_every_space_that_an_override_names():
     wide = {"method": "zip", "size": 0.75}
-    whole = merge(experts(), IMAGES, method="weights", overrides={"*.mlp.fc1": wide}, progress=False)
+    whole = merge(experts(), IMAGES, method="weights", overrides={"*.mlp.fc1": wide})
     assert [whole.config.trunk_shapes[f"vit.layers.{i}.mlp.fc1.weight"] for i in range(2)] == [[48, 32]] * 2
 
 
@@ -142,13 +142,13 @@ def test_widths_that_a_model_does_not_allow_are_told_before_data_is_read(setting
     """LayerNorm takes its statistics over the residual stream: merged with itself at another width, a model would no
     longer be that model."""
     with pytest.raises(RecipeError, match=message) as told:
-        merge(experts(), Unread(), method="zip", progress=False, **settings)
+        merge(experts(), Unread(), method="zip", **settings)
     assert "\n" not in str(told.value)
 
 
 def test_every_space_of_a_residual_network_may_have_another_width():
     models = dict(zip("ab", tiny.pair("resnet-basic"), strict=True))
-    whole = merge(models, IMAGES, method="zip", options={"size": 1.5}, progress=False)
+    whole = merge(models, IMAGES, method="zip", options={"size": 1.5})
     assert whole.config.trunk_shapes["resnet.encoder.stages.1.layers.0.layer.0.convolution.weight"][0] == 24
 
 
@@ -214,12 +214,11 @@ def test_the_seed_decides_what_is_drawn_and_nothing_else(method, monkeypatch):
     orders, maps = [], []
     for seed in (0, 0, 1):
         drawn.clear()
-        planned, moments = gathered()
+        _, moments = gathered()
         model = experts()["a"]
         options = {"balance": 0.5} if method == "dual" else {}
-        planned = plan({"a": model, "b": model}, method=method, options=options)
-        same_twice = moments.select(["a", "a"])
-        maps.append(align_trunk({"a": model, "b": model}, planned, same_twice, method, options=options, seed=seed))
+        planned = plan({"a": model, "b": model}, method=method, options=options, seed=seed)
+        maps.append(align_trunk(planned, moments.select(["a", "a"])))
         orders.append([list(order) for order in drawn])
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0][0]) == sorted(orders[2][0])

@@ -15,7 +15,7 @@ from hf_zipit.align.aligned import comparable, with_fixed_maps
 from hf_zipit.align.method import Network
 from hf_zipit.align.methods.weights import Descent, match_weights
 from hf_zipit.align.similarity import families
-from hf_zipit.combine.rules.average import average
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.group import apply_element, random_element
@@ -58,7 +58,7 @@ def noisy(weights: Tensors, seed: int, amount: float) -> dict[str, Tensor]:
 
 
 def merged(weights: Sequence[Tensors], maps: Mapping[str, SpaceMap], spec: MergeSpec) -> dict[str, Tensor]:
-    return {name: average([own[name] for own in weights], spec.axes[name], maps, spec) for name in spec.axes}
+    return {name: merge_tensor([own[name] for own in weights], spec.axes[name], maps, spec) for name in spec.axes}
 
 
 def assert_same(found: Tensors, expected: Tensors) -> None:
