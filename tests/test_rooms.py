@@ -25,12 +25,6 @@ ROOMS = (
 )  # fmt: skip
 """From the ground up: a room may import those before it."""
 
-NAMED_TWICE: set[str] = {
-    "Moments", "Sums",  # observe/moments.py, refit/regression.py
-    "Site",  # correct/sites.py, refit/graph.py
-}  # fmt: skip
-"""Names that still stand for several things."""
-
 PACKAGE = Path(hf_zipit.__file__).parent
 
 
@@ -115,7 +109,7 @@ def test_one_name_is_one_class() -> None:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 homes[node.name].append(module)
-    assert {name: found for name, found in homes.items() if len(found) > 1 and name not in NAMED_TWICE} == {}
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
 def test_imports_are_found_wherever_they_stand() -> None:

@@ -121,7 +121,7 @@ def test_a_wrong_revision_a_damaged_file_and_no_repo_id(
     assert "the repo has no revision 'v2'" in load(client, "me/clothes", "v2")["error"]
     repo.commit("main", {**repo.files, "model.safetensors": b"\x08\0\0\0\0\0\0\0{broken}"})
     assert load(client, "me/clothes")["kind"] == "ExpertError"
-    assert "no such folder, and it is no repo id" in load(client, "a--b")["error"]
+    assert "no such folder, and it is not a repo id" in load(client, "a--b")["error"]
     assert "the folder a/b/c, which does not exist" in load(client, "a/b/c")["error"]
 
 

@@ -160,7 +160,7 @@ ONLINE = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = Fals
         ("other/both", {}, "log in"),
         ("me/both", {"token": False}, "log in"),
         ("me/both", {"token": "hf_wrong"}, "log in"),
-        ("me/both/x", {}, "no repo id"),
+        ("me/both/x", {}, "not a repo id"),
     ],
 )
 def test_a_push_that_is_refused_is_one_sentence(hub: Hub, client: Client, merged_folder: Path, repo, settings, reason):
