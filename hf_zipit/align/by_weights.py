@@ -48,7 +48,7 @@ def product_rows(network: Network, maps: Alignment, family: Collection[str]) -> 
     Args:
         network: the experts' weights.
         maps: of other spaces; parameters with a movable one that has none are passed over.
-        family: the spaces whose units are wanted: a space that stands alone, and those within it.
+        family: a space that stands alone, and those within it, which are solved together.
 
     Yields:
         A product, and float64 `[T * size, entries]`, the parameter's other axes in merged units.
@@ -87,13 +87,8 @@ def told_apart(
     """The correlations of a family's products in which weights tell ambiguous units apart; those without any are left
     out.
 
-    The similarity of weights is 2 <a, b> / (|a|^2 + |b|^2): 1 where they are the same, and only there.
-
-    Args:
-        network: the experts' weights.
-        correlations: of the products that were observed.
-        maps: of all other spaces, and the family's own.
-        family: spaces that are solved together.
+    The similarity of weights is 2 <a, b> / (|a|^2 + |b|^2): 1 where they are the same, and only there. The maps are
+    those of all spaces, the family's own as well.
     """
     unclear = {
         key: found

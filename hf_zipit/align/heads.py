@@ -35,14 +35,9 @@ def holds_blocks(name: str, spec: MergeSpec, observed: Iterable[ProductKey]) -> 
 
 
 def block_scores(similarity: Tensor, units: int) -> Tensor:
-    """How similar blocks of different experts are: the best assignment of the units inside them.
+    """How similar blocks are, `[T, n, T, n]`, from the similarity `[T, n * units, T, n * units]` of what is in them.
 
-    Args:
-        similarity: `[T, n * units, T, n * units]`.
-        units: the number of units in a block.
-
-    Returns:
-        `[T, n, T, n]`: the sum over the best pairs of two blocks' units; zero inside an expert.
+    The sum over the best pairs of two blocks' units; zero inside an expert.
     """
     experts, size = similarity.shape[0], similarity.shape[1] // units
     values = similarity.reshape(experts, size, units, experts, size, units).detach().cpu().numpy()

@@ -24,6 +24,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -34,14 +35,13 @@ from hf_zipit.align.by_weights import product_rows
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import RecipeError
-from hf_zipit.maps.products import merged_index, merged_sizes
+from hf_zipit.maps.products import merged_index, merged_sizes, unchanged
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.spec import ProductKey
 
 logger = logging.getLogger(__name__)
 
 LEAST_IMPROVEMENT = 1e-9
-
 
 BALANCES = tuple(tenth / 10 for tenth in range(1, 10))
 """What is tried where no balance is given."""
@@ -58,23 +58,16 @@ def match_dual(
     sweeps: int = 100,
     patience: int = 5,
 ) -> dict[str, SpaceMap]:
-    """Match all open spaces by weights and activations.
+    """Maps by weights and activations.
 
     Args:
-        network: the spaces, the experts' correlations and weights, and the maps that are fixed already; its seed draws
-            the order of the visits.
+        network: correlations and weights are read; its seed draws the order of the visits.
         balance: lambda, the share of the weights in the similarity, 0 to 1; None tries .1 ... .9. What is only
             observed, or only seen in weights, counts as it is.
         variant: `"align"` matches units one-to-one (`permute`), `"zip"` also joins units of one expert (`zip`).
         alpha, beta: zip's options; the published runs all have these defaults.
         sweeps: at most this many visits of every space, 1 or more.
         patience: stop after this many sweeps without a better mean similarity.
-
-    Returns:
-        The maps of all movable spaces without a fixed map.
-
-    Raises:
-        RecipeError: an option is out of range.
     """
     if variant not in ("align", "zip"):
         raise RecipeError(f"dual's option variant is {variant!r}; it must be 'align' or 'zip'.")
@@ -133,7 +126,7 @@ class _State:
         for root, inner in spec.families():
             members = (root, *inner) if spec.movable(root.name) else inner
             opened = tuple(space.name for space in members if space.name not in self.maps)
-            self.maps |= {name: self._identity(name) for name in opened}
+            self.maps |= {name: unchanged(name, spec, self.network.experts) for name in opened}
             if opened:
                 self.families[root.name] = opened
                 self._solve(opened, {key: r for key, r in self.network.correlations.items() if set(key) & {*opened}})
@@ -191,9 +184,7 @@ class _State:
     def _joined(self, key: ProductKey, similarity: Tensor) -> float:
         """The mean, over merged units and pairs of experts, of the mean similarity of the units joined there."""
         spec, experts, size = self.network.spec, self.network.experts, self.network.spec.size(key)
-        merged = 1
-        for factor in merged_sizes(key, self.maps, spec):
-            merged *= factor
+        merged = prod(merged_sizes(key, self.maps, spec))
         index = [merged_index(key, self.maps, spec, t).to(similarity.device) for t in range(experts)]
         share = [1.0 / torch.bincount(i, minlength=merged)[i].double() for i in index]
         blocks = similarity.reshape(experts, size, experts, size)
@@ -202,11 +193,6 @@ class _State:
             joined = blocks[a, :, b] * (index[a][:, None] == index[b][None, :])
             total += float(share[a] @ joined @ share[b])
         return total / (merged * experts * (experts - 1) / 2)
-
-    def _identity(self, name: str) -> SpaceMap:
-        space, experts = self.network.spec.spaces[name], self.network.experts
-        lead = [self.network.spec.spaces[outer].size for outer in space.within]
-        return SpaceMap.identity(space.size, experts, lead)
 
 
 @dataclass

@@ -47,22 +47,16 @@ def zip_units(
     size: float = 1.0,
     compat: bool = False,
 ) -> SpaceMap:
-    """Join units greedily.
+    """Units are joined greedily; the merged ones are in the order of their first members.
 
     Args:
-        correlation: float64 `[T * d, T * d]`, zero in the rows of dead units, the diagonal included.
+        correlation: float64 `[T * d, T * d]`.
         experts: T.
         alpha: what a group's correlations are multiplied by when it is joined, 0 to 1.
         beta: the share of an expert's joins that may be inside it, 0 to 1; 0 means none.
         size: k, the number of merged units, as a share of d; in an override an integer is their number.
         compat: do as the published code does: a joined group counts as its first unit's expert, a join inside an
             expert whose budget is 0 passes once, and twins are not looked for.
-
-    Returns:
-        k merged units in the order of their first members, labels `[T, d]`.
-
-    Raises:
-        RecipeError: an option is out of range.
     """
     units = correlation.shape[-1] // experts
     count = merged_size(size, units, experts)
