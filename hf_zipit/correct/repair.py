@@ -67,18 +67,12 @@ def repair(
     """Fold a rescaling of every unit into the trunk's layers.
 
     Args:
-        merged: changed in place.
-        planned: the plan of the merge.
-        alignment: its maps.
-        calibration: calibration data; all experts see all of it.
-        moments: the experts', if the merge gathered them.
-        statistics: `"measured"` on the data, or from the experts' `"moments"` (the merge must have gathered them).
-        samples: of each task, at most; the measured form holds the activations of all of them at one layer.
-        eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
+        statistics: `"measured"` on the data, all of which all experts see, or from the experts' `"moments"`.
+        merged, planned, alignment, calibration, moments, samples, eps: see `hf_zipit.correct.correction`.
 
     Raises:
-        RecipeError: for an unknown form.
-        DataError: if moments are asked for and there are none.
+        RecipeError: for an unknown form, or one that finds nothing to do.
+        DataError: if moments are asked for and the merge gathered none.
     """
     first = planned.model
     sites = {site.module: site for site in layers(first, planned) if is_folding(first.get_submodule(site.module))}

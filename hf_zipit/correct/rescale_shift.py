@@ -46,6 +46,7 @@ from hf_zipit.correct.statistics import (
 from hf_zipit.data.calibration import Calibration, Inputs, pieces
 from hf_zipit.data.processes import running
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
@@ -67,18 +68,13 @@ def rescale_shift(
     eps: float = 1e-5,
     joint: bool = True,
 ) -> None:
-    """Add per-task corrections to the merged model.
+    """Add corrections to the merged model, each task's measured on its own samples, where they are known.
 
     Args:
-        merged: changed in place: it gets `rescales` and `config.rescaled`.
-        planned: the plan of the merge.
-        alignment: its maps.
-        calibration: calibration data; each task's corrections are measured on its own samples, where they are known.
         modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the
             readouts always are.
-        samples: of each task, at most; the activations of all of them at one site are held at once.
-        eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
         joint: whether the readouts are corrected in joint forward passes, too.
+        merged, planned, alignment, calibration, moments, samples, eps: see `hf_zipit.correct.correction`.
 
     Raises:
         RecipeError: if no module has a path of these patterns.
@@ -91,8 +87,10 @@ def rescale_shift(
         with running([expert], calibration.device):
             targets[task] = expert_statistics(expert, sites, planned, inputs[task], calibration, view)
     sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
-    first = targets[planned.tasks[0]]
-    merged.add_rescales([setting(site, first[name], alignment, planned) for name, site in sites.items()])
+    sizes = {name: merged_length(site.label, alignment, planned.spec) for name, site in sites.items()}
+    merged.add_rescales(
+        [{"module": s.module, "where": s.where, "axis": s.axis, "size": sizes[name]} for name, s in sites.items()]
+    )
     with running([merged], calibration.device):
         for number, task in enumerate(planned.tasks):
             own, held = dict(targets[task]), {}
@@ -146,12 +144,6 @@ def expert_statistics(
 
 def readout_name(kind: str, number: int) -> str:
     return f"{kind}:{number}"
-
-
-def setting(site: Site, expert: Statistics, alignment: Alignment, planned: Plan) -> dict[str, object]:
-    """The entry of `config.rescaled`."""
-    merged, _ = statistics_to_merged(expert, site, alignment, planned.spec, 0)
-    return {"module": site.module, "where": site.where, "axis": site.axis, "size": len(merged.mean)}
 
 
 def to_own_average(

@@ -80,12 +80,7 @@ def mixed_in_merged(alignment: Alignment, spec: MergeSpec, expert: int) -> View:
 
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], sites: Mapping[str, Site], see: See) -> Iterator[None]:
-    """Show the value at every site to `see` before any other hook does something to it.
-
-    Args:
-        modules: the sites' modules.
-        sites: the sites, by the same names.
-    """
+    """Show the value at every site to `see` before any other hook does something to it; `modules` are the sites'."""
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = None if args else first_argument(type(module))
