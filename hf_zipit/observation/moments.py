@@ -228,7 +228,8 @@ class Moments:
     def probes(self, key: ProductKey) -> tuple[str, ...]:
         """Where a product was observed, as `module:where:axis`."""
         if key not in self.sums:
-            raise SpecError(f"There are no moments of {' x '.join(key)}; observed were {self._observed()}.")
+            observed = [" x ".join(other) for other in self.sums]
+            raise SpecError(f"There are no moments of {' x '.join(key)}; observed were {observed}.")
         return tuple(self.sums[key])
 
     def size(self, key: ProductKey) -> int:
@@ -303,10 +304,7 @@ class Moments:
     def load(cls, path: str | Path, experts: Mapping[str, str] | None = None) -> Moments:
         """Read a file of `save`.
 
-        Args:
-            path: the file.
-            experts: what `fingerprint_experts` says of the experts to be merged. Given, the moments are checked to be
-                theirs and come back in their order.
+        With what `fingerprint_experts` says of the experts to be merged, the moments are checked to be theirs: `of`.
 
         Raises:
             DataError: if there is no such file, it is no moments file, or it was taken from other experts.
@@ -336,9 +334,6 @@ class Moments:
         if empty := [name for name, values in found.items() if values.count == 0]:
             raise SpecError(f"{' x '.join(key)} has no rows at {empty[0]}: nothing was observed there.")
         return list(found.values())
-
-    def _observed(self) -> list[str]:
-        return [" x ".join(key) for key in self.sums]
 
 
 def _average(tensors: list[Tensor]) -> Tensor:

@@ -54,12 +54,11 @@ def choose_rows(row_fraction: float, minimum: int, seed: int, batch: int) -> Cho
 class Recorder:
     """Records one forward pass at a time at the probes of one or more models of the same architecture.
 
-    Args:
-        probes: the probes, and under each one the number of units that its axis must have.
+    `units` is the number of units that each probe's axis must have.
     """
 
-    def __init__(self, probes: Mapping[Probe, int]) -> None:
-        self.units = dict(probes)
+    def __init__(self, units: Mapping[Probe, int]) -> None:
+        self.units = dict(units)
         self._expert = ""
         self._mask: Tensor | None = None
         self._choose: Choose = keep_all
@@ -90,14 +89,9 @@ class Recorder:
         choose: Choose = keep_all,
         mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Run an expert and return float32 rows `[rows, units]` for every probe that fired.
+        """Run an expert, the hooks on, and return float32 rows `[rows, units]` for every probe that fired.
 
-        Args:
-            task: the expert's name, for errors.
-            model: the expert; the hooks must be on.
-            inputs: keyword arguments of its forward.
-            choose: which rows to keep.
-            mask: `[samples, tokens]`, zero where a token is padding.
+        `mask`, `[samples, tokens]`, is zero where a token is padding.
 
         Raises:
             ExpertError: if a feature is NaN or infinite.
