@@ -31,7 +31,6 @@ from hf_zipit.correct.statistics import (
     Statistics,
     UnitSums,
     along,
-    mask_of,
     measure,
     mixed_in_merged,
     shared_statistics,
@@ -44,7 +43,7 @@ from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups
 from hf_zipit.observation.moments import Moments
-from hf_zipit.observation.record import probe_name
+from hf_zipit.observation.record import mask_of, probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, factors, fitted, product_key
 

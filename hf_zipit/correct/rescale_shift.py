@@ -11,13 +11,10 @@ model, one per task and site, and applied when `task=` is given.
 Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the readouts, where a
 branch reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on
 the task: there only the readouts are corrected, with statistics of their own, measured behind the uncorrected trunk.
-That gives every head the scale it had in its expert; the joint answer can be better or worse for it (`joint=False`:
-off).
 
-Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees
-what the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
-samples are together in one forward pass for that, hence `samples`. eps is relative and added to both variances, so
-that a model merged with itself stays that model. Modules that run more than once in a forward pass are left out.
+Our choice where the paper and its notebook leave one: statistics are gathered in execution order, every site sees what
+the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
+samples are together in one forward pass for that. Modules that run more than once in a forward pass are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ from hf_zipit.correct.statistics import (
     Statistics,
     UnitSums,
     View,
-    mask_of,
     measure,
     mixed_in_merged,
     statistics_to_merged,
@@ -51,6 +47,7 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
 from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.record import mask_of
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 

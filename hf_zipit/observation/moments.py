@@ -15,7 +15,6 @@ activations would drown the others.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
 from hf_zipit.experts.fingerprint import digest_strings
+from hf_zipit.files import replacing
 from hf_zipit.symmetry.spec import ProductKey
 
 BLOCK_ROWS = 4096
@@ -288,16 +288,11 @@ class Moments:
                     tensors[f"{len(entries)}.{name}"] = getattr(values, name).cpu().contiguous()
                 entries.append({"key": list(key), "probe": probe, "count": values.count})
         header = {"format": _FORMAT, "tasks": self.tasks, "fingerprint": self.fingerprint, "sums": entries}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
-            os.replace(beside, path)
-        except (OSError, SafetensorError) as error:
+            with replacing(path) as beside:
+                save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
+        except SafetensorError as error:
             raise OutputError(f"The moments cannot be written to {path}: {error}.") from error
-        finally:
-            if path.parent.is_dir():
-                beside.unlink(missing_ok=True)
         return path
 
     @classmethod

@@ -31,7 +31,7 @@ from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.experts.origins import versions
 from hf_zipit.observation.moments import Moments, Sums
-from hf_zipit.observation.record import Choose, Recorder, choose_rows, keep_all, probe_name
+from hf_zipit.observation.record import Choose, Recorder, choose_rows, keep_all, mask_of, probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.steady import steady
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
@@ -109,7 +109,7 @@ def gather_moments(
                 digests.append((index, digest, batch.samples))
             waiting.flush()
     if accelerator.num_processes > 1:
-        moments = _reduce(moments, accelerator, spec, products)
+        moments = _reduce(moments, accelerator, spec, waiting.names)
         digests = sorted(gather_object(digests))
     moments.fingerprint = {
         "experts": prints,
@@ -146,7 +146,11 @@ def _dry_run(
     # The counter follows modules by hooks on gradients, which it needs even where nobody wants any.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         features = _run(recorder, task, expert, inputs, device)
-    _check_fired(recorder, features, task)
+    if unseen := [probe for probe in recorder.units if probe_name(probe) not in features]:
+        raise SpecError(
+            f"The {unseen[0].where} of {unseen[0].module!r} was never seen: the expert {task!r} does not call that "
+            "module with these calibration inputs."
+        )
     macs = counter.get_total_flops() / 2
     cost = sum(
         len(features[probe_name(probe)]) * (len(experts) * units) ** 2 for probe, units in recorder.units.items()
@@ -163,10 +167,8 @@ def _run(
     choose: Choose = keep_all,
 ) -> dict[str, Tensor]:
     """Rows of every probe; what the model itself raises is told as a fault of the data."""
-    mask = inputs.get("attention_mask")
     try:
-        arguments = _arguments(expert, inputs, device)
-        return recorder.run(task, expert, arguments, choose, mask if mask is not None and mask.ndim == 2 else None)
+        return recorder.run(task, expert, _arguments(expert, inputs, device), choose, mask_of(inputs))
     except (ZipItError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -192,15 +194,6 @@ def _entry_device(expert: nn.Module, device: torch.device) -> torch.device | int
     if not places:
         return device
     return next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
-
-
-def _check_fired(recorder: Recorder, features: Mapping[str, Tensor], task: str) -> None:
-    for probe in recorder.units:
-        if probe_name(probe) not in features:
-            raise SpecError(
-                f"The {probe.where} of {probe.module!r} was never seen: the expert {task!r} does not call that module "
-                "with these calibration inputs."
-            )
 
 
 class _Waiting:
@@ -264,15 +257,14 @@ def _together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _reduce(
-    moments: Moments, accelerator: Accelerator, spec: MergeSpec, products: Mapping[ProductKey, tuple[Probe, ...]]
+    moments: Moments, accelerator: Accelerator, spec: MergeSpec, names: list[tuple[ProductKey, str]]
 ) -> Moments:
     """Sum over the processes; one that had no batch adds zeros."""
     reduced = Moments(moments.tasks)
-    for key, probes in products.items():
-        for name in map(probe_name, probes):
-            empty = Sums.empty(len(moments.tasks) * spec.size(key), moments.device)
-            sums = moments.sums.get(key, {}).get(name, empty)
-            reduced.sums.setdefault(key, {})[name] = _reduce_sums(sums, accelerator)
+    for key, name in names:
+        empty = Sums.empty(len(moments.tasks) * spec.size(key), moments.device)
+        sums = moments.sums.get(key, {}).get(name, empty)
+        reduced.sums.setdefault(key, {})[name] = _reduce_sums(sums, accelerator)
     return reduced
 
 

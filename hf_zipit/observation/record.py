@@ -33,6 +33,20 @@ def keep_all(probe: str, call: int, rows: int) -> None:
     """Choose every row."""
 
 
+def mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """`[samples, tokens]`, zero where a token is padding."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is not None and mask.dim() == 2 else None
+
+
+def unpadded(value: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    """A value with the axis of its units moved last, and without the rows that its model's `mask_of` leaves out."""
+    rows = value.detach().movedim(axis, -1)
+    if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
+        rows = rows[mask.bool().to(rows.device)]
+    return rows
+
+
 def choose_rows(row_fraction: float, minimum: int, seed: int, batch: int) -> Choose:
     """Choose a seeded share of the rows, at least `minimum` of them where there are that many.
 
@@ -97,8 +111,7 @@ class Recorder:
             ExpertError: if a feature is NaN or infinite.
             SpecError: if a probe's axis is not there or has another size.
         """
-        self._expert, self._choose, self._rows = task, choose, {}
-        self._mask = None if mask is None else mask.bool()
+        self._expert, self._choose, self._mask, self._rows = task, choose, mask, {}
         try:
             model(**inputs)
             return {name: torch.cat(calls) for name, calls in self._rows.items()}
@@ -126,9 +139,7 @@ class Recorder:
                 f"The {probe.where} of {probe.module or 'the model'} should have {on_axis} units on axis "
                 f"{probe.axis}, but the expert {self._expert!r} has {found} there: the spec is of another model."
             )
-        rows = tensor.detach().movedim(probe.axis, -1)
-        if self._mask is not None and rows.ndim > 2 and rows.shape[:2] == self._mask.shape:
-            rows = rows[self._mask.to(rows.device)]
+        rows = unpadded(tensor, probe.axis, self._mask)
         rows = rows.reshape(-1, on_axis // width, width)[..., start:stop].reshape(-1, units)
         # A finite sum costs a fraction of looking at every value, and proves as much.
         if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
