@@ -14,7 +14,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
-from hf_zipit.planning.cut import Cut, ReadPoint
+from hf_zipit.planning.cut import Cut, ReadPoint, towers
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
@@ -57,9 +57,8 @@ def assemble(
     fill(merged, sources, trunk)
     for number, task in enumerate(experts):
         key = merged.branch_names[task]
-        modules = [*zip(cut.entries, merged.entries[key], strict=True)]
-        modules += zip(cut.exits, merged.exits[key], strict=True)
-        for entry, module in modules:
+        modules = (*merged.entries[key], *merged.exits[key])
+        for entry, module in zip((*cut.entries, *cut.exits), modules, strict=True):
             if readouts is not None:
                 module.load_state_dict(dict(zip(("weight", "bias"), readouts[entry][number], strict=True)))
             elif only_groups(maps, entry.key):
@@ -71,11 +70,8 @@ def assemble(
 
 def first_own_block(spec: MergeSpec, cut: Cut) -> str | None:
     """The path of the first block outside the trunk, None where all blocks are in it."""
-    for tower, count in enumerate(cut.blocks):
-        paths = [block.path for block in spec.blocks if block.tower == tower]
-        if count < len(paths):
-            return paths[count]
-    return None
+    own = (path for paths, count in zip(towers(spec), cut.blocks, strict=True) for path in paths[count:])
+    return next(own, None)
 
 
 def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str]]:
