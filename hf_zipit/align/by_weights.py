@@ -30,6 +30,7 @@ DECIDES_TIES = SAME / 2
 def match_by_weights(network: Network, names: Collection[str], maps: Mapping[str, Map]) -> dict[str, Map]:
     """The maps of some spaces by `weights`, around those that are known; parameters with other spaces are left out."""
     spec = network.spec
+    maps = {name: found for name, found in maps.items() if name not in names}
     waiting = {name for name in spec.spaces if spec.movable(name) and name not in maps and name not in names}
     known = {
         name

@@ -8,9 +8,8 @@ Q/K and V/O independently, as MuDSC's code does, cuts the connection between att
 head: a permuted copy of a model is then no longer merged into that model. What is inside the paired heads is matched
 afterwards.
 
-Heads are permuted one-to-one under every method and never zipped: joining two heads of one expert, or three of two,
-would average attention *patterns*, which a softmax forms from products of queries and keys: units that act as one
-can be summed, patterns that differ cannot, whatever the correlation of their values.
+Heads are permuted one-to-one under every method and never zipped: units that act as one can be summed, attention
+*patterns* that differ cannot, whatever the correlation of their values.
 """
 
 from __future__ import annotations

@@ -112,12 +112,7 @@ def merged_size(size: float, units: int, experts: int) -> int:
 
 
 def register(
-    name: str,
-    *,
-    needs: set[str],
-    scope: Scope = "space",
-    least: Symmetry = Symmetry.PERMUTATION,
-    folds: bool = False,
+    name: str, *, needs: set[str], scope: Scope = "space", least: Symmetry = Symmetry.PERMUTATION, folds: bool = False
 ) -> Callable[[Function], Function]:
     """Decorator that makes a function a method; a matcher sees correlations only, so it cannot need weights."""
     if scope == "space" and "weights" in needs:

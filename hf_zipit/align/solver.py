@@ -99,8 +99,7 @@ class Solver:
             if not any(changed):
                 break
             if unseen:
-                known = {name: m for name, m in self.maps.items() if name not in unseen}
-                self.maps |= match_by_weights(self.network, unseen, known)
+                self.maps |= match_by_weights(self.network, unseen, self.maps)
 
     def _tell_apart(self, family: Sequence[str], choices: Mapping[str, Choice]) -> bool:
         """Solve a family again where weights tell apart what activations do not; returns whether a map changed."""

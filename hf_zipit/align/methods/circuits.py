@@ -52,9 +52,9 @@ def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
             others = {other: m for other, m in maps.items() if other != name}
             maps[name] = rotate_stream(name, network, others)
         if rest:
-            maps |= match_by_weights(network, rest, {n: m for n, m in maps.items() if n not in rest})
+            maps |= match_by_weights(network, rest, maps)
         for family in families:
-            maps |= match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
+            maps |= match_family(family, network, maps)
         reached = similarity(network, maps)
         if reached <= best + LEAST_IMPROVEMENT:
             break

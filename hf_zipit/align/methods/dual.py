@@ -1,21 +1,12 @@
 """MuDSC: match units by what they do and by their weights at once (Xu et al., Training-Free Pretrained Model Merging,
 CVPR 2024).
 
-Units that are similar in activation space may have different weights, and the other way round. Both are Pearson
-correlations between units, so that they can be added: S = balance * R_weights + (1 - balance) * R_activations. A
+Both similarities are Pearson correlations between units: S = balance * R_weights + (1 - balance) * R_activations. A
 unit's weights are the rows of all parameter axes that hold or read it, the other axes in the merged units of the
-current maps. So the spaces are visited again and again in a seeded random order, as in weight matching, starting from
-the match of the activations. The sweep with the best mean similarity wins.
-
-Every product of spaces that is observed or is a parameter's axis has its own S, and a space's S are solved as they
-would be from activations alone (`solver.py`): heads and GroupNorm's groups get ONE order from all of them. The
-published code orders heads in Q/K and in V/O independently, after which a permuted copy of a model no longer merges
-into that model.
-
-The balance. The paper searches .1 ... .9 by the accuracy of merged models. Where none is given, the same values are
-tried here and compared by what they join, on the moments of the calibration data and on the weights: neither
-similarity alone can decide, for each is largest where it decides alone, so the winner keeps most of both, each
-relative to the most that any balance reaches. Measured merged models decide better: `hf_zipit.search` does that.
+current maps. So the spaces are visited again and again, as in weight matching, starting from the match of the
+activations. Every product of spaces that is observed or is a parameter's axis has its own S, and a space's S are
+solved as they would be from activations alone (`solver.py`): heads and GroupNorm's groups get ONE order from all of
+them. `docs/methods/dual.md` tells how the balance is searched and what the published code does differently.
 """
 
 from __future__ import annotations

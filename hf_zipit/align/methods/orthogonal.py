@@ -35,6 +35,5 @@ def match_orthogonal(network: Network) -> dict[str, Map]:
     solver = Solver(network, maps)
     solver.solve(dict.fromkeys(rest, Choice.of("permute", {})))
     for family in families:
-        found = match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
-        maps |= {name: in_own_basis(m) for name, m in found.items()}
+        maps |= {name: in_own_basis(m) for name, m in match_family(family, network, maps).items()}
     return {name: maps[name] for name in network.opened}

@@ -1,13 +1,8 @@
 """Partial merging: match one-to-one, and leave the units that match worst unmerged (PLeaS, arXiv 2407.02447).
 
-A unit that no other expert has anything like is lost in an average. So both experts' units stay: a merged layer then
-has k = (1 + rho) d units. What is matched is averaged; an unmerged unit has its own expert's weights, and is
-read by the matched units with its own expert's share, as every input is. With rho = 1 in all hidden spaces a layer
-computes the mean of what the experts' layers compute.
-
-One budget for the whole trunk decides every space's rho: units are left unmerged in the order of what that gains per
-parameter (or multiplication) that it costs, until the budget is spent. The gain is what the matched units' similarity
-lacks to that of a unit with itself. PLeaS solves a quadratic program on measured accuracies for the shares instead.
+What is matched is averaged; an unmerged unit has its own expert's weights, and is read by the matched units with its
+own expert's share, as every input is. One budget for the whole trunk decides: units are left unmerged in the order of
+what that gains per parameter (or multiplication) that it costs. `docs/methods/partial.md` compares this with PLeaS.
 
 Heads are left unmerged whole, with their own attention pattern. Which spaces may be wider at all is a matter of the
 architecture, which the caller finds out (`hf_zipit.assembly.widening`): the others are matched one-to-one.

@@ -1,15 +1,10 @@
 """Weight matching: one-to-one assignments of units from the weights alone, without data (Git Re-Basin, arXiv
 2209.04836).
 
-The permutations pi that bring expert b nearest to expert a maximise sum <W_a, pi(W_b)> over all parameters. For one
-space, while the others stay as they are, that is a linear assignment on the units' similarities: the sum over every
-parameter axis that has the space of W_a pi(W_b)^T, the other axes flattened. Heads are assigned together with what is
-inside them (`similarity.py`). Spaces are visited in a seeded random order, sweep after sweep, until a sweep gains
-nothing; a space whose surroundings have not changed since its last visit has nothing to gain and is passed over.
-
-The descent ends in the nearest local optimum, and in a deep model whose units were permuted the many parameters that
-are not aligned yet drown the few that have a fixed axis (embeddings, inputs). So there are two starts: from identity,
-as published, and from a first round in which every space reads only what is aligned already. The better end counts.
+The permutations pi that bring expert b nearest to expert a maximise sum <W_a, pi(W_b)> over all parameters: for one
+space at a time a linear assignment. Heads are assigned together with what is inside them (`similarity.py`). A space
+whose surroundings have not changed since its last visit has nothing to gain and is passed over.
+`docs/methods/weights.md` tells why there are two starts.
 
 Invariants: exchanging the experts inverts the maps; a visit never lowers the similarity (but where a parameter has
 one space on two axes, which are assigned as if they were independent).

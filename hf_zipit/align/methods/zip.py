@@ -4,11 +4,9 @@ Start with every unit of every expert alone; join the most correlated two groups
 keeps the smaller of its members' correlations, times alpha, so that large groups are built last. Joins inside one
 expert come out of that expert's budget, set by beta.
 
-What is inside an expert? A join that brings two of its units together, alone or with others'. The published code
-counts a joined group as its first unit's expert instead, so that the result depends on the order of the experts;
-here the order changes nothing (but ties, of which alpha = 0 makes many). `compat` brings the published arithmetic
-back. A spent budget forbids all further joins of that expert's units; where k groups cannot be reached otherwise (k
-< d, or three experts whose groups block each other), the budgets are lifted for the last joins.
+A join is inside an expert if it brings two of its units together, alone or with others'. A spent budget forbids all
+further joins of that expert's units; where k groups cannot be reached otherwise (k < d, or three experts whose groups
+block each other), the budgets are lifted for the last joins.
 
 The published code copies the whole matrix at every join and searches it again. Here each row's maximum is cached, and
 only rows whose maximum was touched are searched again. The trap in this: a negative correlation *rises* when
