@@ -79,11 +79,9 @@ def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedMod
     if isinstance(source, nn.Module):
         return source.eval()
     what = f"the base of {task!r} could not be loaded from {source}"
+    loading = {"config": expert.config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
-        model = type(expert).from_pretrained(
-            source, config=expert.config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
-    return model.eval()
+        return type(expert).from_pretrained(source, **loading).eval()
 
 
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:
