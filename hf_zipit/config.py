@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
@@ -25,7 +25,7 @@ AUTO = "auto"
 REFIT = "+refit"
 """The end of a method's name, in recipes and tables, where the refit comes after it."""
 
-RESIDUALS = ("match", "identity", "orthogonal")
+Residual = Literal["match", "identity", "orthogonal"]
 
 SEEDS = 2**32
 """So many seeds there are: numpy takes no negative ones and, where Optuna draws, no larger ones."""
@@ -38,8 +38,7 @@ Named = str | Mapping[str, Mapping[str, Any] | None] | Sequence[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
-    """How modules are regressed on the experts' features, with the defaults that `benchmarks/` chose on validation
-    data.
+    """How modules are regressed on the experts' features; `benchmarks/` chose the defaults on validation data.
 
     Attributes:
         own_task_weight: w, the weight of a task's own expert in the target on that task's samples; the others share
@@ -107,7 +106,7 @@ class MergeConfig:
     method: str = AUTO
     options: Mapping[str, Any] = field(default_factory=dict)
     depth: float | str = 1.0
-    residual: Literal["match", "identity", "orthogonal"] = "match"
+    residual: Residual = "match"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     combine: str = "average"
     combine_options: Mapping[str, Any] = field(default_factory=dict)
@@ -134,8 +133,7 @@ class MergeConfig:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
-        if self.residual not in RESIDUALS:
-            raise RecipeError(f"residual is {self.residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
+        check_residual(self.residual)
         if self.row_fraction != AUTO and not (_is_number(self.row_fraction) and 0 < self.row_fraction <= 1):
             raise RecipeError(
                 f"row_fraction is {self.row_fraction!r}; it must be 'auto' or a number above 0 and at most 1."
@@ -158,11 +156,7 @@ class MergeConfig:
 
     @classmethod
     def of(cls, config: MergeConfig | Mapping[str, Any] | None = None, **settings: Any) -> MergeConfig:
-        """A config with some settings changed.
-
-        Raises:
-            RecipeError: a setting is unknown or out of range.
-        """
+        """A config with some settings changed."""
         if not isinstance(config, (MergeConfig, Mapping, type(None))):
             raise RecipeError(
                 f"The config is a {type(config).__name__}; give a MergeConfig, or its settings as keywords."
@@ -227,11 +221,7 @@ class MergeConfig:
 
 
 def refit_config(refit: RefitConfig | Mapping[str, Any] | bool | None) -> RefitConfig | None:
-    """The settings of the refit; None where there is none.
-
-    Raises:
-        RecipeError: for an unknown setting or a value out of range.
-    """
+    """The settings of the refit; None where there is none."""
     if isinstance(refit, (RefitConfig, type(None))):
         return refit
     if isinstance(refit, bool):
@@ -272,6 +262,11 @@ def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
                 raise RecipeError(f"{what} names {name!r} twice; each is applied once.")
             found[name] = value
     return found
+
+
+def check_residual(residual: str) -> None:
+    if residual not in get_args(Residual):
+        raise RecipeError(f"residual is {residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
 
 
 def _is_number(value: Any) -> bool:

@@ -7,6 +7,7 @@ Each stage can be called alone: it takes the plan and the results of those befor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -34,8 +35,11 @@ from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.steady import steady
 
-DATA_SETTINGS = ("processor", "columns", "batch_size")
-"""What `merge` hands on to the `Calibration`."""
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings as they are for the `Calibration`, and for the `MergeConfig`."""
+    reading = {name: settings[name] for name in ("processor", "columns", "batch_size") if name in settings}
+    return reading, {name: value for name, value in settings.items() if name not in reading}
 
 
 @steady
@@ -51,9 +55,7 @@ def plan(
     """What a merge will do; touches no data, and finds every mistake that can be found without it.
 
     Args:
-        experts: the models by task name, as for `merge`.
-        config: how they are merged; or its fields as keywords.
-        base: as for `merge`.
+        experts, config, base, settings: as for `merge`.
         data, observed: whether there will be calibration data, or moments, which an automatic method depends on.
 
     Raises:
@@ -122,7 +124,7 @@ def merge(
         RecipeError: if a setting is wrong.
         SpecError: if the architecture cannot be traced or cut.
     """
-    reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
+    reading, settings = split_settings(settings)
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
     planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)

@@ -5,7 +5,6 @@ Times are in `benchmarks/startup.py`; here stands what makes them.
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -61,17 +60,6 @@ def test_other_names_are_not():
 
 def test_no_name_of_the_face_is_a_package():
     assert {path.stem for path in Path(hf_zipit.__file__).parent.iterdir()} & set(hf_zipit.HOMES) == set()
-
-
-@pytest.mark.parametrize("package", [hf_zipit, modeling], ids=["hf_zipit", "modeling"])
-def test_type_checkers_see_what_is_there(package):
-    tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If))
-    told = {alias.asname: (line.module, alias.name) for line in block.body for alias in line.names}
-    assert set(told) == set(package.HOMES)
-    for name, (module, original) in told.items():
-        home = package.HOMES[name]
-        assert home in (module, f"{module}:{original}", f"{module}.{original}")
 
 
 @pytest.mark.parametrize(

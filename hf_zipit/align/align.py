@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from hf_zipit.align.heads import holds_blocks
 from hf_zipit.align.method import Network
 from hf_zipit.align.procrustes import rotate_streams, rotating
 from hf_zipit.align.solver import Choice, Solver
-from hf_zipit.config import MergeConfig
+from hf_zipit.config import MergeConfig, Residual, check_residual
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Map
 from hf_zipit.planning.cut import NOT_IN_TRUNK
@@ -29,7 +29,6 @@ from hf_zipit.symmetry.sums import without_sums
 
 logger = logging.getLogger(__name__)
 
-Residual = Literal["match", "identity", "orthogonal"]
 Overrides = Mapping[str, "str | Mapping[str, Any]"]
 
 
@@ -50,21 +49,13 @@ def align(
     """Align the experts in every movable space.
 
     Args:
-        spec: the architecture's spaces.
-        correlations: per observed product of spaces, float64 `[T * size, T * size]`; may be empty for a method that
-            does not need moments.
-        experts: T.
-        method: a registered method's name.
-        options: the method's options.
+        spec, correlations, experts, weights, widenable, covariances, seed: see `Network`.
+        method, options: see `MergeConfig`.
         residual: `"identity"` leaves the residual streams (`residual_spaces`) as they are, `"orthogonal"` rotates
             those that allow it (a folded model's) by Procrustes, from activations or, where the method reads none,
             from weights.
         overrides: for spaces whose name matches a pattern (as in `fnmatch`), another method: its name, or a mapping of
             `method` and its options. The first pattern that matches decides, also over `residual`.
-        weights: the experts' state dicts (what is to be merged of them), for methods that need weights.
-        widenable: spaces that may have more merged units than an expert has, for methods that need widths.
-        covariances: see `Network`; for methods that need them, and to rotate residual streams.
-        seed: of everything that methods draw.
 
     Returns:
         One map for every movable space, in the spec's order, but for rotary ones that no method rotates: without a map
@@ -108,10 +99,7 @@ def check_settings(
         widenable: finds out which spaces may have another width; asked only where a method is to change one's.
 
     Returns:
-        What the methods that are used read: a subset of `{"moments", "covariances", "weights", "widths"}`.
-
-    Raises:
-        RecipeError: as `align` does.
+        What the methods that are used read: see `Method.needs`.
     """
     default = _default(config.method, config.options)
     dry_run_done: list[Choice] = []
@@ -195,8 +183,7 @@ def _check_widths(names: Sequence[str], widenable: frozenset[str], spec: MergeSp
 
 def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Overrides) -> dict[str, Choice]:
     """The method of every movable space."""
-    if residual not in ("match", "identity", "orthogonal"):
-        raise RecipeError(f"residual is {residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
+    check_residual(residual)
     choices = {name: default for name in spec.spaces if spec.movable(name)}
     if residual == "identity":
         choices |= {name: Choice.of("identity", {}) for name in residual_spaces(spec)}

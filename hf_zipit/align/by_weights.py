@@ -30,6 +30,7 @@ DECIDES_TIES = SAME / 2
 def match_by_weights(network: Network, names: Collection[str], maps: Mapping[str, Map]) -> dict[str, Map]:
     """The maps of some spaces by `weights`, around those that are known; parameters with other spaces are left out."""
     spec = network.spec
+    maps = {name: found for name, found in maps.items() if name not in names}
     waiting = {name for name in spec.spaces if spec.movable(name) and name not in maps and name not in names}
     known = {
         name
@@ -48,7 +49,7 @@ def product_rows(network: Network, maps: Alignment, family: Collection[str]) -> 
     Args:
         network: the experts' weights.
         maps: of other spaces; parameters with a movable one that has none are passed over.
-        family: the spaces whose units are wanted: a space that stands alone, and those within it.
+        family: a space that stands alone, and those within it, which are solved together.
 
     Yields:
         A product, and float64 `[T * size, entries]`, the parameter's other axes in merged units.
@@ -87,13 +88,8 @@ def told_apart(
     """The correlations of a family's products in which weights tell ambiguous units apart; those without any are left
     out.
 
-    The similarity of weights is 2 <a, b> / (|a|^2 + |b|^2): 1 where they are the same, and only there.
-
-    Args:
-        network: the experts' weights.
-        correlations: of the products that were observed.
-        maps: of all other spaces, and the family's own.
-        family: spaces that are solved together.
+    The similarity of weights is 2 <a, b> / (|a|^2 + |b|^2): 1 where they are the same, and only there. The maps are
+    those of all spaces, the family's own as well.
     """
     unclear = {
         key: found

@@ -53,11 +53,7 @@ def circuit_similarity(write: Tensor, read: Tensor, write_b: Tensor, read_b: Ten
 
 
 def basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
-    """O h_b and its inverse, float64 `[d, d]`: what takes b's circuit into a's balanced coordinates.
-
-    Args:
-        write_a, read_a, write_b, read_b: A and B of both, float64 `[d, everything else]`.
-    """
+    """O h_b and its inverse, float64 `[d, d]`: what takes b's circuit into a's balanced coordinates."""
     to_a, from_a = balance(write_a, read_a)
     to_b, from_b = balance(write_b, read_b)
     rotated, _ = rotation(to_a @ write_a @ (to_b @ write_b).T + from_a.T @ read_a @ (from_b.T @ read_b).T)

@@ -80,18 +80,12 @@ def circuits_of(network: Network) -> tuple[Network, list[CircuitFamily]]:
 
 
 def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map]) -> dict[str, Map]:
-    """Pair the heads of a layer and find the bases inside them.
+    """The maps of a family's members, with those of all other spaces from `maps`.
 
-    Args:
-        family: the spaces.
-        network: the experts' weights.
-        maps: of all other spaces.
-
-    Returns:
-        The maps of the family's members, to the expert whose circuits are most similar to the others', in its balanced
-        coordinates: those do not depend on the basis that any expert came in.
+    They lead to the expert whose circuits are most similar to the others', in its balanced coordinates: those do not
+    depend on the basis that any expert came in.
     """
-    sides = Sides.of(family, network, maps)
+    sides = Sides.of(family, network, {name: m for name, m in maps.items() if name not in family.members})
     experts = range(network.experts)
     own = [sides.norms(t) for t in experts]
     pairings = {(a, b): sides.pair(a, b, own) for a, b in combinations(experts, 2)}

@@ -31,7 +31,8 @@ class Cost:
 
     def total(self, sizes: Mapping[str, int]) -> float:
         """The cost where some spaces have other sizes."""
-        return sum(self._scaled(term, sizes) for term in self.terms)
+        grown = {name: size / self.sizes[name] for name, size in sizes.items()}
+        return sum(cost * prod(grown.get(name, 1) for name in spaces) for cost, spaces in self.terms)
 
     def with_space(self, name: str) -> Cost:
         """The terms that a space has a part in."""
@@ -40,10 +41,6 @@ class Cost:
     def per_unit(self, name: str) -> float:
         """What one more unit of a space costs where everything else is as in an expert."""
         return sum(cost * spaces.count(name) for cost, spaces in self.terms) / self.sizes[name]
-
-    def _scaled(self, term: tuple[float, tuple[str, ...]], sizes: Mapping[str, int]) -> float:
-        cost, spaces = term
-        return cost * prod(sizes[name] / self.sizes[name] for name in spaces if name in sizes)
 
 
 def parameters(spec: MergeSpec, tensors: Mapping[str, Tensor]) -> Cost:

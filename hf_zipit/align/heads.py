@@ -8,9 +8,8 @@ Q/K and V/O independently, as MuDSC's code does, cuts the connection between att
 head: a permuted copy of a model is then no longer merged into that model. What is inside the paired heads is matched
 afterwards.
 
-Heads are permuted one-to-one under every method and never zipped: joining two heads of one expert, or three of two,
-would average attention *patterns*, which a softmax forms from products of queries and keys: units that act as one
-can be summed, patterns that differ cannot, whatever the correlation of their values.
+Heads are permuted one-to-one under every method and never zipped: units that act as one can be summed, attention
+*patterns* that differ cannot, whatever the correlation of their values.
 """
 
 from __future__ import annotations
@@ -35,14 +34,9 @@ def holds_blocks(name: str, spec: MergeSpec, observed: Iterable[ProductKey]) -> 
 
 
 def block_scores(similarity: Tensor, units: int) -> Tensor:
-    """How similar blocks of different experts are: the best assignment of the units inside them.
+    """How similar blocks are, `[T, n, T, n]`, from the similarity `[T, n * units, T, n * units]` of what is in them.
 
-    Args:
-        similarity: `[T, n * units, T, n * units]`.
-        units: the number of units in a block.
-
-    Returns:
-        `[T, n, T, n]`: the sum over the best pairs of two blocks' units; zero inside an expert.
+    The sum over the best pairs of two blocks' units; zero inside an expert.
     """
     experts, size = similarity.shape[0], similarity.shape[1] // units
     values = similarity.reshape(experts, size, units, experts, size, units).detach().cpu().numpy()

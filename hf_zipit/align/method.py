@@ -4,10 +4,13 @@ A method is either a *matcher* of one space, a pure function of the correlations
 
     matcher(correlation, experts, *, option=default, ...) -> Map
 
-with `correlation` a float64 `[experts * d, experts * d]`, or an *aligner* of the whole network, for methods in which
-the spaces depend on each other's maps (weight matching),
+with `correlation` a float64 `[T * d, T * d]` of T experts, zero in the rows of dead units, the diagonal included, or
+an *aligner* of the whole network, for methods in which the spaces depend on each other's maps (weight matching),
 
     aligner(network, *, option=default, ...) -> dict[str, Map]
+
+that returns the maps of all movable spaces without a fixed map. Keyword-only parameters are options; a value out of
+range is a RecipeError.
 
 A matcher whose number of merged units can be chosen has an option `size` (`merged_size`); its maps may then be wider
 or narrower than an expert's space, and the engine finds out which spaces allow that.
@@ -83,6 +86,11 @@ class Network:
     covariances: Mapping[ProductKey, Tensor] = field(default_factory=dict)
     seed: int = 0
 
+    @property
+    def opened(self) -> list[str]:
+        """The movable spaces without a fixed map."""
+        return [name for name in self.spec.spaces if self.spec.movable(name) and name not in self.fixed_maps]
+
     def random_orders(self, names: Sequence[str], count: int) -> Iterator[list[str]]:
         """`count` seeded random orders of some names."""
         generator = torch.Generator().manual_seed(self.seed)
@@ -104,12 +112,7 @@ def merged_size(size: float, units: int, experts: int) -> int:
 
 
 def register(
-    name: str,
-    *,
-    needs: set[str],
-    scope: Scope = "space",
-    least: Symmetry = Symmetry.PERMUTATION,
-    folds: bool = False,
+    name: str, *, needs: set[str], scope: Scope = "space", least: Symmetry = Symmetry.PERMUTATION, folds: bool = False
 ) -> Callable[[Function], Function]:
     """Decorator that makes a function a method; a matcher sees correlations only, so it cannot need weights."""
     if scope == "space" and "weights" in needs:

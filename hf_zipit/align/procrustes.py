@@ -43,7 +43,7 @@ def rotate_streams(
 
 
 def match_rotations(products: Tensor, *, ones: bool = False) -> LinearMap:
-    """Rotate every expert's units to those of a reference: see `rotations_to_reference`."""
+    """The map of `rotations_to_reference`."""
     return LinearMap.rotation(rotations_to_reference(products, ones=ones)[1])
 
 
@@ -76,9 +76,7 @@ def rotations_to_reference(products: Tensor, *, ones: bool = False) -> tuple[int
 def rotation(product: Tensor, *, ones: bool = False) -> tuple[Tensor, float]:
     """The orthogonal O with the largest <product, O>, both `[d, d]`, and that number.
 
-    Args:
-        product: sum of x_a x_b^T; O brings x_b to x_a.
-        ones: O must keep the vector of ones.
+    The product is the sum of x_a x_b^T; O brings x_b to x_a. With `ones` it keeps the vector of ones.
     """
     if ones:
         frame = complement_of_ones(len(product)).to(product)

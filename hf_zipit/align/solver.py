@@ -99,8 +99,7 @@ class Solver:
             if not any(changed):
                 break
             if unseen:
-                known = {name: m for name, m in self.maps.items() if name not in unseen}
-                self.maps |= match_by_weights(self.network, unseen, known)
+                self.maps |= match_by_weights(self.network, unseen, self.maps)
 
     def _tell_apart(self, family: Sequence[str], choices: Mapping[str, Choice]) -> bool:
         """Solve a family again where weights tell apart what activations do not; returns whether a map changed."""
@@ -120,7 +119,8 @@ class Solver:
             ready = [name for name in waiting if not set(self.spec.spaces[name].within) & set(waiting)]
             # Changes of basis come last: units that were mixed cannot be brought together one by one.
             mixing = {name: "covariances" in choices[name].method.needs for name in ready}
-            name = min(ready, key=lambda name: (mixing[name], self._unsolved(name), not self._blocks(name)))
+            unsolved = {name: min(len(self._open(name, key)) for key in self._keys(name)) for name in ready}
+            name = min(ready, key=lambda name: (mixing[name], unsolved[name], not self._blocks(name)))
             self.maps[name] = self._head_map(name) if self._blocks(name) else self._inner_map(name, choices[name])
             waiting.remove(name)
 
@@ -136,9 +136,6 @@ class Solver:
     def _open(self, name: str, key: ProductKey) -> ProductKey:
         """The other movable spaces of a product that have no map yet."""
         return tuple(n for n in key if n != name and self.spec.movable(n) and n not in self.maps)
-
-    def _unsolved(self, name: str) -> int:
-        return min(len(self._open(name, key)) for key in self._keys(name))
 
     def _blocks(self, name: str) -> bool:
         return holds_blocks(name, self.spec, self.correlations)

@@ -14,12 +14,7 @@ from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
 
 def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
-    """Maps of the movable spaces in the trunk.
-
-    Args:
-        planned: the plan of the merge.
-        moments: of its experts, folded where the plan says so; None for methods that read none.
-    """
+    """Maps of the movable spaces in the trunk; `moments` are those of the plan's folded experts, if it needs any."""
     config = planned.config
     correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
     weights = [

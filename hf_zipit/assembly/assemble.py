@@ -14,7 +14,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
-from hf_zipit.planning.cut import Cut, ReadPoint
+from hf_zipit.planning.cut import Cut, ReadPoint, towers
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
@@ -33,15 +33,13 @@ def assemble(
 ) -> PreTrainedModel:
     """The merged model, in eval mode, of the class for the experts' kind of head.
 
-    Args:
-        planned: the plan of the merge; the experts' tensors outside the trunk are copied.
-        trunk: the merged tensors by their name in the source model.
-        maps: the maps of the movable spaces in the trunk.
-        readouts: for every entry and exit and task a fitted map `(weight [d, k], bias [d])` in place of U_t.
-        head_dims: by path the width of a head in attention layers that have more and narrower heads than an expert's.
+    The trunk's tensors are given by their name in the source model; the experts' outside it are copied. `readouts`
+    take the place of U_t; `head_dims` is by path the width of a head in attention layers that have more and narrower
+    heads than an expert's.
     """
     spec, cut, experts = planned.spec, planned.cut, planned.folded
     sources = {task: model_tensors(model) for task, model in experts.items()}
+    first = sources[planned.tasks[0]]
     config = ZipItConfig(
         source_architecture=type(planned.model).__name__,
         source_config=planned.model.config,
@@ -49,8 +47,8 @@ def assemble(
         task_labels=labels_of(experts),
         shared=list(cut.shared),
         entries=[_setting("module", entry, spec, maps, readouts) for entry in cut.entries],
-        exits=[_setting("field", entry, spec, maps, readouts) for entry in cut.exits],
-        trunk_shapes=other_shapes(trunk, next(iter(sources.values()))),
+        exits=[_setting("field", exit_, spec, maps, readouts) for exit_ in cut.exits],
+        trunk_shapes={name: list(t.shape) for name, t in trunk.items() if t.shape != first[name].shape},
         head_dims=dict(head_dims or {}),
         depth=cut.depth,
         cut=first_own_block(spec, cut),
@@ -59,9 +57,8 @@ def assemble(
     fill(merged, sources, trunk)
     for number, task in enumerate(experts):
         key = merged.branch_names[task]
-        modules = [*zip(cut.entries, merged.entries[key], strict=True)]
-        modules += zip(cut.exits, merged.exits[key], strict=True)
-        for entry, module in modules:
+        modules = (*merged.entries[key], *merged.exits[key])
+        for entry, module in zip((*cut.entries, *cut.exits), modules, strict=True):
             if readouts is not None:
                 module.load_state_dict(dict(zip(("weight", "bias"), readouts[entry][number], strict=True)))
             elif only_groups(maps, entry.key):
@@ -73,11 +70,8 @@ def assemble(
 
 def first_own_block(spec: MergeSpec, cut: Cut) -> str | None:
     """The path of the first block outside the trunk, None where all blocks are in it."""
-    for tower, count in enumerate(cut.blocks):
-        paths = [block.path for block in spec.blocks if block.tower == tower]
-        if count < len(paths):
-            return paths[count]
-    return None
+    own = (path for paths, count in zip(towers(spec), cut.blocks, strict=True) for path in paths[count:])
+    return next(own, None)
 
 
 def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str]]:
@@ -86,11 +80,6 @@ def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str
     if not type(next(iter(experts.values()))).__name__.endswith(kinds):
         return {}
     return {task: dict(model.config.id2label) for task, model in experts.items()}
-
-
-def other_shapes(trunk: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Shapes of the merged tensors that are wider or narrower than an expert's."""
-    return {name: list(t.shape) for name, t in trunk.items() if t.shape != source[name].shape}
 
 
 def _setting(

@@ -27,7 +27,7 @@ from hf_zipit.modeling.configuration import ZipItConfig
 from hf_zipit.modeling.empty_model import empty_model
 from hf_zipit.modeling.entries import DenseEntry, Entry
 from hf_zipit.modeling.head_dims import head_dim_name
-from hf_zipit.planning.cut import Cut, ReadPoint, cut_model
+from hf_zipit.planning.cut import ReadPoint, cut_model
 from hf_zipit.symmetry.group import transform
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, fitted, product_key
@@ -40,14 +40,8 @@ TOLERANCE = 1e-4
 def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
     """The model of the experts' class that computes what the merged one computes for a task.
 
-    The output's own fields are the same; features inside nested outputs (CLIP's towers) may be in the merged basis.
-
-    Args:
-        merged: a merged model.
-        task: one of its tasks.
-
-    Returns:
-        A model in eval mode, on the CPU, that shares no memory with the merged one.
+    It is in eval mode, on the CPU, and shares no memory with the merged one. The output's own fields are the same;
+    features inside nested outputs (CLIP's towers) may be in the merged basis.
 
     Raises:
         ExpertError: if no plain model can compute the task.
@@ -65,13 +59,9 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         found = _without_readouts(merged, task, model, found, set(trunk))
     for name, tensor in model_tensors(model).items():
         tensor.copy_(found[name])
-    error = difference(merged, model, task)
-    if error > TOLERANCE:
-        raise ExpertError(
-            _cannot(
-                merged, task, "units of one expert were merged before its branch; merge at depth 1, or by 'permute'"
-            )
-        )
+    if difference(merged, model, task) > TOLERANCE:
+        reason = "units of one expert were merged before its branch; merge at depth 1, or by 'permute'"
+        raise ExpertError(_cannot(merged, task, reason))
     model.config.architectures = [type(model).__name__]
     model.name_or_path = merged.name_or_path
     model.config._commit_hash = getattr(config, "_commit_hash", None)
@@ -119,7 +109,8 @@ def _without_readouts(
     """The plain model's tensors with the entries and exits led away."""
     config, key = merged.config, merged.branch_names[task]
     spec = MergeSpec.from_model(model)
-    cut = _cut_of(config.cut, config.depth, model, spec)
+    depth = 1.0 if config.depth is None else config.depth
+    cut = cut_model(model, spec, depth if config.cut is None else config.cut)
     settings = [*config.entries, *config.exits]
     readouts = [*cut.entries, *cut.exits]
     targets = [setting.get("module", setting.get("field")) for setting in settings]
@@ -134,10 +125,6 @@ def _without_readouts(
         if readout.key[0] not in orders:
             _fold(readout, maps[readout], model, tensors, trunk, spec)
     return tensors
-
-
-def _cut_of(block: str | None, depth: float | None, model: nn.Module, spec: MergeSpec) -> Cut:
-    return cut_model(model, spec, block if block is not None else 1.0 if depth is None else depth)
 
 
 def _orders(maps: Mapping[ReadPoint, Entry], spec: MergeSpec) -> dict[str, Tensor]:

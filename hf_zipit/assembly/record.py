@@ -21,13 +21,9 @@ from hf_zipit.planning.plan import Plan
 def record(
     merged: PreTrainedModel, planned: Plan, calibration: Calibration | None, refit_errors: Mapping[str, Any] | None
 ) -> PreTrainedModel:
-    """The model itself, with what it is to remember.
+    """The model itself, with what it is to remember. It must be finished: its weights are hashed.
 
-    Args:
-        merged: a model that is finished: its weights are hashed.
-        planned: the plan of the merge.
-        calibration: its data, whose processor may become the merged model's.
-        refit_errors: what the refit left, as plain values; None where nothing was refitted.
+    The calibration data's processor may become the model's; `refit_errors` is what a refit left, as plain values.
     """
     found = {
         **planned.config.to_dict(),

@@ -72,15 +72,10 @@ def _kinds(names: Iterable[str]) -> list[list[str]]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A model in general position and what it computes.
+    """A model in general position, its perturbed `tensors`, and what it computes of the example inputs.
 
-    Attributes:
-        models: the modules, without weights: as they are, and with eager attention where that is another one.
-        spec: its spec.
-        tensors: its perturbed parameters and buffers.
-        inputs: the adapter's example inputs.
-        fields: the outputs that count.
-        outputs: what it computes.
+    Its `models` have no weights: as they are, and with eager attention where that is another one. `fields` are the
+    outputs that count.
     """
 
     models: tuple[nn.Module, ...]

@@ -78,26 +78,25 @@ def combine_tensor(
     combine: Combine,
     bases: Sequence[Tensor] = (),
 ) -> Tensor:
-    """The merged tensor.
+    """The merged tensor, in the experts' dtype.
 
     Args:
         tensors: the experts' tensors, of one shape and dtype.
         labels: one label per axis; none for a tensor that the forward pass does not read.
-        maps: the map of every movable space.
-        spec: the sizes of the spaces.
+        maps, spec: the map of every movable space, and the sizes of all.
         combine: the rule.
         bases: for rules that need them, the tensor that each expert started from. It is aligned like its expert; the
             mean of the aligned ones is the origin (arXiv 2410.12766), from which every expert's task vector starts.
 
-    Returns:
-        A tensor of the merged sizes, in the experts' dtype.
-
     Raises:
-        SpecError: the tensors do not have the shape that the labels say, or integers that cannot be combined differ.
+        SpecError: as `combine_trunk` does.
     """
     if not tensors[0].is_floating_point():
         return _agreed(tensors, labels, maps)
-    own, started = ([_in_merged_units(x, labels, maps, spec, t) for t, x in enumerate(xs)] for xs in (tensors, bases))
+    own, started = (
+        [to_merged(x.double(), labels, maps, spec, t) if labels else x.double() for t, x in enumerate(xs)]
+        for xs in (tensors, bases)
+    )
     if not started:
         return combine(own, labels).to(tensors[0].dtype)
     origin = sum(started) / len(started)
@@ -108,12 +107,6 @@ def combine_tensor(
 def merge_tensor(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) -> Tensor:
     """The mean of the experts' tensors in merged units, sum_t M_t W_t U_t; see `combine_tensor`."""
     return combine_tensor(tensors, labels, maps, spec, lambda own, _: sum(own) / len(own))
-
-
-def _in_merged_units(
-    tensor: Tensor, labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec, expert: int
-) -> Tensor:
-    return to_merged(tensor.double(), labels, maps, spec, expert) if labels else tensor.double()
 
 
 def in_float32(tensor: Tensor) -> Tensor:

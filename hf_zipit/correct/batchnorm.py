@@ -26,16 +26,9 @@ from hf_zipit.symmetry.spec import fitted
 
 @register("batchnorm-reset")
 def batchnorm_reset(
-    merged: PreTrainedModel,
-    planned: Plan,
-    alignment: Alignment,
-    calibration: Calibration,
-    moments: Moments | None,
+    merged: PreTrainedModel, planned: Plan, alignment: Alignment, calibration: Calibration, moments: Moments | None
 ) -> None:
-    """Give the trunk's BatchNorm layers the cumulative average of their statistics over the calibration data.
-
-    A model without BatchNorm is left as it is.
-    """
+    """Give the trunk's BatchNorm layers the cumulative average of their statistics over the calibration data."""
     norms = [m for m in merged.trunk.modules() if is_batch_norm(m) and m.running_mean is not None]
     if not norms:
         return

@@ -6,7 +6,12 @@ A correction is a function
 
 that changes the merged model in place: `planned` is the plan of the merge with its experts, `maps` those of its
 spaces, `calibration` its data and `moments` the experts' moments where the merge gathered them, else None. Its
-keyword-only parameters are its options. Invariant: a model merged with itself stays that model.
+keyword-only parameters are its options; those that several corrections have:
+
+    samples: of each task, at most; the activations of all of them at one site are held at once.
+    eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
+
+Invariant: a model merged with itself stays that model.
 """
 
 from __future__ import annotations

@@ -31,7 +31,6 @@ from hf_zipit.correct.statistics import (
     Statistics,
     UnitSums,
     along,
-    mask_of,
     measure,
     mixed_in_merged,
     shared_statistics,
@@ -44,7 +43,7 @@ from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups
 from hf_zipit.observation.moments import Moments
-from hf_zipit.observation.record import probe_name
+from hf_zipit.observation.record import mask_of, probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Probe, factors, fitted, product_key
 
@@ -67,18 +66,12 @@ def repair(
     """Fold a rescaling of every unit into the trunk's layers.
 
     Args:
-        merged: changed in place.
-        planned: the plan of the merge.
-        alignment: its maps.
-        calibration: calibration data; all experts see all of it.
-        moments: the experts', if the merge gathered them.
-        statistics: `"measured"` on the data, or from the experts' `"moments"` (the merge must have gathered them).
-        samples: of each task, at most; the measured form holds the activations of all of them at one layer.
-        eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
+        statistics: `"measured"` on the data, all of which all experts see, or from the experts' `"moments"`.
+        merged, planned, alignment, calibration, moments, samples, eps: see `hf_zipit.correct.correction`.
 
     Raises:
-        RecipeError: for an unknown form.
-        DataError: if moments are asked for and there are none.
+        RecipeError: for an unknown form, or one that finds nothing to do.
+        DataError: if moments are asked for and the merge gathered none.
     """
     first = planned.model
     sites = {site.module: site for site in layers(first, planned) if is_folding(first.get_submodule(site.module))}

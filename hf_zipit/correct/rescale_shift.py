@@ -11,13 +11,10 @@ model, one per task and site, and applied when `task=` is given.
 Sites are the outputs of the trunk's layers, the inputs of its blocks (the residual stream), and the readouts, where a
 branch reads the trunk. In a joint forward pass the trunk runs once for all tasks, so nothing inside it can depend on
 the task: there only the readouts are corrected, with statistics of their own, measured behind the uncorrected trunk.
-That gives every head the scale it had in its expert; the joint answer can be better or worse for it (`joint=False`:
-off).
 
-Our choices where the paper and its notebook leave one: statistics are gathered in execution order, every site sees
-what the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
-samples are together in one forward pass for that, hence `samples`. eps is relative and added to both variances, so
-that a model merged with itself stays that model. Modules that run more than once in a forward pass are left out.
+Our choice where the paper and its notebook leave one: statistics are gathered in execution order, every site sees what
+the corrected ones before it give (measured all at once, later corrections would fit inputs that never come); all
+samples are together in one forward pass for that. Modules that run more than once in a forward pass are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +33,6 @@ from hf_zipit.correct.statistics import (
     Statistics,
     UnitSums,
     View,
-    mask_of,
     measure,
     mixed_in_merged,
     statistics_to_merged,
@@ -46,10 +42,12 @@ from hf_zipit.correct.statistics import (
 from hf_zipit.data.calibration import Calibration, Inputs, pieces
 from hf_zipit.data.processes import running
 from hf_zipit.errors import RecipeError
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.rescale import Affine
 from hf_zipit.modeling.trunk import run_together
 from hf_zipit.observation.moments import Moments
+from hf_zipit.observation.record import mask_of
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import fitted
 
@@ -67,18 +65,13 @@ def rescale_shift(
     eps: float = 1e-5,
     joint: bool = True,
 ) -> None:
-    """Add per-task corrections to the merged model.
+    """Add corrections to the merged model, each task's measured on its own samples, where they are known.
 
     Args:
-        merged: changed in place: it gets `rescales` and `config.rescaled`.
-        planned: the plan of the merge.
-        alignment: its maps.
-        calibration: calibration data; each task's corrections are measured on its own samples, where they are known.
         modules: patterns of the paths of the modules to correct, such as `("*.fc2", "vit.layers.?")`; the
             readouts always are.
-        samples: of each task, at most; the activations of all of them at one site are held at once.
-        eps: added to both variances, relative to the mean variance: bounds the rescaling of units that died.
         joint: whether the readouts are corrected in joint forward passes, too.
+        merged, planned, alignment, calibration, moments, samples, eps: see `hf_zipit.correct.correction`.
 
     Raises:
         RecipeError: if no module has a path of these patterns.
@@ -91,8 +84,10 @@ def rescale_shift(
         with running([expert], calibration.device):
             targets[task] = expert_statistics(expert, sites, planned, inputs[task], calibration, view)
     sites = {name: site for name, site in sites.items() if all(name in found for found in targets.values())}
-    first = targets[planned.tasks[0]]
-    merged.add_rescales([setting(site, first[name], alignment, planned) for name, site in sites.items()])
+    sizes = {name: merged_length(site.label, alignment, planned.spec) for name, site in sites.items()}
+    merged.add_rescales(
+        [{"module": s.module, "where": s.where, "axis": s.axis, "size": sizes[name]} for name, s in sites.items()]
+    )
     with running([merged], calibration.device):
         for number, task in enumerate(planned.tasks):
             own, held = dict(targets[task]), {}
@@ -146,12 +141,6 @@ def expert_statistics(
 
 def readout_name(kind: str, number: int) -> str:
     return f"{kind}:{number}"
-
-
-def setting(site: Site, expert: Statistics, alignment: Alignment, planned: Plan) -> dict[str, object]:
-    """The entry of `config.rescaled`."""
-    merged, _ = statistics_to_merged(expert, site, alignment, planned.spec, 0)
-    return {"module": site.module, "where": site.where, "axis": site.axis, "size": len(merged.mean)}
 
 
 def to_own_average(

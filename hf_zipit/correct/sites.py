@@ -34,7 +34,7 @@ class Site:
     label: AxisLabel
 
 
-def layers(model: nn.Module, planned: Plan) -> Iterator[Site]:
+def layers(model: nn.Module, planned: Plan) -> list[Site]:
     """The outputs of the trunk's layers, in execution order.
 
     A convolution without bias right before its BatchNorm is left out: the norm's output is corrected instead.
@@ -55,7 +55,7 @@ def layers(model: nn.Module, planned: Plan) -> Iterator[Site]:
             if isinstance(before, nn.modules.conv._ConvNd) and before.bias is None:
                 found.pop()
         found.append(site)
-    yield from found
+    return found
 
 
 def output_axes(module: nn.Module) -> tuple[int, int] | None:

@@ -17,6 +17,7 @@ from hf_zipit.correct.sites import Site
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.modeling.entries import first_argument
+from hf_zipit.observation.record import mask_of, unpadded
 from hf_zipit.symmetry.spec import MergeSpec, fitted, product_key
 
 ROWS = 65536
@@ -42,9 +43,7 @@ class UnitSums:
     @classmethod
     def of(cls, value: Tensor, axis: int, mask: Tensor | None = None) -> UnitSums:
         """The sums of one value. `mask`, `[samples, tokens]`: rows of padded tokens are left out."""
-        rows = value.detach().movedim(axis, -1)
-        if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
-            rows = rows[mask.bool().to(rows.device)]
+        rows = unpadded(value, axis, mask)
         rows = rows.reshape(-1, rows.shape[-1])
         sums = torch.zeros(3, rows.shape[1], dtype=torch.float64)
         for block in rows.split(ROWS):
@@ -80,12 +79,7 @@ def mixed_in_merged(alignment: Alignment, spec: MergeSpec, expert: int) -> View:
 
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], sites: Mapping[str, Site], see: See) -> Iterator[None]:
-    """Show the value at every site to `see` before any other hook does something to it.
-
-    Args:
-        modules: the sites' modules.
-        sites: the sites, by the same names.
-    """
+    """Show the value at every site to `see` before any other hook does something to it; `modules` are the sites'."""
 
     def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         key = None if args else first_argument(type(module))
@@ -151,12 +145,6 @@ def measure(
                 if (value := field_of(output, field)) is not None:
                     add(field, value, axis)
     return {name: UnitSums(sums).statistics(all_reduce) for name, sums in found.items() if calls[name] == passes}
-
-
-def mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """`[samples, tokens]`, zero where a token is padding."""
-    mask = inputs.get("attention_mask")
-    return mask if mask is not None and mask.dim() == 2 else None
 
 
 def field_of(output: ModelOutput, field: str) -> Tensor | None:

@@ -34,8 +34,6 @@ HEADS = {
 }
 """The Auto class of PEFT's task types; an adapter for images names its base's class itself."""
 
-INSTALL = "install it with `pip install 'hf-zipit[peft]'`"
-
 
 def is_adapted(model: nn.Module) -> bool:
     """Whether a loaded model is one of PEFT's."""
@@ -65,7 +63,8 @@ def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str
         from peft import PeftModel
     except ImportError as error:
         raise ExpertError(
-            f"the expert {task!r} ({source}) is an adapter, and PEFT is not installed; {INSTALL}"
+            f"the expert {task!r} ({source}) is an adapter, and PEFT is not installed; install it with "
+            "`pip install 'hf-zipit[peft]'`"
         ) from error
     base_source = settings.get("base_model_name_or_path")
     if not base_source:

@@ -40,8 +40,7 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")
-        if names.count(name) > 1:
-            count = names.count(name)
+        if (count := names.count(name)) > 1:
             raise ExpertError(f"the task name {name!r} is given to {count} experts; task names must differ")
     found: dict[str, PreTrainedModel] = {}
     for name, expert in pairs:
@@ -58,10 +57,8 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
 def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
     """By task the model that each expert started from; empty where none is given.
 
-    Args:
-        base: one model for all experts, or one for each by task: loaded, or a repo id or folder, which is loaded with
-            the experts' class. A head that it lacks is left as it is initialised, for heads are never merged.
-        experts: the loaded experts.
+    It is one model for all experts, or one for each by task: loaded, or a repo id or folder, which is loaded with the
+    experts' class. A head that it lacks is left as it is initialised, for heads are never merged.
 
     Raises:
         ExpertError: a base cannot be loaded, or there is not one for every expert.
@@ -82,11 +79,9 @@ def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedMod
     if isinstance(source, nn.Module):
         return source.eval()
     what = f"the base of {task!r} could not be loaded from {source}"
+    loading = {"config": expert.config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
-        model = type(expert).from_pretrained(
-            source, config=expert.config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
-    return model.eval()
+        return type(expert).from_pretrained(source, **loading).eval()
 
 
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:

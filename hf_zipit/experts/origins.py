@@ -87,11 +87,7 @@ def card_data(source: str | None, revision: str | None = None) -> dict[str, Any]
 
 
 def common_licence(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The licence of all experts, as metadata of a card; empty if one has another or none.
-
-    Args:
-        experts: by task what `Origin.to_dict` gave.
-    """
+    """The licence of all experts, by task what `Origin.to_dict` gave, as metadata of a card; empty if one differs."""
     licences = [dict(expert.get("licence", {})) for expert in experts.values()]
     return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
 

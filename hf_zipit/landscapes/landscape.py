@@ -29,7 +29,7 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.experts.loading import Experts
 from hf_zipit.landscapes.results import Landscape
 from hf_zipit.landscapes.survey import Survey
-from hf_zipit.merging import DATA_SETTINGS, plan
+from hf_zipit.merging import plan, split_settings
 from hf_zipit.observation.moments import Moments
 
 METHOD = "weights"
@@ -78,7 +78,7 @@ def landscape(
         raise RecipeError(
             f"steps is {steps}, grid {grid} and samples {samples}; they must be at least 3, 2 (or 0: no plane) and 1."
         )
-    reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
+    reading, settings = split_settings(settings)
     if config is None and "method" not in settings:
         settings["method"] = METHOD
     config = MergeConfig.of(config, **settings, corrections=())

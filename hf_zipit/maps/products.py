@@ -15,22 +15,25 @@ from math import prod
 import torch
 from torch import Tensor
 
-from hf_zipit.maps.space_map import Alignment, LinearMap, Map
+from hf_zipit.maps.space_map import Alignment, LinearMap, Map, SpaceMap
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, Sum, product_key
 
 
+def unchanged(name: str, spec: MergeSpec, experts: int) -> SpaceMap:
+    """The map of a space in which every unit stays where it is."""
+    space = spec.spaces[name]
+    return SpaceMap.identity(space.size, experts, [spec.spaces[outer].size for outer in space.within])
+
+
 def factor_indices(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int) -> dict[str, Tensor]:
-    """For every unit of a product, the merged unit of each factor that it goes to.
+    """For every unit of a product, the merged unit of each factor that it goes to: by factor int64 `[size]`.
 
     Args:
         key: the factors, major to minor; a space's `within` must be among them.
-        maps: maps of the movable spaces; a space without one keeps its units. A change of basis (`LinearMap`) groups
-            no units, so they are numbered as they are: `change_basis` mixes them afterwards.
+        maps: a space without one keeps its units. A change of basis (`LinearMap`) groups no units, so they are
+            numbered as they are: `change_basis` mixes them afterwards.
         spec: their sizes and what they live within.
         expert: whose units.
-
-    Returns:
-        By factor, int64 `[size of the product]`.
     """
     sizes = [spec.spaces[name].size for name in key]
     own = {name: grid.flatten() for name, grid in zip(key, _grid(sizes), strict=True)}
@@ -79,13 +82,9 @@ def merged_index(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int)
 def factors_first(
     tensor: Tensor, labels: Sequence[AxisLabel], lead: Sequence[str], spec: MergeSpec, maps: Alignment, place: int = 0
 ) -> Tensor:
-    """Some factors of a tensor's axes moved to the front, `[*lead, everything else]`.
+    """Some factors of a tensor's axes moved to the front, `[*lead, everything else]`; of lead[0] its `place`-th.
 
-    Args:
-        tensor: in the merged units of `maps`.
-        labels: one label per axis.
-        lead: the factors that are wanted first; of the first one, its `place`-th.
-        spec, maps: tell the sizes.
+    The tensor is in the merged units of `maps`.
     """
     names: list[str | None] = []
     sizes: list[int] = []
@@ -103,11 +102,7 @@ def factors_first(
 def change_basis(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     """One expert's tensor after the changes of basis of one axis: g_t on factors it holds, g_t^-T on those it reads.
 
-    Args:
-        tensor: the axis is in merged units already but for its factors with a `LinearMap`.
-        axis: which axis.
-        label: its factors; the spaces that one with a `LinearMap` lives within must be among them.
-        maps, spec, expert: as in `factor_indices`.
+    The axis is in merged units already but for its factors with a `LinearMap`, and holds what those live within.
     """
     key = product_key(label)
     if not any(isinstance(maps.get(name), LinearMap) for name in key):
@@ -135,9 +130,9 @@ def trace_out(
 
     Args:
         correlation: `[T * size, T * size]` of the product `key`.
-        key: the product's factors, major to minor.
+        key: its factors, major to minor.
         keep: the factors whose units are wanted. The first one's `within` says which merged units to tell apart.
-        maps: maps of all movable factors that are not kept.
+        maps: of all movable factors that are not kept.
         spec, experts: the spaces, and T.
 
     Returns:

@@ -67,12 +67,7 @@ def row_by_row(
 ) -> Tensor:
     """Bring one axis into merged units; where its units live within those of another axis, apart for each of them.
 
-    Args:
-        tensor: one expert's; the other axis must be in merged units already (`axes_to_merge`).
-        axis: which axis.
-        label_axes: one label per axis.
-        alignment, spec, expert: as in `to_merged`.
-        along: what is done to an axis that stands alone.
+    That other axis must be in merged units already (`axes_to_merge`). `along` is done to an axis that stands alone.
     """
     outer = outer_elsewhere(label_axes[axis], spec)
     if not outer:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -96,9 +97,7 @@ def _along(tensor: Tensor, axis: int, label: AxisLabel, alignment: Alignment, sp
     if weight is not None:
         tensor = tensor * weight.to(tensor).reshape(-1, *(1 for _ in tensor.shape[axis + 1 :]))
     shape = list(tensor.shape)
-    shape[axis] = 1
-    for size in merged_sizes(key, alignment, spec):
-        shape[axis] *= size
+    shape[axis] = prod(merged_sizes(key, alignment, spec))
     grouped = tensor.new_zeros(shape).index_add_(axis, index, tensor)
     return change_basis(grouped, axis, label, alignment, spec, expert)
 

@@ -15,7 +15,6 @@ activations would drown the others.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
 from hf_zipit.experts.fingerprint import digest_strings
+from hf_zipit.files import replacing
 from hf_zipit.symmetry.spec import ProductKey
 
 BLOCK_ROWS = 4096
@@ -228,7 +228,8 @@ class Moments:
     def probes(self, key: ProductKey) -> tuple[str, ...]:
         """Where a product was observed, as `module:where:axis`."""
         if key not in self.sums:
-            raise SpecError(f"There are no moments of {' x '.join(key)}; observed were {self._observed()}.")
+            observed = [" x ".join(other) for other in self.sums]
+            raise SpecError(f"There are no moments of {' x '.join(key)}; observed were {observed}.")
         return tuple(self.sums[key])
 
     def size(self, key: ProductKey) -> int:
@@ -287,26 +288,18 @@ class Moments:
                     tensors[f"{len(entries)}.{name}"] = getattr(values, name).cpu().contiguous()
                 entries.append({"key": list(key), "probe": probe, "count": values.count})
         header = {"format": _FORMAT, "tasks": self.tasks, "fingerprint": self.fingerprint, "sums": entries}
-        beside = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
-            os.replace(beside, path)
-        except (OSError, SafetensorError) as error:
+            with replacing(path) as beside:
+                save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
+        except SafetensorError as error:
             raise OutputError(f"The moments cannot be written to {path}: {error}.") from error
-        finally:
-            if path.parent.is_dir():
-                beside.unlink(missing_ok=True)
         return path
 
     @classmethod
     def load(cls, path: str | Path, experts: Mapping[str, str] | None = None) -> Moments:
         """Read a file of `save`.
 
-        Args:
-            path: the file.
-            experts: what `fingerprint_experts` says of the experts to be merged. Given, the moments are checked to be
-                theirs and come back in their order.
+        With what `fingerprint_experts` says of the experts to be merged, the moments are checked to be theirs: `of`.
 
         Raises:
             DataError: if there is no such file, it is no moments file, or it was taken from other experts.
@@ -336,9 +329,6 @@ class Moments:
         if empty := [name for name, values in found.items() if values.count == 0]:
             raise SpecError(f"{' x '.join(key)} has no rows at {empty[0]}: nothing was observed there.")
         return list(found.values())
-
-    def _observed(self) -> list[str]:
-        return [" x ".join(key) for key in self.sums]
 
 
 def _average(tensors: list[Tensor]) -> Tensor:

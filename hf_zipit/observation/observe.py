@@ -15,7 +15,6 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
 import torch
@@ -30,8 +29,9 @@ from hf_zipit.data.calibration import Calibration, CalibrationBatch
 from hf_zipit.data.processes import all_reduce_sum, placed
 from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
+from hf_zipit.experts.origins import versions
 from hf_zipit.observation.moments import Moments, Sums
-from hf_zipit.observation.record import Choose, Recorder, choose_rows, keep_all, probe_name
+from hf_zipit.observation.record import Choose, Recorder, choose_rows, keep_all, mask_of, probe_name
 from hf_zipit.planning.plan import Plan
 from hf_zipit.steady import steady
 from hf_zipit.symmetry.spec import MergeSpec, Probe, ProductKey
@@ -49,16 +49,7 @@ FORWARD_SHARE = 0.5
 
 @steady
 def observe(planned: Plan, calibration: Any) -> Moments:
-    """The moments of the experts of a plan, folded where it says so: those of every product of spaces that has a
-    probe.
-
-    Args:
-        planned: the plan of the merge; its config says how many rows are used, and holds the seed.
-        calibration: a `Calibration`, or data that one is made of.
-
-    Raises:
-        DataError, ExpertError, SpecError: as `gather_moments` does.
-    """
+    """The moments of a plan's folded experts on a `Calibration`, or data that one is made of; see `gather_moments`."""
     config, data = planned.config, Calibration.of(calibration).read(planned.experts)
     return gather_moments(planned.spec, planned.folded, data, row_fraction=config.row_fraction, seed=config.seed)
 
@@ -72,12 +63,12 @@ def gather_moments(
     row_fraction: float | Literal["auto"] = AUTO,
     seed: int = 0,
 ) -> Moments:
-    """Run the experts over calibration data and gather the moments of every observable product of spaces.
+    """The moments of every observable product of spaces, by running the experts over calibration data.
 
     The experts come back as they were: on their device, in their training mode, without hooks.
 
     Args:
-        spec: the experts' architecture; its probes say where to read.
+        spec: its probes say where to read.
         experts: the models by task. Those placed by a `device_map` stay where they are.
         calibration: unlabelled inputs, read for these experts; every process must be given the same.
         keys: the products to observe; all that have a probe by default.
@@ -93,7 +84,7 @@ def gather_moments(
     """
     products = _products(spec, keys)
     tasks, accelerator = tuple(experts), calibration.run_on()
-    fingerprint = {"experts": fingerprint_experts(experts)}
+    prints = fingerprint_experts(experts)
     batches = calibration.batches()
     recorder = Recorder({probe: spec.size(key) for key, found in products.items() for probe in found})
     # Not inference_mode: buffers that a model makes on its first pass would be of no use to a later training.
@@ -118,18 +109,17 @@ def gather_moments(
                 digests.append((index, digest, batch.samples))
             waiting.flush()
     if accelerator.num_processes > 1:
-        moments = _reduce(moments, accelerator, spec, products)
+        moments = _reduce(moments, accelerator, spec, waiting.names)
         digests = sorted(gather_object(digests))
-    fingerprint |= {
+    moments.fingerprint = {
+        "experts": prints,
         "data": digest_strings(digest for _, digest, _ in digests),
         "samples": sum(samples for _, _, samples in digests),
         "seed": seed,
         "row_fraction": used,
-        "version": _version(),
+        "version": versions().get("hf-zipit", "unknown"),
     }
-    moments = moments.to("cpu")
-    moments.fingerprint = fingerprint
-    return moments
+    return moments.to("cpu")
 
 
 def _products(spec: MergeSpec, keys: Iterable[ProductKey] | None) -> dict[ProductKey, tuple[Probe, ...]]:
@@ -156,7 +146,11 @@ def _dry_run(
     # The counter follows modules by hooks on gradients, which it needs even where nobody wants any.
     with torch.enable_grad(), FlopCounterMode(display=False) as counter:
         features = _run(recorder, task, expert, inputs, device)
-    _check_fired(recorder, features, task)
+    if unseen := [probe for probe in recorder.units if probe_name(probe) not in features]:
+        raise SpecError(
+            f"The {unseen[0].where} of {unseen[0].module!r} was never seen: the expert {task!r} does not call that "
+            "module with these calibration inputs."
+        )
     macs = counter.get_total_flops() / 2
     cost = sum(
         len(features[probe_name(probe)]) * (len(experts) * units) ** 2 for probe, units in recorder.units.items()
@@ -173,10 +167,8 @@ def _run(
     choose: Choose = keep_all,
 ) -> dict[str, Tensor]:
     """Rows of every probe; what the model itself raises is told as a fault of the data."""
-    mask = inputs.get("attention_mask")
     try:
-        arguments = _arguments(expert, inputs, device)
-        return recorder.run(task, expert, arguments, choose, mask if mask is not None and mask.ndim == 2 else None)
+        return recorder.run(task, expert, _arguments(expert, inputs, device), choose, mask_of(inputs))
     except (ZipItError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -202,15 +194,6 @@ def _entry_device(expert: nn.Module, device: torch.device) -> torch.device | int
     if not places:
         return device
     return next((place for place in places.values() if place not in ("cpu", "disk")), "cpu")
-
-
-def _check_fired(recorder: Recorder, features: Mapping[str, Tensor], task: str) -> None:
-    for probe in recorder.units:
-        if probe_name(probe) not in features:
-            raise SpecError(
-                f"The {probe.where} of {probe.module!r} was never seen: the expert {task!r} does not call that module "
-                "with these calibration inputs."
-            )
 
 
 class _Waiting:
@@ -274,15 +257,14 @@ def _together(accelerator: Accelerator) -> Iterator[None]:
 
 
 def _reduce(
-    moments: Moments, accelerator: Accelerator, spec: MergeSpec, products: Mapping[ProductKey, tuple[Probe, ...]]
+    moments: Moments, accelerator: Accelerator, spec: MergeSpec, names: list[tuple[ProductKey, str]]
 ) -> Moments:
     """Sum over the processes; one that had no batch adds zeros."""
     reduced = Moments(moments.tasks)
-    for key, probes in products.items():
-        for name in map(probe_name, probes):
-            empty = Sums.empty(len(moments.tasks) * spec.size(key), moments.device)
-            sums = moments.sums.get(key, {}).get(name, empty)
-            reduced.sums.setdefault(key, {})[name] = _reduce_sums(sums, accelerator)
+    for key, name in names:
+        empty = Sums.empty(len(moments.tasks) * spec.size(key), moments.device)
+        sums = moments.sums.get(key, {}).get(name, empty)
+        reduced.sums.setdefault(key, {})[name] = _reduce_sums(sums, accelerator)
     return reduced
 
 
@@ -294,10 +276,3 @@ def _reduce_sums(sums: Sums, accelerator: Accelerator) -> Sums:
     mean = add(sums.total + sums.count * sums.shift) / count
     about = sums.about(mean)
     return Sums(count, mean, add(about.total), add(about.second))
-
-
-def _version() -> str:
-    try:
-        return version("hf_zipit")
-    except PackageNotFoundError:  # run from a checkout
-        return "unknown"

@@ -33,6 +33,20 @@ def keep_all(probe: str, call: int, rows: int) -> None:
     """Choose every row."""
 
 
+def mask_of(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """`[samples, tokens]`, zero where a token is padding."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is not None and mask.dim() == 2 else None
+
+
+def unpadded(value: Tensor, axis: int, mask: Tensor | None) -> Tensor:
+    """A value with the axis of its units moved last, and without the rows that its model's `mask_of` leaves out."""
+    rows = value.detach().movedim(axis, -1)
+    if mask is not None and rows.dim() > 2 and rows.shape[:2] == mask.shape:
+        rows = rows[mask.bool().to(rows.device)]
+    return rows
+
+
 def choose_rows(row_fraction: float, minimum: int, seed: int, batch: int) -> Choose:
     """Choose a seeded share of the rows, at least `minimum` of them where there are that many.
 
@@ -54,12 +68,11 @@ def choose_rows(row_fraction: float, minimum: int, seed: int, batch: int) -> Cho
 class Recorder:
     """Records one forward pass at a time at the probes of one or more models of the same architecture.
 
-    Args:
-        probes: the probes, and under each one the number of units that its axis must have.
+    `units` is the number of units that each probe's axis must have.
     """
 
-    def __init__(self, probes: Mapping[Probe, int]) -> None:
-        self.units = dict(probes)
+    def __init__(self, units: Mapping[Probe, int]) -> None:
+        self.units = dict(units)
         self._expert = ""
         self._mask: Tensor | None = None
         self._choose: Choose = keep_all
@@ -90,21 +103,15 @@ class Recorder:
         choose: Choose = keep_all,
         mask: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Run an expert and return float32 rows `[rows, units]` for every probe that fired.
+        """Run an expert, the hooks on, and return float32 rows `[rows, units]` for every probe that fired.
 
-        Args:
-            task: the expert's name, for errors.
-            model: the expert; the hooks must be on.
-            inputs: keyword arguments of its forward.
-            choose: which rows to keep.
-            mask: `[samples, tokens]`, zero where a token is padding.
+        `mask`, `[samples, tokens]`, is zero where a token is padding.
 
         Raises:
             ExpertError: if a feature is NaN or infinite.
             SpecError: if a probe's axis is not there or has another size.
         """
-        self._expert, self._choose, self._rows = task, choose, {}
-        self._mask = None if mask is None else mask.bool()
+        self._expert, self._choose, self._mask, self._rows = task, choose, mask, {}
         try:
             model(**inputs)
             return {name: torch.cat(calls) for name, calls in self._rows.items()}
@@ -132,9 +139,7 @@ class Recorder:
                 f"The {probe.where} of {probe.module or 'the model'} should have {on_axis} units on axis "
                 f"{probe.axis}, but the expert {self._expert!r} has {found} there: the spec is of another model."
             )
-        rows = tensor.detach().movedim(probe.axis, -1)
-        if self._mask is not None and rows.ndim > 2 and rows.shape[:2] == self._mask.shape:
-            rows = rows[self._mask.to(rows.device)]
+        rows = unpadded(tensor, probe.axis, self._mask)
         rows = rows.reshape(-1, on_axis // width, width)[..., start:stop].reshape(-1, units)
         # A finite sum costs a fraction of looking at every value, and proves as much.
         if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():

@@ -29,13 +29,10 @@ WITHOUT_DATA = "circuits"
 
 
 def choose(config: MergeConfig, model: nn.Module, *, data: bool, observed: bool = False) -> MergeConfig:
-    """The config with nothing left to choose.
+    """The config with nothing left to choose, for models like one of the experts.
 
     Args:
-        config: its `"auto"` settings are replaced.
-        model: one of the experts.
-        data: whether there is calibration data.
-        observed: whether there are moments of an earlier merge.
+        data, observed: whether there is calibration data, or moments of an earlier merge.
     """
     if not config.automatic:
         return config

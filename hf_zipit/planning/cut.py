@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hf_zipit.errors import RecipeError, SpecError
-from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, product_key
+from hf_zipit.symmetry.proof import model_tensors
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Place, Probe, ProductKey, product_key
 
 NOT_IN_TRUNK = "it is not in the trunk"
 """What fixes a space that only branches have."""
@@ -74,7 +75,7 @@ class Cut:
     def _probes(self, spec: MergeSpec, merged: frozenset[str]) -> tuple[Probe, ...]:
         """The probes in the trunk; of a product that only branches read, the first one, the nearest to the cut."""
         owners = {name.rpartition(".")[0] for name in self.trunk}
-        whole = not any(made < total for made, total in zip(self.blocks, tower_lengths(spec), strict=True))
+        whole = list(self.blocks) == tower_lengths(spec)
         probes = [probe for probe in spec.probes if any(name in merged for name in probe.key)]
         kept = {p for p in probes if p.module in owners or (whole and p.where == "input")}
         seen = {probe.key for probe in kept}
@@ -85,9 +86,14 @@ class Cut:
         return tuple(probe for probe in probes if probe in kept)
 
 
-def tower_lengths(spec: MergeSpec) -> list[int]:
+def towers(spec: MergeSpec) -> list[list[str]]:
+    """The paths of every tower's blocks."""
     count = max((block.tower for block in spec.blocks), default=-1) + 1
-    return [sum(block.tower == tower for block in spec.blocks) for tower in range(count)]
+    return [[block.path for block in spec.blocks if block.tower == tower] for tower in range(count)]
+
+
+def tower_lengths(spec: MergeSpec) -> list[int]:
+    return [len(paths) for paths in towers(spec)]
 
 
 def blocks_in_trunk(spec: MergeSpec, depth: float | str) -> tuple[int, ...]:
@@ -108,9 +114,8 @@ def blocks_in_trunk(spec: MergeSpec, depth: float | str) -> tuple[int, ...]:
             close = difflib.get_close_matches(depth, paths, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f"; its blocks are {', '.join(paths) or 'none'}"
             raise RecipeError(f"the depth {depth!r} is no block of {spec.architecture}{hint}")
-        block = spec.blocks[paths.index(depth)]
-        before = [b.path for b in spec.blocks if b.tower == block.tower].index(depth)
-        depth = before / lengths[block.tower]
+        own = next(tower for tower in towers(spec) if depth in tower)
+        depth = own.index(depth) / len(own)
     if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 <= depth <= 1:
         raise RecipeError(f"the depth must be a share from 0 to 1 or the path of a block, not {depth!r}")
     counts = [int(depth * length + 0.5) for length in lengths]
@@ -135,10 +140,8 @@ def cut_model(model: nn.Module, spec: MergeSpec, depth: float | str) -> Cut:
         reached = zip(place.blocks, counts, lengths, strict=True)
         return not (nothing or place.head) and all(last < n or n == length for last, n, length in reached)
 
-    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
-    names += [n for n, _ in model.named_buffers(remove_duplicate=False)]
     _check_used_on_one_side(spec, in_trunk)
-    trunk = _trunk_names(spec, names, in_trunk, whole)
+    trunk = _trunk_names(spec, list(model_tensors(model)), in_trunk, whole)
     total = sum(lengths)
     return Cut(
         blocks=counts,
@@ -199,11 +202,8 @@ def _shared_modules(model: nn.Module, trunk: frozenset[str]) -> tuple[str, ...]:
 
 def _readouts(spec: MergeSpec, counts: Sequence[int]) -> frozenset[str]:
     """Modules through which a branch may read the trunk: the first block of every tower's branch, and the head."""
-    readouts = set(spec.head)
-    for tower, count in enumerate(counts):
-        paths = [block.path for block in spec.blocks if block.tower == tower]
-        readouts.update(paths[count : count + 1])
-    return frozenset(readouts)
+    first = (path for paths, count in zip(towers(spec), counts, strict=True) for path in paths[count : count + 1])
+    return frozenset({*spec.head, *first})
 
 
 def _entries(spec: MergeSpec, in_trunk: InTrunk, readouts: frozenset[str]) -> tuple[ReadPoint, ...]:
@@ -220,7 +220,11 @@ def _entries(spec: MergeSpec, in_trunk: InTrunk, readouts: frozenset[str]) -> tu
             continue
         readout = next((path for path in crossing.stack if path in readouts), None)
         if readout is None:
-            raise SpecError(_cannot_cut(spec, crossing))
+            reader = crossing.stack[-1] if crossing.stack and crossing.stack[-1] else "the model itself"
+            raise SpecError(
+                f"{spec.architecture} cannot be cut here: {reader} reads a value of the trunk beside the cut; choose "
+                "another depth, or declare it as part of the head in an adapter"
+            )
         if taken.setdefault(readout, crossing.value) != crossing.value or len(moving) > 1:
             raise SpecError(
                 f"{spec.architecture} cannot be cut before {readout}: it reads more than one value of the trunk; "
@@ -242,11 +246,3 @@ def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[ReadPoint, ...]:
 
 def _moves(label: AxisLabel, spec: MergeSpec) -> bool:
     return any(map(spec.movable, product_key(label)))
-
-
-def _cannot_cut(spec: MergeSpec, crossing: Crossing) -> str:
-    reader = crossing.stack[-1] if crossing.stack else ""
-    return (
-        f"{spec.architecture} cannot be cut here: {reader or 'the model itself'} reads a value of the trunk beside "
-        "the cut; choose another depth, or declare it as part of the head in an adapter"
-    )

@@ -109,11 +109,7 @@ def make_plan(
 ) -> Plan:
     """The plan, but for what the methods need: check the experts, infer the spec, divide the model.
 
-    Args:
-        experts: the models by task.
-        config: the settings.
-        folding: plan for the experts with their norms folded into their readers.
-        bases: by task the model that the expert started from.
+    With `folding` it is for the experts with their norms folded into their readers.
 
     Raises:
         ExpertError: if the experts do not fit each other, one holds NaN, or a norm cannot be folded.
@@ -129,17 +125,15 @@ def make_plan(
     check_coverage(spec, cut)
     check_bases(bases or {}, tensors, cut)
     trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
-    folds = spec.folds
+
+    def folded(models: Mapping[str, PreTrainedModel], what: str) -> dict[str, PreTrainedModel]:
+        return {task: fold(m, spec.folds, f"the {what} {task!r}") if spec.folds else m for task, m in models.items()}
+
     return Plan(
         config=config,
         experts=dict(experts),
-        folded={
-            task: fold(model, folds, f"the expert {task!r}") if folds else model for task, model in experts.items()
-        },
-        bases={
-            task: fold(model, folds, f"the base of {task!r}") if folds else model
-            for task, model in (bases or {}).items()
-        },
+        folded=folded(experts, "expert"),
+        bases=folded(bases or {}, "base of"),
         spec=spec,
         cut=cut,
         parameters=count_parameters(experts, spec, cut, trunk, readouts=config.refit not in (None, AUTO)),

@@ -33,7 +33,7 @@ from hf_zipit.data.held_out import Answers, HeldOut, held_out, read_divided
 from hf_zipit.errors import RecipeError, ZipItError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.experts.loading import Experts, load_experts
-from hf_zipit.merging import DATA_SETTINGS, merge, plan
+from hf_zipit.merging import merge, plan, split_settings
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import SharedMoments
 from hf_zipit.planning.plan import make_plan
@@ -100,7 +100,7 @@ def search(
         DataError: if the data cannot be used or divided.
         RecipeError: if the space or a setting of the search is wrong, or the optional Optuna is not installed.
     """
-    reading = {name: settings.pop(name) for name in DATA_SETTINGS if name in settings}
+    reading, settings = split_settings(settings)
     common = {**(config.to_dict() if isinstance(config, MergeConfig) else config or {}), **settings}
     seed = MergeConfig.of(common).seed
     space = SearchSpace.of(space)

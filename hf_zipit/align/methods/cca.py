@@ -31,7 +31,7 @@ SMALLEST = 1e-12
 def canonical_correlations(
     covariance: Tensor, experts: int, *, regularisation: float = 0.1, absolute: bool = False
 ) -> LinearMap:
-    """Bring every expert's units into the basis of a reference expert.
+    """Every expert's units are brought into the basis of a reference expert, which stays: k = d.
 
     Args:
         covariance: float64 `[T * d, T * d]`.
@@ -39,12 +39,6 @@ def canonical_correlations(
         regularisation: added to every variance before whitening, relative to an expert's mean variance; 0 or more.
             Without any, directions that hardly vary count as much as all others.
         absolute: add `regularisation` itself, as the published code does: the map then depends on the features' scale.
-
-    Returns:
-        k = d merged units, those of the reference expert.
-
-    Raises:
-        RecipeError: `regularisation` is negative.
     """
     if not regularisation >= 0:
         raise RecipeError(f"cca's option regularisation is {regularisation}; it must be 0 or more.")

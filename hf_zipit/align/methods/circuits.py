@@ -3,16 +3,12 @@
 What an attention head computes depends on its query and key weights only through Q^T K, and on its value and output
 weights only through O V: any invertible map of the dimensions in between cancels (Elhage et al., A Mathematical
 Framework for Transformer Circuits, 2021). Compared weight by weight, two equal heads in different bases seem to
-differ; their *circuits* are the same (arXiv 2506.22712).
-
-`circuit_pairs.py` pairs heads by that, and finds the bases inside.
+differ; their *circuits* are the same (arXiv 2506.22712). `circuit_pairs.py` pairs heads by that, `circuit_bases.py`
+finds the bases inside.
 
 Streams that allow rotations (a folded model's residual) are rotated by Procrustes on all weights that read or write
 them; everything else is matched by `weights`. The three depend on each other, so they are visited one after the other:
 first with the parameters that are aligned already (embeddings), then with all; the most similar end counts.
-
-Under rotary embeddings only rotations of a head's pairs of query and key units cancel, the same for all queries of a
-key/value group; their angles are found in closed form, too.
 """
 
 from __future__ import annotations
@@ -36,25 +32,18 @@ LEAST_IMPROVEMENT = 1e-7
 
 @register("circuits", needs={"weights"}, scope="network", least=Symmetry.ROTARY, folds=True)
 def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
-    """Align all open spaces from the weights: streams by rotations, heads by circuits, the rest by `weights`.
+    """Maps from the weights: streams by rotations, heads by circuits, the rest by `weights`.
 
     Args:
-        network: the spaces, the experts' weights and the maps that are fixed already.
+        network: the experts' weights are read.
         sweeps: at most this many rounds, 1 or more.
-
-    Returns:
-        The maps of all movable spaces without a fixed map.
-
-    Raises:
-        RecipeError: `sweeps` is less than 1.
     """
     if sweeps < 1:
         raise RecipeError(f"circuits' option sweeps is {sweeps}; it must be 1 or more.")
     network, families = circuits_of(network)
-    spec = network.spec
-    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
+    opened = network.opened
     inside = {name for family in families for name in family.members}
-    streams = [name for name in rotating(spec) if name in opened]
+    streams = [name for name in rotating(network.spec) if name in opened]
     rest = [name for name in opened if name not in inside and name not in streams]
     maps: dict[str, Map] = dict(network.fixed_maps)
     best, kept = -float("inf"), maps
@@ -63,9 +52,9 @@ def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
             others = {other: m for other, m in maps.items() if other != name}
             maps[name] = rotate_stream(name, network, others)
         if rest:
-            maps |= match_by_weights(network, rest, {n: m for n, m in maps.items() if n not in rest})
+            maps |= match_by_weights(network, rest, maps)
         for family in families:
-            maps |= match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
+            maps |= match_family(family, network, maps)
         reached = similarity(network, maps)
         if reached <= best + LEAST_IMPROVEMENT:
             break

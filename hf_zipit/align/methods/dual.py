@@ -1,21 +1,12 @@
 """MuDSC: match units by what they do and by their weights at once (Xu et al., Training-Free Pretrained Model Merging,
 CVPR 2024).
 
-Units that are similar in activation space may have different weights, and the other way round. Both are Pearson
-correlations between units, so that they can be added: S = balance * R_weights + (1 - balance) * R_activations. A
+Both similarities are Pearson correlations between units: S = balance * R_weights + (1 - balance) * R_activations. A
 unit's weights are the rows of all parameter axes that hold or read it, the other axes in the merged units of the
-current maps. So the spaces are visited again and again in a seeded random order, as in weight matching, starting from
-the match of the activations. The sweep with the best mean similarity wins.
-
-Every product of spaces that is observed or is a parameter's axis has its own S, and a space's S are solved as they
-would be from activations alone (`solver.py`): heads and GroupNorm's groups get ONE order from all of them. The
-published code orders heads in Q/K and in V/O independently, after which a permuted copy of a model no longer merges
-into that model.
-
-The balance. The paper searches .1 ... .9 by the accuracy of merged models. Where none is given, the same values are
-tried here and compared by what they join, on the moments of the calibration data and on the weights: neither
-similarity alone can decide, for each is largest where it decides alone, so the winner keeps most of both, each
-relative to the most that any balance reaches. Measured merged models decide better: `hf_zipit.search` does that.
+current maps. So the spaces are visited again and again, as in weight matching, starting from the match of the
+activations. Every product of spaces that is observed or is a parameter's axis has its own S, and a space's S are
+solved as they would be from activations alone (`solver.py`): heads and GroupNorm's groups get ONE order from all of
+them. `docs/methods/dual.md` tells how the balance is searched and what the published code does differently.
 """
 
 from __future__ import annotations
@@ -24,6 +15,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
+from math import prod
 from typing import Literal
 
 import numpy as np
@@ -34,14 +26,13 @@ from hf_zipit.align.by_weights import product_rows
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.solver import Choice, Solver
 from hf_zipit.errors import RecipeError
-from hf_zipit.maps.products import merged_index, merged_sizes
+from hf_zipit.maps.products import merged_index, merged_sizes, unchanged
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.spec import ProductKey
 
 logger = logging.getLogger(__name__)
 
 LEAST_IMPROVEMENT = 1e-9
-
 
 BALANCES = tuple(tenth / 10 for tenth in range(1, 10))
 """What is tried where no balance is given."""
@@ -58,23 +49,16 @@ def match_dual(
     sweeps: int = 100,
     patience: int = 5,
 ) -> dict[str, SpaceMap]:
-    """Match all open spaces by weights and activations.
+    """Maps by weights and activations.
 
     Args:
-        network: the spaces, the experts' correlations and weights, and the maps that are fixed already; its seed draws
-            the order of the visits.
+        network: correlations and weights are read; its seed draws the order of the visits.
         balance: lambda, the share of the weights in the similarity, 0 to 1; None tries .1 ... .9. What is only
             observed, or only seen in weights, counts as it is.
         variant: `"align"` matches units one-to-one (`permute`), `"zip"` also joins units of one expert (`zip`).
         alpha, beta: zip's options; the published runs all have these defaults.
         sweeps: at most this many visits of every space, 1 or more.
         patience: stop after this many sweeps without a better mean similarity.
-
-    Returns:
-        The maps of all movable spaces without a fixed map.
-
-    Raises:
-        RecipeError: an option is out of range.
     """
     if variant not in ("align", "zip"):
         raise RecipeError(f"dual's option variant is {variant!r}; it must be 'align' or 'zip'.")
@@ -133,7 +117,7 @@ class _State:
         for root, inner in spec.families():
             members = (root, *inner) if spec.movable(root.name) else inner
             opened = tuple(space.name for space in members if space.name not in self.maps)
-            self.maps |= {name: self._identity(name) for name in opened}
+            self.maps |= {name: unchanged(name, spec, self.network.experts) for name in opened}
             if opened:
                 self.families[root.name] = opened
                 self._solve(opened, {key: r for key, r in self.network.correlations.items() if set(key) & {*opened}})
@@ -191,9 +175,7 @@ class _State:
     def _joined(self, key: ProductKey, similarity: Tensor) -> float:
         """The mean, over merged units and pairs of experts, of the mean similarity of the units joined there."""
         spec, experts, size = self.network.spec, self.network.experts, self.network.spec.size(key)
-        merged = 1
-        for factor in merged_sizes(key, self.maps, spec):
-            merged *= factor
+        merged = prod(merged_sizes(key, self.maps, spec))
         index = [merged_index(key, self.maps, spec, t).to(similarity.device) for t in range(experts)]
         share = [1.0 / torch.bincount(i, minlength=merged)[i].double() for i in index]
         blocks = similarity.reshape(experts, size, experts, size)
@@ -202,11 +184,6 @@ class _State:
             joined = blocks[a, :, b] * (index[a][:, None] == index[b][None, :])
             total += float(share[a] @ joined @ share[b])
         return total / (merged * experts * (experts - 1) / 2)
-
-    def _identity(self, name: str) -> SpaceMap:
-        space, experts = self.network.spec.spaces[name], self.network.experts
-        lead = [self.network.spec.spaces[outer].size for outer in space.within]
-        return SpaceMap.identity(space.size, experts, lead)
 
 
 @dataclass

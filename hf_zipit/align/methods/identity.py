@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from hf_zipit.align.method import register
@@ -11,14 +10,5 @@ from hf_zipit.maps.space_map import SpaceMap
 
 @register("identity", needs=set())
 def identity(correlation: Tensor, experts: int) -> SpaceMap:
-    """Merge units of the same index.
-
-    Args:
-        correlation: `[T * d, T * d]`; only its shape is read.
-        experts: T.
-
-    Returns:
-        k = d merged units, labels `[T, d]`.
-    """
-    units = correlation.shape[-1] // experts
-    return SpaceMap(units, torch.arange(units).repeat(experts, 1))
+    """Units of the same index are merged; of the correlation only the shape is read."""
+    return SpaceMap.identity(correlation.shape[-1] // experts, experts)

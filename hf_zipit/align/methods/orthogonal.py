@@ -25,24 +25,15 @@ from hf_zipit.symmetry.spec import Symmetry
     "orthogonal", needs={"moments", "covariances", "weights"}, scope="network", least=Symmetry.ROTARY, folds=True
 )
 def match_orthogonal(network: Network) -> dict[str, Map]:
-    """Align all open spaces: streams by Procrustes, heads by circuits, the rest by `permute`.
-
-    Args:
-        network: the spaces, the experts' correlations, covariances and weights, and the maps that are fixed already.
-
-    Returns:
-        The maps of all movable spaces without a fixed map.
-    """
+    """Streams by Procrustes, heads by circuits, the rest by `permute`."""
     network, families = circuits_of(network)
-    spec = network.spec
-    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
+    streams = [name for name in rotating(network.spec) if name in network.opened]
     maps: dict[str, Map] = dict(network.fixed_maps)
-    maps |= rotate_streams(spec, network.covariances, network.experts, [n for n in rotating(spec) if n in opened])
+    maps |= rotate_streams(network.spec, network.covariances, network.experts, streams)
     inside = {name for family in families for name in family.members}
-    rest = [name for name in opened if name not in maps and name not in inside]
+    rest = [name for name in network.opened if name not in maps and name not in inside]
     solver = Solver(network, maps)
     solver.solve(dict.fromkeys(rest, Choice.of("permute", {})))
     for family in families:
-        found = match_family(family, network, {n: m for n, m in maps.items() if n not in family.members})
-        maps |= {name: in_own_basis(m) for name, m in found.items()}
-    return {name: maps[name] for name in opened}
+        maps |= {name: in_own_basis(m) for name, m in match_family(family, network, maps).items()}
+    return {name: maps[name] for name in network.opened}

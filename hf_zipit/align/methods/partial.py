@@ -1,13 +1,8 @@
 """Partial merging: match one-to-one, and leave the units that match worst unmerged (PLeaS, arXiv 2407.02447).
 
-A unit that no other expert has anything like is lost in an average. So both experts' units stay: a merged layer then
-has k = (1 + rho) d units. What is matched is averaged; an unmerged unit has its own expert's weights, and is
-read by the matched units with its own expert's share, as every input is. With rho = 1 in all hidden spaces a layer
-computes the mean of what the experts' layers compute.
-
-One budget for the whole trunk decides every space's rho: units are left unmerged in the order of what that gains per
-parameter (or multiplication) that it costs, until the budget is spent. The gain is what the matched units' similarity
-lacks to that of a unit with itself. PLeaS solves a quadratic program on measured accuracies for the shares instead.
+What is matched is averaged; an unmerged unit has its own expert's weights, and is read by the matched units with its
+own expert's share, as every input is. One budget for the whole trunk decides: units are left unmerged in the order of
+what that gains per parameter (or multiplication) that it costs. `docs/methods/partial.md` compares this with PLeaS.
 
 Heads are left unmerged whole, with their own attention pattern. Which spaces may be wider at all is a matter of the
 architecture, which the caller finds out (`hf_zipit.assembly.widening`): the others are matched one-to-one.
@@ -40,16 +35,12 @@ LEAST_GAIN = 1e-5
 def match_partial(
     network: Network, *, budget: float = 1.2, of: Literal["parameters", "flops"] = "parameters"
 ) -> dict[str, SpaceMap]:
-    """Match all open spaces by activations and leave the worst pairs unmerged.
+    """Maps by activations, the worst pairs left unmerged.
 
     Args:
-        network: the spaces, the experts' correlations, the trunk's weights (of which only sizes are read), the maps
-            that are fixed already, and the spaces that may be wider.
+        network: correlations are read, the sizes of the weights, and which spaces may be wider.
         budget: the size of the merged trunk relative to one expert's, 1 or more.
         of: what is counted: `"parameters"`, or the multiply-accumulates of a forward pass (`"flops"`).
-
-    Returns:
-        The maps of all movable spaces without a fixed map.
 
     Raises:
         RecipeError: an option is out of range, or no space may be wider.
@@ -58,8 +49,7 @@ def match_partial(
         raise RecipeError(f"partial's option budget is {budget}; it must be 1 (one expert's size) or more.")
     if of not in ("parameters", "flops"):
         raise RecipeError(f"partial's option of is {of!r}; it must be 'parameters' or 'flops'.")
-    spec = network.spec
-    opened = [name for name in spec.spaces if spec.movable(name) and name not in network.fixed_maps]
+    spec, opened = network.spec, network.opened
     if opened and not network.widenable:
         raise RecipeError(f"No layer of {spec.architecture} can be made wider; use permute instead of partial.")
     solver = Solver(network, dict(network.fixed_maps))
@@ -104,14 +94,8 @@ def lacking_similarity(key: ProductKey, correlation: Tensor, maps: Alignment, sp
 
     Two dead units (of no variance) lack nothing, a dead and a live one half of everything.
 
-    Args:
-        key: a product of spaces.
-        correlation: `[T * size, T * size]`, zero in the rows of dead units, the diagonal included.
-        maps: one-to-one maps of the movable ones of them.
-        spec, experts: the spaces, and T.
-
     Returns:
-        One number for every merged unit of the product, `[*sizes]`.
+        One number for every merged unit of the product `key`, `[*sizes]`.
     """
     size = spec.size(key)
     blocks = correlation.reshape(experts, size, experts, size)

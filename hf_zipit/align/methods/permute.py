@@ -15,14 +15,6 @@ from hf_zipit.maps.space_map import SpaceMap
 
 @register("permute", needs={"moments"})
 def permute(correlation: Tensor, experts: int) -> SpaceMap:
-    """Match the units one-to-one.
-
-    Args:
-        correlation: float64 `[T * d, T * d]`.
-        experts: T.
-
-    Returns:
-        k = d merged units in the order of the reference expert's units, labels `[T, d]`.
-    """
+    """The units are matched one-to-one: k = d, in the order of the reference expert's units."""
     units = correlation.shape[-1] // experts
     return match_to_reference(correlation.reshape(experts, units, experts, units))

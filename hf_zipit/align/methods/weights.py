@@ -1,15 +1,10 @@
 """Weight matching: one-to-one assignments of units from the weights alone, without data (Git Re-Basin, arXiv
 2209.04836).
 
-The permutations pi that bring expert b nearest to expert a maximise sum <W_a, pi(W_b)> over all parameters. For one
-space, while the others stay as they are, that is a linear assignment on the units' similarities: the sum over every
-parameter axis that has the space of W_a pi(W_b)^T, the other axes flattened. Heads are assigned together with what is
-inside them (`similarity.py`). Spaces are visited in a seeded random order, sweep after sweep, until a sweep gains
-nothing; a space whose surroundings have not changed since its last visit has nothing to gain and is passed over.
-
-The descent ends in the nearest local optimum, and in a deep model whose units were permuted the many parameters that
-are not aligned yet drown the few that have a fixed axis (embeddings, inputs). So there are two starts: from identity,
-as published, and from a first round in which every space reads only what is aligned already. The better end counts.
+The permutations pi that bring expert b nearest to expert a maximise sum <W_a, pi(W_b)> over all parameters: for one
+space at a time a linear assignment. Heads are assigned together with what is inside them (`similarity.py`). A space
+whose surroundings have not changed since its last visit has nothing to gain and is passed over.
+`docs/methods/weights.md` tells why there are two starts.
 
 Invariants: exchanging the experts inverts the maps; a visit never lowers the similarity (but where a parameter has
 one space on two axes, which are assigned as if they were independent).
@@ -29,7 +24,7 @@ from hf_zipit.align.aligned import Expert, with_fixed_maps
 from hf_zipit.align.method import Network, register
 from hf_zipit.align.similarity import RELATIVE_GAIN, Family, Orders, Similarity, families
 from hf_zipit.errors import RecipeError
-from hf_zipit.maps.products import factors_first
+from hf_zipit.maps.products import factors_first, unchanged
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.symmetry.group import transform
 from hf_zipit.symmetry.spec import MergeSpec
@@ -37,21 +32,14 @@ from hf_zipit.symmetry.spec import MergeSpec
 
 @register("weights", needs={"weights"}, scope="network")
 def match_weights(network: Network, *, sweeps: int = 100) -> dict[str, SpaceMap]:
-    """Match all open spaces one-to-one by coordinate descent.
+    """One-to-one maps by coordinate descent.
 
     With more than two experts every pair is matched, and all are brought to the one that is most similar to the others
     in total (as cosines: an expert with large weights is not nearer to anybody).
 
     Args:
-        network: the spaces, the experts' weights and the maps that are fixed already; its seed draws the order of the
-            visits.
+        network: the experts' weights are read; its seed draws the order of the visits.
         sweeps: at most this many visits of every space, 1 or more.
-
-    Returns:
-        The maps of all movable spaces without a fixed map, in the units of the reference expert.
-
-    Raises:
-        RecipeError: `sweeps` is less than 1.
     """
     if sweeps < 1:
         raise RecipeError(f"the option sweeps is {sweeps}; it must be 1 or more.")
@@ -182,8 +170,7 @@ def maps_to(
     for name, space in spec.spaces.items():
         if not spec.movable(name):
             continue
-        lead = [spec.spaces[outer].size for outer in space.within]
-        labels = torch.arange(space.size).expand(experts, *lead, space.size).contiguous()
+        labels = unchanged(name, spec, experts).labels
         for expert in range(experts):
             if expert > reference and name in (orders := pairs[reference, expert]):
                 # orders[i] is the expert's unit for the reference's unit i; labels go the other way.

@@ -4,11 +4,9 @@ Start with every unit of every expert alone; join the most correlated two groups
 keeps the smaller of its members' correlations, times alpha, so that large groups are built last. Joins inside one
 expert come out of that expert's budget, set by beta.
 
-What is inside an expert? A join that brings two of its units together, alone or with others'. The published code
-counts a joined group as its first unit's expert instead, so that the result depends on the order of the experts;
-here the order changes nothing (but ties, of which alpha = 0 makes many). `compat` brings the published arithmetic
-back. A spent budget forbids all further joins of that expert's units; where k groups cannot be reached otherwise (k
-< d, or three experts whose groups block each other), the budgets are lifted for the last joins.
+A join is inside an expert if it brings two of its units together, alone or with others'. A spent budget forbids all
+further joins of that expert's units; where k groups cannot be reached otherwise (k < d, or three experts whose groups
+block each other), the budgets are lifted for the last joins.
 
 The published code copies the whole matrix at every join and searches it again. Here each row's maximum is cached, and
 only rows whose maximum was touched are searched again. The trap in this: a negative correlation *rises* when
@@ -47,22 +45,16 @@ def zip_units(
     size: float = 1.0,
     compat: bool = False,
 ) -> SpaceMap:
-    """Join units greedily.
+    """Units are joined greedily; the merged ones are in the order of their first members.
 
     Args:
-        correlation: float64 `[T * d, T * d]`, zero in the rows of dead units, the diagonal included.
+        correlation: float64 `[T * d, T * d]`.
         experts: T.
         alpha: what a group's correlations are multiplied by when it is joined, 0 to 1.
         beta: the share of an expert's joins that may be inside it, 0 to 1; 0 means none.
         size: k, the number of merged units, as a share of d; in an override an integer is their number.
         compat: do as the published code does: a joined group counts as its first unit's expert, a join inside an
             expert whose budget is 0 passes once, and twins are not looked for.
-
-    Returns:
-        k merged units in the order of their first members, labels `[T, d]`.
-
-    Raises:
-        RecipeError: an option is out of range.
     """
     units = correlation.shape[-1] // experts
     count = merged_size(size, units, experts)

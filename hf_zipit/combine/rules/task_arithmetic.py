@@ -19,9 +19,6 @@ def task_arithmetic(
     """The base and the sum of the task vectors.
 
     Args:
-        tensors: one parameter in all experts, in merged units.
-        labels: its axes.
-        plan: the plan of the merge.
         base: the same parameter in the base.
         scale: lambda; 1/T is the average of the experts. The paper's .3 to .5 suit most sets of tasks.
 

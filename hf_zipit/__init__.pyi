@@ -1,0 +1,32 @@
+# ruff: noqa: F401
+"""What the face has; `__init__.py` reads it."""
+
+from hf_zipit.adapters import register as register_adapter
+from hf_zipit.align.method import register as register_method
+from hf_zipit.combine.rule import register as register_rule
+from hf_zipit.config import MergeConfig as MergeConfig
+from hf_zipit.correct.correction import register as register_correction
+from hf_zipit.data.calibration import Calibration as Calibration
+from hf_zipit.evaluation import metrics as metrics
+from hf_zipit.evaluation.measure import evaluate as evaluate
+from hf_zipit.evaluation.task_data import task_datasets as task_datasets
+from hf_zipit.landscapes.landscape import landscape as landscape
+from hf_zipit.merging import merge as merge
+from hf_zipit.merging import plan as plan
+from hf_zipit.modeling import ZipItConfig as ZipItConfig
+from hf_zipit.modeling import ZipItForImageClassification as ZipItForImageClassification
+from hf_zipit.modeling import ZipItForMaskedLM as ZipItForMaskedLM
+from hf_zipit.modeling import ZipItForSequenceClassification as ZipItForSequenceClassification
+from hf_zipit.modeling import ZipItForTokenClassification as ZipItForTokenClassification
+from hf_zipit.modeling import ZipItModel as ZipItModel
+from hf_zipit.observation import Moments as Moments
+from hf_zipit.observation import observe as observe
+from hf_zipit.recipe.loading import load_recipe as load_recipe
+from hf_zipit.refit import RefitConfig as RefitConfig
+from hf_zipit.running.run import run_recipe as run_recipe
+from hf_zipit.searching import search as search
+from hf_zipit.symmetry import MergeSpec as MergeSpec
+from hf_zipit.symmetry import prove as prove
+
+__version__: str
+__all__: list[str]
