@@ -25,15 +25,6 @@ from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 
-def own_and_others(task: int | None, experts: int, own_task_weight: float) -> list[float]:
-    """How much each expert counts on samples of a task, summing to one; the same where the task is unknown."""
-    if task is None:
-        return [1 / experts] * experts
-    # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
-    others = max((1 - own_task_weight) / (experts - 1), 1e-9)
-    return [own_task_weight if t == task else others for t in range(experts)]
-
-
 class Targets:
     """The targets of one refit, from the experts' values as they are computed."""
 
@@ -94,7 +85,12 @@ class Targets:
 
     def weights(self, task: int | None) -> list[float]:
         """How much each expert counts in the target of samples of a task."""
-        return own_and_others(task, len(self.values.experts), self.own_task_weight)
+        count = len(self.values.experts)
+        if task is None:
+            return [1 / count] * count
+        # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
+        others = max((1 - self.own_task_weight) / (count - 1), 1e-9)
+        return [self.own_task_weight if t == task else others for t in range(count)]
 
     def _in_merged_units(self, y: Tensor, axis: int, label: AxisLabel, expert: int) -> Tensor:
         """T M_t y; where the map is one-to-one only a look-up, or nothing at all."""

@@ -113,7 +113,6 @@ def _stream_bases(
             spec=spec,
             cut=cut,
             maps=maps,
-            own_task_weight=config.own_task_weight,
             all_reduce=calibration.all_reduce,
         )
 

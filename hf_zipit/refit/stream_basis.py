@@ -19,7 +19,8 @@ Ours; SliceGPT (arXiv 2401.15024) takes principal components of one model's stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -30,7 +31,6 @@ from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.maps.transform import unmerge_matrix
 from hf_zipit.planning.cut import Cut
-from hf_zipit.refit.fit import own_and_others
 from hf_zipit.refit.positions import Rows
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.regression import one_thread
@@ -62,7 +62,6 @@ def stream_bases(
     spec: MergeSpec,
     cut: Cut,
     maps: Alignment,
-    own_task_weight: float,
     all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> dict[str, LinearMap]:
     """The maps of residual streams that lose least; none for a stream whose alignment loses as little.
@@ -73,22 +72,20 @@ def stream_bases(
         experts: their tensors.
         rows: the batches, and how much every position counts.
         spec, cut, maps: the spaces, what is merged, and the alignment.
-        own_task_weight: how much a sample's own expert counts.
         all_reduce: sums a tensor over all processes.
     """
-    nodes = dict(stream_values(names, program, sites, spec, cut))
+    nodes = {value.node: value for value in stream_values(names, program, sites, spec, cut)}
     sizes = {name: spec.spaces[name].size * len(experts) for name in names}
-    energies = {node: torch.zeros(sizes[name], sizes[name], dtype=torch.float64) for node, name in nodes.items()}
+    energies = {node: torch.zeros(2 * (sizes[value.space],), dtype=torch.float64) for node, value in nodes.items()}
     for b, batch in enumerate(rows.batches):
-        shares = torch.tensor(own_and_others(batch.task, len(experts), own_task_weight))
         for node, *streams in values_of(nodes, program, experts, batch):
-            weight = rows.weights(streams[0].shape, b, -1).sqrt()[:, None]
-            parts = [share * _of_one_length(x.flatten(0, -2)) for share, x in zip(shares, streams, strict=True)]
-            joint = torch.cat(parts, -1) * weight
+            axis = nodes[node].axis
+            weight = rows.weights(streams[0].shape, b, axis).sqrt()[:, None]
+            joint = torch.cat([_as_rows(x, axis) for x in streams], -1) * weight
             energies[node] += joint.T @ joint
     bases = {}
     for name in names:
-        found = [all_reduce(energies[node]) for node, own in nodes.items() if own == name]
+        found = [all_reduce(energies[node]) for node, own in nodes.items() if own.space == name]
         if found:
             energy = torch.stack([x / x.trace().clamp_min(1e-30) for x in found]).mean(0)
             start = torch.cat([unmerge_matrix(maps, (name,), t, spec) for t in range(len(experts))]).mT
@@ -98,26 +95,36 @@ def stream_bases(
     return bases
 
 
-def _of_one_length(x: Tensor) -> Tensor:
-    """Rows as a norm leaves them."""
+def _as_rows(x: Tensor, axis: int) -> Tensor:
+    """Rows `[positions, units]` of one length, as a norm leaves them."""
+    x = x.movedim(axis, -1).flatten(0, -2)
     return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+@dataclass(frozen=True)
+class StreamValue:
+    """A node that holds a residual stream: its space, and the axis that has its units."""
+
+    node: fx.Node
+    space: str
+    axis: int
 
 
 def stream_values(
     names: Sequence[str], program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, cut: Cut
-) -> Iterator[tuple[fx.Node, str]]:
+) -> Iterator[StreamValue]:
     """The nodes that hold a stream after something was written into it, or where a branch reads it."""
     for site in sites.values():
         label = spec.output_label(site.weight, site.unit_axis)
         if site.kind != "norm" and len(label) == 1 and label[0].space in names:
-            yield site.stream or site.output, label[0].space
+            yield StreamValue(site.stream or site.output, label[0].space, site.channel_axis)
     for entry, node in find_readouts(program, cut).items():
         if len(entry.key) == 1 and entry.key[0] in names:
-            yield node, entry.key[0]
+            yield StreamValue(node, entry.key[0], entry.axis)
 
 
 def values_of(
-    nodes: Mapping[fx.Node, str], program: Program, experts: Sequence[Mapping[str, Tensor]], batch: MicroBatch
+    nodes: Collection[fx.Node], program: Program, experts: Sequence[Mapping[str, Tensor]], batch: MicroBatch
 ) -> Iterator[tuple[fx.Node, Tensor]]:
     """Every node with each expert's value of it, one after the other; they run side by side."""
     held: list[dict[fx.Node, Tensor]] = [{} for _ in experts]
