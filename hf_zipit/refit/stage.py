@@ -21,8 +21,9 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, resized_copy
 from hf_zipit.refit.solvable import find_sites
-from hf_zipit.refit.stream_basis import rotatable, stream_bases
+from hf_zipit.refit.stream_basis import rotatable, stream_bases, stream_values
 from hf_zipit.refit.walk import Refitted, Walk
+from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
 
 BASIS_ROWS = 8
@@ -100,14 +101,19 @@ def _stream_bases(
         return {}
     batches = calibration.micro_batches(config.micro_batch)
     program = Program(traced, batches[0].inputs, adapter_for(planned.model).outputs(planned.model), cut.trunk)
-    wanted = len(experts) * max(spec.spaces[name].size for name in names) * min(config.rows_per_input, BASIS_ROWS)
-    some = enough(batches, wanted) if wanted else batches
+    sites = find_sites(program, cut.trunk, spec.head)
+    some = batches
+    if config.rows_per_input:
+        units = len(experts) * max(spec.spaces[name].size for name in names)
+        values = stream_values(names, program, sites, spec, cut)
+        per_sample = min(value.node.meta["val"][0].numel() // shape_of(value.node)[value.axis] for value in values)
+        some = enough(batches, units * min(config.rows_per_input, BASIS_ROWS) // max(per_sample, 1))
     own = some[calibration.process :: calibration.processes]
     with torch.no_grad():
         return stream_bases(
             names,
             program,
-            find_sites(program, cut.trunk, spec.head),
+            sites,
             experts,
             Rows(own, positions, per_input=0, all_batches=len(some), seed=0),
             spec=spec,
@@ -117,13 +123,11 @@ def _stream_bases(
         )
 
 
-def enough(batches: Sequence[MicroBatch], rows: int) -> list[MicroBatch]:
-    """Batches of every task, evenly spread, that hold about `rows` positions."""
-    per_sample = max((x.shape[1] for x in batches[0].inputs.values() if x.dim() == 2), default=1)
-    stride = max(1, sum(batch.real for batch in batches) * per_sample // rows)
-    return [
-        batch for task in {b.task: 0 for b in batches} for batch in [b for b in batches if b.task == task][::stride]
-    ]
+def enough(batches: Sequence[MicroBatch], samples: int) -> list[MicroBatch]:
+    """Batches of every task, evenly spread, that hold about this many samples."""
+    stride = max(1, sum(batch.real for batch in batches) // max(samples, 1))
+    tasks = dict.fromkeys(batch.task for batch in batches)
+    return [batch for task in tasks for batch in [one for one in batches if one.task == task][::stride]]
 
 
 def with_fused_attention(model: PreTrainedModel) -> PreTrainedModel:
