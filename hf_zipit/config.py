@@ -49,6 +49,10 @@ class RefitConfig:
         rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
+        choose_units: let experts' units stay units of their own in MLPs, of all experts' those that explain most,
+            where that is nearer to the experts than pairing them; the model stays as large and as fast.
+        stream_bases: choose the basis of residual streams by what the experts compute there, where every rotation of
+            a stream is allowed.
         micro_batch: samples that go through a module at once.
         memory_gb: activations beyond this go to temporary files.
         joint_heads: make the tasks' logits comparable: every head's logits are raised on samples of its own task and
@@ -60,6 +64,8 @@ class RefitConfig:
     ridge: float = 1e-4
     rows_per_input: int = 32
     split_heads: bool = True
+    choose_units: bool = True
+    stream_bases: bool = True
     micro_batch: int = 64
     memory_gb: float = 4.0
     joint_heads: bool = False

@@ -140,6 +140,7 @@ def merge(
             raise
         planned = without_refit(planned, error)
         refitted = refit_trunk(planned, trunk, maps)
+    maps = {**maps, **refitted.maps}
     merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
     correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
     calibrate_joint(merged, planned, calibration)

@@ -31,12 +31,13 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.maps.products import factor_indices
-from hf_zipit.maps.transform import features_to_merged, unmerge_matrix
+from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments, ridge
 from hf_zipit.refit.solvable import Attention, RefitSite
+from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import product_key
@@ -160,27 +161,10 @@ class AttentionSolver:
         for site in self.attention.inputs:
             by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
         for x, sites in by_input.items():
-            label = self.spec.axes[sites[0].weight][1]
-            start = torch.cat([unmerge_matrix(self.alignment, label, t, self.spec) for t in self.tasks])
-            gram = Gram(start.shape[1], len(start), start)
-            for b in range(len(self.fit.values.batches)):
-                value = self.fit.values.of(x, MERGED, b)
-                rows, picked = self.fit.rows.pick(value.shape, b, -1, value.shape[-1])
-                y = [at_rows(self.fit.values.of(x, t, b), -1, rows) for t in self.tasks]
-                gram.add(at_rows(value, -1, rows), torch.cat(y, -1), picked)
-            moments = gram.reduce(self.fit.all_reduce)
-            slope, shift = ridge(moments, start, self.fit.config.ridge)
-            inputs = list(zip(slope.chunk(len(self.tasks)), shift.chunk(len(self.tasks)), strict=True))
+            moments, inputs = regress_inputs(self.fit, x, self.spec.axes[sites[0].weight][1])
             for site in sites:
-                self.regressed[site] = [self._output(site, t, *inputs[t]) for t in self.tasks]
+                self.regressed[site] = [written(self.fit, site, t, *inputs[t]) for t in self.tasks]
                 self.moments[site] = moments
-
-    def _output(self, site: RefitSite, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """What an expert's weights make of its input, a linear map of the merged model's."""
-        tensors = self.fit.values.tensors[expert]
-        weight = tensors[site.weight].double()
-        constant = weight @ shift
-        return weight @ slope, constant if site.bias is None else constant + tensors[site.bias]
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 

@@ -118,16 +118,22 @@ class Rows:
         weights[batch.real :] = 0
         return weights.reshape(-1)
 
-    def pick(self, shape: Sequence[int], b: int, channel_axis: int, inputs: int) -> tuple[Picked, Tensor]:
-        """The rows of a value that enter a regression on `inputs` units, and their weights; the same every time."""
-        key = (*self._key(shape, b, channel_axis), inputs)
+    def pick(
+        self, shape: Sequence[int], b: int, channel_axis: int, inputs: int, most: int | None = None
+    ) -> tuple[Picked, Tensor]:
+        """The rows of a value that enter a regression on `inputs` units, and their weights; the same every time.
+
+        `most`: the most rows per input, where fewer are enough.
+        """
+        key = (*self._key(shape, b, channel_axis), inputs, most)
         if key not in self._picked:
-            self._picked[key] = self.sample(self.weights(shape, b, channel_axis), b, inputs)
+            self._picked[key] = self.sample(self.weights(shape, b, channel_axis), b, inputs, most)
         return self._picked[key]
 
-    def sample(self, weights: Tensor, b: int, inputs: int) -> tuple[Picked, Tensor]:
+    def sample(self, weights: Tensor, b: int, inputs: int, most: int | None = None) -> tuple[Picked, Tensor]:
         """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""
-        limit = -(-self.per_input * inputs // self.all_batches)
+        per_input = self.per_input if most is None else min(self.per_input, most)
+        limit = -(-per_input * inputs // self.all_batches)
         rows = weights.nonzero().squeeze(1)
         if not limit or len(rows) <= NEARLY_ALL * limit:
             return (slice(None) if len(rows) == len(weights) else rows), weights[rows]

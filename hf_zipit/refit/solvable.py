@@ -1,14 +1,14 @@
-"""Where in a program weights are solved: at single ops, and attention layers as a whole.
+"""Where in a program weights are solved: at single ops, MLPs by their units, and attention layers as a whole.
 
-The latter is where queries, keys and values are plain linear maps of one input each, cut into heads (no rotary
+The last is where queries, keys and values are plain linear maps of one input each, cut into heads (no rotary
 embedding, no groups of heads that share keys), and the heads go straight into the output projection. Elsewhere each of
 the maps is regressed like any other.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
 from hf_zipit.symmetry.ops import is_within, module_stack, op_name, overload, shape_of
-from hf_zipit.symmetry.spec import Factor, MergeSpec, Symmetry
+from hf_zipit.symmetry.spec import Factor, MergeSpec, Symmetry, product_key
 
 TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
 """Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""
@@ -202,6 +202,59 @@ def find_attention(
             before = [step for x in node.args[:3] for step in (x.args[0], x)]  # type: ignore[union-attr]
             between = sorted([*before, node, *behind], key=program.position.__getitem__)
             yield Attention(node, *maps, output, at, tuple(between))  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Linear maps of one input whose outputs one linear map reads, unit by unit, and writes into a residual stream.
+
+    Attributes:
+        writers: where the units' weights are solved, in the order they run (one map, or a gate and what it gates).
+        reader: the output projection.
+        between: the ops from the writers to the reader, in the order they run.
+    """
+
+    writers: tuple[RefitSite, ...]
+    reader: RefitSite
+    between: tuple[fx.Node, ...]
+
+    @property
+    def input(self) -> fx.Node:
+        return self.writers[0].node.args[0]  # type: ignore[return-value]
+
+    @property
+    def at(self) -> fx.Node:
+        """The last of the writers, where the units can be chosen."""
+        return self.writers[-1].node
+
+
+def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec) -> Iterator[Mlp]:
+    """The layers whose units can be chosen: no tensor but the writers' and the reader's has an axis in their space."""
+    writers, readers = defaultdict[str, list[RefitSite]](list), defaultdict[str, list[RefitSite]](list)
+    for node in sorted(sites, key=program.position.__getitem__):
+        site = sites[node]
+        if site.kind == "linear":
+            out, into = spec.axes[site.weight]
+            writers["*".join(product_key(out))].append(site)
+            readers["*".join(product_key(into))].append(site)
+    for name in writers.keys() & readers.keys() & spec.spaces.keys():
+        inside = {tensor for tensor, labels in spec.axes.items() if any(name in product_key(x) for x in labels)}
+        own = {tensor for site in (*writers[name], *readers[name]) for tensor in (site.weight, site.bias)}
+        inputs = {site.node.args[0] for site in writers[name]}
+        if len(readers[name]) == 1 and len(inputs) == 1 and inside <= own and spec.movable(name):
+            (reader,) = readers[name]
+            if reader.stream is not None and all(site.stream is None for site in writers[name]):
+                between = _between(program, [site.node for site in writers[name]], reader.node)
+                yield Mlp(tuple(writers[name]), reader, between)
+
+
+def _between(program: Program, first: Sequence[fx.Node], last: fx.Node) -> tuple[fx.Node, ...]:
+    """The ops that depend on the first ones and that come before the last."""
+    reached = set(first)
+    for node in program.nodes[: program.position[last]]:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    return tuple(node for node in program.nodes[: program.position[last]] if node in reached.difference(first))
 
 
 def heads_and_width(node: fx.Node) -> tuple[int, int]:

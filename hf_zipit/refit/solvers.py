@@ -21,9 +21,10 @@ from hf_zipit.refit.convolution import folded, patches, restored
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
+from hf_zipit.refit.regression import ChannelSums, Gram, SecondMoments, ridge, scale_and_shift
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.spec import AxisLabel
 
 
 def solve(fit: Fit, site: RefitSite) -> None:
@@ -114,6 +115,37 @@ def solve_offset(fit: Fit, site: RefitSite) -> None:
         total = total + summed.reshape(offset.shape)
         count += missing.numel() // offset.numel()
     fit.write(site, fit.all_reduce(torch.as_tensor(total)) / fit.all_reduce(torch.tensor(float(count))))
+
+
+def regress_inputs(
+    fit: Fit, node: fx.Node, label: AxisLabel, intercept: bool = True
+) -> tuple[SecondMoments, list[tuple[Tensor, Tensor]]]:
+    """The merged model's moments of a value, and per expert the slope and shift that make its own value of it.
+
+    Args:
+        node: the value.
+        label: its units.
+        intercept: whether there is a shift; zeros otherwise.
+    """
+    experts = fit.values.experts
+    start = torch.cat([unmerge_matrix(fit.alignment, label, t, fit.spec) for t in experts])
+    gram = Gram(start.shape[1], len(start), start)
+    for b in range(len(fit.values.batches)):
+        value = fit.values.of(node, MERGED, b)
+        rows, picked = fit.rows.pick(value.shape, b, -1, value.shape[-1])
+        y = [at_rows(fit.values.of(node, t, b), -1, rows) for t in experts]
+        gram.add(at_rows(value, -1, rows), torch.cat(y, -1), picked)
+    moments = gram.reduce(fit.all_reduce)
+    slope, shift = ridge(moments, start, fit.config.ridge, intercept)
+    return moments, list(zip(slope.chunk(len(experts)), shift.chunk(len(experts)), strict=True))
+
+
+def written(fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """What an expert's weights make of its input, where that is a linear map of the merged model's."""
+    tensors = fit.values.tensors[expert]
+    weight = tensors[site.weight].double()
+    constant = weight @ shift
+    return weight @ slope, constant if site.bias is None else constant + tensors[site.bias]
 
 
 SOLVERS: dict[str, Callable[[Fit, RefitSite], None]] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,15 +12,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
+from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.config import RefitConfig
-from hf_zipit.data.calibration import Calibration
+from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError
-from hf_zipit.maps.space_map import Alignment
+from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit.positions import Positions
-from hf_zipit.refit.program import resized_copy
+from hf_zipit.refit.positions import Positions, Rows
+from hf_zipit.refit.program import Program, resized_copy
+from hf_zipit.refit.solvable import find_sites
+from hf_zipit.refit.stream_basis import rotatable, stream_bases, stream_values
 from hf_zipit.refit.walk import Refitted, Walk
+from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
+
+BASIS_ROWS = 8
+"""About this many rows per direction are enough for a stream's basis."""
 
 
 def refit_trunk(
@@ -50,9 +58,18 @@ def refit_trunk(
             f"{len(batches)} micro-batches of calibration data cannot be spread over {calibration.processes} "
             "processes; give more data or a smaller micro_batch"
         )
+    traced = with_fused_attention(in_float32(model))
+    experts = [model_tensors(in_float32(expert)) for expert in planned.folded.values()]
+    positions = readout_positions(model, calibration.processor, config)
+    bases = _stream_bases(planned, traced, experts, maps, calibration, positions)
+    if bases:
+        maps = {**maps, **bases}
+        moved = combine_trunk(planned, maps)
+        # A norm's scale is no vector of the stream; it keeps the alignment's, and its readers make up for that.
+        trunk = {name: moved[name] if tensor.dim() > 1 else tensor for name, tensor in trunk.items()}
     walk = Walk(
-        with_fused_attention(in_float32(model)),
-        [model_tensors(in_float32(expert)) for expert in planned.folded.values()],
+        traced,
+        experts,
         trunk,
         batches[calibration.process :: calibration.processes],
         tasks=planned.tasks,
@@ -60,13 +77,57 @@ def refit_trunk(
         cut=planned.cut,
         alignment=maps,
         config=config,
-        positions=readout_positions(model, calibration.processor, config),
+        positions=positions,
         fields=adapter_for(model).outputs(model),
         all_reduce=calibration.all_reduce,
         seed=planned.config.seed,
         progress=calibration.process == 0,
     )
-    return walk.run()
+    return replace(walk.run(), maps=bases)
+
+
+def _stream_bases(
+    planned: Plan,
+    traced: PreTrainedModel,
+    experts: list[dict[str, Tensor]],
+    maps: Alignment,
+    calibration: Calibration,
+    positions: Positions,
+) -> dict[str, LinearMap]:
+    """The bases of the residual streams, from as many batches of every task as are enough for it."""
+    spec, cut, config = planned.spec, planned.cut, planned.config.refit
+    names = rotatable(spec, planned.model, maps) if config.stream_bases else []
+    if not names:
+        return {}
+    batches = calibration.micro_batches(config.micro_batch)
+    program = Program(traced, batches[0].inputs, adapter_for(planned.model).outputs(planned.model), cut.trunk)
+    sites = find_sites(program, cut.trunk, spec.head)
+    some = batches
+    if config.rows_per_input:
+        units = len(experts) * max(spec.spaces[name].size for name in names)
+        values = stream_values(names, program, sites, spec, cut)
+        per_sample = min(value.node.meta["val"][0].numel() // shape_of(value.node)[value.axis] for value in values)
+        some = enough(batches, units * min(config.rows_per_input, BASIS_ROWS) // max(per_sample, 1))
+    own = some[calibration.process :: calibration.processes]
+    with torch.no_grad():
+        return stream_bases(
+            names,
+            program,
+            sites,
+            experts,
+            Rows(own, positions, per_input=0, all_batches=len(some), seed=0),
+            spec=spec,
+            cut=cut,
+            maps=maps,
+            all_reduce=calibration.all_reduce,
+        )
+
+
+def enough(batches: Sequence[MicroBatch], samples: int) -> list[MicroBatch]:
+    """Batches of every task, evenly spread, that hold about this many samples."""
+    stride = max(1, sum(batch.real for batch in batches) // max(samples, 1))
+    tasks = dict.fromkeys(batch.task for batch in batches)
+    return [batch for task in tasks for batch in [one for one in batches if one.task == task][::stride]]
 
 
 def with_fused_attention(model: PreTrainedModel) -> PreTrainedModel:

@@ -30,10 +30,11 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.fit import Fit, Targets, relative_errors
+from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.solvable import Attention, RefitSite, find_attention, find_sites
+from hf_zipit.refit.solvable import Attention, RefitSite, find_attention, find_mlps, find_sites
 from hf_zipit.refit.solvers import Readouts, find_readouts, norm_names, solve, solve_readout
 from hf_zipit.refit.splitting import SplitHeads, find_splits
 from hf_zipit.refit.values import MERGED, Values
@@ -49,8 +50,9 @@ class Refitted:
         readouts: the maps from merged units to the experts' own; None where nothing was refitted.
         head_dims: by path the width of a head in attention layers whose heads were split.
         reparametrised: weights whose outputs are no expert's units any more: queries, keys and values of attention
-            layers that were solved as a whole, in a basis of their own.
+            layers that were solved as a whole, and the first maps of MLPs whose units were chosen.
         report: the regression errors.
+        maps: of the spaces that have other maps than the alignment's; see `stream_basis.py`.
         peak_bytes: the most memory that activations took.
     """
 
@@ -59,6 +61,7 @@ class Refitted:
     head_dims: dict[str, int] = field(default_factory=dict)
     reparametrised: frozenset[str] = frozenset()
     report: RefitReport | None = None
+    maps: Alignment = field(default_factory=dict)
     peak_bytes: int = 0
 
 
@@ -95,6 +98,9 @@ class Walk:
         self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
+        self.mlps = {mlp.at: mlp for mlp in find_mlps(self.program, self.sites, spec) if config.choose_units}
+        self.in_mlp = {site.node for mlp in self.mlps.values() for site in mlp.writers}
+        self.chosen: set[fx.Node] = set()
         self.splits: dict[Attention, SplitHeads] = {}
         if config.split_heads:
             layers, inputs = self.attention.values(), batches[0].inputs
@@ -129,7 +135,9 @@ class Walk:
                 site = self.sites.get(node) if node not in self.in_attention else None
                 if site is not None:
                     self._advance_experts(position[site.stream or site.output])
-                    if node not in self.behind_attention:
+                    if node in self.mlps:
+                        self._choose_units(node)
+                    elif node not in self.behind_attention | self.in_mlp:
                         solve(self.fit, site)
                 elif node in self.attention:
                     self._solve_attention(node)
@@ -138,16 +146,15 @@ class Walk:
                 for entry, source in self.readouts.items():
                     if source is node:
                         solved[entry] = solve_readout(self.fit, entry, node)
-                if node in made_by:
-                    error = self._note(made_by[node])
-                    bar.set_postfix_str(f"{made_by[node].module}, error {error:.3f}", refresh=False)
+                for made in self._made_by(node, made_by):
+                    bar.set_postfix_str(f"{made.module}, error {self._note(made):.3f}", refresh=False)
                     bar.update()
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
         tensors = {name: values.merged[name] for name in self.cut.trunk}
-        reparametrised = frozenset(self.sites[node].weight for node in self.in_attention)
+        reparametrised = frozenset(self.sites[node].weight for node in self.in_attention | self.chosen)
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_dims, reparametrised, report, values.store.peak)
+        return Refitted(tensors, solved, self.head_dims, reparametrised, report, peak_bytes=values.store.peak)
 
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
@@ -155,6 +162,12 @@ class Walk:
         width = AttentionSolver(self.fit, layer, self.splits.get(layer)).solve()
         if width is not None and layer.module is not None:
             self.head_dims[layer.module] = width
+
+    def _choose_units(self, node: fx.Node) -> None:
+        mlp = self.mlps[node]
+        self._advance_experts(self.program.position[mlp.reader.stream or mlp.reader.output])
+        if choose_units(self.fit, mlp):
+            self.chosen |= {site.node for site in mlp.writers}
 
     def _advance_experts(self, upto: int) -> None:
         """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch."""
@@ -176,10 +189,20 @@ class Walk:
             for node in (*layer.ops, *(site.node.args[0] for site in layer.inputs)):
                 if node in last:
                     last[node] = max(last[node], self.program.position[layer.at])
+        for mlp in self.mlps.values():
+            for node in (mlp.input, *(site.node for site in mlp.writers)):
+                if node in last:
+                    last[node] = max(last[node], self.program.position[mlp.at])
         expiring: dict[int, list[fx.Node]] = {}
         for node, position in last.items():
             expiring.setdefault(position, []).append(node)
         return expiring
+
+    def _made_by(self, node: fx.Node, made_by: Mapping[fx.Node, RefitSite]) -> Sequence[RefitSite]:
+        """The sites whose solutions have run when a node has; none of an MLP whose units were chosen."""
+        if node in self.in_mlp:
+            return self.mlps[node].writers if node in self.mlps and node not in self.chosen else ()
+        return (made_by[node],) if node in made_by else ()
 
     def _note(self, site: RefitSite) -> float:
         """Keep a site's relative error on every task's samples for the report; returns their mean."""

@@ -213,7 +213,9 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     data = dict.fromkeys(tasks, calibration(models[0]))
     lost = {}
     for split in (True, False):
-        settings = RefitConfig(own_task_weight=1 / count, ridge=ridge, rows_per_input=0, split_heads=split)
+        settings = RefitConfig(
+            own_task_weight=1 / count, ridge=ridge, rows_per_input=0, split_heads=split, stream_bases=False
+        )
         experts = dict(zip(tasks, models, strict=True))
         merged = merge(experts, data, method="identity", refit=settings)
         assert ("vit.layers.0.attention" in merged.config.head_dims) == split

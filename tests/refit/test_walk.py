@@ -45,7 +45,7 @@ KINDS = ["vit", "clip", "bert-masked", "bert-sequence", "distilbert-sequence", "
 STEADY = {"ridge": 1e-2}
 """A ridge under which float32's rounding stays small in directions that a handful of samples hardly show."""
 
-ROUNDING = 3e-4
+ROUNDING = 5e-4
 """What that rounding may come to in a weight, relative to the largest."""
 
 each_class = pytest.mark.parametrize("name", tiny.REQUIRED)
@@ -150,7 +150,7 @@ def measured(name: str, method: str = "permute", **settings: object) -> tuple[Me
 @each_kind
 def test_no_regression_is_worse_than_the_combined_weights(name: str):
     found, _ = measured(name)
-    together = found.walk.in_attention | found.walk.behind_attention  # solved with their layer
+    together = found.walk.in_attention | found.walk.behind_attention | found.walk.in_mlp  # solved with their layer
     assert found.before.keys() == {site for node, site in found.walk.sites.items() if node not in together}
     better = 0
     for site, error in found.after.items():
@@ -164,7 +164,7 @@ def test_no_regression_is_worse_than_the_combined_weights(name: str):
 def test_the_report_has_every_site_and_task(name: str):
     found, result = measured(name)
     errors = RefitReport.of(result).errors
-    assert len(errors) == len(found.walk.sites) - len(found.walk.in_attention)
+    assert len(errors) == len(found.walk.sites) - len(found.walk.in_attention) - len(found.walk.chosen)
     assert all(set(by_task) == {"a", "b"} for by_task in errors.values())
     assert all(e >= 0 for by_task in errors.values() for e in by_task.values())
 
@@ -232,7 +232,7 @@ def test_a_restored_batch_norm_is_the_folded_one(name: str):
 @each_kind
 def test_a_strong_ridge_keeps_the_combined_weights(name: str):
     """With next to no data the ridge decides: matrices stay as they were combined. (Shifts are still fitted.)"""
-    found, result = measured(name, ridge=1e9)
+    found, result = measured(name, ridge=1e9, stream_bases=False)
     models = dict(zip("ab", experts(name), strict=True))
     planned = plan_of(models)
     assert found.walk.fit.spec.axes == planned.spec.axes
@@ -314,7 +314,7 @@ def test_targets_of_rows_are_rows_of_the_targets(name: str, rows: Picked):
                 torch.testing.assert_close(found, expected, rtol=0, atol=0)
                 compared.add((site.kind, site.stream is not None))
 
-    Comparing().refit(name, "zip", micro_batch=4)
+    Comparing().refit(name, "zip", micro_batch=4, choose_units=False, stream_bases=False)
     assert compared >= {("linear" if name == "vit" else "conv", writes) for writes in (True, False)}
 
 

@@ -1,0 +1,186 @@
+"""MLPs in the refit: of all experts' units those are chosen that explain best what the residual stream lacks.
+
+Two units of different initialisations rarely compute the same, and the mean of two pre-activations, put through a
+nonlinearity or multiplied by the mean of two others, is neither. So every unit of an expert may stay a unit of its
+own, where another has to go. The candidates are
+
+- each pair of the alignment, from the mean of its experts' weights,
+- each expert's units on their own,
+
+with weights that are regressed on the merged model's input. What they put out on it is known, so the units are chosen
+by forward selection in the regression on what the output projection aims at (orthogonal matching pursuit, Pati et al.
+1993, with a pivoted Cholesky factorisation). A layer whose pairs explain nearly as much keeps them.
+
+Ours; PLeaS (arXiv 2407.02447) keeps units apart at the price of width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from hf_zipit.maps.transform import features_to_merged
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.regression import Gram, SecondMoments, one_thread
+from hf_zipit.refit.solvable import Mlp, RefitSite
+from hf_zipit.refit.solvers import regress_inputs, solve, written
+from hf_zipit.refit.values import MERGED
+
+AGREED = 1e-3
+"""Pairs that leave no more than this fraction of what the stream lacks are kept,"""
+
+WORTH = 0.97
+"""and so are those that the choice does not bring below this multiple of what they leave."""
+
+ROWS = 4
+"""About this many rows per candidate enter the choice; it needs fewer than weights do."""
+
+STEPS = 256
+"""Units are chosen in about so many steps, several at a time where there are more units."""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Units that a merged layer may have.
+
+    Attributes:
+        maps: by writer the candidates' weights `[candidates, inputs]` and biases `[candidates]`, float64.
+        columns: what the output projection starts from, `[outputs, candidates]`.
+        pairs: how many of them, the first ones, are the alignment's.
+    """
+
+    maps: dict[RefitSite, tuple[Tensor, Tensor]]
+    columns: Tensor
+    pairs: int
+
+
+@torch.no_grad()
+def choose_units(fit: Fit, mlp: Mlp) -> bool:
+    """Write the chosen units' weights and the start of the output projection into the merged model.
+
+    Returns:
+        Whether units were chosen; otherwise the layer's maps were solved one by one.
+    """
+    candidates = _candidates(fit, mlp)
+    moments, square = _moments(fit, mlp, candidates)
+    gram, cross, lacking = _centred(moments, square) if mlp.reader.bias else (moments.xx, moments.xy, square)
+    penalty = fit.config.ridge * gram.diagonal()[: candidates.pairs].mean()
+    gram = torch.diagonal_scatter(gram, gram.diagonal() + penalty)
+    pairs = torch.arange(candidates.pairs)
+    left = left_over(gram, cross, lacking, pairs)
+    chosen = best_units(gram, cross, candidates.pairs).sort().values if left > AGREED else pairs
+    if left_over(gram, cross, lacking, chosen) > WORTH * left or torch.equal(chosen, pairs):
+        for site in mlp.writers:
+            solve(fit, site)
+        return False
+    for site, (weight, bias) in candidates.maps.items():
+        fit.write(site, weight[chosen], bias[chosen])
+    fit.write(mlp.reader, candidates.columns[:, chosen])
+    fit.values.run_again([site.node for site in mlp.writers], mlp.at)
+    return True
+
+
+def _candidates(fit: Fit, mlp: Mlp) -> Candidates:
+    spec, experts = fit.spec, fit.values.experts
+    first, reader = mlp.writers[0], mlp.reader.weight
+    _, inputs = regress_inputs(fit, mlp.input, spec.axes[first.weight][1], all(site.bias for site in mlp.writers))
+    maps = {}
+    for site in mlp.writers:
+        own = [written(fit, site, t, *inputs[t]) for t in experts]
+        label = spec.axes[site.weight][0]
+        merged = [[features_to_merged(part, 0, label, fit.alignment, spec, t) for part in own[t]] for t in experts]
+        pairs = [torch.stack(parts).mean(0) for parts in zip(*merged, strict=True)]
+        weight, bias = (torch.cat([pair, *parts]) for pair, parts in zip(pairs, zip(*own, strict=True), strict=True))
+        maps[site] = weight, bias if site.bias else torch.zeros_like(bias)
+    label = spec.output_label(reader, 0)
+    columns = [fit.values.merged[reader]]
+    for t in experts:
+        own = features_to_merged(fit.values.tensors[t][reader], 0, label, fit.alignment, spec, t)
+        columns.append(own / len(experts))
+    return Candidates(maps, torch.cat(columns, 1), columns[0].shape[1])
+
+
+def _moments(fit: Fit, mlp: Mlp, candidates: Candidates) -> tuple[SecondMoments, Tensor]:
+    """Moments of the candidates' activations and of what the projection aims at, and the latter's mean square sum."""
+    outputs, count = candidates.columns.shape
+    gram, square = Gram(count, outputs), torch.zeros((), dtype=torch.float64)
+    for b in range(len(fit.values.batches)):
+        x = fit.values.of(mlp.input, MERGED, b)
+        rows, picked = fit.rows.pick(x.shape, b, -1, count, ROWS)
+        y = fit.targets.of(mlp.reader, b, rows)
+        gram.add(_activations(fit, mlp, candidates, at_rows(x, -1, rows), b), y, picked)
+        square += picked.double() @ y.double().square().sum(1)
+    fit.targets.forget(mlp.reader)
+    return gram.reduce(fit.all_reduce), fit.all_reduce(square)
+
+
+def _activations(fit: Fit, mlp: Mlp, candidates: Candidates, x: Tensor, b: int) -> Tensor:
+    """What candidates put out on rows of the merged model's input: every op between works unit by unit."""
+    values, program = fit.values, fit.values.program
+    known: dict[fx.Node, Tensor] = {
+        site.node: functional.linear(x, weight.to(x), bias.to(x)) for site, (weight, bias) in candidates.maps.items()
+    }
+    for node in mlp.between:
+        known[node] = program.run(
+            node,
+            lambda used: known[used] if used in known else values.of(used, MERGED, b),
+            values.merged,
+            values.batches[b].inputs,
+            merged=True,
+        )
+    return known[mlp.reader.node.args[0]]  # type: ignore[index]
+
+
+def _centred(moments: SecondMoments, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments about the means, for a regression with an intercept."""
+    mean_x, mean_y = moments.x / moments.n, moments.y / moments.n
+    return (
+        torch.addr(moments.xx, moments.x, mean_x, alpha=-1),
+        torch.addr(moments.xy, moments.x, mean_y, alpha=-1),
+        square - moments.y @ mean_y,
+    )
+
+
+def left_over(gram: Tensor, cross: Tensor, square: Tensor, chosen: Tensor) -> float:
+    """The fraction of the targets' square sum that a regression on the chosen inputs leaves.
+
+    Args:
+        gram: `[n, n]` of the inputs, with its penalty; cross: `[n, k]`, their products with the targets.
+        square: the targets' square sum.
+        chosen: numbers of the inputs.
+    """
+    with one_thread():
+        factor = torch.linalg.cholesky(gram[chosen][:, chosen])
+        explained = torch.linalg.solve_triangular(factor, cross[chosen], upper=False).square().sum()
+    return float(1 - explained / square.clamp_min(1e-30))
+
+
+def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
+    """The numbers of `count` inputs that leave little of the targets, each step those that take most of the rest.
+
+    Args: as for `left_over`. Of inputs that say the same only the first to be chosen takes anything.
+    """
+    at_once = -(-count // STEPS)
+    spread, rest = gram.diagonal().clone(), cross.clone()
+    whole = spread.clone()
+    factor = gram.new_zeros(len(gram), count)
+    chosen: list[int] = []
+    while len(chosen) < count:
+        gain = rest.square().sum(1) / spread.clamp_min(1e-30)
+        gain[spread <= 1e-6 * whole] = 0.0  # what is left of those is rounding
+        gain[chosen] = -1.0
+        for unit in gain.topk(min(at_once, count - len(chosen))).indices.tolist():
+            done = len(chosen)
+            column = gram[:, unit] - factor[:, :done] @ factor[unit, :done]
+            chosen.append(unit)
+            if column[unit] <= 1e-6 * whole[unit]:
+                continue  # its twin was chosen in the same step
+            column = column / column[unit].sqrt()
+            factor[:, done] = column
+            rest -= torch.outer(column, rest[unit] / column[unit])
+            spread = (spread - column.square()).clamp_min(0)
+    return torch.tensor(chosen)

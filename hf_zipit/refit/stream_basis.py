@@ -1,0 +1,166 @@
+"""The merged basis of a residual stream, chosen by what the experts compute there.
+
+An alignment pairs units, and the merged stream is the mean of the experts'. Where pairs differ, as those of different
+initialisations do, half of what two experts compute lies in the differences and is lost for every later module,
+however well its weights are solved. But a stream hardly uses all of its directions. Of the T d directions that all
+experts' streams have together, the merged stream takes the d with the most energy, V `[d, T d]`:
+
+    z = sum_t M_t h_t,    [M_1 ... M_T] = V / sqrt(T),    U_t = sqrt(T) V_t^T.
+
+That is a principal component analysis, thus the best linear map into d units and back. It needs a stream that allows
+every rotation, as in a pre-LN model: there every reader is solved on what the merged model feeds into it, so that a
+norm's scale is no obstacle. Which rotation of V is taken has no influence then; it is the one nearest to the
+alignment's maps, the combined weights' basis.
+
+Invariant: experts whose streams agree under the alignment keep its maps.
+
+Ours; SliceGPT (arXiv 2401.15024) takes principal components of one model's stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from transformers import PreTrainedModel
+
+from hf_zipit.align.procrustes import complement_of_ones, rotating
+from hf_zipit.data.calibration import MicroBatch
+from hf_zipit.maps.space_map import Alignment, LinearMap
+from hf_zipit.maps.transform import unmerge_matrix
+from hf_zipit.planning.cut import Cut
+from hf_zipit.refit.positions import Rows
+from hf_zipit.refit.program import Program
+from hf_zipit.refit.regression import one_thread
+from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.solvers import find_readouts
+from hf_zipit.symmetry.spec import Factor, MergeSpec, product_key
+
+AGREED = 1e-6
+"""The alignment's maps are kept where they lose no more than this fraction of the energy than the best basis does."""
+
+PRIOR = 1e-4
+"""What the alignment's directions count more than others, relative to the mean energy: it decides where no sample
+shows anything."""
+
+
+def rotatable(spec: MergeSpec, model: PreTrainedModel, maps: Alignment) -> list[str]:
+    """The spaces with a map that allow rotations, if the norms' scales are the readers' business."""
+    folded = spec if spec.folds else MergeSpec.from_model(model, folding=True)
+    return [name for name in rotating(folded) if name in maps and spec.spaces[name].size == maps[name].size]
+
+
+def stream_bases(
+    names: Sequence[str],
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    experts: Sequence[Mapping[str, Tensor]],
+    rows: Rows,
+    *,
+    spec: MergeSpec,
+    cut: Cut,
+    maps: Alignment,
+    all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
+) -> dict[str, LinearMap]:
+    """The maps of residual streams that lose least; none for a stream whose alignment loses as little.
+
+    Args:
+        names: the streams.
+        program, sites: the forward pass, and where weights are solved.
+        experts: their tensors.
+        rows: the batches, and how much every position counts.
+        spec, cut, maps: the spaces, what is merged, and the alignment.
+        all_reduce: sums a tensor over all processes.
+    """
+    nodes = {value.node: value for value in stream_values(names, program, sites, spec, cut)}
+    sizes = {name: spec.spaces[name].size * len(experts) for name in names}
+    energies = {node: torch.zeros(2 * (sizes[value.space],), dtype=torch.float64) for node, value in nodes.items()}
+    for b, batch in enumerate(rows.batches):
+        for node, *streams in values_of(nodes, program, experts, batch):
+            axis = nodes[node].axis
+            weight = rows.weights(streams[0].shape, b, axis).sqrt()[:, None]
+            joint = torch.cat([_as_rows(x, axis) for x in streams], -1) * weight
+            energies[node] += joint.T @ joint
+    bases = {}
+    for name in names:
+        found = [all_reduce(energies[node]) for node, own in nodes.items() if own.space == name]
+        if found:
+            energy = torch.stack([x / x.trace().clamp_min(1e-30) for x in found]).mean(0)
+            start = torch.cat([unmerge_matrix(maps, (Factor(name),), t, spec) for t in range(len(experts))]).mT
+            basis = principal_basis(energy, start / len(experts) ** 0.5)
+            if basis is not None:
+                bases[name] = LinearMap.rotation(torch.stack(basis.chunk(len(experts), 1)) * len(experts) ** 0.5)
+    return bases
+
+
+def _as_rows(x: Tensor, axis: int) -> Tensor:
+    """Rows `[positions, units]` of one length, as a norm leaves them."""
+    x = x.movedim(axis, -1).flatten(0, -2)
+    return x / x.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
+
+
+@dataclass(frozen=True)
+class StreamValue:
+    """A node that holds a residual stream: its space, and the axis that has its units."""
+
+    node: fx.Node
+    space: str
+    axis: int
+
+
+def stream_values(
+    names: Sequence[str], program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, cut: Cut
+) -> Iterator[StreamValue]:
+    """The nodes that hold a stream after something was written into it, or where a branch reads it."""
+    for site in sites.values():
+        key = product_key(spec.output_label(site.weight, site.unit_axis))
+        if site.kind != "norm" and len(key) == 1 and key[0] in names:
+            yield StreamValue(site.stream or site.output, key[0], site.channel_axis)
+    for entry, node in find_readouts(program, cut).items():
+        if len(entry.key) == 1 and entry.key[0] in names:
+            yield StreamValue(node, entry.key[0], entry.axis)
+
+
+def values_of(
+    nodes: Collection[fx.Node], program: Program, experts: Sequence[Mapping[str, Tensor]], batch: MicroBatch
+) -> Iterator[tuple[fx.Node, Tensor]]:
+    """Every node with each expert's value of it, one after the other; they run side by side."""
+    held: list[dict[fx.Node, Tensor]] = [{} for _ in experts]
+    last = max((program.position[node] for node in nodes), default=-1)
+    for i, node in enumerate(program.nodes[: last + 1]):
+        for own, tensors in zip(held, experts, strict=True):
+            own[node] = program.run(node, own.__getitem__, tensors, batch.inputs)
+        if node in nodes:
+            yield node, *(own[node] for own in held)
+        for used in node.all_input_nodes:
+            if program.last_use[used] == i:
+                for own in held:
+                    own.pop(used, None)
+
+
+@torch.no_grad()
+def principal_basis(energy: Tensor, start: Tensor) -> Tensor | None:
+    """V `[d, T d]` with orthonormal rows: the directions with the most energy, rotated to be nearest to `start`.
+
+    The vectors of ones are one direction of both, which a LayerNorm leaves out.
+
+    Args:
+        energy: `[T d, T d]`.
+        start: `[d, T d]`, orthonormal rows: the alignment's directions.
+
+    Returns:
+        None where `start` loses as little.
+    """
+    size, joint = start.shape
+    energy = energy + PRIOR * energy.trace() / joint * start.mT @ start
+    before, inside = torch.trace(start @ energy @ start.mT), complement_of_ones(size)
+    frame = torch.block_diag(*[inside] * (joint // size))
+    ones = torch.full((size, joint), joint**-0.5 * size**-0.5, dtype=torch.float64)
+    with one_thread():
+        vectors = frame @ torch.linalg.eigh(frame.mT @ energy @ frame).eigenvectors[:, 1 - size :]
+        u, _, v = torch.linalg.svd(inside.mT @ start @ vectors)
+    basis = ones + inside @ u @ v @ vectors.mT
+    gain = torch.trace(basis @ energy @ basis.mT) - before
+    return basis if gain > AGREED * energy.trace() else None

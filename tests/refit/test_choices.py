@@ -1,0 +1,156 @@
+"""What the refit chooses by what the experts compute: the basis of a residual stream, and the units of an MLP."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_zipit import merge
+from hf_zipit.refit import RefitReport, mlp_solver, stage
+from hf_zipit.refit.mlp_solver import best_units, left_over
+from hf_zipit.refit.stream_basis import principal_basis
+
+from .. import tiny
+from ..test_invariants import calibration, experts
+
+UNITS, EXPERTS = 6, 2
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def start() -> Tensor:
+    return torch.cat([torch.eye(UNITS, dtype=torch.float64)] * EXPERTS, 1) / EXPERTS**0.5
+
+
+def loss(basis: Tensor, x: Tensor) -> float:
+    return float((x - x @ basis.mT @ basis).square().sum())
+
+
+def streams(rank: int = 2, seed: int = 0) -> Tensor:
+    """Two experts' streams, each of a low rank of its own, of which no unit varies along the ones."""
+    parts = [drawn(200, rank, seed=seed + 2 * t) @ drawn(rank, UNITS, seed=seed + 2 * t + 1) for t in range(EXPERTS)]
+    return torch.cat([part - part.mean(1, keepdim=True) for part in parts], 1)
+
+
+def test_two_streams_of_low_rank_are_kept_whole():
+    x = streams()
+    basis = principal_basis(x.mT @ x, start())
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(UNITS, dtype=torch.float64))
+    assert loss(basis, x) < 1e-3 * loss(start(), x)
+
+
+def test_the_ones_stay_the_ones():
+    x = streams()
+    basis = principal_basis(x.mT @ x, start())
+    ones = torch.ones(UNITS, 1, dtype=torch.float64)
+    torch.testing.assert_close(basis.mT @ ones, start().mT @ ones)
+
+
+def test_streams_that_agree_keep_the_alignment():
+    """Also where few samples show few of their directions."""
+    for count in (3, 100):
+        part = drawn(count, UNITS)
+        x = torch.cat([part, part], 1)
+        assert principal_basis(x.mT @ x, start()) is None
+
+
+def test_the_basis_is_the_one_nearest_to_the_alignment():
+    """A hardly different second stream changes the basis hardly."""
+    part = drawn(100, UNITS)
+    x = torch.cat([part, part + 0.01 * drawn(100, UNITS, seed=5)], 1)
+    basis = principal_basis(x.mT @ x, start())
+    assert basis is not None and (basis - start()).abs().max() < 0.02
+
+
+def gram_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return x.mT @ x + 1e-9 * torch.eye(x.shape[1], dtype=x.dtype), x.mT @ y, y.square().sum()
+
+
+def test_what_a_choice_leaves_is_what_least_squares_leaves():
+    x, y, chosen = drawn(80, 7), drawn(80, 3, seed=1), torch.tensor([1, 4, 6])
+    fitted = x[:, chosen] @ torch.linalg.lstsq(x[:, chosen], y).solution
+    assert left_over(*gram_of(x, y), chosen) == pytest.approx(float((y - fitted).square().sum() / y.square().sum()))
+
+
+def test_the_units_that_made_the_targets_are_found():
+    """However much they are like others, of which each has a twin."""
+    x = drawn(300, 10) + drawn(300, 1, seed=1)
+    y = x[:, [2, 5, 7]] @ drawn(3, 4, seed=2)
+    gram, cross, _ = gram_of(torch.cat([x, x], 1), y)
+    found = best_units(gram, cross, 3) % 10
+    assert sorted(found.tolist()) == [2, 5, 7]
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_every_distinct_unit_is_chosen_before_a_twin(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    x, y = drawn(300, 6), drawn(300, 4, seed=1)
+    gram, cross, _ = gram_of(torch.cat([x, x], 1), y)
+    monkeypatch.setattr(mlp_solver, "STEPS", 6 // at_once)
+    found = best_units(gram, cross, 6)
+    assert len(set(found.tolist())) == 6
+    assert at_once > 1 or sorted((found % 6).tolist()) == list(range(6))
+
+
+def pair(name: str) -> tuple[tuple[PreTrainedModel, ...], dict[str, dict[str, Tensor]]]:
+    models = experts(name)
+    data = calibration(models[0])
+    return models, {t: {n: x[i::2] for n, x in data.items()} for i, t in enumerate("ab")}
+
+
+def error(models: tuple[PreTrainedModel, ...], data: dict[str, dict[str, Tensor]], **settings: object) -> float:
+    """The mean regression error of what MLPs write into the stream."""
+    refit = {"micro_batch": 8, "rows_per_input": 0, **settings}
+    merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
+    found = [
+        e for module, by_task in RefitReport.of(merged).errors.items() if "fc2" in module for e in by_task.values()
+    ]
+    return sum(found) / max(len(found), 1)
+
+
+@pytest.mark.parametrize("name", ["vit", "llama", "gpt2"])
+def test_streams_get_a_basis_where_rotations_are_allowed(name: str):
+    models, data = pair(name) if name == "vit" else (tiny.pair(name), None)
+    if data is None:
+        ids = torch.randint(3, 49, (16, 7), generator=torch.Generator().manual_seed(0))
+        data = {"a": {"input_ids": ids[::2]}, "b": {"input_ids": ids[1::2]}}
+    found = {}
+
+    def noting(*args: object, **kwargs: object):
+        found.update(bases(*args, **kwargs))
+        return found
+
+    bases = stage.stream_bases
+    with patch.object(stage, "stream_bases", noting):
+        error(models, data)
+    assert found
+    for space_map in found.values():
+        gram = sum(m @ m.mT for m in space_map.matrices) / len(space_map.matrices) ** 2
+        torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype) / len(space_map.matrices))
+
+
+@pytest.mark.parametrize("name", ["bert-sequence", "resnet-basic"])
+def test_streams_that_allow_no_rotation_keep_their_units(name: str):
+    models, data = pair(name)
+    with patch.object(stage, "stream_bases") as called:
+        error(models, data)
+    called.assert_not_called()
+
+
+@pytest.mark.parametrize("setting", ["choose_units", "stream_bases"])
+def test_a_choice_brings_a_pair_nearer_to_its_experts(setting: str):
+    """On average over experts of other initialisations."""
+    totals = {True: 0.0, False: 0.0}
+    for seed in range(3):
+        models = tiny.pair("vit", seeds=(2 * seed, 2 * seed + 1))
+        inputs = calibration(models[0])
+        data = {t: {n: x[i::2] for n, x in inputs.items()} for i, t in enumerate("ab")}
+        others = {"choose_units": False, "stream_bases": False}
+        for chosen in totals:
+            totals[chosen] += error(models, data, **{**others, setting: chosen})
+    assert totals[True] < 0.97 * totals[False]
