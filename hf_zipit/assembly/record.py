@@ -19,7 +19,11 @@ from hf_zipit.planning.plan import Plan
 
 
 def record(
-    merged: PreTrainedModel, planned: Plan, calibration: Calibration | None, refit_errors: Mapping[str, Any] | None
+    merged: PreTrainedModel,
+    planned: Plan,
+    calibration: Calibration | None,
+    refit_errors: Mapping[str, Any] | None,
+    processor: Any = None,
 ) -> PreTrainedModel:
     """The model itself, with what it is to remember.
 
@@ -28,6 +32,7 @@ def record(
         planned: the plan of the merge.
         calibration: its data, whose processor may become the merged model's.
         refit_errors: what the refit left, as plain values; None where nothing was refitted.
+        processor: the one that the user gave, for a merge without data.
     """
     found = {
         **planned.config.to_dict(),
@@ -43,6 +48,6 @@ def record(
         found["bases"] = {task: origin.to_dict() for task, origin in origins(planned.bases).items()}
     found["sha256"] = fingerprint_experts({"": merged})[""]
     merged.config.method = found
-    processor = calibration.processor if calibration is not None else None
+    processor = calibration.processor if calibration is not None else processor
     merged.known_processor_files = processors_of(planned.experts, merged.branch_names, processor)
     return merged
