@@ -144,4 +144,5 @@ def merge(
     merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
     correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
     calibrate_joint(merged, planned, calibration)
-    return record(merged, planned, calibration, refitted.report.to_dict() if refitted.report else None)
+    errors = refitted.report.to_dict() if refitted.report else None
+    return record(merged, planned, calibration, errors, reading.get("processor"))

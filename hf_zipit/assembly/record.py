@@ -19,11 +19,16 @@ from hf_zipit.planning.plan import Plan
 
 
 def record(
-    merged: PreTrainedModel, planned: Plan, calibration: Calibration | None, refit_errors: Mapping[str, Any] | None
+    merged: PreTrainedModel,
+    planned: Plan,
+    calibration: Calibration | None,
+    refit_errors: Mapping[str, Any] | None,
+    processor: Any = None,
 ) -> PreTrainedModel:
     """The model itself, with what it is to remember. It must be finished: its weights are hashed.
 
-    The calibration data's processor may become the model's; `refit_errors` is what a refit left, as plain values.
+    The calibration data's processor, or without data the one that is given, may become the model's; `refit_errors` is
+    what a refit left, as plain values.
     """
     found = {
         **planned.config.to_dict(),
@@ -39,6 +44,6 @@ def record(
         found["bases"] = {task: origin.to_dict() for task, origin in origins(planned.bases).items()}
     found["sha256"] = fingerprint_experts({"": merged})[""]
     merged.config.method = found
-    processor = calibration.processor if calibration is not None else None
+    processor = calibration.processor if calibration is not None else processor
     merged.known_processor_files = processors_of(planned.experts, merged.branch_names, processor)
     return merged
