@@ -7,9 +7,10 @@ from functools import partial
 import pytest
 import torch
 
+from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import SpaceMap
-from hf_zipit.maps.transform import merge_tensor, to_merged, unmerge_index, unmerge_matrix
+from hf_zipit.maps.transform import to_merged, unmerge_index, unmerge_matrix
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Space, Sum, Symmetry, products
 from hf_zipit.symmetry.sums import by_products, put_together, take_apart, without_sums
 
