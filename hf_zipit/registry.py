@@ -111,6 +111,9 @@ CORRECTIONS: Registry[Any] = Registry("correction", "hf_zipit.correct", "hf_zipi
 ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.adapters")
 """Adapters by the `model_type` of the configurations they serve: `hf_zipit.adapters.auto.Adapter`."""
 
+CONVERSIONS: Registry[Any] = Registry("conversion", "hf_zipit.assembly", "hf_zipit.conversions")
+"""What a task of a merged model can be made into, `(model, task) -> model`: `hf_zipit.assembly.disassemble`."""
+
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The options of a method, by name: the keyword-only parameters of its function, but a rule's base."""

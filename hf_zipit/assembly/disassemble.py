@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from hf_zipit.modeling.empty_model import empty_model
 from hf_zipit.modeling.entries import DenseEntry, Entry
 from hf_zipit.modeling.head_dims import head_dim_name
 from hf_zipit.planning.cut import ReadPoint, cut_model
+from hf_zipit.registry import CONVERSIONS
 from hf_zipit.symmetry.group import transform
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, fitted, product_key
@@ -36,6 +38,7 @@ TOLERANCE = 1e-4
 """Largest relative difference to the outputs of the merged model."""
 
 
+@partial(CONVERSIONS.add, "expert")
 @torch.no_grad()
 def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
     """The model of the experts' class that computes what the merged one computes for a task.

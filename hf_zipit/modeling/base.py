@@ -17,7 +17,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -31,6 +30,7 @@ from ..errors import ZipItError
 from ..files import adding_to
 from ..hub.processors import FOLDER as PROCESSORS
 from ..hub.processors import Files, processor_files, write_files
+from ..registry import CONVERSIONS
 from .configuration import ZipItConfig
 from .empty_model import empty_model
 from .entries import Entry, attach, leave, make_entries
@@ -190,7 +190,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
             ExpertError: no plain model can compute it; see `hf_zipit.assembly.disassemble`.
         """
         # A model is below what takes it apart: what that needs (symmetries, cuts) is of no use to a model that runs.
-        return import_module("hf_zipit.assembly.disassemble").plain_expert(self, task)
+        return CONVERSIONS.get("expert")(self, task)
 
     # --------------------------------------------------------------------------------------- computing
 
