@@ -45,10 +45,11 @@ def correct(
     if calibration is None:
         raise DataError(f"{next(iter(wanted))} runs models on data: pass a little unlabelled data as calibration=")
     planned = replace(planned, cut=replace(planned.cut, trunk=planned.cut.trunk.difference(reparametrised)))
+    before = fingerprint_experts({"": merged})
     for name, options in wanted.items():
-        before = fingerprint_experts({name: merged})
         CORRECTIONS.get(name).function(merged, planned, maps, calibration, moments, **options)
-        if fingerprint_experts({name: merged}) == before:
+        after = fingerprint_experts({"": merged})
+        if after == before:
             logger.warning("%s changed nothing: it found nothing of its kind in %s.", name, planned.architecture)
         for tensor_name, tensor in model_tensors(merged).items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -56,3 +57,4 @@ def correct(
                     f"{name} leaves numbers that are not finite in {tensor_name}; check the calibration data and the "
                     "experts' weights"
                 )
+        before = after

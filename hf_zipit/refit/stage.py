@@ -61,7 +61,7 @@ def refit_trunk(
     traced = with_fused_attention(in_float32(model))
     experts = [model_tensors(in_float32(expert)) for expert in planned.folded.values()]
     positions = readout_positions(model, calibration.processor, config)
-    bases = _stream_bases(planned, traced, experts, maps, calibration, positions)
+    bases = _stream_bases(planned, traced, experts, maps, calibration, batches, positions)
     if bases:
         maps = {**maps, **bases}
         moved = combine_trunk(planned, maps)
@@ -92,6 +92,7 @@ def _stream_bases(
     experts: list[dict[str, Tensor]],
     maps: Alignment,
     calibration: Calibration,
+    batches: Sequence[MicroBatch],
     positions: Positions,
 ) -> dict[str, LinearMap]:
     """The bases of the residual streams, from as many batches of every task as are enough for it."""
@@ -99,7 +100,6 @@ def _stream_bases(
     names = rotatable(spec, planned.model, maps) if config.stream_bases else []
     if not names:
         return {}
-    batches = calibration.micro_batches(config.micro_batch)
     program = Program(traced, batches[0].inputs, adapter_for(planned.model).outputs(planned.model), cut.trunk)
     sites = find_sites(program, cut.trunk, spec.head)
     some = batches
