@@ -1,4 +1,4 @@
-"""Models where they are to run, and sums over the processes that run them."""
+"""Models where they are to run, what a device knows, and sums over the processes that run them."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ def running(models: Iterable[nn.Module], device: torch.device) -> Iterator[None]
     """Models in eval mode on a device, without gradients; as they were on leaving."""
     with placed(models, device), torch.no_grad():
         yield
+
+
+WITHOUT_FLOAT64 = ("mps",)
+"""Devices that know no float64."""
+
+
+def solving_device(device: torch.device) -> torch.device:
+    """Where float64 sums are kept and solved: the device, or the CPU where it knows no float64."""
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a device; zero where it cannot be asked."""
+    try:
+        return float(torch.get_device_module(device).mem_get_info(device)[0])
+    except (AttributeError, AssertionError, RuntimeError, NotImplementedError):
+        return 0.0
 
 
 def all_reduce_sum(tensor: Tensor, accelerator: Accelerator) -> Tensor:

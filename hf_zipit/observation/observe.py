@@ -26,7 +26,7 @@ from transformers.utils.logging import tqdm
 
 from hf_zipit.config import AUTO
 from hf_zipit.data.calibration import Calibration, CalibrationBatch
-from hf_zipit.data.processes import all_reduce_sum, placed
+from hf_zipit.data.processes import all_reduce_sum, free_memory, placed, solving_device
 from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.experts.origins import versions
@@ -229,15 +229,11 @@ class _Waiting:
             self.features[name] = []
 
 
-def _moments_device(recorder: Recorder, experts: int, device: torch.device) -> torch.device | str:
-    """The sums live on a CUDA device where they take less than half of its free memory, else on the CPU.
-
-    Other accelerators may know no float64.
-    """
-    if device.type != "cuda":
-        return "cpu"
+def _moments_device(recorder: Recorder, experts: int, device: torch.device) -> torch.device:
+    """The float64 sums live on an accelerator that knows such where they take less than half of its free memory."""
     needed = sum(8 * (experts * units) ** 2 for units in recorder.units.values())
-    return device if 2 * needed < torch.cuda.mem_get_info(device)[0] else "cpu"
+    home = solving_device(device)
+    return home if 2 * needed < free_memory(home) else torch.device("cpu")
 
 
 @contextmanager

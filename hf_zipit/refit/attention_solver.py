@@ -35,7 +35,7 @@ from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
 from hf_zipit.refit.positions import at_rows
-from hf_zipit.refit.regression import Gram, SecondMoments, ridge
+from hf_zipit.refit.regression import SecondMoments, ridge
 from hf_zipit.refit.solvable import Attention, RefitSite
 from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
@@ -266,8 +266,8 @@ class AttentionSolver:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
         attention, fit = self.attention, self.fit
         empty = heads.count - len(slopes)
-        slope, shift = (part.flatten(0, 1).float() for part in (slopes, shifts))
-        gram = Gram(start.shape[1], len(start), start)
+        slope, shift = (part.flatten(0, 1).to(fit.values.device, torch.float32) for part in (slopes, shifts))
+        gram = fit.gram(start)
         for b in range(len(fit.values.batches)):
             x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
@@ -284,7 +284,7 @@ class AttentionSolver:
         for b in range(len(values.batches)):
             means = values.store[node, "means", b]
             values.store.pop((node, "means", b))
-            mixed = means @ torch.stack(list(mixes)).mT.to(means.dtype)
+            mixed = means @ torch.stack(list(mixes)).mT.to(means)
             values.store[node, MERGED, b] = _with_empty_heads(mixed, count - len(mixes))
 
     def _means(self, values: Tensor, b: int) -> Tensor:
@@ -302,14 +302,14 @@ class AttentionSolver:
         """The combined model's: its projection, and its values of a head as a mix of the experts'."""
         value = self.attention.value
         label = self.spec.axes[value.weight][0]
-        eye = torch.eye(self.spec.size(product_key(label)), dtype=torch.float64)
+        eye = torch.eye(self.spec.size(product_key(label)), dtype=torch.float64, device=self.fit.home)
         merges = [
             features_to_merged(eye, 0, label, self.alignment, self.spec, t) / len(self.tasks) for t in self.tasks
         ]
         starts = []
         for head, members in enumerate(heads.values):
             rows = slice(head * heads.width, (head + 1) * heads.width)
-            out = projection[:, rows].double()
+            out = projection[:, rows].to(eye)
             mix = torch.cat([merges[m.expert][rows, m.units] for m in members], 1)
             starts.append(Start(out @ mix, out, mix))
         return starts
@@ -322,8 +322,9 @@ class AttentionSolver:
         for (member,) in heads.values:
             own = self.fit.values.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
             written = features_to_merged(own, 0, label, self.alignment, self.spec, member.expert)
-            first = torch.eye(heads.width, written.shape[1], dtype=torch.float64)
-            starts.append(Start(written.double(), written[:, : heads.width].double(), first))
+            written = written.to(self.fit.home, torch.float64)
+            first = torch.eye(heads.width, written.shape[1]).to(written)
+            starts.append(Start(written, written[:, : heads.width], first))
         return starts
 
 

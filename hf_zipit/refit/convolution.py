@@ -17,16 +17,16 @@ from hf_zipit.refit.regression import SecondMoments
 from hf_zipit.symmetry.ops import shape_of
 
 
-def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+def folded(weight: Tensor, bias: Tensor | None, norm: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
     """A convolution's flat weight `[k, d]` and bias with the batch norm behind it multiplied in."""
-    bias = torch.zeros(len(weight)) if bias is None else bias
+    bias = weight.new_zeros(len(weight)) if bias is None else bias
     if norm is None:
         return weight, bias
     scale = norm["weight"] / (norm["variance"] + norm["eps"]).sqrt()
     return weight * scale[:, None], (bias - norm["mean"]) * scale + norm["bias"]
 
 
-def restored(slope: Tensor, shift: Tensor, moments: SecondMoments, eps: Tensor) -> dict[str, Tensor]:
+def restored(slope: Tensor, shift: Tensor, moments: SecondMoments, eps: float) -> dict[str, Tensor]:
     """The batch norm behind the weight `slope` that adds `shift`: its weight, bias, mean and variance, `[k]` each.
 
     `moments` are those of the patches, from which mean and variance of the convolution follow.
@@ -49,9 +49,10 @@ def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
     kernel = weight.shape[2:]
     seen = functional.pad(x, _padding(given.get("padding", 0), kernel, (step_down, step_right))).movedim(1, -1)
     height, width = seen.shape[1:3]
-    sample, line, column = places((len(x), *shape_of(node)[2:]), rows)
+    sample, line, column = places((len(x), *shape_of(node)[2:]), rows, x.device)
     corner = (sample * height + line * down) * width + column * right
-    lines, columns = torch.arange(kernel[0]) * step_down * width, torch.arange(kernel[1]) * step_right
+    lines, columns = (torch.arange(size, device=x.device) for size in kernel)
+    lines, columns = lines * step_down * width, columns * step_right
     offsets = (lines[:, None] + columns).flatten()
     return seen.flatten(0, 2)[corner[:, None] + offsets].mT.flatten(1)
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, fx
 
 from hf_zipit.config import RefitConfig
+from hf_zipit.data.processes import solving_device
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.refit.positions import Picked, Rows, at_rows
+from hf_zipit.refit.regression import Gram
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.values import MERGED, Values
 from hf_zipit.symmetry.ops import shape_of
@@ -79,9 +81,9 @@ class Targets:
             total = y * weight if total is None else total.add_(y, alpha=weight)
         assert total is not None
         scale = self._scale(label, task)
-        return (
-            total if scale is None else total * scale.reshape(-1, *(1 for _ in total.shape[units % total.dim() + 1 :]))
-        )
+        if scale is None:
+            return total
+        return total * scale.to(total).reshape(-1, *(1 for _ in total.shape[units % total.dim() + 1 :]))
 
     def weights(self, task: int | None) -> list[float]:
         """How much each expert counts in the target of samples of a task."""
@@ -99,7 +101,7 @@ class Targets:
         order = self._orders[label, expert]
         if order is None:
             return features_to_merged(y, axis, label, self.alignment, self.spec, expert)
-        return y if torch.equal(order, torch.arange(len(order))) else y.index_select(axis, order)
+        return y if torch.equal(order, torch.arange(len(order))) else y.index_select(axis, order.to(y.device))
 
     def _order(self, label: AxisLabel, expert: int, units: int) -> Tensor | None:
         """Which of an expert's units each merged unit is; None where merged units are made of several or none."""
@@ -130,6 +132,8 @@ class Fit:
         values: what the ops of the forward pass give.
         rows: which of them enter a regression; `targets`: what they should be.
         all_reduce: sums a tensor over all processes.
+
+    Values are float32 on their device; what is summed up and solved is float64, on `home`.
     """
 
     tasks: tuple[str, ...]
@@ -140,6 +144,19 @@ class Fit:
     rows: Rows
     targets: Targets
     all_reduce: Callable[[Tensor], Tensor]
+
+    @property
+    def home(self) -> torch.device:
+        """Where float64 is: the values' device, or the CPU where that knows none."""
+        return solving_device(self.values.device)
+
+    def gram(self, start: Tensor) -> Gram:
+        """Sums for a regression that starts from a slope `[k, d]`."""
+        return Gram(start.shape[1], start.shape[0], start, self.home)
+
+    def zeros(self, *shape: int) -> Tensor:
+        """Sums, float64."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.home)
 
     def pick(self, site: RefitSite, b: int) -> tuple[Picked, Tensor]:
         """The rows of a site's value that enter its regression, and their weights."""
@@ -152,7 +169,7 @@ class Fit:
         tensors = self.values.merged
         for name, solution in ((site.weight, weight), (site.bias, bias)):
             if name is not None and solution is not None:
-                tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name].dtype)
+                tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name])
 
 
 UNKNOWN_TASK = "unknown task"
@@ -174,17 +191,16 @@ def squared_errors(fit: Fit, site: RefitSite) -> tuple[Tensor, Tensor]:
         samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the stream.
     """
     width = fit.values.merged[site.weight].shape[site.unit_axis]
-    sums = torch.zeros(len(fit.tasks) + 1, width + 3, dtype=torch.float64)
+    sums = fit.zeros(len(fit.tasks) + 1, width + 3)
     for b, batch in enumerate(fit.values.batches):
         made = _made(fit, site, b)
         rows, weight = fit.pick(site, b)
         y = fit.targets.reached(site, b, rows)
         off = at_rows(made, site.channel_axis, rows) - y
         squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
-        ones = torch.ones(len(y))
-        scalars = torch.stack([(weight * part).sum(dtype=torch.float64) for part in (*squares, ones)])
+        scalars = torch.stack([weight * part for part in (*squares, torch.ones_like(weight))]).to(sums).sum(1)
         task = len(fit.tasks) if batch.task is None else batch.task
-        sums[task] += torch.cat([scalars, (weight @ y).double()])
+        sums[task] += torch.cat([scalars, (weight @ y).to(sums)])
     sums = fit.all_reduce(sums)
     off, square, rows = sums[:, :3].T
     spread = square - sums[:, 3:].square().sum(1) / rows.clamp_min(1e-12)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_zipit.refit.regression import one_thread
+from hf_zipit.refit.factorise import eigh, qr, svd
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class Metric:
     @torch.no_grad()
     def of(cls, moment: Tensor, penalty: float) -> Metric:
         """`penalty` is relative to the mean of the moment's diagonal."""
-        with one_thread():
-            values, vectors = torch.linalg.eigh(moment)
+        values, vectors = eigh(moment)
         values = (values.clamp_min(0) + penalty * values.mean()).clamp_min(1e-30)
         return cls(vectors * values.sqrt() @ vectors.mT, vectors * values.rsqrt() @ vectors.mT)
 
@@ -66,13 +65,11 @@ def logit_factors(
         query_metric: of the query's input; key_metric: of the key's.
         rank: the merged head's width.
     """
-    with one_thread():
-        left, rows = torch.linalg.qr(query_metric.root @ torch.cat(list(queries)).mT)
-        right, columns = torch.linalg.qr(key_metric.root @ torch.cat(list(keys)).mT)
-        widths = [len(query) for query in queries]
-        products = [a @ b.mT for a, b in zip(rows.split(widths, 1), columns.split(widths, 1), strict=True)]
-        mean = torch.stack(products).mean(0)
-        u, lengths, v = torch.linalg.svd(mean, full_matrices=False)
+    left, rows = qr(query_metric.root @ torch.cat(list(queries)).mT)
+    right, columns = qr(key_metric.root @ torch.cat(list(keys)).mT)
+    widths = [len(query) for query in queries]
+    products = [a @ b.mT for a, b in zip(rows.split(widths, 1), columns.split(widths, 1), strict=True)]
+    u, lengths, v = svd(torch.stack(products).mean(0))
     u, lengths, v = u[:, :rank], lengths[:rank], v[:rank]
     kept = u * lengths @ v
     query = (query_metric.inverse @ left @ u * lengths.sqrt()).mT
@@ -97,8 +94,7 @@ def value_factors(slope: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Ten
     Returns:
         `[outputs, rank]` and `[rank, n]`, float64.
     """
-    with one_thread():
-        u, lengths, v = torch.linalg.svd(slope @ metric.root, full_matrices=False)
+    u, lengths, v = svd(slope @ metric.root)
     out, mix = u[:, :rank] * lengths[:rank].sqrt(), lengths[:rank, None].sqrt() * (v[:rank] @ metric.inverse)
     return padded(out.mT, rank).mT, padded(mix, rank)
 
@@ -110,8 +106,7 @@ def nearest_basis(one: Tensor, other: Tensor, towards: tuple[Tensor, Tensor]) ->
     Every rotation of both gives the same product. Without a choice the basis would jump where two directions are of
     nearly the same length; this one changes as little as the product does.
     """
-    with one_thread():
-        u, _, v = torch.linalg.svd(towards[0].double() @ one.mT + towards[1].double() @ other.mT)
+    u, _, v = svd(towards[0].to(one) @ one.mT + towards[1].to(other) @ other.mT)
     return u @ v @ one, u @ v @ other
 
 

@@ -23,9 +23,10 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.maps.transform import features_to_merged
+from hf_zipit.refit.factorise import one_thread
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
-from hf_zipit.refit.regression import Gram, SecondMoments, one_thread
+from hf_zipit.refit.regression import Gram, SecondMoments
 from hf_zipit.refit.solvable import Mlp, RefitSite
 from hf_zipit.refit.solvers import regress_inputs, solve, written
 from hf_zipit.refit.values import MERGED
@@ -68,9 +69,9 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
     candidates = _candidates(fit, mlp)
     moments, square = _moments(fit, mlp, candidates)
     gram, cross, lacking = _centred(moments, square) if mlp.reader.bias else (moments.xx, moments.xy, square)
-    penalty = fit.config.ridge * gram.diagonal()[: candidates.pairs].mean()
+    penalty = fit.config.ridge * gram.diagonal()[: candidates.pairs].mean().clamp_min(1e-12)
     gram = torch.diagonal_scatter(gram, gram.diagonal() + penalty)
-    pairs = torch.arange(candidates.pairs)
+    pairs = torch.arange(candidates.pairs, device=gram.device)
     left = left_over(gram, cross, lacking, pairs)
     chosen = best_units(gram, cross, candidates.pairs).sort().values if left > AGREED else pairs
     if left_over(gram, cross, lacking, chosen) > WORTH * left or torch.equal(chosen, pairs):
@@ -107,13 +108,13 @@ def _candidates(fit: Fit, mlp: Mlp) -> Candidates:
 def _moments(fit: Fit, mlp: Mlp, candidates: Candidates) -> tuple[SecondMoments, Tensor]:
     """Moments of the candidates' activations and of what the projection aims at, and the latter's mean square sum."""
     outputs, count = candidates.columns.shape
-    gram, square = Gram(count, outputs), torch.zeros((), dtype=torch.float64)
+    gram, square = Gram(count, outputs, device=fit.home), fit.zeros()
     for b in range(len(fit.values.batches)):
         x = fit.values.of(mlp.input, MERGED, b)
         rows, picked = fit.rows.pick(x.shape, b, -1, count, ROWS)
         y = fit.targets.of(mlp.reader, b, rows)
         gram.add(_activations(fit, mlp, candidates, at_rows(x, -1, rows), b), y, picked)
-        square += picked.double() @ y.double().square().sum(1)
+        square += picked.to(square) @ y.to(square).square().sum(1)
     fit.targets.forget(mlp.reader)
     return gram.reduce(fit.all_reduce), fit.all_reduce(square)
 
@@ -129,7 +130,7 @@ def _activations(fit: Fit, mlp: Mlp, candidates: Candidates, x: Tensor, b: int) 
             node,
             lambda used: known[used] if used in known else values.of(used, MERGED, b),
             values.merged,
-            values.batches[b].inputs,
+            values.inputs[b],
             merged=True,
         )
     return known[mlp.reader.node.args[0]]  # type: ignore[index]
@@ -183,4 +184,4 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
             factor[:, done] = column
             rest -= torch.outer(column, rest[unit] / column[unit])
             spread = (spread - column.square()).clamp_min(0)
-    return torch.tensor(chosen)
+    return torch.tensor(chosen, device=gram.device)

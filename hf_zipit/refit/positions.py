@@ -77,35 +77,51 @@ def at_rows(value: Tensor, channel_axis: int, rows: Picked) -> Tensor:
     value = value.movedim(channel_axis, -1)
     if channel_axis == -1 or isinstance(rows, slice):
         return value.flatten(0, -2)[rows]
-    return value[places(value.shape[:-1], rows)]  # without a copy of all of it
+    return value[places(value.shape[:-1], rows, value.device)]  # without a copy of all of it
 
 
-def places(shape: Sequence[int], rows: Picked) -> tuple[Tensor, ...]:
+def places(shape: Sequence[int], rows: Picked, device: torch.device) -> tuple[Tensor, ...]:
     """Where rows are, axis by axis, in a value of a shape that goes without its channels."""
-    return torch.unravel_index(torch.arange(prod(shape))[rows], tuple(shape))
+    numbers = torch.arange(prod(shape), device=device)[rows] if isinstance(rows, slice) else rows
+    return torch.unravel_index(numbers, tuple(shape))
+
+
+Key = tuple[tuple[int, ...], bool, int]
+"""What a value's rows depend on: its shape but for the channels, whether these come last, and the batch."""
 
 
 class Rows:
     """The rows of all micro-batches of one process."""
 
     def __init__(
-        self, batches: Sequence[MicroBatch], positions: Positions, *, per_input: int, all_batches: int, seed: int
+        self,
+        batches: Sequence[MicroBatch],
+        positions: Positions,
+        *,
+        per_input: int,
+        all_batches: int,
+        seed: int,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`per_input`: how many to use for every input of a regression, 0 for all; over all processes' batches."""
-        self.batches, self.positions = batches, positions
+        """`per_input`: how many to use for every input of a regression, 0 for all; over all processes' batches.
+
+        Rows are chosen on the CPU, where the batches are, so that every device uses the same, and moved to `device`.
+        """
+        self.batches, self.positions, self.device = batches, positions, torch.device(device)
         self.per_input, self.all_batches, self.seed = per_input, all_batches, seed
-        self._weights: dict[tuple[object, ...], Tensor] = {}
+        self._weights: dict[Key, Tensor] = {}
         self._picked: dict[tuple[object, ...], tuple[Picked, Tensor]] = {}
 
     def weights(self, shape: Sequence[int], b: int, channel_axis: int) -> Tensor:
         """The weight of every row of a value, `[samples * positions]`; ones for a value that is no sample's."""
-        key = self._key(shape, b, channel_axis)
+        return self._weights_of(self._key(shape, b, channel_axis)).to(self.device)
+
+    def _weights_of(self, key: Key) -> Tensor:
         if key not in self._weights:
             self._weights[key] = self._weigh(*key)
         return self._weights[key]
 
-    def _key(self, shape: Sequence[int], b: int, channel_axis: int) -> tuple[tuple[int, ...], bool, int]:
-        """What a value's rows depend on: its shape but for the channels, whether these come last, and the batch."""
+    def _key(self, shape: Sequence[int], b: int, channel_axis: int) -> Key:
         axis = channel_axis % max(len(shape), 1)
         return tuple(n for i, n in enumerate(shape) if i != axis), axis == len(shape) - 1, b
 
@@ -127,7 +143,9 @@ class Rows:
         """
         key = (*self._key(shape, b, channel_axis), inputs, most)
         if key not in self._picked:
-            self._picked[key] = self.sample(self.weights(shape, b, channel_axis), b, inputs, most)
+            rows, weights = self.sample(self._weights_of(key[:3]), b, inputs, most)
+            rows = rows if isinstance(rows, slice) else rows.to(self.device)
+            self._picked[key] = rows, weights.to(self.device)
         return self._picked[key]
 
     def sample(self, weights: Tensor, b: int, inputs: int, most: int | None = None) -> tuple[Picked, Tensor]:

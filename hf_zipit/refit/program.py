@@ -151,9 +151,15 @@ class Program:
         inputs: Mapping[str, Tensor],
         fields: tuple[str, ...] | None,
         trunk: frozenset[str] = frozenset(),
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`fields` are the outputs that count; a tensor tied to one of the `trunk` goes by its name there."""
+        """`fields` are the outputs that count; a tensor tied to one of the `trunk` goes by its name there.
+
+        The forward pass is traced on the CPU, and runs on `device`, whatever device it names.
+        """
         self._forward = forward_pass(model, inputs, fields)
+        self._device = torch.device(device)
+        self._constants = {name: tensor.to(device) for name, tensor in self._forward.constants.items()}
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
         names = {
             other: next((name for name in group if name in trunk), other)
@@ -201,7 +207,8 @@ class Program:
     ) -> Any:
         """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
         if node.op == "get_attr":
-            return getattr(self._forward.module, str(node.target))
+            found = getattr(self._forward.module, str(node.target))
+            return found.to(self._device) if isinstance(found, Tensor) else found
         sizes = self.arguments(node) if merged else node
 
         def value(x: Any, size: Any) -> Any:
@@ -210,11 +217,10 @@ class Program:
                     return lookup(x)
                 if x.name in self.tensors:
                     return tensors[self.tensors[x.name]]
-                constants = self._forward.constants
-                return constants[x.name] if x.name in constants else inputs.get(x.name)
+                return self._constants[x.name] if x.name in self._constants else inputs.get(x.name)
             if isinstance(x, (list, tuple)):
                 return type(x)(value(*pair) for pair in zip(x, size, strict=True))
-            return size
+            return self._device if isinstance(x, torch.device) else size
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}

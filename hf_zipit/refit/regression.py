@@ -8,24 +8,14 @@ are accumulated in float64. The intercept has no penalty: it makes up for whatev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """LAPACK with several threads on a busy machine can be a hundred times slower than with one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
+from hf_zipit.refit.factorise import eigh, solve_positive
 
 TRIANGLE = 128
 """This many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
@@ -74,7 +64,8 @@ GOLDEN = 0.6180339887498949
 
 def some_rows(rows: Tensor) -> Tensor:
     """The numbers of the rows that are probed, at most `PROBED`."""
-    return (torch.arange(min(PROBED, len(rows)), dtype=torch.float64) * GOLDEN % 1 * len(rows)).long()
+    numbers = torch.arange(min(PROBED, len(rows)), dtype=torch.float64) * GOLDEN % 1 * len(rows)
+    return numbers.long().to(rows.device)
 
 
 class BlockSums:
@@ -83,9 +74,10 @@ class BlockSums:
     So no rounding is that of a distance from the origin, and a block counts the same whatever it is added to.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64)  # of which only the upper triangle is made
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64)
+    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.xx = zeros(inputs, inputs)  # of which only the upper triangle is made
+        self.xy = zeros(inputs, outputs)
         self.blocks: list[tuple[Tensor, ...]] = []  # of each the middle of inputs and targets, the sums, the weight
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -94,16 +86,17 @@ class BlockSums:
         root = weight.sqrt()
         x, y = ((part - mean).mul_(root[:, None]) for part, mean in zip((x, y), means, strict=True))
         for first in range(0, x.shape[1], TRIANGLE):
-            self.xx[first : first + TRIANGLE, first:] += x[:, first : first + TRIANGLE].T @ x[:, first:]
-        self.xy += x.T @ y
-        self.blocks.append((*means, root @ x, root @ y, weight.sum(dtype=torch.float64)))
+            part = x[:, first : first + TRIANGLE].T @ x[:, first:]
+            self.xx[first : first + TRIANGLE, first:] += part.to(self.xx.device)
+        self.xy += (x.T @ y).to(self.xy.device)
+        self.blocks.append((*(part.to(self.xx) for part in (*means, root @ x, root @ y)), weight.to(self.xx).sum()))
 
     def moments(self) -> SecondMoments:
         xx, xy = self.xx.triu(), self.xy
         xx += self.xx.triu(1).T
         if not self.blocks:
             return SecondMoments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
-        centre, level, x, y, n = (torch.stack(part).double() for part in zip(*self.blocks, strict=True))
+        centre, level, x, y, n = map(torch.stack, zip(*self.blocks, strict=True))
         n = n[:, None]
         mixed = centre.T @ (x + n / 2 * centre)
         x = x + n * centre
@@ -120,10 +113,12 @@ class Gram:
     no help, and is subtracted from the moments at the end: that is as exact, and costs less.
     """
 
-    def __init__(self, inputs: int, outputs: int, start: Tensor | None = None) -> None:
-        """`start`: the first solution, a slope `[k, d]`; None for zero."""
+    def __init__(
+        self, inputs: int, outputs: int, start: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """`start`: the first solution, a slope `[k, d]`; None for zero. `device`: where float64 sums are kept."""
         self.start = start
-        self.whole, self.left = BlockSums(inputs, outputs), BlockSums(inputs, outputs)
+        self.whole, self.left = (BlockSums(inputs, outputs, torch.device(device)) for _ in range(2))
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x `[rows, d]`, y `[rows, k]`, weight `[rows]`; multiplied in float32, summed in float64."""
@@ -148,10 +143,11 @@ class Gram:
             found = self.left.moments()
         else:
             found = self.whole.moments()
-            found = found if self.start is None else found.without(self.start)
+            found = found if self.start is None else found.without(self.start.to(found.xx))
             if self.left.blocks:
                 found = SecondMoments(*map(torch.add, found.sums, self.left.moments().sums))
-        return SecondMoments(*map(all_reduce, found.sums), start=self.start)
+        start = None if self.start is None else self.start.to(found.xx)
+        return SecondMoments(*map(all_reduce, found.sums), start=start)
 
 
 @torch.no_grad()
@@ -172,14 +168,11 @@ def ridge(moments: SecondMoments, prior: Tensor, strength: float, intercept: boo
     penalty = strength * left.diagonal().mean().clamp_min(1e-12)
     left = torch.diagonal_scatter(left, left.diagonal() + penalty)
     start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
-    right = cross + penalty * (prior.double() - start).T
-    with one_thread():
-        factor, failed = torch.linalg.cholesky_ex(left)
-        if failed:  # float32's rounding is larger than the penalty, which decides where little is seen
-            values, vectors = torch.linalg.eigh(left)
-            slope = vectors @ (vectors.mT @ right / values.clamp_min(penalty)[:, None])
-        else:
-            slope = torch.cholesky_solve(right, factor)
+    right = cross + penalty * (prior.to(start) - start).T
+    slope = solve_positive(left, right)
+    if slope is None:  # float32's rounding is larger than the penalty, which decides where little is seen
+        values, vectors = eigh(left)
+        slope = vectors @ (vectors.mT @ right / values.clamp_min(penalty)[:, None])
     change = slope.T
     return start + change, (mean_y - change @ mean_x) if intercept else torch.zeros_like(mean_y)
 
@@ -191,14 +184,14 @@ class ChannelSums:
     sums: Tensor  # rows: weight, x, y, x*x, x*y
 
     @classmethod
-    def empty(cls, channels: int) -> ChannelSums:
-        return cls(torch.zeros(5, channels, dtype=torch.float64))
+    def empty(cls, channels: int, device: torch.device | str = "cpu") -> ChannelSums:
+        return cls(torch.zeros(5, channels, dtype=torch.float64, device=device))
 
     def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Add rows: x and y `[rows, d]`, weight `[rows]`."""
         w = weight[:, None].expand_as(x)
         parts = (torch.ones_like(x), x, y, x * x, x * y)
-        self.sums += torch.stack([(w * part).sum(0, dtype=torch.float64) for part in parts])
+        self.sums += torch.stack([(w * part).to(self.sums).sum(0) for part in parts])
 
 
 def scale_and_shift(channels: ChannelSums, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
@@ -208,5 +201,5 @@ def scale_and_shift(channels: ChannelSums, prior: Tensor, strength: float) -> tu
     variance = (xx / n - (x / n).square()).clamp_min(0)
     covariance = xy / n - x * y / n.square()
     penalty = strength * variance.mean().clamp_min(1e-12)
-    scale = (covariance + penalty * prior.double()) / (variance + penalty)
+    scale = (covariance + penalty * prior.to(variance)) / (variance + penalty)
     return scale, y / n - scale * x / n

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from hf_zipit.maps.products import merged_length
@@ -228,6 +229,10 @@ class Mlp:
         return self.writers[-1].node
 
 
+UNTAGGED = {"dropout", "clone", "contiguous", "alias", "detach", "to", "_to_copy", "hardswish", "hardsigmoid"}
+"""Ops that compute number by number as well, though torch has no such tag on them."""
+
+
 def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec) -> Iterator[Mlp]:
     """The layers whose units can be chosen: no tensor but the writers' and the reader's has an axis in their space."""
     writers, readers = defaultdict[str, list[RefitSite]](list), defaultdict[str, list[RefitSite]](list)
@@ -245,7 +250,8 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
             (reader,) = readers[name]
             if reader.stream is not None and all(site.stream is None for site in writers[name]):
                 between = _between(program, [site.node for site in writers[name]], reader.node)
-                yield Mlp(tuple(writers[name]), reader, between)
+                if all(map(_unit_by_unit, between)):
+                    yield Mlp(tuple(writers[name]), reader, between)
 
 
 def _between(program: Program, first: Sequence[fx.Node], last: fx.Node) -> tuple[fx.Node, ...]:
@@ -255,6 +261,11 @@ def _between(program: Program, first: Sequence[fx.Node], last: fx.Node) -> tuple
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     return tuple(node for node in program.nodes[: program.position[last]] if node in reached.difference(first))
+
+
+def _unit_by_unit(node: fx.Node) -> bool:
+    """Whether an op computes every number of its result from the numbers at the same place alone."""
+    return torch.Tag.pointwise in getattr(node.target, "tags", ()) or op_name(node) in UNTAGGED
 
 
 def heads_and_width(node: fx.Node) -> tuple[int, int]:

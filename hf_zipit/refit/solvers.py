@@ -21,7 +21,7 @@ from hf_zipit.refit.convolution import folded, patches, restored
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.regression import ChannelSums, Gram, SecondMoments, ridge, scale_and_shift
+from hf_zipit.refit.regression import ChannelSums, SecondMoments, ridge, scale_and_shift
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import AxisLabel
@@ -34,7 +34,7 @@ def solve(fit: Fit, site: RefitSite) -> None:
 
 def solve_linear(fit: Fit, site: RefitSite) -> None:
     weight = fit.values.merged[site.weight]
-    gram = Gram(weight.shape[1], weight.shape[0], weight)
+    gram = fit.gram(weight)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
@@ -47,9 +47,9 @@ def solve_conv(fit: Fit, site: RefitSite) -> None:
     weight, bias = merged[site.weight], merged[site.bias] if site.bias else None
     flat, names = weight.flatten(1), norm_names(fit, site)
     norm = {role: merged[name] for role, name in names.items()}
-    eps = torch.tensor(site.norm.args[7]) if site.norm is not None else None
+    eps = float(site.norm.args[7]) if site.norm is not None else None  # type: ignore[arg-type]
     prior, _ = folded(flat, bias, norm | {"eps": eps} if eps is not None else None)
-    gram = Gram(flat.shape[1], flat.shape[0], prior)
+    gram = fit.gram(prior)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
@@ -59,7 +59,7 @@ def solve_conv(fit: Fit, site: RefitSite) -> None:
     fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
     if eps is not None:
         for role, value in restored(slope, shift, moments, eps).items():
-            merged[names[role]] = value.to(weight.dtype)
+            merged[names[role]] = value.to(weight)
 
 
 def norm_names(fit: Fit, site: RefitSite) -> dict[str, str]:
@@ -77,23 +77,22 @@ def norm_names(fit: Fit, site: RefitSite) -> dict[str, str]:
 def solve_embedding(fit: Fit, site: RefitSite) -> None:
     """Each row is the weighted mean of its targets; rows that no sample uses keep the combined values."""
     table = fit.values.merged[site.weight]
-    total = torch.zeros(table.shape, dtype=torch.float64)
-    count = torch.zeros(len(table), dtype=torch.float64)
+    total, count = fit.zeros(*table.shape), fit.zeros(len(table))
     for b in range(len(fit.values.batches)):
         indices = fit.values.of(site.node.args[1], MERGED, b)
         y = fit.targets.of(site, b)
-        indices = indices.expand(y.shape[:-1]).reshape(-1)
+        indices = indices.expand(y.shape[:-1]).reshape(-1).to(total.device)
         weight = fit.rows.weights(y.shape, b, -1)
-        total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).double())
-        count.index_add_(0, indices, weight.double())
+        total.index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).to(total))
+        count.index_add_(0, indices, weight.to(count))
     total, count = fit.all_reduce(total), fit.all_reduce(count)
     penalty = fit.config.ridge * count.mean().clamp_min(1e-12)
-    fit.write(site, (total + penalty * table.double()) / (count + penalty)[:, None])
+    fit.write(site, (total + penalty * table.to(total)) / (count + penalty)[:, None])
 
 
 def solve_norm(fit: Fit, site: RefitSite) -> None:
     scale = fit.values.merged[site.weight]
-    channels = ChannelSums.empty(len(scale))
+    channels = ChannelSums.empty(len(scale), fit.home)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
@@ -107,14 +106,12 @@ def solve_norm(fit: Fit, site: RefitSite) -> None:
 def solve_offset(fit: Fit, site: RefitSite) -> None:
     """A parameter that is added: the mean of what is missing, over the axes along which it is repeated."""
     offset = fit.values.merged[site.weight]
-    total: Tensor | float = 0.0
-    count = 0
+    total, count = fit.zeros(*offset.shape), fit.zeros()
     for b, batch in enumerate(fit.values.batches):
-        missing = fit.targets.of(site, b)[: batch.real].double()
-        summed = missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape))
-        total = total + summed.reshape(offset.shape)
+        missing = fit.targets.of(site, b)[: batch.real].to(total)
+        total += missing.sum_to_size([1] * (missing.dim() - offset.dim()) + list(offset.shape)).reshape(offset.shape)
         count += missing.numel() // offset.numel()
-    fit.write(site, fit.all_reduce(torch.as_tensor(total)) / fit.all_reduce(torch.tensor(float(count))))
+    fit.write(site, fit.all_reduce(total) / fit.all_reduce(count))
 
 
 def regress_inputs(
@@ -129,7 +126,7 @@ def regress_inputs(
     """
     experts = fit.values.experts
     start = torch.cat([unmerge_matrix(fit.alignment, label, t, fit.spec) for t in experts])
-    gram = Gram(start.shape[1], len(start), start)
+    gram = fit.gram(start.to(fit.home))
     for b in range(len(fit.values.batches)):
         value = fit.values.of(node, MERGED, b)
         rows, picked = fit.rows.pick(value.shape, b, -1, value.shape[-1])
@@ -143,9 +140,9 @@ def regress_inputs(
 def written(fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """What an expert's weights make of its input, where that is a linear map of the merged model's."""
     tensors = fit.values.tensors[expert]
-    weight = tensors[site.weight].double()
+    weight = tensors[site.weight].to(slope)
     constant = weight @ shift
-    return weight @ slope, constant if site.bias is None else constant + tensors[site.bias]
+    return weight @ slope, constant if site.bias is None else constant + tensors[site.bias].to(constant)
 
 
 SOLVERS: dict[str, Callable[[Fit, RefitSite], None]] = {
@@ -182,7 +179,7 @@ def solve_readout(fit: Fit, entry: ReadPoint, node: fx.Node) -> list[tuple[Tenso
     found = []
     for t in fit.values.experts:
         prior = unmerge_matrix(fit.alignment, entry.label, t, fit.spec)
-        gram = Gram(prior.shape[1], prior.shape[0], prior)
+        gram = fit.gram(prior)
         for b, batch in enumerate(fit.values.batches):
             if batch.task not in (None, t):
                 continue

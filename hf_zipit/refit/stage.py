@@ -22,6 +22,7 @@ from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, resized_copy
 from hf_zipit.refit.solvable import find_sites
 from hf_zipit.refit.stream_basis import rotatable, stream_bases, stream_values
+from hf_zipit.refit.values import OnDevice
 from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
@@ -59,7 +60,7 @@ def refit_trunk(
             "processes; give more data or a smaller micro_batch"
         )
     traced = with_fused_attention(in_float32(model))
-    experts = [model_tensors(in_float32(expert)) for expert in planned.folded.values()]
+    experts = [model_tensors(expert) for expert in planned.folded.values()]
     positions = readout_positions(model, calibration.processor, config)
     bases = _stream_bases(planned, traced, experts, maps, calibration, batches, positions)
     if bases:
@@ -82,6 +83,7 @@ def refit_trunk(
         all_reduce=calibration.all_reduce,
         seed=planned.config.seed,
         progress=calibration.process == 0,
+        device=calibration.device,
     )
     return replace(walk.run(), maps=bases)
 
@@ -100,7 +102,8 @@ def _stream_bases(
     names = rotatable(spec, planned.model, maps) if config.stream_bases else []
     if not names:
         return {}
-    program = Program(traced, batches[0].inputs, adapter_for(planned.model).outputs(planned.model), cut.trunk)
+    fields = adapter_for(planned.model).outputs(planned.model)
+    program = Program(traced, batches[0].inputs, fields, cut.trunk, calibration.device)
     sites = find_sites(program, cut.trunk, spec.head)
     some = batches
     if config.rows_per_input:
@@ -114,8 +117,8 @@ def _stream_bases(
             names,
             program,
             sites,
-            experts,
-            Rows(own, positions, per_input=0, all_batches=len(some), seed=0),
+            [OnDevice(own, calibration.device) for own in experts],
+            Rows(own, positions, per_input=0, all_batches=len(some), seed=0, device=calibration.device),
             spec=spec,
             cut=cut,
             maps=maps,

@@ -27,13 +27,13 @@ from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from hf_zipit.align.procrustes import complement_of_ones, rotating
-from hf_zipit.data.calibration import MicroBatch
+from hf_zipit.data.processes import solving_device
 from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.maps.transform import unmerge_matrix
 from hf_zipit.planning.cut import Cut
+from hf_zipit.refit.factorise import eigh, svd
 from hf_zipit.refit.positions import Rows
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.regression import one_thread
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import find_readouts
 from hf_zipit.symmetry.spec import Factor, MergeSpec, product_key
@@ -76,13 +76,17 @@ def stream_bases(
     """
     nodes = {value.node: value for value in stream_values(names, program, sites, spec, cut)}
     sizes = {name: spec.spaces[name].size * len(experts) for name in names}
-    energies = {node: torch.zeros(2 * (sizes[value.space],), dtype=torch.float64) for node, value in nodes.items()}
+    home = solving_device(rows.device)
+    energies = {
+        node: torch.zeros(2 * (sizes[value.space],), dtype=torch.float64, device=home) for node, value in nodes.items()
+    }
     for b, batch in enumerate(rows.batches):
-        for node, *streams in values_of(nodes, program, experts, batch):
+        inputs = {name: tensor.to(rows.device) for name, tensor in batch.inputs.items()}
+        for node, *streams in values_of(nodes, program, experts, inputs):
             axis = nodes[node].axis
             weight = rows.weights(streams[0].shape, b, axis).sqrt()[:, None]
             joint = torch.cat([_as_rows(x, axis) for x in streams], -1) * weight
-            energies[node] += joint.T @ joint
+            energies[node] += (joint.T @ joint).to(home)
     bases = {}
     for name in names:
         found = [all_reduce(energies[node]) for node, own in nodes.items() if own.space == name]
@@ -91,7 +95,7 @@ def stream_bases(
             start = torch.cat([unmerge_matrix(maps, (Factor(name),), t, spec) for t in range(len(experts))]).mT
             basis = principal_basis(energy, start / len(experts) ** 0.5)
             if basis is not None:
-                bases[name] = LinearMap.rotation(torch.stack(basis.chunk(len(experts), 1)) * len(experts) ** 0.5)
+                bases[name] = LinearMap.rotation(torch.stack(basis.cpu().chunk(len(experts), 1)) * len(experts) ** 0.5)
     return bases
 
 
@@ -124,14 +128,17 @@ def stream_values(
 
 
 def values_of(
-    nodes: Collection[fx.Node], program: Program, experts: Sequence[Mapping[str, Tensor]], batch: MicroBatch
+    nodes: Collection[fx.Node],
+    program: Program,
+    experts: Sequence[Mapping[str, Tensor]],
+    inputs: Mapping[str, Tensor],
 ) -> Iterator[tuple[fx.Node, Tensor]]:
     """Every node with each expert's value of it, one after the other; they run side by side."""
     held: list[dict[fx.Node, Tensor]] = [{} for _ in experts]
     last = max((program.position[node] for node in nodes), default=-1)
     for i, node in enumerate(program.nodes[: last + 1]):
         for own, tensors in zip(held, experts, strict=True):
-            own[node] = program.run(node, own.__getitem__, tensors, batch.inputs)
+            own[node] = program.run(node, own.__getitem__, tensors, inputs)
         if node in nodes:
             yield node, *(own[node] for own in held)
         for used in node.all_input_nodes:
@@ -154,13 +161,13 @@ def principal_basis(energy: Tensor, start: Tensor) -> Tensor | None:
         None where `start` loses as little.
     """
     size, joint = start.shape
+    start = start.to(energy)
     energy = energy + PRIOR * energy.trace() / joint * start.mT @ start
-    before, inside = torch.trace(start @ energy @ start.mT), complement_of_ones(size)
+    before, inside = torch.trace(start @ energy @ start.mT), complement_of_ones(size).to(energy)
     frame = torch.block_diag(*[inside] * (joint // size))
-    ones = torch.full((size, joint), joint**-0.5 * size**-0.5, dtype=torch.float64)
-    with one_thread():
-        vectors = frame @ torch.linalg.eigh(frame.mT @ energy @ frame).eigenvectors[:, 1 - size :]
-        u, _, v = torch.linalg.svd(inside.mT @ start @ vectors)
+    ones = torch.full_like(start, joint**-0.5 * size**-0.5)
+    vectors = frame @ eigh(frame.mT @ energy @ frame)[1][:, 1 - size :]
+    u, _, v = svd(inside.mT @ start @ vectors)
     basis = ones + inside @ u @ v @ vectors.mT
     gain = torch.trace(basis @ energy @ basis.mT) - before
     return basis if gain > AGREED * energy.trace() else None

@@ -7,10 +7,11 @@ a budget and in temporary files beyond it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
@@ -24,9 +25,9 @@ MERGED = -1
 class Store:
     """One value per key: a tensor, or whatever a graph's node gives. Use it as a context manager."""
 
-    def __init__(self, budget: float) -> None:
-        """`budget` in bytes."""
-        self._budget = budget
+    def __init__(self, budget: float, device: torch.device | str = "cpu") -> None:
+        """`budget` in bytes; values come back on the device."""
+        self._budget, self._device = budget, device
         self._held: dict[Hashable, Any] = {}
         self._files: dict[Hashable, Path] = {}
         self._bytes = 0
@@ -46,7 +47,7 @@ class Store:
 
     def __getitem__(self, key: Hashable) -> Any:
         if key in self._files:
-            return load_file(self._files[key])["x"]
+            return load_file(self._files[key])["x"].to(self._device)
         return self._held[key]
 
     def __setitem__(self, key: Hashable, value: Any) -> None:
@@ -78,12 +79,58 @@ def _bytes(value: Any) -> int:
     return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
 
 
+RECENT = 16
+"""This many of a model's tensors stay on the device after they were used: a layer's are used again soon."""
+
+
+class OnDevice(MutableMapping[str, Tensor]):
+    """A model's tensors in float32 on a device, wherever they are and whatever their dtype; moved when they are read.
+
+    What is written goes to the tensors themselves, where they are.
+    """
+
+    def __init__(self, tensors: MutableMapping[str, Tensor], device: torch.device) -> None:
+        self._tensors, self._device = tensors, device
+        self._recent: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._recent:
+            return self._recent[name]
+        tensor = self._tensors[name]
+        moved = tensor.to(self._device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        return tensor if moved is tensor else self._remember(name, moved)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        home = self._tensors[name]
+        self._tensors[name] = tensor.to(home.device, home.dtype)
+        if home.device != self._device:
+            self._remember(name, tensor)
+
+    def _remember(self, name: str, tensor: Tensor) -> Tensor:
+        self._recent.pop(name, None)
+        self._recent[name] = tensor
+        if len(self._recent) > RECENT:
+            del self._recent[next(iter(self._recent))]
+        return tensor
+
+    def __delitem__(self, name: str) -> None:
+        del self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 class Values:
     """The values of a program's nodes, by node, model and micro-batch.
 
     Attributes:
-        tensors: of every model by name; the last one, at index `MERGED`, is the merged model's.
-        batches: the micro-batches.
+        device: where they are.
+        tensors: of every model by name; the last one, at index `MERGED`, is the merged model's, and so is `solved`,
+            where they are at home.
+        batches: the micro-batches; `inputs`, theirs on the device.
         store: where values are kept, to be entered as a context.
     """
 
@@ -94,26 +141,29 @@ class Values:
         merged: Mapping[str, Tensor],
         batches: Sequence[MicroBatch],
         memory_gb: float,
+        device: torch.device,
     ) -> None:
         """`merged` are the merged model's tensors where they differ from the first expert's."""
-        self.program, self.batches = program, batches
-        self.tensors = [*experts, {**experts[0], **merged}]
-        self.store = Store(memory_gb * 2**30)
+        self.program, self.batches, self.device = program, batches, device
+        self.inputs = [{name: tensor.to(device) for name, tensor in batch.inputs.items()} for batch in batches]
+        self.solved = {**experts[0], **merged}
+        self.tensors = [OnDevice(own, device) for own in (*map(dict, experts), self.solved)]
+        self.store = Store(memory_gb * 2**30, device)
 
     @property
     def experts(self) -> range:
         return range(len(self.tensors) - 1)
 
     @property
-    def merged(self) -> dict[str, Tensor]:
+    def merged(self) -> MutableMapping[str, Tensor]:
         """The merged model's tensors; solutions are written into them."""
-        return self.tensors[MERGED]  # type: ignore[return-value]
+        return self.tensors[MERGED]
 
     def compute(self, node: fx.Node, who: int) -> None:
         """Run one op of one model on all micro-batches."""
-        for b, batch in enumerate(self.batches):
+        for b, inputs in enumerate(self.inputs):
             self.store[node, who, b] = self.program.run(
-                node, lambda used, b=b: self.store[used, who, b], self.tensors[who], batch.inputs, who == MERGED
+                node, lambda used, b=b: self.store[used, who, b], self.tensors[who], inputs, who == MERGED
             )
 
     def of(self, node: Any, who: int, b: int) -> Tensor:
@@ -121,7 +171,7 @@ class Values:
         name = self.program.tensor_of(node)
         if name is not None:
             return self.tensors[who][name]
-        return self.batches[b].inputs[node.name] if node.op == "placeholder" else self.store[node, who, b]
+        return self.inputs[b][node.name] if node.op == "placeholder" else self.store[node, who, b]
 
     def peek(self, node: fx.Node, b: int, known: Mapping[fx.Node, Tensor]) -> Any:
         """A later value of the merged model, from values that are there and `known` ones; not kept."""
@@ -129,8 +179,7 @@ class Values:
             return known[node]
         if (node, MERGED, b) in self.store:
             return self.store[node, MERGED, b]
-        inputs = self.batches[b].inputs
-        return self.program.run(node, lambda used: self.peek(used, b, known), self.merged, inputs, True)
+        return self.program.run(node, lambda used: self.peek(used, b, known), self.merged, self.inputs[b], True)
 
     def run_again(self, changed: Iterable[fx.Node], upto: fx.Node) -> None:
         """Bring the merged model's values before a node up to date after weights were written."""

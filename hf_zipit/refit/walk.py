@@ -85,10 +85,14 @@ class Walk:
         all_reduce: Callable[[Tensor], Tensor] = lambda x: x,
         seed: int = 0,
         progress: bool = True,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count."""
+        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count.
+
+        `model`, whose forward pass is traced, and the batches are on the CPU; all else happens on `device`.
+        """
         self.cut, self.progress = cut, progress
-        export = partial(Program, inputs=batches[0].inputs, fields=fields, trunk=cut.trunk)
+        export = partial(Program, inputs=batches[0].inputs, fields=fields, trunk=cut.trunk, device=device)
         self.program = export(model)
         if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
             wide = export(resized_copy(model, merged_shapes(spec, alignment), {}))
@@ -107,13 +111,14 @@ class Walk:
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
         self.head_dims: dict[str, int] = {}
 
-        values = Values(self.program, experts, merged, batches, config.memory_gb)
+        values = Values(self.program, experts, merged, batches, config.memory_gb, torch.device(device))
         rows = Rows(
             batches,
             positions,
             per_input=config.rows_per_input,
             all_batches=int(all_reduce(torch.tensor(float(len(batches))))),
             seed=seed,
+            device=device,
         )
         targets = Targets(values, spec, alignment, config.own_task_weight)
         self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
@@ -145,13 +150,14 @@ class Walk:
                     values.compute(node, MERGED)
                 for entry, source in self.readouts.items():
                     if source is node:
-                        solved[entry] = solve_readout(self.fit, entry, node)
+                        found = solve_readout(self.fit, entry, node)
+                        solved[entry] = [(weight.cpu(), bias.cpu()) for weight, bias in found]
                 for made in self._made_by(node, made_by):
                     bar.set_postfix_str(f"{made.module}, error {self._note(made):.3f}", refresh=False)
                     bar.update()
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
-        tensors = {name: values.merged[name] for name in self.cut.trunk}
+        tensors = {name: values.solved[name] for name in self.cut.trunk}
         reparametrised = frozenset(self.sites[node].weight for node in self.in_attention | self.chosen)
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
         return Refitted(tensors, solved, self.head_dims, reparametrised, report, peak_bytes=values.store.peak)
@@ -217,7 +223,7 @@ class Walk:
         for site in self.sites.values():
             solved |= {site.weight, site.bias, *norm_names(self.fit, site).values()}
         read = self.cut.trunk & self.fit.spec.axes.keys() - solved
-        return tuple(sorted(name for name in read if self.fit.values.merged[name].is_floating_point()))
+        return tuple(sorted(name for name in read if self.fit.values.solved[name].is_floating_point()))
 
     def _bar(self) -> tqdm:
         return tqdm(

@@ -1,0 +1,57 @@
+"""Factorisations of float64 matrices, each where it is fastest.
+
+An accelerator takes milliseconds for a small singular value decomposition, most of it waiting; a CPU is done by then.
+So small matrices come to the CPU and go back. There LAPACK gets one thread: with several on a busy machine it can be a
+hundred times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+SMALL = 512
+"""Matrices with a side of fewer rows or columns than this are factorised on the CPU."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's work on the CPU in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U `[n, r]`, the singular values `[r]` and V^T `[r, m]` of x `[n, m]`, with r the smaller of n and m."""
+    return _run(lambda x: torch.linalg.svd(x, full_matrices=False), x)
+
+
+def qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Q `[n, r]` and R `[r, m]` of x `[n, m]`."""
+    return _run(torch.linalg.qr, x)
+
+
+def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The eigenvalues `[n]`, ascending, and eigenvectors `[n, n]` of a symmetric matrix."""
+    return _run(torch.linalg.eigh, x)
+
+
+def solve_positive(left: Tensor, right: Tensor) -> Tensor | None:
+    """The solution `[n, k]` of a positive definite system `[n, n]`; None if it is not positive definite."""
+    with one_thread():
+        factor, failed = torch.linalg.cholesky_ex(left)
+        return None if failed else torch.cholesky_solve(right, factor)
+
+
+def _run(factorise: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
+    with one_thread():
+        if x.device.type != "cpu" and min(x.shape) < SMALL:
+            return tuple(part.to(x.device) for part in factorise(x.cpu()))
+        return tuple(factorise(x))
