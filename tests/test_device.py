@@ -14,10 +14,9 @@ from transformers import PreTrainedModel
 
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
-from hf_zipit.registry import CORRECTIONS, METHODS
 
 from . import tiny
-from .second_device import SECOND, accelerator_on_second, second_device
+from .second_device import accelerator_on_second, second_device
 
 SAMPLES = 12
 
@@ -29,7 +28,8 @@ def data_for(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, x in adapter_for(model).inputs(model).items():
         if isinstance(x, Tensor):
             shape = (SAMPLES, *x.shape[1:])
-            found[name] = torch.randn(shape) if x.is_floating_point() else x.amax() * torch.ones(shape, dtype=x.dtype)
+            ids = torch.randint(3, 40, shape) if name == "input_ids" else x[:1].expand(shape)
+            found[name] = torch.randn(shape) if x.is_floating_point() else ids
     return found
 
 
