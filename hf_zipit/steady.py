@@ -27,15 +27,35 @@ LOCK = threading.RLock()
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 
+def accelerator() -> str:
+    """The kind of accelerator that this machine has; `cuda` where it has none."""
+    found = torch.accelerator.current_accelerator()
+    return "cuda" if found is None else found.type
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """float32 is multiplied as float32, not as TF32 or bfloat16: convolutions on CUDA do so unless they are told."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
+
+
 @contextmanager
 def steady_state() -> Iterator[None]:
-    """float32 by default, on the CPU by default, no autocast, no inference mode; one thread at a time."""
+    """float32 by default, exactly multiplied, on the CPU by default, no autocast, no inference mode; one thread."""
     with LOCK, ExitStack() as stack:
         dtype, python, numpy = torch.get_default_dtype(), random.getstate(), np.random.get_state()
         stack.callback(torch.set_default_dtype, dtype)
         stack.callback(random.setstate, python)
         stack.callback(np.random.set_state, numpy)
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.random.fork_rng(range(torch.accelerator.device_count()), device_type=accelerator()))
+        stack.enter_context(exact_products())
         for device in AUTOCAST:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))

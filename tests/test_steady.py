@@ -55,7 +55,17 @@ def deterministic():
         torch.use_deterministic_algorithms(False)
 
 
+@contextmanager
+def coarse_products():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 AROUND = {
+    "bfloat16 products": coarse_products,
     "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),

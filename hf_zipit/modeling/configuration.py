@@ -16,7 +16,11 @@ from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+
+try:
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError:  # transformers up to 5.17 builds no configuration inside another
+    SubConfigSpec = None  # type: ignore[assignment,misc]
 
 from ..errors import ZipItError
 from ..registry import suggestion
@@ -55,10 +59,14 @@ class ZipItConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "zipit"
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        # The model type is only what SubConfigSpec asks for as a fallback; a saved source_config always names its own.
-        "source_config": SubConfigSpec(config_class=AutoConfig, model_type="vit", optional=True)
-    }
+    if SubConfigSpec is None:
+        sub_configs: ClassVar[dict[str, type]] = {"source_config": AutoConfig}
+    else:
+        sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
+            # The model type is only what SubConfigSpec asks for as a fallback; a saved source_config always names its
+            # own.
+            "source_config": SubConfigSpec(config_class=AutoConfig, model_type="vit", optional=True)
+        }
     # Head and embeddings belong to different parts (branch and trunk) and differ in value: nothing is ever tied.
     tie_word_embeddings: bool = False
 
@@ -81,6 +89,8 @@ class ZipItConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         # The base class writes into sub-configurations, and this one may belong to an expert that is in use.
         self.source_config = copy.deepcopy(self.source_config)
+        if SubConfigSpec is None and isinstance(self.source_config, dict):
+            self.source_config = AutoConfig.for_model(**self.source_config)
         for name in ("tasks", "shared", "entries", "exits"):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
