@@ -236,11 +236,14 @@ def main(path: Path | None = typer.Argument(None, help="The page that gets the t
         {**{t: first.experts[t] for t in TASKS[:2]}, **others}, {t: bases[i >= 2] for i, t in enumerate(TASKS)}
     )
     trained = time.process_time() - started
-    sections = {
-        "Two tasks, one base": same_base(first.take(TASKS[:2])),
-        "Four tasks, one base": same_base(first),
-        "Four tasks, two bases": two_bases(mixed),
-    }
+    sections: dict[str, str] = {}
+    for title, make, world in (
+        ("Two tasks, one base", same_base, first.take(TASKS[:2])),
+        ("Four tasks, one base", same_base, first),
+        ("Four tasks, two bases", two_bases, mixed),
+    ):
+        sections[title] = make(world)
+        typer.echo(f"{title}\n\n{sections[title]}\n")
     where = machine()
     about = (
         f"Made by `python -m benchmarks.same_base` (sources {sources()}) on {where}: {trained:.0f} CPU s of training, "
@@ -250,7 +253,7 @@ def main(path: Path | None = typer.Argument(None, help="The page that gets the t
     )
     text = "\n\n".join([about, *(f"## {title}\n\n{content}" for title, content in sections.items())])
     if path is None:
-        typer.echo(text)
+        typer.echo(about)
     else:
         above = path.read_text(encoding="utf-8").partition(MARK)[0]
         write_text(path, f"{above}{MARK}\n\n{text}\n")
