@@ -131,8 +131,8 @@ def merge(
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
     planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
-    if calibration is not None and (_needs_data(planned.config) or planned.passes):
-        calibration.read(planned.experts)  # before the work starts, and for the experts where bases are observed
+    if calibration is not None and _needs_data(planned.config):
+        calibration.read(planned.experts)  # before the work starts; observing reads it, too
     found = moments_for(planned.matched, calibration, moments)
     maps = align_trunk(planned, found)
     trunk = combine_trunk(planned, maps)

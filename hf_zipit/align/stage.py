@@ -34,7 +34,7 @@ def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
     return align(
         planned.spec,
         correlations,
-        len(planned.tasks),
+        len(planned.folded),
         config.method,
         options=config.options,
         residual=config.residual,

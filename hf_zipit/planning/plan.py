@@ -88,14 +88,14 @@ class Plan:
 
     @property
     def matched(self) -> Plan:
-        """The plan whose models decide how units are aligned: of the bases where there are several, else this one.
+        """The plan whose `folded` models decide how units are aligned: the bases where there are several, else this one.
 
-        Each base goes by the name of the first expert that started from it.
+        Each base goes by the name of the first expert that started from it; the data stays that of all experts.
         """
         if len(self.base_groups) < 2:
             return self
         bases = {group[0]: self.bases[group[0]] for group in self.base_groups}
-        return replace(self, experts=bases, folded=bases, bases={})
+        return replace(self, folded=bases, bases={})
 
     @property
     def passes(self) -> int:

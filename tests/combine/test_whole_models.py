@@ -120,14 +120,14 @@ def test_all_experts_of_a_base_get_its_maps():
 
 def test_bases_are_observed_where_a_method_reads_activations():
     it = family()
-    bases = {"a": it["base"], "b": it["moved base"]}
+    bases = {"a": it["base"], "b": it["moved base"], "c": it["moved base"]}
     images = torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     settings = {"method": "permute", "combine": "task-arithmetic", "combine_options": {"scale": 0.5}}
-    experts = {"a": it["a"], "b": it["moved b"]}
-    by_task = {"a": images, "b": images.flip(0)}
+    experts = {"a": it["a"], "b": it["moved b"], "c": it["moved c"]}
+    by_task = {"a": images, "b": images.flip(0), "c": images + 1}
     merged = merge(experts, by_task, base=bases, corrections="rescale-shift", **settings)
-    assert set(merged.config.method["bases"]) == {"a", "b"}
-    plain = merge({"a": it["a"], "b": it["b"]}, base=it["base"], **(settings | {"method": "identity"}))
+    assert set(merged.config.method["bases"]) == {"a", "b", "c"}
+    plain = merge({task: it[task] for task in "abc"}, base=it["base"], **(settings | {"method": "identity"}))
     moved = merge(experts, images, base=bases, **settings)
     with torch.no_grad():
         found, expected = (m(pixel_values=images[:4], task="a").logits for m in (moved, plain))
