@@ -88,7 +88,7 @@ class Plan:
 
     @property
     def matched(self) -> Plan:
-        """The plan whose `folded` models decide how units are aligned: the bases where there are several, else this one.
+        """The plan whose `folded` models decide how units are aligned: bases, if there are several.
 
         Each base goes by the name of the first expert that started from it; the data stays that of all experts.
         """
