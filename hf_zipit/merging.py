@@ -21,7 +21,7 @@ from hf_zipit.align.stage import align_trunk
 from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.record import record
 from hf_zipit.assembly.widening import widenable_spaces
-from hf_zipit.combine.combine import check_rule, combine_trunk
+from hf_zipit.combine.combine import check_base, check_rule, combine_trunk
 from hf_zipit.config import AUTO, MergeConfig
 from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
@@ -68,13 +68,14 @@ def plan(
     config = choose(config, first, data=data, observed=observed)
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
-    check_rule(config, base)
+    check_base(config, base)
     planned = make_plan(
         loaded,
         config,
         folding=wants_folding(config.method, config.residual, config.overrides),
         bases=load_bases(base, loaded),
     )
+    check_rule(planned)
     wide = cache(lambda: widenable_spaces(first, planned.spec))
     needs = check_settings(planned.spec, len(loaded), config, wide)
     return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
@@ -109,8 +110,10 @@ def merge(
         config: how the experts are merged; or the fields of `MergeConfig` as keywords, `method="zip", depth=0.5`,
             which also change single settings of a config that is given. The default is the best that is known.
         base: for rules that combine what experts learnt (`combine="task-arithmetic"`): the model that all of them
-            started from, or one for each expert by task.
-        moments: moments of an earlier merge of the same experts, or their file: the experts are not observed then.
+            started from, or one for each expert by task. Where there are several, they are aligned, and each one's
+            maps are those of all experts that started from it (arXiv 2410.12766).
+        moments: moments of an earlier merge of the same experts (with several bases, of the bases), or their file:
+            they are not observed then.
         accelerator: where to run; one with default settings is made if none is given.
         settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
@@ -130,7 +133,7 @@ def merge(
     planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
     if calibration is not None and _needs_data(planned.config):
         calibration.read(planned.experts)  # before the work starts; observing reads it, too
-    found = moments_for(planned, calibration, moments)
+    found = moments_for(planned.matched, calibration, moments)
     maps = align_trunk(planned, found)
     trunk = combine_trunk(planned, maps)
     try:
@@ -142,7 +145,8 @@ def merge(
         refitted = refit_trunk(planned, trunk, maps)
     maps = {**maps, **refitted.maps}
     merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
-    correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
+    known = found if planned.matched is planned else None  # those of the bases are no expert's
+    correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
     return record(merged, planned, calibration, errors, reading.get("processor"))

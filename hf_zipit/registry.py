@@ -31,6 +31,9 @@ KINDS: dict[type, tuple[str, Any]] = {
 }
 """By the type of an option's default what its values must be."""
 
+GIVEN = ("base", "whole", "generator")
+"""Keyword-only parameters of rules that no option sets: see `hf_zipit.combine.rule`."""
+
 
 class Registry(Generic[T]):
     """Names and what they stand for.
@@ -116,9 +119,9 @@ CONVERSIONS: Registry[Any] = Registry("conversion", "hf_zipit.assembly", "hf_zip
 
 
 def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The options of a method, by name: the keyword-only parameters of its function, but a rule's base."""
+    """The options of a method, by name: the keyword-only parameters of its function, but what a rule is given."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name != "base"}
+    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in GIVEN}
 
 
 def check_options(name: str, function: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:

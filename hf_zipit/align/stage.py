@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from hf_zipit.align.align import align
@@ -14,7 +15,16 @@ from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
 
 def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
-    """Maps of the movable spaces in the trunk; `moments` are those of the plan's folded experts, if it needs any."""
+    """Maps of the movable spaces in the trunk; `moments` are those of the models that are aligned, if it needs any.
+
+    Those are the plan's folded experts, or their bases where there are several: all experts of one base get its maps
+    (arXiv 2410.12766).
+    """
+    matched = planned.matched
+    if matched is not planned:
+        position = {task: number for number, group in enumerate(planned.base_groups) for task in group}
+        index = torch.tensor([position[task] for task in planned.tasks])
+        return {name: found.of_experts(index) for name, found in align_trunk(matched, moments).items()}
     config = planned.config
     correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
     weights = [
@@ -24,7 +34,7 @@ def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
     return align(
         planned.spec,
         correlations,
-        len(planned.tasks),
+        len(planned.folded),
         config.method,
         options=config.options,
         residual=config.residual,

@@ -5,14 +5,15 @@ Everything is computed in float64, in which the mean of T equal float32 numbers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_zipit.combine.rule import BASE
+from hf_zipit.combine.rule import task_vectors
 from hf_zipit.config import MergeConfig
 from hf_zipit.errors import ExpertError, RecipeError, SpecError
 from hf_zipit.maps.space_map import Alignment
@@ -22,12 +23,12 @@ from hf_zipit.registry import RULES
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
-Combine = Callable[[Sequence[Tensor], Sequence[AxisLabel]], Tensor]
-"""A rule with its options: from the experts' tensors in merged units, and their labels, to the merged one."""
+Combine = Callable[..., Tensor]
+"""A rule with its options: from the experts' tensors in merged units, their labels and `base=` to the merged one."""
 
 
-def check_rule(config: MergeConfig, base: Any) -> None:
-    """Raise RecipeError if a rule's options are out of range, or it needs a base and has none, or the reverse."""
+def check_base(config: MergeConfig, base: Any) -> None:
+    """Raise RecipeError if a rule needs a base and has none, or the reverse."""
     rule = RULES.get(config.combine)
     if rule.needs_base and base is None:
         raise RecipeError(
@@ -37,9 +38,13 @@ def check_rule(config: MergeConfig, base: Any) -> None:
     if base is not None and not rule.needs_base:
         with_base = [name for name in RULES if RULES.get(name).needs_base]
         raise RecipeError(f"combine={config.combine!r} reads no base; leave base= out, or choose one of {with_base}.")
-    zeros = torch.zeros(2, dtype=torch.float64)
-    bases = {BASE: zeros} if rule.needs_base else {}
-    rule.function([zeros, zeros], (), None, **bases, **config.combine_options)
+
+
+def check_rule(planned: Plan) -> None:
+    """Raise RecipeError if a rule's options are out of range, or it is not for so many experts."""
+    rule, options = RULES.get(planned.config.combine), planned.config.combine_options
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    rule.combine([zeros] * len(planned.tasks), (), planned, options, base=zeros, generator=torch.Generator())
 
 
 def combine_trunk(planned: Plan, maps: Alignment) -> dict[str, Tensor]:
@@ -49,17 +54,18 @@ def combine_trunk(planned: Plan, maps: Alignment) -> dict[str, Tensor]:
         SpecError: a tensor does not have the shape that its labels say, or integers that cannot be combined differ.
         ExpertError: a merged tensor is not finite.
     """
-    rule = RULES.get(planned.config.combine)
-    experts = [model_tensors(model) for model in planned.folded.values()]
-    bases = [model_tensors(model) for model in planned.bases.values()]
+    rule, options = RULES.get(planned.config.combine), planned.config.combine_options
+    trunk = Trunk(planned, maps)
+    whole = rule.survey_of(trunk, options)
     merged = {}
     for name in sorted(planned.cut.trunk):
-        labels = planned.spec.axes.get(name, ())  # what the forward pass does not read has none
-        tensors = [in_float32(own[name]) for own in experts]
-        origins = [in_float32(own[name]) for own in bases]
-        combine = partial(rule.function, plan=planned, **planned.config.combine_options)
+        own, bases = trunk.read(name)
+        given = {"whole": whole, "generator": generator_of(planned.config.seed, name)}
+        combine = partial(rule.combine, plan=planned, options=options, **given) if name in trunk.trained else mean
         try:
-            merged[name] = combine_tensor(tensors, labels, maps, planned.spec, combine, origins)
+            merged[name] = combine_tensor(
+                own, trunk.labels(name), maps, planned.spec, combine, bases, planned.base_shares
+            )
         except SpecError as error:
             raise SpecError(f"the tensor {name} cannot be merged: {error}") from error
         if merged[name].is_floating_point() and not bool(torch.isfinite(merged[name]).all()):
@@ -70,6 +76,45 @@ def combine_trunk(planned: Plan, maps: Alignment) -> dict[str, Tensor]:
     return merged
 
 
+class Trunk:
+    """The tensors of a plan's trunk. As an iterable, `Vectors`: task vectors in merged units, made as they are read.
+
+    Attributes:
+        trained: the parameters among the tensors, which rules combine; what was only counted is averaged.
+    """
+
+    def __init__(self, planned: Plan, maps: Alignment) -> None:
+        self.planned, self.maps = planned, maps
+        self.experts = [model_tensors(model) for model in planned.folded.values()]
+        self.bases = [model_tensors(model) for model in planned.bases.values()]
+        parameters = dict(planned.model.named_parameters(remove_duplicate=False))
+        self.trained = {name for name in planned.cut.trunk if name in parameters}
+
+    def read(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
+        """The experts' tensors and their bases', in their own units."""
+        own, bases = ([in_float32(model[name]) for model in models] for models in (self.experts, self.bases))
+        return own, bases
+
+    def labels(self, name: str) -> Sequence[AxisLabel]:
+        """Its labels; none for what the forward pass does not read."""
+        return self.planned.spec.axes.get(name, ())
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        # Tied parameters are one.
+        once = {name for name, _ in self.planned.model.named_parameters()}
+        for name in sorted(once & self.trained):
+            own, bases = self.read(name)
+            spec, shares = self.planned.spec, self.planned.base_shares
+            moved, origin = in_merged_units(own, self.labels(name), self.maps, spec, bases, shares)
+            yield moved if origin is None else task_vectors(moved, origin)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """What draws for one parameter: the same for the same seed and name, whatever is drawn for others."""
+    digest = sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
 def combine_tensor(
     tensors: Sequence[Tensor],
     labels: Sequence[AxisLabel],
@@ -77,6 +122,7 @@ def combine_tensor(
     spec: MergeSpec,
     combine: Combine,
     bases: Sequence[Tensor] = (),
+    base_shares: Sequence[float] | None = None,
 ) -> Tensor:
     """The merged tensor, in the experts' dtype.
 
@@ -85,28 +131,53 @@ def combine_tensor(
         labels: one label per axis; none for a tensor that the forward pass does not read.
         maps, spec: the map of every movable space, and the sizes of all.
         combine: the rule.
-        bases: for rules that need them, the tensor that each expert started from. It is aligned like its expert; the
-            mean of the aligned ones is the origin (arXiv 2410.12766), from which every expert's task vector starts.
+        bases, base_shares: for rules that need them, as for `in_merged_units`.
 
     Raises:
         SpecError: as `combine_trunk` does.
     """
     if not tensors[0].is_floating_point():
         return _agreed(tensors, labels, maps)
+    moved, origin = in_merged_units(tensors, labels, maps, spec, bases, base_shares)
+    return combine(moved, labels, **({} if origin is None else {"base": origin})).to(tensors[0].dtype)
+
+
+def in_merged_units(
+    tensors: Sequence[Tensor],
+    labels: Sequence[AxisLabel],
+    maps: Alignment,
+    spec: MergeSpec,
+    bases: Sequence[Tensor] = (),
+    base_shares: Sequence[float] | None = None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The experts' tensors in merged units, float64, and the origin from which their task vectors start.
+
+    Args:
+        bases: the tensor that each expert started from. It is aligned like its expert; the mean of the aligned ones is
+            the origin (arXiv 2410.12766), to which every expert's own task vector is added. Without any there is none.
+        base_shares: how much each of them counts in that mean; all the same by default.
+    """
     own, started = (
         [to_merged(x.double(), labels, maps, spec, t) if labels else x.double() for t, x in enumerate(xs)]
         for xs in (tensors, bases)
     )
     if not started:
-        return combine(own, labels).to(tensors[0].dtype)
-    origin = sum(started) / len(started)
-    moved = [origin + (tensor - start) for tensor, start in zip(own, started, strict=True)]
-    return combine(moved, labels, base=origin).to(tensors[0].dtype)
+        return own, None
+    shares = base_shares or [1 / len(started)] * len(started)
+    if all(torch.equal(start, started[0]) for start in started):
+        return own, started[0]
+    origin = sum(share * start for share, start in zip(shares, started, strict=True))
+    return [origin + (tensor - start) for tensor, start in zip(own, started, strict=True)], origin
+
+
+def mean(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], *, base: Tensor | None = None) -> Tensor:
+    """The mean, which reads no base."""
+    return sum(tensors) / len(tensors)
 
 
 def merge_tensor(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) -> Tensor:
     """The mean of the experts' tensors in merged units, sum_t M_t W_t U_t; see `combine_tensor`."""
-    return combine_tensor(tensors, labels, maps, spec, lambda own, _: sum(own) / len(own))
+    return combine_tensor(tensors, labels, maps, spec, mean)
 
 
 def in_float32(tensor: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ class SpaceMap:
     def equals(self, other: Map) -> bool:
         return isinstance(other, SpaceMap) and self.size == other.size and torch.equal(self.labels, other.labels)
 
+    def of_experts(self, index: Tensor) -> SpaceMap:
+        """The map of other experts, each of which has the units of one of these."""
+        return SpaceMap(self.size, self.labels[index])
+
     def counts(self) -> Tensor:
         """How many units of all experts each merged unit holds: `[*within, k]`."""
         lead = self.labels.shape[1:-1]
@@ -80,6 +84,10 @@ class LinearMap:
 
     def equals(self, other: Map) -> bool:
         return isinstance(other, LinearMap) and torch.equal(self.matrices, other.matrices)
+
+    def of_experts(self, index: Tensor) -> LinearMap:
+        """The map of other experts, each of which has the units of one of these."""
+        return LinearMap(self.matrices[index], self.inverses[index])
 
     def unchanged(self, expert: int) -> bool:
         """Whether one expert's units stay as they are."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ class Plan:
         experts: the models by task, as they were given.
         folded: the models that every later stage works on: with their norms folded where the plan says so. They
             compute what the experts compute, and share all tensors that folding does not change.
-        bases: by task the model that the expert started from, folded in the same way; empty where no rule asks for
-            them.
+        bases: by task the model that the expert started from, folded in the same way, one object for all experts
+            that have it in common; empty where no rule asks for them.
         spec: the architecture's spaces and labels; spaces that only branches have are fixed.
         cut: what is merged and what stays apart.
         parameters: elements of one expert, of the `trunk`, of all `branches`, of the `merged` model and of all
@@ -71,6 +71,31 @@ class Plan:
     def model(self) -> PreTrainedModel:
         """The first expert, for what all have in common."""
         return next(iter(self.folded.values()))
+
+    @property
+    def base_groups(self) -> tuple[tuple[str, ...], ...]:
+        """The tasks by the base that they started from, in order; empty without bases."""
+        groups: dict[int, tuple[str, ...]] = {}
+        for task, base in self.bases.items():
+            groups[id(base)] = (*groups.get(id(base), ()), task)
+        return tuple(groups.values())
+
+    @property
+    def base_shares(self) -> tuple[float, ...]:
+        """How much each task's base counts in the mean of all bases, whose experts may be more or fewer."""
+        sizes = {task: len(group) for group in self.base_groups for task in group}
+        return tuple(1 / (len(self.base_groups) * sizes[task]) for task in self.bases)
+
+    @property
+    def matched(self) -> Plan:
+        """The plan whose `folded` models decide how units are aligned: bases, if there are several.
+
+        Each base goes by the name of the first expert that started from it; the data stays that of all experts.
+        """
+        if len(self.base_groups) < 2:
+            return self
+        bases = {group[0]: self.bases[group[0]] for group in self.base_groups}
+        return replace(self, folded=bases, bases={})
 
     @property
     def passes(self) -> int:
@@ -127,7 +152,11 @@ def make_plan(
     trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
 
     def folded(models: Mapping[str, PreTrainedModel], what: str) -> dict[str, PreTrainedModel]:
-        return {task: fold(m, spec.folds, f"the {what} {task!r}") if spec.folds else m for task, m in models.items()}
+        done: dict[int, PreTrainedModel] = {}  # a model that several tasks share stays one
+        for task, model in models.items():
+            if id(model) not in done:
+                done[id(model)] = fold(model, spec.folds, f"the {what} {task!r}") if spec.folds else model
+        return {task: done[id(model)] for task, model in models.items()}
 
     return Plan(
         config=config,

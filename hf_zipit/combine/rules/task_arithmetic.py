@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hf_zipit.combine.rule import register
-from hf_zipit.errors import RecipeError
+from hf_zipit.combine.options import above
+from hf_zipit.combine.rule import register, task_vectors
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
 
@@ -25,6 +25,5 @@ def task_arithmetic(
     Raises:
         RecipeError: a scale that is not above 0.
     """
-    if not scale > 0:
-        raise RecipeError(f"task-arithmetic's option scale is {scale}; it must be above 0.")
-    return base + scale * sum(tensor - base for tensor in tensors)
+    above("task-arithmetic", "scale", scale)
+    return base + scale * sum(task_vectors(tensors, base))

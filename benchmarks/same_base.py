@@ -1,0 +1,263 @@
+"""Experts of one base, and of two: every combining rule by its defaults and by its best on validation, and the refit.
+
+    python -m benchmarks.same_base docs/same_base.md
+
+A small ViT is trained on four tasks of small grey images together (`BASE_TASKS`), then fine-tuned on each of `TASKS`
+alone. What is tuned is tuned on validation images only; the scores are those of test images. With a file the tables
+go into it, under the lines that it has above `MARK`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+import hf_zipit
+from benchmarks.measure import machine, sources
+from benchmarks.zoo.pair import Metric, Tensors, concatenate, rows
+from benchmarks.zoo.pairs.many import TASKS as ALL
+from benchmarks.zoo.pairs.many import Many, _data
+from benchmarks.zoo.recipe import Schedule
+from benchmarks.zoo.training import fit
+from hf_zipit.files import write_text
+from hf_zipit.registry import RULES
+
+TASKS = ("tops", "letters", "digits", "turns")
+BASE_TASKS = ("others", "shapes", "dots", "stripes")
+BASE_IMAGES, IMAGES = 2500, 3000  # of every task, to train on
+PARTS = {"validation": 250, "test": 1000}
+CALIBRATION = 256  # unlabelled training images of every task
+SEEDS = (1, 2)  # of the bases
+MARK = "<!-- tables -->"
+
+SCALES = (0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "task-arithmetic": {"scale": SCALES},
+    "ties": {"share": (0.2, 0.5), "scale": (0.5, 1.0, 1.5)},
+    "dare": {"drop": (0.5, 0.9), "scale": (0.2, 0.3, 0.5)},
+    "dare-ties": {"drop": (0.3, 0.5, 0.9), "scale": (0.5, 1.0)},
+    "della": {"drop": (0.3, 0.5, 0.7), "scale": (0.5, 1.0)},
+    "breadcrumbs": {"smallest": (0.5, 0.85), "scale": (0.3, 0.5, 1.0)},
+    "consensus": {"threshold": (0.2, 0.4, 0.6), "scale": (0.3, 0.5)},
+    "pcb": {"share": (0.1, 0.3), "scale": (0.7, 1.0, 1.5)},
+    "tsv-m": {"scale": (0.5, 0.7, 1.0, 1.3)},
+    "iso-c": {"scale": (0.5, 0.7, 1.0, 1.3)},
+    "iso-cts": {"scale": (0.5, 0.7, 1.0, 1.3)},
+    "cart": {"share": (0.1, 0.5), "scale": (0.3, 0.5, 1.0)},
+    "ace": {"ridge": (1e-6, 1e-5, 2e-4)},
+    "wudi": {"ridge": (1e-8, 1e-4)},
+    "svc": {"after": ("task-arithmetic", "tsv-m", "iso-c"), "floor": (0.25, 0.5)},
+}
+"""By rule the options that are tried on validation; those of other rules are left as they are."""
+
+
+class Small(Many):
+    """The zoo's tasks by a ViT with larger patches, fewer images and shorter training."""
+
+    def untrained_of(self, names: Sequence[str]) -> ViTForImageClassification:
+        """A model with a fresh head; the caller seeds torch."""
+        return ViTForImageClassification(
+            ViTConfig(
+                hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, image_size=28,
+                patch_size=7, num_channels=1, id2label=dict(enumerate(names)),
+                label2id={name: i for i, name in enumerate(names)},
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class World:
+    """Experts with their data, and the base of each."""
+
+    experts: Mapping[str, PreTrainedModel]
+    bases: Mapping[str, PreTrainedModel]
+
+    def scores(self, models: Mapping[str, Any], part: str) -> dict[str, float]:
+        """By task the accuracy of a model on it."""
+        metric = Metric("accuracy")
+        data = {task: rows(_data(task, part), slice(PARTS[part])) for task in self.experts}
+        return {task: metric.hits(models[task], data[task], {}) for task in self.experts}
+
+    def calibration(self) -> dict[str, Tensors]:
+        """Unlabelled images: the first of every task's training split, which is in random order."""
+        return {task: {"pixel_values": _data(task, "train")["pixel_values"][:CALIBRATION]} for task in self.experts}
+
+    def take(self, tasks: Sequence[str]) -> World:
+        return World({t: self.experts[t] for t in tasks}, {t: self.bases[t] for t in tasks})
+
+
+def trained_base(seed: int) -> PreTrainedModel:
+    """The model that experts start from: all classes of `BASE_TASKS` at once."""
+    recipe, names, parts = Small(len(TASKS)), [], []
+    for task in BASE_TASKS:
+        data = rows(_data(task, "train"), slice(BASE_IMAGES))
+        parts.append({**data, "labels": data["labels"] + len(names)})
+        names += [f"{task}: {name}" for name in ALL[task][1]]
+    torch.manual_seed(seed)
+    base = recipe.untrained_of(names)
+    recipe.schedule = Schedule(epochs=3, batch_size=64, learning_rate=1e-3, weight_decay=0.05)
+    fit(recipe, base, concatenate(parts), seed, title=f"base {seed}")
+    return base
+
+
+def trained_expert(task: str, base: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """The base with a fresh head, fine-tuned on one task."""
+    recipe = Small(len(TASKS))
+    torch.manual_seed(seed)
+    expert = recipe.untrained_of(ALL[task][1])
+    expert.vit.load_state_dict(copy.deepcopy(base.vit.state_dict()))
+    recipe.schedule = Schedule(epochs=2, batch_size=64, learning_rate=5e-4, weight_decay=0.05)
+    fit(recipe, expert, rows(_data(task, "train"), slice(IMAGES)), seed, title=task)
+    return expert
+
+
+def options_of(rule: str) -> Iterator[dict[str, Any]]:
+    """The settings of a rule that are tried, its defaults first."""
+    grid = GRIDS.get(rule, {})
+    yield {}
+    for values in product(*grid.values()) if grid else ():
+        yield dict(zip(grid, values, strict=True))
+
+
+def merged(world: World, rule: str, options: Mapping[str, Any], **settings: Any) -> tuple[Mapping[str, Any], float]:
+    """By task a model to call, and the seconds that the merge took."""
+    base = world.bases if RULES.get(rule).needs_base else None
+    started = time.perf_counter()
+    settings = {"method": "identity", **settings}
+    model = hf_zipit.merge(world.experts, base=base, combine=rule, combine_options=options, **settings)
+    return called(model, world), time.perf_counter() - started
+
+
+def called(model: PreTrainedModel, world: World) -> dict[str, Any]:
+    """A merged model by task."""
+    return {task: lambda task=task, **inputs: model(**inputs, task=task) for task in world.experts}
+
+
+def line(name: str, found: Mapping[str, float], own: Mapping[str, float], seconds: float | None) -> str:
+    """A row of a table: the tasks, their mean, the least, and the mean share of the experts' own scores."""
+    kept = sum(found[task] / own[task] for task in own) / len(own)
+    cells = [*found.values(), sum(found.values()) / len(found), min(found.values())]
+    shown = [f"{cell:.3f}".removeprefix("0") for cell in cells]
+    return f"| {name} | {' | '.join(shown)} | {100 * kept:.1f} % | {'' if seconds is None else f'{seconds:.1f}'} |"
+
+
+def header(world: World) -> list[str]:
+    names = ["", *world.experts, "mean", "worst", "of experts", "seconds"]
+    return [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
+
+
+def rule_rows(world: World, rule: str, own: Mapping[str, float], **settings: Any) -> Iterator[tuple[float, str]]:
+    """The rule by its defaults and, where that is another one, by its best setting on validation."""
+    tried = []
+    for number, options in enumerate(options_of(rule)):
+        models, seconds = merged(world, rule, options, **settings)
+        score = sum(world.scores(models, "validation").values())
+        tried.append((score, -number, options, models, seconds))
+    best = max(tried, key=lambda trial: trial[:2])
+    for _, number, options, models, seconds in {id(t): t for t in (tried[0], best)}.values():
+        found = world.scores(models, "test")
+        words = ", ".join(f"{name} {value}" for name, value in options.items())
+        yield sum(found.values()), line(f"`{rule}`" + (f", {words}" if number else ""), found, own, seconds)
+
+
+def refit_rows(world: World, own: Mapping[str, float], settings: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
+    """Merges that read unlabelled images, by the name of the row."""
+    for name, setting in settings.items():
+        base = world.bases if RULES.get(setting.get("combine", "average")).needs_base else None
+        started = time.perf_counter()
+        model = hf_zipit.merge(world.experts, world.calibration(), base=base, **setting)
+        seconds = time.perf_counter() - started
+        found = world.scores(called(model, world), "test")
+        yield sum(found.values()), line(name, found, own, seconds)
+
+
+def table(world: World, made: Iterator[tuple[float, str]]) -> str:
+    """The experts, then the merges, the best first."""
+    own = world.scores(world.experts, "test")
+    lines = [text for _, text in sorted(made, key=lambda row: -row[0])]
+    return "\n".join([*header(world), line("experts", own, own, None), *lines])
+
+
+def same_base(world: World) -> str:
+    own = world.scores(world.experts, "test")
+    refits = {
+        "refit, no alignment": {"method": "identity", "refit": True},
+        "`hf_zipit.merge(experts, calibration)`": {},
+    }
+
+    def made() -> Iterator[tuple[float, str]]:
+        for rule in RULES:
+            if rule != "slerp" or len(world.experts) == 2:
+                yield from rule_rows(world, rule, own)
+        yield from refit_rows(world, own, refits)
+
+    return table(world, made())
+
+
+def two_bases(world: World) -> str:
+    own = world.scores(world.experts, "test")
+    arithmetic = {"combine": "task-arithmetic", "refit": False}
+    ties = {"combine": "ties", "refit": False}
+    settings = {
+        "task arithmetic, bases as they are": {"method": "identity", **arithmetic},
+        "bases aligned by weights, task arithmetic": {"method": "weights", **arithmetic},
+        "... then rescale-shift": {"method": "weights", **arithmetic, "corrections": "rescale-shift"},
+        "bases aligned by activations, task arithmetic": {"method": "permute", **arithmetic},
+        "... then rescale-shift ": {"method": "permute", **arithmetic, "corrections": "rescale-shift"},
+        "bases aligned by weights, TIES": {"method": "weights", **ties},
+        "... then rescale-shift  ": {"method": "weights", **ties, "corrections": "rescale-shift"},
+        "`hf_zipit.merge(experts, calibration)`": {},
+    }
+    lines = [text for _, text in refit_rows(world, own, settings)]
+    return "\n".join([*header(world), line("experts", own, own, None), *lines])
+
+
+def main(path: Path | None = typer.Argument(None, help="The page that gets the tables.")) -> None:  # noqa: B008
+    """Train the bases and experts, merge them in every way, and print the tables or write them into a page."""
+    disable_progress_bar()
+    set_verbosity_error()
+    started = time.process_time()
+    bases = [trained_base(seed) for seed in SEEDS]
+    first = World(
+        {t: trained_expert(t, bases[0], 10 + i) for i, t in enumerate(TASKS)}, dict.fromkeys(TASKS, bases[0])
+    )
+    others = {t: trained_expert(t, bases[1], 20 + i) for i, t in enumerate(TASKS[2:])}
+    mixed = World(
+        {**{t: first.experts[t] for t in TASKS[:2]}, **others}, {t: bases[i >= 2] for i, t in enumerate(TASKS)}
+    )
+    trained = time.process_time() - started
+    sections: dict[str, str] = {}
+    for title, make, world in (
+        ("Two tasks, one base", same_base, first.take(TASKS[:2])),
+        ("Four tasks, one base", same_base, first),
+        ("Four tasks, two bases", two_bases, mixed),
+    ):
+        sections[title] = make(world)
+        typer.echo(f"{title}\n\n{sections[title]}\n")
+    where = machine()
+    about = (
+        f"Made by `python -m benchmarks.same_base` (sources {sources()}) on {where}: {trained:.0f} CPU s of training, "
+        f"{time.process_time() - started - trained:.0f} CPU s of merging and measuring. Seeds of the bases {SEEDS[0]} "
+        f"and {SEEDS[1]}; {PARTS['validation']} validation images of every task, at most {PARTS['test']} test images; "
+        f"{CALIBRATION} unlabelled images of every task for what reads data."
+    )
+    text = "\n\n".join([about, *(f"## {title}\n\n{content}" for title, content in sections.items())])
+    if path is None:
+        typer.echo(about)
+    else:
+        above = path.read_text(encoding="utf-8").partition(MARK)[0]
+        write_text(path, f"{above}{MARK}\n\n{text}\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
