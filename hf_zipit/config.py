@@ -108,7 +108,7 @@ class PolishConfig:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     feature_weight: float = 1.0
-    readout_weight: float = 1.0
+    readout_weight: float = 10.0
     heads: bool = True
     held_out: float = 0.125
     evaluate_every: int = 50

@@ -77,7 +77,7 @@ class Distance:
         return Apart(loss, *self._agreement(fields, found, wanted, inputs, expert))
 
     def _outputs(self, output: Any) -> dict[str, Tensor]:
-        """The fields that are compared; features that come from the trunk only where they are in the expert's units."""
+        """The fields that are compared; features that come from the trunk only in the expert's units."""
         tensors = select_outputs(output, self._fields)
         if self._fields is None and "logits" not in tensors and self._exits:
             tensors = {name: tensor for name, tensor in tensors.items() if name in self._exits}

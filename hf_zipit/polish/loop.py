@@ -10,7 +10,7 @@ weights that were measured on the held-out samples, those of the closed form inc
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -163,7 +163,7 @@ class Distillation:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """The share of the peak rate at a step: a line up to 1 over the share `warmup` of all steps, then half a cosine."""
+    """The share of the peak rate: a line up to 1 over the share `warmup` of all steps, then half a cosine."""
     rising = warmup * steps
     if step < rising:
         return (step + 1) / (rising + 1)
@@ -171,7 +171,7 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 @contextmanager
-def training_only(model: nn.Module, parameters: Iterator[nn.Parameter]) -> Iterator[None]:
+def training_only(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Gradients for these parameters alone; afterwards as before, without gradients."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     chosen = set(parameters)

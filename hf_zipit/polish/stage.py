@@ -21,7 +21,7 @@ from hf_zipit.refit.stage import readout_positions
 
 
 def polish(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration | None) -> PolishReport | None:
-    """Distil a merged model from its experts, in place; None where the config does not ask for it, or nothing is shared.
+    """Distil a merged model from its experts, in place; None where nobody asks for it, or nothing is shared.
 
     All modules stay in evaluation mode: there is no dropout, and the statistics of batch norms stay what they were
     corrected to.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from hf_zipit.config import PolishConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.polish.loop import Distillation, schedule
 from hf_zipit.polish.samples import Samples, trim
+from hf_zipit.recipe.sections import Recipe
 
 from .. import tiny
 
@@ -50,7 +52,7 @@ def same(one: nn.Module, two: nn.Module) -> bool:
 
 @pytest.mark.parametrize("name", ["vit", "bert-masked"])
 def test_the_held_out_loss_falls_and_says_so(name: str) -> None:
-    found = merged(name, polish={**FEW, "batch_size": 32})
+    found = merged(name, polish={**FEW, "batch_size": {"vit": 4, "bert-masked": 32}[name]})
     report = found.config.method["polished"]
     assert report["loss"][1] < report["loss"][0]
     assert (report["steps"], report["seed"]) == (6, 0) and report["best"] in (3, 6)
@@ -182,6 +184,19 @@ def test_mistakes_are_told_in_a_sentence() -> None:
             PolishConfig(**wrong)
     with pytest.raises(RecipeError, match="polish.stepz is no known key"):
         MergeConfig(polish={"stepz": 3})
+
+
+def test_the_card_calls_it_training(tmp_path: Path) -> None:
+    merged(polish=FEW).save_pretrained(tmp_path / "trained")
+    merged().save_pretrained(tmp_path / "merged")
+    card, other = ((tmp_path / name / "README.md").read_text() for name in ("trained", "merged"))
+    assert "## Training" in card and "without training" not in card and "6 steps of AdamW" in card
+    assert "answers of the expert, b | 1.000 | 1.000 |" in card
+    assert "## Training" not in other and "without training" in other
+    recipe = yaml.safe_load((tmp_path / "trained" / "recipe.yaml").read_text())
+    assert recipe["polish"]["steps"] == 6
+    assert Recipe.from_dict(recipe).config("permute", 1.0).polish == PolishConfig(**FEW)
+    assert "polish" not in yaml.safe_load((tmp_path / "merged" / "recipe.yaml").read_text())
 
 
 def test_settings_come_back() -> None:
