@@ -105,7 +105,8 @@ def merge(
     """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
 
     Args:
-        experts: the models by task name: loaded ones, repo ids or folders. They may come from different
+        experts: the models by task name: loaded ones, repo ids or folders; in a list, each is named like its folder
+            or repo. They may come from different
             initialisations and may have different numbers of labels. A LoRA adapter is the model it makes of its base;
             a merged model is its tasks, named `NAME/TASK`.
         calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset`, a `DataLoader`, tensors,

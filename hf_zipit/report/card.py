@@ -39,6 +39,7 @@ PIPELINES = {
     "ZipItForSequenceClassification": "text-classification",
     "ZipItForTokenClassification": "token-classification",
     "ZipItForMaskedLM": "fill-mask",
+    "ZipItForCausalLM": "text-generation",
     "ZipItModel": "feature-extraction",
 }
 """The Hub's task of every merged class."""
