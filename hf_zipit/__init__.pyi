@@ -5,6 +5,7 @@ from hf_zipit.adapters import register as register_adapter
 from hf_zipit.align.method import register as register_method
 from hf_zipit.combine.rule import register as register_rule
 from hf_zipit.config import MergeConfig as MergeConfig
+from hf_zipit.config import PolishConfig as PolishConfig
 from hf_zipit.correct.correction import register as register_correction
 from hf_zipit.data.calibration import Calibration as Calibration
 from hf_zipit.evaluation import metrics as metrics
@@ -14,6 +15,7 @@ from hf_zipit.landscapes.landscape import landscape as landscape
 from hf_zipit.merging import merge as merge
 from hf_zipit.merging import plan as plan
 from hf_zipit.modeling import ZipItConfig as ZipItConfig
+from hf_zipit.modeling import ZipItForCausalLM as ZipItForCausalLM
 from hf_zipit.modeling import ZipItForImageClassification as ZipItForImageClassification
 from hf_zipit.modeling import ZipItForMaskedLM as ZipItForMaskedLM
 from hf_zipit.modeling import ZipItForSequenceClassification as ZipItForSequenceClassification

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
@@ -24,6 +24,8 @@ AUTO = "auto"
 
 REFIT = "+refit"
 """The end of a method's name, in recipes and tables, where the refit comes after it."""
+
+Section = TypeVar("Section")
 
 Residual = Literal["match", "identity", "orthogonal"]
 
@@ -81,6 +83,56 @@ class RefitConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PolishConfig:
+    """How a merged model is trained on what its experts compute, if it is; see `docs/polish.md` for the defaults.
+
+    Attributes:
+        steps: at most.
+        batch_size: samples of every task in a step.
+        learning_rate: the peak of AdamW's rate; it rises over the share `warmup` of the steps and falls as a cosine.
+        weight_decay: of AdamW.
+        max_grad_norm: longer gradients are made this long.
+        feature_weight: of the features that the tasks' own modules read, against 1 for what the model puts out.
+        readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
+        heads: train the tasks' readout maps and heads as well, instead of the shared trunk alone.
+        held_out: the share of every task's samples that are not learnt from, but decide which weights are kept.
+        evaluate_every: so many steps lie between two measurements on them.
+        patience: stop after this many measurements that are no better than the best; 0 for never.
+        checkpoint: a folder to keep the state in and to go on from; what comes out is the same with and without.
+    """
+
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    feature_weight: float = 1.0
+    readout_weight: float = 10.0
+    heads: bool = True
+    held_out: float = 0.125
+    evaluate_every: int = 50
+    patience: int = 6
+    checkpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"polish's {name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("learning_rate", "max_grad_norm", "readout_weight"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"polish's {name} is {getattr(self, name)}; it must be above 0")
+        for name in ("weight_decay", "feature_weight", "patience"):
+            if not getattr(self, name) >= 0:
+                raise RecipeError(f"polish's {name} is {getattr(self, name)}; it must be at least 0")
+        if not 0 <= self.warmup < 1 or not 0 < self.held_out < 1:
+            raise RecipeError(
+                f"polish's warmup is {self.warmup} and its held_out {self.held_out}; they must be shares below 1, and "
+                "something must be held out"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """How experts are merged.
 
@@ -101,6 +153,8 @@ class MergeConfig:
             calibration data; False or None: do not. `"auto"`: where the method is `"auto"` and there is data.
         corrections: what is corrected afterwards, in this order, by name or as `{name: options}`; see
             `hf_zipit.correct`. `"auto"`: what an automatic method needs, else nothing.
+        polish: True, a `PolishConfig` or its settings: *train* the merged model on what its experts compute on the
+            calibration data, after everything else; False or None, the default: do not.
         row_fraction: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
             passes.
         seed: of everything that is drawn.
@@ -118,6 +172,7 @@ class MergeConfig:
     combine_options: Mapping[str, Any] = field(default_factory=dict)
     refit: RefitConfig | Mapping[str, Any] | bool | Literal["auto"] | None = AUTO
     corrections: Named | Literal["auto"] = AUTO
+    polish: PolishConfig | Mapping[str, Any] | bool | None = None
     row_fraction: float | Literal["auto"] = AUTO
     seed: int = 0
 
@@ -134,9 +189,10 @@ class MergeConfig:
             raise RecipeError(f"options {sorted(self.options)} are a method's own; name the method that they are for.")
         check_options(self.combine, RULES.get(self.combine).function, self.combine_options)
         if self.refit != AUTO or own:
-            self._set("refit", refit_config(False if self.refit == AUTO else self.refit))
+            self._set("refit", section(RefitConfig, False if self.refit == AUTO else self.refit, "refit"))
         if self.corrections != AUTO or own:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
+        self._set("polish", section(PolishConfig, self.polish, "polish"))
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
         check_residual(self.residual)
@@ -186,6 +242,8 @@ class MergeConfig:
         plain["overrides"] = [{name: value} for name, value in self.overrides.items()]
         if isinstance(self.refit, RefitConfig):
             plain["refit"] = asdict(self.refit)
+        if self.polish is not None:  # where its state is kept decides nothing
+            plain["polish"] = {name: value for name, value in asdict(self.polish).items() if name != "checkpoint"}
         if self.corrections != AUTO:
             plain["corrections"] = [{name: dict(options)} for name, options in self.corrections.items()]
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}
@@ -226,13 +284,13 @@ class MergeConfig:
         return cls.from_dict(content)
 
 
-def refit_config(refit: RefitConfig | Mapping[str, Any] | bool | None) -> RefitConfig | None:
-    """The settings of the refit; None where there is none."""
-    if isinstance(refit, (RefitConfig, type(None))):
-        return refit
-    if isinstance(refit, bool):
-        return RefitConfig() if refit else None
-    return build(RefitConfig, refit, "refit")
+def section(schema: type[Section], given: Section | Mapping[str, Any] | bool | None, name: str) -> Section | None:
+    """The settings of a part of the merge that can be left out, such as the refit; None where it is."""
+    if given is None or isinstance(given, schema):
+        return given  # type: ignore[return-value]
+    if isinstance(given, bool):
+        return schema() if given else None
+    return build(schema, given, name)
 
 
 def correction_options(corrections: Named) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """`merge()`: the stages in order, and nothing else.
 
-    plan -> observe -> align -> combine -> refit -> assemble -> correct
+    plan -> observe -> align -> combine -> refit -> assemble -> correct (-> polish, where it is asked for)
 
 Each stage can be called alone: it takes the plan and the results of those before, and returns its own.
 """
@@ -31,6 +31,8 @@ from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
 from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
+from hf_zipit.polish.report import rounded
+from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.steady import steady
@@ -85,6 +87,8 @@ def _needs_data(config: MergeConfig) -> str | None:
     """Why settings need calibration data; None where they do not (what methods need is seen later)."""
     if config.refit is not None:
         return "refit regresses on what the experts compute"
+    if config.polish is not None:
+        return "polish trains on what the experts compute"
     return f"{next(iter(config.corrections))} runs models on data" if config.corrections else None
 
 
@@ -99,10 +103,11 @@ def merge(
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Merge models of one architecture into one multi-task model, without training.
+    """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
 
     Args:
-        experts: the models by task name: loaded ones, repo ids or folders. They may come from different
+        experts: the models by task name: loaded ones, repo ids or folders; in a list, each is named like its folder
+            or repo. They may come from different
             initialisations and may have different numbers of labels. A LoRA adapter is the model it makes of its base;
             a merged model is its tasks, named `NAME/TASK`.
         calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset`, a `DataLoader`, tensors,
@@ -147,6 +152,7 @@ def merge(
     merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
     known = found if planned.matched is planned else None  # those of the bases are no expert's
     correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
+    polished = polish(merged, planned, calibration)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
-    return record(merged, planned, calibration, errors, reading.get("processor"))
+    return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

@@ -13,8 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForImageClassification
 
-from hf_zipit import merge, observe, plan
-from hf_zipit.errors import DataError
+from hf_zipit import evaluate, merge, observe, plan
+from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.observation import Moments
 
 from . import tiny
@@ -172,3 +172,30 @@ def test_coarse_experts_are_merged_in_float32():
     coarse = merge(models, IMAGES, method="identity")
     assert {tensor.dtype for tensor in coarse.parameters()} == {torch.float32}
     assert_bit_identical(coarse, merge(fine, IMAGES, method="identity"))
+
+
+def test_experts_in_a_list_are_named_by_their_folders(tmp_path: Path):
+    models = experts()
+    for task, model in models.items():
+        model.save_pretrained(tmp_path / task)
+    merged = merge([tmp_path / "clothes", str(tmp_path / "shoes")], method="identity")
+    assert merged.config.tasks == ["clothes", "shoes"]
+    with pytest.raises(ExpertError, match="has no name; name the experts' tasks"):
+        merge([tiny.build("vit"), tiny.build("vit")], method="identity")
+
+
+def test_evaluating_takes_folders(tmp_path: Path):
+    models = experts()
+    for task, model in models.items():
+        model.save_pretrained(tmp_path / task)
+    merge(models, method="identity").save_pretrained(tmp_path / "merged")
+    rows = {task: [{"pixel_values": image, "labels": 0} for image in IMAGES] for task in models}
+    folders = {task: tmp_path / task for task in models}
+    found = evaluate(tmp_path / "merged", rows, folders)
+    assert found == evaluate(merge(models, method="identity"), rows, models)
+    assert found == evaluate(str(tmp_path / "merged"), rows, list(folders.values()))
+
+
+def test_a_config_can_be_read():
+    shown = repr(merge(experts(), IMAGES).config)
+    assert len(shown.splitlines()) < 20 and "ViTForImageClassification" in shown and "permute" in shown

@@ -24,11 +24,12 @@ def record(
     calibration: Calibration | None,
     refit_errors: Mapping[str, Any] | None,
     processor: Any = None,
+    polished: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model itself, with what it is to remember. It must be finished: its weights are hashed.
 
     The calibration data's processor, or without data the one that is given, may become the model's; `refit_errors` is
-    what a refit left, as plain values.
+    what a refit left and `polished` what a training did, as plain values.
     """
     found = {
         **planned.config.to_dict(),
@@ -40,6 +41,8 @@ def record(
         found["batch_size"] = calibration.batch_size
     if refit_errors is not None:
         found["refit_errors"] = refit_errors
+    if polished is not None:
+        found["polished"] = polished
     if planned.bases:
         found["bases"] = {task: origin.to_dict() for task, origin in origins(planned.bases).items()}
     found["sha256"] = fingerprint_experts({"": merged})[""]

@@ -43,6 +43,9 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    polish: Annotated[
+        bool, typer.Option("--polish", help="Train the merged model on what the experts compute, at the end.")
+    ] = False,
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
@@ -71,6 +74,7 @@ def merge(
         recipe = Recipe(
             name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(parse_depth(depth),),
             output=out, seed=seed, refit=False if refit is False else None,
+            settings={"polish": True} if polish else {},
         )  # fmt: skip
         check_recipe(recipe)
         check_result_folder(out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.data.sources import rename
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
-from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel
+from hf_zipit.experts.loading import Expert, load_expert
+from hf_zipit.modeling import ZipItForCausalLM, ZipItModel, ZipItPreTrainedModel
 from hf_zipit.modeling.empty_model import source_class
 
 
@@ -37,6 +39,7 @@ class Subject:
         classes: how many classes a task has; None where labels are a vocabulary without names, or there are none.
         inputs: what a task's model reads.
         answers: whether it answers with a class or token, so that there is an accuracy.
+        causal: whether an answer is for the next position.
     """
 
     model: nn.Module
@@ -44,15 +47,25 @@ class Subject:
     classes: Mapping[str, int | None]
     inputs: Mapping[str, ModelInputs]
     answers: bool
+    causal: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module | Mapping[str, nn.Module]) -> Subject:
-        """A merged model, or experts by task. Raises DataError for anything else."""
+    def of(cls, model: Expert | Mapping[str, Expert]) -> Subject:
+        """A merged model, or experts by task, loaded where they are given by repo id or folder.
+
+        Raises:
+            DataError: for anything else.
+            ExpertError: if one cannot be loaded.
+        """
+        if isinstance(model, Mapping):
+            model = {task: load_expert(task, expert) for task, expert in model.items()}
+        elif isinstance(model, (str, Path)):
+            model = load_expert(str(model), model)
         whole = SideBySide(model) if isinstance(model, Mapping) else model
         if isinstance(whole, SideBySide):
             classes = {task: whole.classes(task) for task in whole.tasks}
             inputs = {task: ModelInputs.of(expert) for task, expert in zip(whole.tasks, whole.experts, strict=True)}
-            return cls(whole, whole.offsets(), classes, inputs, not whole.contrastive)
+            return cls(whole, whole.offsets(), classes, inputs, not whole.contrastive, whole.causal)
         if not isinstance(whole, ZipItPreTrainedModel):
             raise DataError(
                 f"{type(whole).__name__} is not a merged model; pass one, or a mapping of task names to experts."
@@ -62,8 +75,9 @@ class Subject:
         inputs = ModelInputs.of_class(source, whole.config.source_config, source.main_input_name)
         classes = {task: len(whole.config.labels_of(task)) or None for task in whole.config.tasks}
         return cls(
-            whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs), not isinstance(whole, ZipItModel)
-        )
+            whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs),
+            not isinstance(whole, ZipItModel), isinstance(whole, ZipItForCausalLM),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

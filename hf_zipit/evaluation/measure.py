@@ -13,13 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.data.processes import modes_kept
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.batches import Collate, Reading, Subject
 from hf_zipit.evaluation.results import Accuracies, Evaluation
+from hf_zipit.experts.loading import Expert, Experts, load_experts
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:  # a Trainer takes seconds to import
@@ -30,9 +30,9 @@ Function = Callable[["EvalPrediction"], dict[str, float]]
 
 
 def evaluate(
-    model: nn.Module | Mapping[str, nn.Module],
+    model: Expert | Mapping[str, Expert],
     datasets: Mapping[str, Any],
-    experts: Mapping[str, nn.Module] | None = None,
+    experts: Experts | None = None,
     *,
     metrics: Any = (),
     processor: Any = None,
@@ -42,11 +42,13 @@ def evaluate(
     """Per-task and joint accuracy of a merged model, and of its experts beside it; and further metrics per task.
 
     Args:
-        model: a merged model, or experts by task, which are then evaluated side by side.
+        model: a merged model, or experts by task, which are then evaluated side by side; loaded ones, repo ids or
+            folders.
         datasets: for every task the samples: a `datasets.Dataset`, a streaming one, or any sequence of dicts of the
             model's inputs (or raw images and texts) and `labels`, ids of the task's own classes (-100 is not
             counted). Tasks of the model that are missing here are not measured.
-        experts: the experts by task.
+            Labels of causal language models are the tokens themselves: every position answers for the next one.
+        experts: the experts by task, as `merge` takes them.
         metrics: of `hf_zipit.metrics`, by name; modules of `evaluate`; or functions of an `EvalPrediction`, such as a
             Trainer takes for `compute_metrics`. One or several.
         processor: image processor, tokenizer or both in one, for raw images and texts.
@@ -60,12 +62,15 @@ def evaluate(
     wanted = _find_metrics(metrics)
     reading = Reading(processor, columns or {}, batch_size)
     own, scores = _measured(Subject.of(model), datasets, wanted, reading)
-    beside, expert_scores = _measured(Subject.of(experts), datasets, wanted, reading) if experts else (None, {})
+    if not experts:
+        return Evaluation(own, None, scores, {})
+    side = Subject.of(experts if isinstance(experts, Mapping) else load_experts(experts))
+    beside, expert_scores = _measured(side, datasets, wanted, reading)
     return Evaluation(own, beside, scores, expert_scores)
 
 
 def accuracy(
-    model: nn.Module | Mapping[str, nn.Module],
+    model: Expert | Mapping[str, Expert],
     datasets: Mapping[str, Any],
     *,
     processor: Any = None,
@@ -168,7 +173,18 @@ def _predict(
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             data_collator=collate,
-            preprocess_logits_for_metrics=keep,
+            preprocess_logits_for_metrics=_ahead(keep) if subject.causal else keep,
         )
-        found = trainer.predict(data)
-    return EvalPrediction(found.predictions, found.label_ids)
+        found = trainer.predict(data, ignore_keys=["past_key_values"] if subject.causal else None)
+    labels = found.label_ids[:, 1:] if subject.causal else found.label_ids
+    return EvalPrediction(found.predictions, labels)
+
+
+def _ahead(keep: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any]:
+    """What is kept of a batch where every position answers for the next one."""
+
+    def kept(logits: Any, labels: Any) -> Any:
+        logits, labels = first(logits)[:, :-1], first(labels)[:, 1:]
+        return logits if keep is None else keep(logits, labels)
+
+    return kept

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from hf_zipit.data.labels import IGNORED
-from hf_zipit.modeling import ZipItForMaskedLM, merged_class
+from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, merged_class
 from hf_zipit.modeling.joint import vote
 
 
@@ -29,7 +29,9 @@ class SideBySide(nn.Module):
         super().__init__()
         self.tasks = list(experts)
         self.experts = nn.ModuleList(experts.values())
-        self.vocabulary = any(merged_class(type(expert).__name__) is ZipItForMaskedLM for expert in self.experts)
+        kinds = {merged_class(type(expert).__name__) for expert in self.experts}
+        self.causal = ZipItForCausalLM in kinds
+        self.vocabulary = self.causal or ZipItForMaskedLM in kinds
         self.contrastive = any(hasattr(expert, "get_image_features") for expert in self.experts)
 
     def classes(self, task: str) -> int | None:
@@ -56,5 +58,7 @@ class SideBySide(nn.Module):
         logits = vote(all_logits) if self.vocabulary else torch.cat(all_logits, dim=-1)
         if labels is None:
             return ModelOutput(logits=logits)
+        if self.causal:  # what comes next
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
         return ModelOutput(loss=loss, logits=logits)

@@ -21,7 +21,8 @@ from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
 
 Expert = PreTrainedModel | nn.Module | str | Path
 
-Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]]
+Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
+"""By task; without names, an expert is named like its folder or repo."""
 
 
 def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
@@ -33,7 +34,7 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
     Raises:
         ExpertError: for fewer than two experts, an empty or repeated task name, or a model that cannot be loaded.
     """
-    pairs = list(experts.items() if isinstance(experts, Mapping) else experts)
+    pairs = list(experts.items() if isinstance(experts, Mapping) else map(named, experts))
     names = [name for name, _ in pairs]
     if not pairs:
         raise ExpertError("merging needs at least two experts, but none was given")
@@ -52,6 +53,22 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
     if len(found) < 2:
         raise ExpertError(f"merging needs at least two experts, but only {names[0]!r} was given")
     return found
+
+
+def named(expert: Expert | tuple[str, Expert]) -> tuple[str, Expert]:
+    """An expert with its name: the one that it has, else the last part of its folder or repo id.
+
+    Raises ExpertError where there is none.
+    """
+    if not isinstance(expert, (str, Path, nn.Module)):
+        return expert
+    source = getattr(expert, "name_or_path", "") if isinstance(expert, nn.Module) else expert
+    if not (name := Path(str(source)).expanduser().name):
+        raise ExpertError(
+            f"a {type(expert).__name__} that was not loaded from a folder or repo has no name; name the experts' "
+            "tasks: merge({'clothes': model_a, 'shoes': model_b}, ...)"
+        )
+    return name, expert
 
 
 def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:

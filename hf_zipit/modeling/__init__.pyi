@@ -3,6 +3,7 @@
 from hf_zipit.modeling.base import ZipItPreTrainedModel as ZipItPreTrainedModel
 from hf_zipit.modeling.base import module_names as module_names
 from hf_zipit.modeling.configuration import ZipItConfig as ZipItConfig
+from hf_zipit.modeling.heads import ZipItForCausalLM as ZipItForCausalLM
 from hf_zipit.modeling.heads import ZipItForImageClassification as ZipItForImageClassification
 from hf_zipit.modeling.heads import ZipItForMaskedLM as ZipItForMaskedLM
 from hf_zipit.modeling.heads import ZipItForSequenceClassification as ZipItForSequenceClassification

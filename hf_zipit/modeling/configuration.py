@@ -27,6 +27,9 @@ from ..registry import suggestion
 
 Labels = dict[int, str]
 
+SHOWN = ("method", "options", "overrides", "combine", "combine_options", "refit", "corrections", "polish", "seed")
+"""Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
+
 
 @strict
 class ZipItConfig(PreTrainedConfig):
@@ -110,6 +113,22 @@ class ZipItConfig(PreTrainedConfig):
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """Nothing to do: `save_pretrained` of the models writes what `trust_remote_code` needs (see `hub.py`)."""
+
+    def __repr__(self) -> str:
+        """For people: without what a file has to hold but nobody reads, errors of modules and maps of indices."""
+        shown = {
+            "source": f"{self.source_architecture} ({getattr(self.source_config, 'model_type', 'no configuration')})",
+            "tasks": {task: len(self.labels_of(task)) or None for task in self.tasks},
+            "joint": self.joint,
+            "task": self.task,
+            "depth": self.depth,
+            "cut": self.cut,
+            "shared modules": len(self.shared),
+            "entries and exits": len(self.entries) + len(self.exits),
+            "method": {name: value for name, value in self.method.items() if name in SHOWN and value},
+        }
+        lines = (f"  {name}: {value}" for name, value in shown.items() if value not in (None, {}))
+        return "\n".join([f"{type(self).__name__}", *lines])
 
     def answer_for(self, task: str | None) -> None:
         """Make `task` (None: all, jointly) the one that is meant when none is named, and its classes the model's."""

@@ -5,12 +5,14 @@ Signatures are explicit, because Trainer drops the columns of a dataset that are
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForZeroShotImageClassification
+from torch.nn import functional
+from transformers import AutoModelForZeroShotImageClassification, DynamicCache, GenerationConfig, GenerationMixin
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -75,7 +77,7 @@ class ZipItModel(ZipItPreTrainedModel):
 class ZipItLabelled(ZipItPreTrainedModel):
     """Merged models with logits: joined class by class, or by vote where all tasks have the same classes."""
 
-    source_suffix: ClassVar[str]
+    source_suffix: ClassVar[str | tuple[str, ...]]
 
     def __init__(self, config: ZipItConfig) -> None:
         fitting = merged_class(config.source_architecture)
@@ -164,8 +166,51 @@ class ZipItForMaskedLM(ZipItForText):
     auto_class = "AutoModelForMaskedLM"
 
 
+class ZipItForCausalLM(ZipItForText, GenerationMixin):
+    """Merged causal language models of one vocabulary; joint logits are a vote, `[batch, tokens, vocabulary]`.
+
+        merged.generate(**tokenizer("Once", return_tensors="pt"), task="tales")  # as that expert, with a cache
+        merged.generate(**tokenizer("Once", return_tensors="pt"))                # by the mean of all experts
+
+    Labels are the tokens themselves, as everywhere in transformers: the loss is that of the next token.
+    """
+
+    source_suffix = ("ForCausalLM", "LMHeadModel")
+    auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: ZipItConfig) -> None:
+        super().__init__(config)
+        self.generation_config = GenerationConfig.from_model_config(copy.deepcopy(config.source_config))
+
+    def compute(self, task: Task, labels: Tensor | None, /, **inputs: Any) -> ModelOutput:
+        if isinstance(self.choose(task), str):
+            return super().compute(task, labels, **inputs)
+        if inputs.pop("past_key_values", None) is not None:
+            raise ZipItError("A joint forward pass has no cache: each task would need its own; name a task.")
+        inputs["use_cache"] = False
+        ahead = None if labels is None else functional.pad(labels[:, 1:], (0, 1), value=-100)
+        return super().compute(task, ahead, **inputs)
+
+    def generate(self, *args: Any, task: Task = None, **kwargs: Any) -> Any:
+        """As in transformers, for one task, or by the mean of the distributions of all, which has no cache.
+
+        Raises ZipItError for an unknown task, or several tasks in one batch.
+        """
+        chosen = self.choose(task)
+        if isinstance(chosen, list):
+            raise ZipItError("A batch of several tasks cannot be generated; generate for one task at a time.")
+        if chosen is None:
+            kwargs["use_cache"] = False
+        elif kwargs.get("use_cache", True) and not {"past_key_values", "cache_implementation"} & kwargs.keys():
+            # Of the experts' kind: this model's own configuration knows nothing of layers.
+            text = self.config.source_config.get_text_config(decoder=True)
+            kwargs["past_key_values"] = DynamicCache(config=text)
+        return super().generate(*args, task=chosen, **kwargs)
+
+
 MERGED_CLASSES: tuple[type[ZipItPreTrainedModel], ...] = (
     ZipItForImageClassification, ZipItForSequenceClassification, ZipItForTokenClassification, ZipItForMaskedLM,
+    ZipItForCausalLM,
 )  # fmt: skip
 
 

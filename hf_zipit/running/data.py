@@ -12,7 +12,7 @@ from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import ExpertError
 from hf_zipit.hub.processors import FOLDER as PROCESSORS
 from hf_zipit.hub.processors import processor_files
-from hf_zipit.modeling import ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class
+from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.recipe.sources import choose_classes, is_ready, load_source, match_labels, part_of, ready, some_of
 from hf_zipit.running.experts import entry_of
@@ -81,7 +81,7 @@ def _part(
 
 def has_classes(expert: PreTrainedModel) -> bool:
     """Whether an expert is a classifier, so that data have to be matched to its labels."""
-    return merged_class(type(expert).__name__) not in (ZipItModel, ZipItForMaskedLM)
+    return merged_class(type(expert).__name__) not in (ZipItModel, ZipItForMaskedLM, ZipItForCausalLM)
 
 
 def without_labels(data: Dataset) -> Dataset:
