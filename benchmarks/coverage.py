@@ -138,7 +138,8 @@ def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | Non
 def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
     """Merge a model with a reordered copy of itself by two methods, save the result and load it."""
     generator = torch.Generator().manual_seed(1)
-    model = with_tensors(model, perturb(model_tensors(model), generator))
+    saved = perturb({name: tensor for name, tensor in model.state_dict().items()}, generator)
+    model = with_tensors(model, {**model_tensors(model), **saved})
     moved = apply_element(model_tensors(model), spec, random_element(spec, generator, permutations_only=True))
     experts = {"a": model, "b": with_tensors(model, moved)}
     inputs = samples(model)

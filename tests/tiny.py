@@ -105,6 +105,7 @@ EXTRA: dict[str, Builder] = {
     "phi3": of(T.Phi3ForCausalLM, T.Phi3Config, **DECODER, pad_token_id=0),
     "gpt-neox": of(T.GPTNeoXForCausalLM, T.GPTNeoXConfig, **TEXT),
     "gpt2": of(T.GPT2LMHeadModel, T.GPT2Config, **GPT),
+    "mixtral": of(T.MixtralForCausalLM, T.MixtralConfig, **DECODER, num_local_experts=5),
 }
 """Classes that no adapter of the project was written for (but for DeiT and ELECTRA, which share one)."""
 

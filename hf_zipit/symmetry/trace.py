@@ -7,7 +7,8 @@ walks it with the rules of `rules/`; `naming.py` names what it found.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -56,7 +57,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), experts_looked_up(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(_Fields(model, fields).eval(), (), kwargs=dict(inputs), strict=False)
         program.graph.eliminate_dead_code()
@@ -70,6 +71,24 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
+
+
+@contextmanager
+def experts_looked_up(model: nn.Module) -> Iterator[None]:
+    """Have the experts of a mixture looked up for every token, instead of the tokens sorted by expert.
+
+    Of the ways in which `transformers` can run experts this is the one whose graph does not depend on the data; all of
+    them compute the same.
+    """
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    before = [(c, c._experts_implementation) for c in configs if getattr(c, "_experts_implementation", None)]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, implementation in reversed(before):
+            config._experts_implementation = implementation
 
 
 def trace(
@@ -141,6 +160,7 @@ def _walk(
     results = run.run(program.graph, values, program.graph_module)
     names = list(program.call_spec.out_spec.context)
     outputs = dict(zip(names, [r for r in results if isinstance(r, Value)], strict=True))
+    run.fix_numbers(results, "the model's output")
     for name, value in outputs.items():
         for i, axis in enumerate(value.axes):
             if name not in features or i == 0 or len(run.atoms.products(axis)) > 1:

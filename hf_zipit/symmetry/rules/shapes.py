@@ -23,11 +23,15 @@ from hf_zipit.symmetry.ops import (
 )
 
 
-@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as", "reshape_as")
+@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", numbered=True)
 def reshape(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) -> Any:
     if overload(node) == "dtype":  # the same bits read as another type
         return run.unknown(node, x)
-    return Value(run.atoms.regroup(x.axes, shape_of(node), f"the op {op_name(node)} cuts it in uneven parts"))
+    axes = run.atoms.regroup(x.axes, shape_of(node), f"the op {op_name(node)} cuts it in uneven parts")
+    return Value(axes, x.names)
+
+
+rule("view_as", "reshape_as")(reshape)
 
 
 @rule("transpose", "swapaxes")
