@@ -134,6 +134,8 @@ def small(config: PreTrainedConfig) -> dict[str, Any]:
             kinds = list(dict.fromkeys(value))  # one layer of every kind
             settings[name] = [*kinds, *value][: max(layers, len(kinds))]
             settings |= {key: len(settings[name]) for key in ("num_hidden_layers", "n_layer") if key in settings}
+    if getattr(config, "pad_token_id", 0) is None:  # classifiers of sequences ask for it
+        settings["pad_token_id"] = 0
     return {**settings, **copy.deepcopy(OWN.get(config.model_type, {}))}
 
 

@@ -50,9 +50,12 @@ class Naming:
         self.names = self._names()
 
     def _uses(self, name: str) -> list[Use]:
-        """Where a tensor is used; wherever its twins are, if it is tied and never used under its own name."""
-        twins = self.run.ties.get(name, ())
-        return self.run.uses.get(name) or [use for twin in twins for use in self.run.uses.get(twin, ())]
+        """Where a tensor is used; where its first twin is, if it is tied and never used under its own name.
+
+        (BART's shared table is run as the encoder's embeddings, the decoder's, and the head.)
+        """
+        twins = (self.run.uses[twin] for twin in self.run.ties.get(name, ()) if twin in self.run.uses)
+        return self.run.uses.get(name) or next(twins, [])
 
     def _orientation(self) -> dict[int, bool]:
         """Which side of every atom is the vector: the one that most linear maps put out.

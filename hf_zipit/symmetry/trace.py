@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.folding import find_folds
@@ -123,7 +124,13 @@ def trace(
     tensor_of = {n: named[n.name].removeprefix("model.") for n in nodes if n.op == "placeholder" and n.name in named}
     folds = tuple(find_folds(program.graph, tensor_of, model)) if folding else ()
     while True:
-        found = _walk(program, tensor_of, model, inputs, towers, head, features, folds)
+        try:
+            found = _walk(program, tensor_of, model, inputs, towers, head, features, folds)
+        except GuardOnDataDependentSymNode as error:
+            raise SpecError(
+                f"{type(model).__name__} cannot be traced: how large its tensors are depends on what is in them "
+                f"({str(error).splitlines()[0]}); trace another class of this family"
+            ) from error
         useful = tuple(norm for norm in folds if _rotates(norm, found))
         if useful == folds:
             return replace(found, folds=folds)

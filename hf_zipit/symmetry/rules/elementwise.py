@@ -82,11 +82,11 @@ def plus(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) ->
     return Value(value.axes)
 
 
-@rule("mul", "div", "true_divide", "divide")
+@rule("mul", "multiply", "div", "true_divide", "divide")
 def times(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **kwargs: Any) -> Value:
     if kwargs.get("rounding_mode"):
         return pointwise(run, node, x, y)
-    dividing = op_name(node) != "mul"
+    dividing = op_name(node) not in ("mul", "multiply")
     if not isinstance(y, Value):
         return Value(x.axes)
     if dividing:
