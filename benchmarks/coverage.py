@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import transformers
@@ -92,7 +92,7 @@ class Row:
         return self.proven and bool(shares) and min(shares) >= FREE
 
 
-# One class ------------------------------------------------------------------------------------------------------------
+# One class -----------------------------------------------------------------------------------------------------------
 
 
 def measure(row: Row, merging: bool = True) -> Iterator[Row]:
@@ -138,7 +138,7 @@ def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | Non
 def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
     """Merge a model with a reordered copy of itself by two methods, save the result and load it."""
     generator = torch.Generator().manual_seed(1)
-    saved = perturb({name: tensor for name, tensor in model.state_dict().items()}, generator)
+    saved = perturb(model.state_dict(), generator)  # what is not saved is computed anew
     model = with_tensors(model, {**model_tensors(model), **saved})
     moved = apply_element(model_tensors(model), spec, random_element(spec, generator, permutations_only=True))
     experts = {"a": model, "b": with_tensors(model, moved)}
@@ -201,11 +201,11 @@ def worst(result: nn.Module, experts: Mapping[str, PreTrainedModel], inputs: Map
     return max(errors)
 
 
-# All classes ----------------------------------------------------------------------------------------------------------
+# All classes ---------------------------------------------------------------------------------------------------------
 
 
 def classes() -> list[tuple[str, str, str]]:
-    """Class, family and Auto mapping of everything that counts: of every family one class, then of every one another."""
+    """Class, family and Auto mapping of all that counts: of every family one class, then of every one another."""
     turns: dict[str, list[tuple[str, str, str]]] = {}
     seen: set[str] = set()
     for mapping in MAPPINGS:
@@ -257,7 +257,7 @@ def _work(row: Row, connection: Connection, merging: bool) -> None:
         connection.send(row)
 
 
-# The page -------------------------------------------------------------------------------------------------------------
+# The page ------------------------------------------------------------------------------------------------------------
 
 
 def page(rows: list[Row], command: str) -> str:
@@ -278,7 +278,8 @@ def page(rows: list[Row], command: str) -> str:
     for row in built:
         causes.update(row.frozen.keys())
     fixing = "\n".join(f"| {cause} | {count} |" for cause, count in causes.most_common(15))
-    head = "| class | family | proof | attention | MLP | `weights` | `permute` | loaded | s | what is fixed, or what went wrong |"
+    columns = "class family proof attention MLP `weights` `permute` loaded s".split()
+    head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
     lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
     unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
@@ -290,8 +291,8 @@ Written by `{command}`; not edited by hand.
 Classes of the Auto mappings in their smallest form, with random weights and example inputs: one class of every family,
 then more. *proof* is the largest relative error of the outputs after a random element of the inferred group
 ([Symmetries](symmetries.md)); *attention* and *MLP* are the shares of the matrices in blocks of which every factor of
-both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without a
-refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
+both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without
+a refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
 
 | | classes |
 | --- | ---: |

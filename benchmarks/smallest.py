@@ -14,44 +14,54 @@ from transformers import PreTrainedConfig, PreTrainedModel
 WIDTH, HEADS, LAYERS, HIDDEN, VOCABULARY = 32, 4, 2, 48, 97
 
 NAMES: tuple[tuple[int, str], ...] = (
-    (WIDTH, """hidden_size d_model n_embd dim embed_dim embedding_dim encoder_hidden_size decoder_hidden_size
+    (WIDTH, """
+        hidden_size d_model n_embd dim embed_dim embedding_dim encoder_hidden_size decoder_hidden_size
         encoder_hidden_dim projection_dim output_dim out_hidden_size text_hidden_size projector_hidden_size
-        encoder_dim decoder_dim text_embed_dim word_embed_proj_dim feature_size_out fusion_hidden_size mask_feature_size
-        feature_size decoder_hidden_dim emb_dim lru_width xvector_output_dim conv_dim_out state_dim attention_hidden_size
-        num_attention_channels codevector_dim proj_codevector_dim output_hidden_size n_embed model_dim
-        image_hidden_size rnn_hidden_size upsample_hidden_size projection_size pooler_hidden_size d_embed
-        query_dim text_dim vision_dim adapter_dim encoder_embed_dim decoder_embed_dim neck_hidden_size
+        encoder_dim decoder_dim text_embed_dim word_embed_proj_dim feature_size_out fusion_hidden_size
+        mask_feature_size feature_size decoder_hidden_dim emb_dim lru_width xvector_output_dim conv_dim_out
+        state_dim attention_hidden_size num_attention_channels codevector_dim proj_codevector_dim output_hidden_size
+        n_embed model_dim image_hidden_size rnn_hidden_size upsample_hidden_size projection_size pooler_hidden_size
+        d_embed query_dim text_dim vision_dim adapter_dim encoder_embed_dim decoder_embed_dim neck_hidden_size
         pooler_output_size"""),
-    (HIDDEN, """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff dim_feedforward n_inner mlp_dim hidden_dim
+    (HIDDEN, """
+        intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim d_ff dim_feedforward n_inner mlp_dim hidden_dim
         ffn_hidden_size encoder_intermediate_size decoder_intermediate_size dim_ff d_inner feedforward_dim fc_dim
-        moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size moe_shared_expert_intermediate_size
-        expert_ffn_dim intermediate_size_mlp block_ff_dim attention_ffn_dim linear_units text_intermediate_dim
-        decoder_mlp_dim"""),
-    (LAYERS, """num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
+        moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
+        moe_shared_expert_intermediate_size expert_ffn_dim intermediate_size_mlp block_ff_dim attention_ffn_dim
+        linear_units text_intermediate_dim decoder_mlp_dim"""),
+    (LAYERS, """
+        num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
         num_decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers decoder_num_layers num_block_records
         num_blocks_per_stack decoder_n_layers encoder_n_layers num_mask_decoder_layers vision_num_hidden_layers
         text_num_hidden_layers t2u_encoder_layers t2u_decoder_layers speech_encoder_layers num_feature_layers depth
-        decoder_depth encoder_depth num_vision_layers num_text_layers num_speech_encoder_layers
-        num_fusion_layers cross_num_hidden_layers num_perceiver_layers num_transformer_layers resampler_depth"""),
-    (HEADS, """num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
+        decoder_depth encoder_depth num_vision_layers num_text_layers num_speech_encoder_layers num_fusion_layers
+        cross_num_hidden_layers num_perceiver_layers num_transformer_layers resampler_depth"""),
+    (HEADS, """
+        num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
         encoder_num_attention_heads decoder_num_attention_heads num_query_heads t2u_encoder_attention_heads
         t2u_decoder_attention_heads speech_encoder_attention_heads fusion_num_attention_heads resampler_n_heads
         num_self_attention_heads nheads perceiver_num_heads resampler_num_heads"""),
-    (2, """num_key_value_heads n_head_kv num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads
+    (2, """
+        num_key_value_heads n_head_kv num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads
         num_experts_per_tok moe_topk moe_top_k top_k_experts linear_num_key_heads num_conv_pos_embedding_groups
         num_key_value_heads_global n_group num_feat_extract_layers"""),
-    (1, "topk_group first_k_dense_replace num_dense_layers moe_layer_start_index num_nextn_predict_layers n_shared_experts"),
-    (4, """num_experts n_routed_experts num_local_experts moe_num_experts linear_num_value_heads num_routed_experts
+    (1, """
+        topk_group first_k_dense_replace num_dense_layers moe_layer_start_index num_nextn_predict_layers
+        n_shared_experts"""),
+    (4, """
+        num_experts n_routed_experts num_local_experts moe_num_experts linear_num_value_heads num_routed_experts
         num_conv_pos_embeddings mamba_d_conv"""),
-    (8, """head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv kv_channels attention_head_dim global_head_dim
+    (8, """
+        head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv kv_channels attention_head_dim global_head_dim
         linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head state_size patch_size index_head_dim
         key_value_channels attention_key_size query_pre_attn_scalar num_queries rotary_dim"""),
-    (16, """kv_lora_rank q_lora_rank qk_head_dim classifier_proj_size num_codevectors_per_group
-        embedding_size"""),
-    (40, """max_position_embeddings n_positions sliding_window
-        max_2d_position_embeddings max_sequence_length seq_length attention_window_size chunk_attention_size
-       """),
-    (VOCABULARY, """vocab_size text_vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size encoder_vocab_size
+    (16, """
+        kv_lora_rank q_lora_rank qk_head_dim classifier_proj_size num_codevectors_per_group embedding_size"""),
+    (40, """
+        max_position_embeddings n_positions sliding_window max_2d_position_embeddings max_sequence_length seq_length
+        attention_window_size chunk_attention_size"""),
+    (VOCABULARY, """
+        vocab_size text_vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size encoder_vocab_size
         vocab_size_per_layer_input"""),
     (64, "image_size"),
 )  # fmt: skip
