@@ -260,8 +260,8 @@ def _work(row: Row, connection: Connection, merging: bool) -> None:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def page(rows: list[Row], command: str) -> str:
-    """The whole page in Markdown."""
+def page(rows: list[Row], command: str, note: str = "") -> str:
+    """The whole page in Markdown; `note` says what else is to know of the rows."""
     built = [row for row in rows if row.stage != "built"]
     counts = {
         "classes tried": rows,
@@ -278,7 +278,7 @@ def page(rows: list[Row], command: str) -> str:
     for row in built:
         causes.update(row.frozen.keys())
     fixing = "\n".join(f"| {cause} | {count} |" for cause, count in causes.most_common(15))
-    columns = "class family proof attention MLP `weights` `permute` loaded s".split()
+    columns = ["class", "family", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
     head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
     lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
@@ -292,7 +292,7 @@ Classes of the Auto mappings in their smallest form, with random weights and exa
 then more. *proof* is the largest relative error of the outputs after a random element of the inferred group
 ([Symmetries](symmetries.md)); *attention* and *MLP* are the shares of the matrices in blocks of which every factor of
 both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without
-a refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
+a refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.{f" {note}" if note else ""}
 
 | | classes |
 | --- | ---: |
@@ -355,6 +355,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="The Markdown file to write.")] = None,
     count: Annotated[int | None, typer.Option("--classes", help="Try the first so many classes.")] = None,
     only: Annotated[str | None, typer.Option(help="Try (again) the classes whose name contains this.")] = None,
+    note: Annotated[str, typer.Option(help="What else the page says of how its rows were measured.")] = "",
     merging: Annotated[bool, typer.Option(help="Merge, not only trace and prove.")] = True,
 ) -> None:
     """Try classes and write the page."""
@@ -371,7 +372,7 @@ def main(
             file.write(json.dumps(asdict(row)) + "\n")
         typer.echo(line(row))
     if out is not None:
-        write_text(out, page(read(rows), "make coverage"))
+        write_text(out, page(read(rows), "make coverage", note))
 
 
 if __name__ == "__main__":
