@@ -1,4 +1,4 @@
-"""Classes that no table of tiny models names: built small, proven, merged with a reordered copy, and told in a table."""
+"""Classes that no table of tiny models names: built small, proven, merged with a reordered copy, told in a table."""
 
 from __future__ import annotations
 
