@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format benchmarks docs clean
+.PHONY: help venv quickstart test lint format benchmarks docs coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
@@ -41,6 +41,9 @@ format: $(INSTALLED) ## mend what `lint` can mend
 
 benchmarks: $(INSTALLED) ## train the zoo of expert pairs into out/zoo
 	$(BIN)/python -m benchmarks.zoo --out out/zoo
+
+coverage: $(INSTALLED) ## try every class of transformers; write docs/coverage.md
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.coverage --rows out/coverage.jsonl --out docs/coverage.md
 
 docs: $(DOCUMENTED) ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -33,6 +33,9 @@ BIT = {"embedding_size": 32, "hidden_sizes": [32, 64], "depths": [1, 1], "num_gr
 WAV2VEC2 = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
             "conv_dim": [8, 8], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2,
             "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 4, "classifier_proj_size": 16}  # fmt: skip
+BART = {"d_model": 32, "vocab_size": 50, "max_position_embeddings": 20,
+        "encoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+        "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}  # fmt: skip
 DISENTANGLED = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 Builder = Callable[..., PreTrainedModel]
@@ -105,6 +108,8 @@ EXTRA: dict[str, Builder] = {
     "phi3": of(T.Phi3ForCausalLM, T.Phi3Config, **DECODER, pad_token_id=0),
     "gpt-neox": of(T.GPTNeoXForCausalLM, T.GPTNeoXConfig, **TEXT),
     "gpt2": of(T.GPT2LMHeadModel, T.GPT2Config, **GPT),
+    "bart": of(T.BartForConditionalGeneration, T.BartConfig, **BART),
+    "mixtral": of(T.MixtralForCausalLM, T.MixtralConfig, **DECODER, num_local_experts=5),
 }
 """Classes that no adapter of the project was written for (but for DeiT and ELECTRA, which share one)."""
 

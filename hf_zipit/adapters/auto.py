@@ -31,6 +31,8 @@ class Adapter:
         inputs: dict[str, Tensor] = {}
         if "input_ids" in names:
             inputs |= self.text_inputs(getattr(config, "text_config", None) or config, generator)
+            if "decoder_input_ids" in forward_names(model) and getattr(config, "is_encoder_decoder", False):
+                inputs["decoder_input_ids"] = inputs["input_ids"].flip(1)
         if "pixel_values" in names:
             inputs |= self.image_inputs(getattr(config, "vision_config", None) or config, generator)
         if "input_values" in names:

@@ -17,7 +17,17 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.atoms import Atoms, Axis
-from hf_zipit.symmetry.ops import Pattern, Rule, Value, is_within, module_of, module_stack, op_name, shape_of
+from hf_zipit.symmetry.ops import (
+    NUMBERED,
+    Pattern,
+    Rule,
+    Value,
+    is_within,
+    module_of,
+    module_stack,
+    op_name,
+    shape_of,
+)
 from hf_zipit.symmetry.spaces import Place, Symmetry
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
@@ -64,6 +74,8 @@ class Interpreter:
         self.tensors: dict[str, Value] = {}
         self.uses: dict[str, list[Use]] = defaultdict(list)
         self.seen: list[tuple[Axis, ...]] = []
+        self.chosen: list[tuple[tuple[Axis, ...], Axis]] = []
+        self.loose: list[tuple[Axis, Axis]] = []
         self.readers: list[tuple[str, int, Axis, fx.Node]] = []
         self.writers: list[tuple[str, int, Axis]] = []
         self.held: list[Axis] = []
@@ -80,6 +92,32 @@ class Interpreter:
         """Allow every axis of a value at most `symmetry`."""
         for axis in value.axes:
             self.atoms.restrict(axis, symmetry, reason)
+
+    def fix_numbers(self, x: Any, reason: str) -> None:
+        """Fix the units whose numbers a value, or one in a list of values, holds."""
+        if isinstance(x, Value) and x.names:
+            self.atoms.restrict(x.names, Symmetry.FIXED, reason)
+        elif isinstance(x, (list, tuple)):
+            for item in x:
+                self.fix_numbers(item, reason)
+
+    def choose(self, axes: Sequence[Axis], names: Axis, ordered: bool) -> Value:
+        """The numbers of units that were chosen for every place on some axes.
+
+        What has all these axes knows of every row which unit it was chosen for, and may have a basis for each of
+        them. Unless they are `ordered`, the places on the last axis stand in no order that can be relied on.
+        """
+        self.chosen.append((tuple(axes), names))
+        if not ordered:
+            self.loose.append((axes[-1], names))
+        return Value(axes, names)
+
+    def close(self) -> None:
+        """Fix what was chosen in no order, where an order matters after all."""
+        for places, units in self.loose:
+            if any(self.atoms.symmetry(ref) < Symmetry.PERMUTATION for ref in self.atoms.resolve(places)):
+                self.atoms.restrict(units, Symmetry.FIXED, "its units are chosen in no certain order")
+        self.atoms.close()
 
     def fresh_like(self, node: fx.Node, symmetry: Symmetry, reason: str | None = None) -> Value:
         """New axes of the sizes that an op puts out."""
@@ -124,6 +162,7 @@ class Interpreter:
             return meta
 
         freeze([*args, *kwargs.values()])
+        self.fix_numbers([*args, *kwargs.values()], reason)
         return result(node.meta.get("val"))
 
     def count_macs(self, node: fx.Node, macs: int) -> None:
@@ -232,6 +271,8 @@ class Interpreter:
         if not _touches_tensor(args, kwargs) and not hasattr(node.meta.get("val"), "shape"):
             return node.meta.get("val")  # arithmetic on sizes
         rule = self.rules.get(op_name(node), Interpreter.unknown)
+        if op_name(node) not in NUMBERED:
+            self.fix_numbers([*args, *kwargs.values()], f"the op {op_name(node)} reads the numbers of its units")
         try:
             return rule(self, node, *args, **kwargs)
         except (IndexError, TypeError, KeyError, ValueError, AttributeError) as error:

@@ -36,7 +36,7 @@ class Naming:
     """The names and labels of one interpreted graph."""
 
     def __init__(self, run: Interpreter, model: nn.Module) -> None:
-        run.atoms.close()
+        run.close()
         self.run = run
         self.atoms = run.atoms
         self.model = model
@@ -50,9 +50,12 @@ class Naming:
         self.names = self._names()
 
     def _uses(self, name: str) -> list[Use]:
-        """Where a tensor is used; wherever its twins are, if it is tied and never used under its own name."""
-        twins = self.run.ties.get(name, ())
-        return self.run.uses.get(name) or [use for twin in twins for use in self.run.uses.get(twin, ())]
+        """Where a tensor is used; where its first twin is, if it is tied and never used under its own name.
+
+        (BART's shared table is run as the encoder's embeddings, the decoder's, and the head.)
+        """
+        twins = (self.run.uses[twin] for twin in self.run.ties.get(name, ()) if twin in self.run.uses)
+        return self.run.uses.get(name) or next(twins, [])
 
     def _orientation(self) -> dict[int, bool]:
         """Which side of every atom is the vector: the one that most linear maps put out.
@@ -75,10 +78,13 @@ class Naming:
         atom belongs to, so it is no company there.
         """
         company: dict[int, set[int]] = {}
+        chosen = [({r.atom for axis in axes for r in self._leaves(axis)}, {r.atom for r in self._leaves(names)})
+                  for axes, names in self.run.chosen]  # fmt: skip
         for axes in self._everywhere():
             for together in product(*map(self.atoms.products, axes)):
                 times = Counter(ref.atom for axis in together for ref in axis)
                 once = {atom for atom, count in times.items() if count == 1}
+                once |= {atom for places, units in chosen if places <= once for atom in units}
                 for atom in times:
                     company[atom] = company.get(atom, once) & once
         return company
@@ -94,13 +100,25 @@ class Naming:
         for name in self.sorted:
             for axis in chain(*map(self.atoms.products, self.labels[name])):
                 for i, ref in enumerate(axis):
-                    known = within.setdefault(ref.atom, ())
-                    # Of two that are always together, only one can live within the other.
-                    majors = [r.atom for r in axis[:i] if r.atom in company[ref.atom] - {ref.atom}]
-                    majors = [atom for atom in majors if ref.atom not in within.get(atom, ())]
-                    if len(majors) > len(known):
-                        within[ref.atom] = tuple(majors)
+                    self._note_within(within, ref, axis[:i], company)
+        for name in self.sorted:  # a stack of matrices, such as those of experts, is numbered by its first axis
+            first, *others = self.labels[name] or [()]
+            if len(others) > 1 and not self._is_convolution(name.rpartition(".")[0]):
+                for ref in chain(*chain(*map(self.atoms.products, others))):
+                    if not within[ref.atom]:
+                        self._note_within(within, ref, self.atoms.resolve(first), company)
         return within
+
+    def _note_within(
+        self, within: dict[int, tuple[int, ...]], ref: Ref, majors: Axis, company: Mapping[int, set[int]]
+    ) -> None:
+        """Add to `within` those of some atoms that another one lives within, if they are more than those known."""
+        known = within.setdefault(ref.atom, ())
+        # Of two that are always together, only one can live within the other.
+        found = [r.atom for r in majors if r.atom in company[ref.atom] - {ref.atom}]
+        found = [atom for atom in found if ref.atom not in within.get(atom, ())]
+        if len(found) > len(known):
+            within[ref.atom] = tuple(found)
 
     def _names(self) -> dict[int, str]:
         """A path-like name for every atom of a tensor, after the module that writes it first."""

@@ -35,12 +35,17 @@ ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmet
 
 
 class Value:
-    """The axes of one tensor."""
+    """The axes of one tensor; of one that holds numbers of units, what a router chose, also the axis of those units.
 
-    __slots__ = ("axes",)
+    Such numbers change with the order of the units. Only the rules of `NUMBERED` know that: what any other op makes
+    of them fixes the units.
+    """
 
-    def __init__(self, axes: Iterable[Axis]) -> None:
+    __slots__ = ("axes", "names")
+
+    def __init__(self, axes: Iterable[Axis], names: Axis | None = None) -> None:
         self.axes = list(axes)
+        self.names = names
 
 
 Rule = Callable[..., Any]
@@ -68,13 +73,20 @@ Pattern = Callable[[fx.Graph], Iterator[Match]]
 RULES: dict[str, Rule] = {}
 """By the names of ops, without overload and in-place mark."""
 
+NUMBERED: set[str] = set()
+"""The names of ops whose rules know numbers of units (`Value.names`)."""
+
 PATTERNS: list[Pattern] = []
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a function as the rule of ops; raises ValueError if one of them has a rule."""
+def rule(*names: str, numbered: bool = False) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of ops, which knows numbers of units or does not.
+
+    Raises ValueError if one of the ops has a rule.
+    """
 
     def register(function: Rule) -> Rule:
+        NUMBERED.update(names if numbered else ())
         for name in names:
             if name in RULES:
                 raise ValueError(f"two rules for the op {name}")

@@ -7,12 +7,14 @@ walks it with the rules of `rules/`; `naming.py` names what it found.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.folding import find_folds
@@ -56,7 +58,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), warnings.catch_warnings(), experts_looked_up(model):
             warnings.simplefilter("ignore")
             program = torch.export.export(_Fields(model, fields).eval(), (), kwargs=dict(inputs), strict=False)
         program.graph.eliminate_dead_code()
@@ -70,6 +72,24 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     finally:
         for name, module in model.named_modules():
             module.training = training[name]
+
+
+@contextmanager
+def experts_looked_up(model: nn.Module) -> Iterator[None]:
+    """Have the experts of a mixture looked up for every token, instead of the tokens sorted by expert.
+
+    Of the ways in which `transformers` can run experts this is the one whose graph does not depend on the data; all of
+    them compute the same.
+    """
+    configs = [config for module in model.modules() if (config := getattr(module, "config", None)) is not None]
+    before = [(c, c._experts_implementation) for c in configs if getattr(c, "_experts_implementation", None)]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "batched_mm"
+        yield
+    finally:
+        for config, implementation in reversed(before):
+            config._experts_implementation = implementation
 
 
 def trace(
@@ -104,7 +124,13 @@ def trace(
     tensor_of = {n: named[n.name].removeprefix("model.") for n in nodes if n.op == "placeholder" and n.name in named}
     folds = tuple(find_folds(program.graph, tensor_of, model)) if folding else ()
     while True:
-        found = _walk(program, tensor_of, model, inputs, towers, head, features, folds)
+        try:
+            found = _walk(program, tensor_of, model, inputs, towers, head, features, folds)
+        except GuardOnDataDependentSymNode as error:
+            raise SpecError(
+                f"{type(model).__name__} cannot be traced: how large its tensors are depends on what is in them "
+                f"({str(error).splitlines()[0]}); trace another class of this family"
+            ) from error
         useful = tuple(norm for norm in folds if _rotates(norm, found))
         if useful == folds:
             return replace(found, folds=folds)
@@ -141,6 +167,7 @@ def _walk(
     results = run.run(program.graph, values, program.graph_module)
     names = list(program.call_spec.out_spec.context)
     outputs = dict(zip(names, [r for r in results if isinstance(r, Value)], strict=True))
+    run.fix_numbers(results, "the model's output")
     for name, value in outputs.items():
         for i, axis in enumerate(value.axes):
             if name not in features or i == 0 or len(run.atoms.products(axis)) > 1:

@@ -279,6 +279,15 @@ def test_a_tensor_used_on_both_sides_is_refused():
             cut_model(model, spec, "blocks.1")
 
 
+def test_a_table_that_the_head_reads_as_well_is_the_trunks_and_every_heads_own():
+    """BART runs its shared table under three names, of which the last one is the head's."""
+    names = ("model.shared.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
+    model, spec = traced("bart")
+    trunk = cut_model(model, spec, 1).trunk
+    assert trunk >= set(names)
+    assert "lm_head.weight" not in trunk
+
+
 def test_shared_layers_of_albert_are_one_block():
     model, spec = traced("albert")
     assert len(spec.blocks) == 1  # its two layers are the same modules

@@ -356,6 +356,8 @@ CASES: dict[str, Case] = {
     "convolved over": Case(slid, FIXED),
     "pooled over": Case(lambda x: F.avg_pool1d(x, 2), FIXED),
     "place of the largest": Case(lambda x: x.max(-1).indices.float().unsqueeze(-1), FIXED),
+    "largest, in their order": Case(lambda x: x * x.topk(3).values.sum(-1, keepdim=True), PERMUTATION),
+    "places of the largest": Case(lambda x: x.topk(3).indices.float(), FIXED),
     "argmax": Case(lambda x: x.argmax(-1).float().unsqueeze(-1), FIXED),
     "with positions": Case(lambda x: x + torch.arange(WIDTH), FIXED),
     "assigned": Case(assigned, (FIXED, PERMUTATION), tight=False),
@@ -368,7 +370,7 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
     "aten.cummax": lambda x: x.cummax(-1).values,
     "aten.sort": lambda x: x.sort(-1).values,
     "aten.fft_rfft": lambda x: torch.fft.rfft(x).abs(),
-    "aten.topk": lambda x: x.topk(3).values,
+    "aten.kthvalue": lambda x: x.kthvalue(3, keepdim=True).values,
     "aten.cdist": lambda x: torch.cdist(x, x),
     "aten.view.dtype": lambda x: x.view(torch.int32).float() * 1e-10,
 }
@@ -440,6 +442,37 @@ class Fused(nn.Module):
             q, k, v = y.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Routed(nn.Module):
+    """Experts of which a router chooses some for every token, whose weights are looked up.
+
+    `by`: what the choice is for: the experts' weights; nothing but its own values; numbers that are counted with.
+    """
+
+    def __init__(self, by: str = "weights", ordered: bool = True, experts: int = 5, chosen: int = 2) -> None:
+        super().__init__()
+        self.by, self.ordered, self.chosen = by, ordered, chosen
+        self.first = nn.Linear(6, WIDTH)
+        self.router = nn.Linear(WIDTH, experts)
+        self.up = nn.Parameter(torch.randn(experts, 7, WIDTH))
+        self.shift = nn.Parameter(torch.randn(experts, 7))
+        self.down = nn.Parameter(torch.randn(experts, WIDTH, 7))
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).flatten(0, 1)
+        shares, numbers = self.router(x).softmax(-1).topk(self.chosen, sorted=self.ordered)
+        if self.by == "numbers":
+            shares = shares * (1 + numbers)
+        rows = x.repeat_interleave(self.chosen, 0).unsqueeze(-1)
+        numbers = numbers.flatten()
+        hidden = (self.up[numbers] @ rows).squeeze(-1) + self.shift[numbers]
+        if self.by == "next":  # tokens meet while every one of them still has its own expert's units
+            hidden = hidden + hidden.roll(1, 0)
+        y = (self.down[numbers] @ hidden.relu().unsqueeze(-1)).squeeze(-1) * shares.reshape(-1, 1)
+        y = y.view(len(x), self.chosen, WIDTH)
+        return self.last(x + (y[:, 0] - 2 * y[:, 1] if self.by == "order" else y.sum(1)))
 
 
 class Gated(nn.Module):
@@ -653,6 +686,11 @@ WHOLE: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "fused, chunk": (lambda: Fused("chunk"), (2, 5, 6)),
     "fused, inside the heads": (lambda: Fused("inner chunk"), (2, 5, 6)),
     "gate and input": (Gated, (2, 5, 6)),
+    "experts": (Routed, (2, 5, 6)),
+    "experts, in no order": (lambda: Routed(ordered=False), (2, 5, 6)),
+    "experts, whose order counts": (lambda: Routed("order"), (2, 5, 6)),
+    "experts, whose numbers count": (lambda: Routed("numbers"), (2, 5, 6)),
+    "experts, whose tokens meet": (lambda: Routed("next"), (2, 5, 6)),
     "fused, view": (lambda: Fused("view"), (2, 5, 6)),
     "two cuts": (TwoCuts, (2, 5, 6)),
     "convolutions": (Convolutional, (2, 3, 8, 8)),

@@ -35,6 +35,7 @@ from tests.symmetry.by_hand import (
     Gated,
     HeadMixing,
     ResidualStream,
+    Routed,
     TwoCuts,
     neighbours_rotated,
     rotary_cut_after,
@@ -127,6 +128,39 @@ def test_a_gate_moves_with_what_it_gates_and_not_with_what_stands_beside_them():
     assert gate == up
     beside, read = spaces_of(spec, "last.weight", 1)
     assert (beside.symmetry, read) == (FIXED, up)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_experts_change_places_and_have_units_of_their_own(ordered):
+    model, spec, inputs = seeded(lambda: Routed(ordered=ordered), (2, 5, 6))
+    experts, hidden, stream = (spaces_of(spec, "up", axis)[0] for axis in range(3))
+    assert [experts] == spaces_of(spec, "router.weight", 0) == spaces_of(spec, "down", 0)
+    assert (experts.symmetry, stream.symmetry) == (PERMUTATION, LINEAR)
+    assert (hidden.symmetry, hidden.within, stream.within) == (PERMUTATION, (experts.name,), ())
+    for space in (experts, hidden):
+        for more in next_symmetries(space):
+            assert worst_error(model, with_symmetry(spec, space.name, more), inputs) > BROKEN
+
+
+@pytest.mark.parametrize(("by", "ordered", "free"), [("order", True, True), ("order", False, False)])
+def test_what_is_chosen_in_no_order_is_fixed_where_an_order_counts(by, ordered, free):
+    _, spec, _ = seeded(lambda: Routed(by, ordered=ordered), (2, 5, 6))
+    assert spec.movable(spaces_of(spec, "up", 0)[0].name) is free
+
+
+def test_experts_whose_numbers_count_keep_their_places():
+    model, spec, inputs = seeded(lambda: Routed("numbers"), (2, 5, 6))
+    experts, hidden = spaces_of(spec, "up", 0)[0], spaces_of(spec, "up", 1)[0]
+    assert (experts.symmetry, hidden.symmetry, hidden.within) == (FIXED, PERMUTATION, (experts.name,))
+    assert worst_error(model, with_symmetry(spec, experts.name, PERMUTATION), inputs) > BROKEN
+
+
+def test_experts_whose_tokens_meet_have_their_units_in_one_order():
+    model, spec, inputs = seeded(lambda: Routed("next"), (2, 5, 6))
+    experts, hidden = spaces_of(spec, "up", 0)[0], spaces_of(spec, "up", 1)[0]
+    assert hidden.within == ()
+    wrong = replace(spec, spaces={**spec.spaces, hidden.name: replace(hidden, within=(experts.name,))})
+    assert worst_error(model, wrong, inputs) > BROKEN
 
 
 def test_what_no_slice_takes_stays_fixed():

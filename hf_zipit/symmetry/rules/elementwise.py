@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from hf_zipit.symmetry.interpreter import Interpreter
@@ -22,16 +23,21 @@ from hf_zipit.symmetry.ops import (
 )
 
 
-@rule("dropout", "feature_dropout", "clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh", "neg")
+@rule("clone", "contiguous", "detach", "alias", numbered=True)
 def keep(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
-    return Value(x.axes)
+    return Value(x.axes, x.names)
 
 
-@rule("to", "_to_copy", "type_as")
-def cast(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
+rule("dropout", "feature_dropout", "lift_fresh_copy", "lift_fresh", "neg")(keep)
+
+
+@rule("to", "_to_copy", "type_as", numbered=True)
+def cast(run: Interpreter, node: fx.Node, x: Value, *others: Any, **__: Any) -> Value:
+    if node.meta["val"].dtype not in (torch.int32, torch.int64):
+        run.fix_numbers(x, "the numbers of its units are read")
     if not node.meta["val"].is_floating_point():  # rounding to integers is a nonlinearity
         run.restrict_all(x, PERMUTATION)
-    return Value(x.axes)
+    return Value(x.axes, x.names)
 
 
 @rule("fill", "zero")
@@ -76,11 +82,11 @@ def plus(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **__: Any) ->
     return Value(value.axes)
 
 
-@rule("mul", "div", "true_divide", "divide")
+@rule("mul", "multiply", "div", "true_divide", "divide")
 def times(run: Interpreter, node: fx.Node, x: Any, y: Any, *_: Any, **kwargs: Any) -> Value:
     if kwargs.get("rounding_mode"):
         return pointwise(run, node, x, y)
-    dividing = op_name(node) != "mul"
+    dividing = op_name(node) not in ("mul", "multiply")
     if not isinstance(y, Value):
         return Value(x.axes)
     if dividing:

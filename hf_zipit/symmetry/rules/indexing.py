@@ -1,4 +1,9 @@
-"""Look-ups by index tensors."""
+"""Look-ups by index tensors, and choices of what is looked up.
+
+A router (a mixture of experts) chooses for every token some of its experts by their numbers (`topk`) and looks up
+their weights by these numbers (`index`). Experts in another order have other numbers, the same are chosen: the axis
+that is looked up moves with the axis that was chosen from.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +27,76 @@ from hf_zipit.symmetry.ops import (
 LOOKED_UP = "rows are looked up by index"
 
 
-@rule("index")
+@rule("topk", numbered=True)
+def topk(
+    run: Interpreter,
+    node: fx.Node,
+    x: Value,
+    count: int,
+    dim: int = -1,
+    largest: bool = True,
+    ordered: bool = True,
+    **_: Any,
+) -> tuple[Value, Value]:
+    """Values, which stand in their own order, and the numbers of the units that have them."""
+    dim %= len(x.axes)
+    run.restrict_all(x, PERMUTATION)
+    run.parted(without(x, [dim]))
+    axes = list(x.axes)
+    axes[dim] = run.atoms.fresh(count, FIXED if ordered else PERMUTATION, "it is ordered by size")
+    values, numbers = Value(axes), run.choose(axes, x.axes[dim], ordered)
+    run.fix_numbers(x, "the numbers of its units are compared")
+    return values, numbers
+
+
+@rule("one_hot", numbered=True)
+def one_hot(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Any:
+    if not x.names or run.atoms.size(x.names) != shape_of(node)[-1]:
+        return run.unknown(node, x)
+    run.restrict_all(Value([*x.axes, x.names]), PERMUTATION)
+    run.parted(x.axes)
+    return Value([*x.axes, x.names])
+
+
+@rule("scatter", numbered=True)
+def scatter(run: Interpreter, node: fx.Node, x: Value, dim: int, numbers: Value, source: Any = 0.0, **kw: Any) -> Any:
+    """Numbers written to the units that were chosen."""
+    dim %= len(x.axes)
+    same = all(
+        i == dim or a == b for i, (a, b) in enumerate(zip(input_shape(node), input_shape(node, 2), strict=True))
+    )
+    if not numbers.names or kw or not same or run.atoms.size(numbers.names) != input_shape(node)[dim]:
+        return run.unknown(node, x, numbers, source)
+    if isinstance(source, Value):
+        if input_shape(node, 3) != input_shape(node, 2):
+            return run.unknown(node, x, numbers, source)
+        run.broadcast(node, [numbers, source], PERMUTATION)
+        run.restrict_all(source, PERMUTATION)
+        run.fix_numbers(source, LOOKED_UP)
+    run.atoms.tie(x.axes[dim], numbers.names, "scatter's axes do not fit")
+    for i, (axis, other) in enumerate(zip(x.axes, numbers.axes, strict=True)):
+        if i != dim:
+            run.atoms.tie(axis, other, "scatter's axes do not fit")
+    run.restrict_all(x, PERMUTATION)
+    run.restrict_all(numbers, PERMUTATION)
+    run.parted(without(x, [dim]))
+    return Value(x.axes)
+
+
+@rule("index", numbered=True)
 def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> Any:
     used = [i for i, index in enumerate(indices) if isinstance(index, Value)]
     if any(node.args[1][i].meta["val"].dtype in (torch.bool, torch.uint8) for i in used):  # type: ignore[index, union-attr]
         return run.unknown(node, x, indices)  # a mask selects along as many axes as it has itself
+    run.fix_numbers(x, LOOKED_UP)
+    if len(used) == 1 and indices[used[0]].names:
+        (at,) = used
+        numbers = indices[at]
+        run.atoms.tie(x.axes[at], numbers.names, "what is looked up does not fit what was chosen")
+        run.restrict_all(numbers, PERMUTATION)
+        run.atoms.restrict(x.axes[at], PERMUTATION)
+        return Value([*x.axes[:at], *numbers.axes, *x.axes[at + 1 :]])
+    run.fix_numbers(indices, LOOKED_UP)
     for i in used:
         run.atoms.restrict(x.axes[i], FIXED, LOOKED_UP)
         run.restrict_all(indices[i], FIXED, "it is an index")
@@ -39,10 +109,16 @@ def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> 
     return Value([*kept[:start], *new, *kept[start:]])
 
 
-@rule("gather")
+@rule("gather", numbered=True)
 def gather(run: Interpreter, node: fx.Node, x: Value, dim: int, indices: Value, **__: Any) -> Value:
     dim %= len(x.axes)
-    run.atoms.restrict(x.axes[dim], FIXED, LOOKED_UP)
+    run.fix_numbers(x, LOOKED_UP)
+    if indices.names and run.atoms.size(indices.names) == input_shape(node)[dim]:
+        run.atoms.tie(x.axes[dim], indices.names, "what is looked up does not fit what was chosen")
+        run.atoms.restrict(x.axes[dim], PERMUTATION)
+    else:
+        run.fix_numbers(indices, LOOKED_UP)
+        run.atoms.restrict(x.axes[dim], FIXED, LOOKED_UP)
     sizes = zip(input_shape(node), shape_of(node), strict=True)
     for i, (axis, other, (before, after)) in enumerate(zip(x.axes, indices.axes, sizes, strict=True)):
         if i == dim:

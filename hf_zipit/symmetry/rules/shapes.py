@@ -23,11 +23,15 @@ from hf_zipit.symmetry.ops import (
 )
 
 
-@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", "view_as", "reshape_as")
+@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", numbered=True)
 def reshape(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) -> Any:
     if overload(node) == "dtype":  # the same bits read as another type
         return run.unknown(node, x)
-    return Value(run.atoms.regroup(x.axes, shape_of(node), f"the op {op_name(node)} cuts it in uneven parts"))
+    axes = run.atoms.regroup(x.axes, shape_of(node), f"the op {op_name(node)} cuts it in uneven parts")
+    return Value(axes, x.names)
+
+
+rule("view_as", "reshape_as")(reshape)
 
 
 @rule("transpose", "swapaxes")
@@ -147,14 +151,14 @@ def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
     return tuple(out)
 
 
-@rule("cat", "stack")
+@rule("cat", "concat", "concatenate", "stack")
 def join(run: Interpreter, node: fx.Node, values: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(shape_of(node))
     kept, joined = (
         [list(value.axes) for value in values],
         run.atoms.fresh(shape_of(node)[dim], FIXED, "a concatenation"),
     )
-    if op_name(node) == "cat":
+    if op_name(node) != "stack":
         joined = run.atoms.join([axes.pop(dim) for axes in kept], "a concatenation")
     for axes in kept[1:]:
         for left, right in zip(kept[0], axes, strict=True):

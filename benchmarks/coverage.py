@@ -1,0 +1,379 @@
+"""Which classes of transformers can be merged: every class of the Auto mappings, traced, proven, merged and loaded.
+
+    python -m benchmarks.coverage --rows out/coverage.jsonl --out docs/coverage.md [--classes 300] [--only Mixtral]
+
+Every class is tried in a process of its own, in its smallest form (`smallest.py`), with the example inputs that its
+adapter makes. What is measured stands in `--rows`, one line a class; classes that are there are not tried again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import re
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+import hf_zipit
+from benchmarks.smallest import smallest_model
+from hf_zipit.adapters import adapter_for
+from hf_zipit.files import write_text
+from hf_zipit.symmetry import MergeSpec, prove
+from hf_zipit.symmetry.group import apply_element, random_element
+from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
+from hf_zipit.symmetry.spec import factors
+from hf_zipit.symmetry.trace import select_outputs
+
+MAPPINGS = (
+    "IMAGE_CLASSIFICATION", "SEQUENCE_CLASSIFICATION", "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM",
+    "TOKEN_CLASSIFICATION", "QUESTION_ANSWERING", "AUDIO_CLASSIFICATION", "CTC", "SPEECH_SEQ_2_SEQ",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION", "IMAGE_TEXT_TO_TEXT", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION",
+    "UNIVERSAL_SEGMENTATION", "DEPTH_ESTIMATION", "VIDEO_CLASSIFICATION", "TIME_SERIES_PREDICTION", "",
+)  # fmt: skip
+"""The Auto mappings that count; the empty name is that of the base models."""
+
+SECONDS = 150
+"""A class that takes longer is given up."""
+
+SAMPLES = 24
+SAME = 1e-4
+"""A reordered copy that comes back is off by less than this."""
+
+FREE = 0.95
+"""A class is free when this share of its attention and MLP matrices is."""
+
+ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm")
+BESIDE = re.compile(r"embed|position|relative|bias_table|(^|\.)(norm|ln)|router|gate\.weight|rotary")
+"""Tensors in blocks that are neither attention nor MLP."""
+
+
+@dataclass
+class Row:
+    """What was found of one class; fields that were not reached are None."""
+
+    name: str
+    family: str
+    mapping: str
+    parameters: int | None = None
+    proof: float | None = None
+    attention: float | None = None
+    mlp: float | None = None
+    frozen: dict[str, int] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    weights: float | None = None
+    permute: float | None = None
+    loaded: bool | None = None
+    seconds: float = 0.0
+    stage: str = "built"
+    error: str | None = None
+
+    @property
+    def proven(self) -> bool:
+        return self.proof is not None and self.proof <= TOLERANCE
+
+    @property
+    def free(self) -> bool:
+        shares = [share for share in (self.attention, self.mlp) if share is not None]
+        return self.proven and bool(shares) and min(shares) >= FREE
+
+
+# One class -----------------------------------------------------------------------------------------------------------
+
+
+def measure(row: Row, merging: bool = True) -> Iterator[Row]:
+    """The row of a class, again after every stage."""
+    model = smallest_model(getattr(transformers, row.name))
+    row.parameters, row.stage = sum(p.numel() for p in model.parameters()), "traced"
+    yield row
+    spec = MergeSpec.from_model(model)
+    row.unknown = list(spec.unknown_ops)
+    row.stage = "proven"
+    yield row
+    row.proof = max(prove(model, spec, seed=seed) for seed in range(2))
+    row.attention, row.mlp, row.frozen = shares(spec, model)
+    row.stage = "merged"
+    yield row
+    if merging:
+        yield from merged(row, model, spec)
+    row.stage = "done"
+    yield row
+
+
+def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | None, dict[str, int]]:
+    """The shares of the attention and of the MLP matrices in blocks that are free, and what fixes the others.
+
+    A matrix is free where every factor of both of its axes moves: of a convolution's kernel, of its channels.
+    """
+    free: dict[bool, list[bool]] = {True: [], False: []}
+    reasons: Counter[str] = Counter()
+    for name, tensor in model.named_parameters():
+        module = name.rpartition(".")[0]
+        inside = any(module.startswith(f"{block.path}.") for block in spec.blocks)
+        if not inside or tensor.ndim < 2 or name not in spec.axes or BESIDE.search(name):
+            continue
+        convolution = tensor.ndim > 2 and type(model.get_submodule(module)).__name__.startswith("Conv")
+        axes = spec.axes[name][:2] if convolution else spec.axes[name]
+        fixed = {f.space for label in axes for f in factors(label) if not spec.movable(f.space)}
+        free[bool(ATTENTION.search(name))].append(not fixed)
+        reasons.update({spec.spaces[space].frozen_by or "?" for space in fixed})
+    attention, mlp = (sum(found) / len(found) if found else None for found in (free[True], free[False]))
+    return attention, mlp, dict(reasons.most_common(3))
+
+
+def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
+    """Merge a model with a reordered copy of itself by two methods, save the result and load it."""
+    generator = torch.Generator().manual_seed(1)
+    saved = perturb(model.state_dict(), generator)  # what is not saved is computed anew
+    model = with_tensors(model, {**model_tensors(model), **saved})
+    moved = apply_element(model_tensors(model), spec, random_element(spec, generator, permutations_only=True))
+    experts = {"a": model, "b": with_tensors(model, moved)}
+    inputs = samples(model)
+    result = hf_zipit.merge(experts, method="weights", refit=None, corrections={})
+    row.weights, row.stage = worst(result, experts, inputs), "loaded"
+    yield row
+    with tempfile.TemporaryDirectory() as folder:
+        result.save_pretrained(folder)
+        autos = [name for name in result.config.auto_map if name != "AutoConfig"]
+        again = getattr(transformers, autos[-1]).from_pretrained(folder)  # of several the one of its task
+        row.loaded = worst(again, experts, inputs) <= SAME
+    row.stage = "merged by permute"
+    yield row
+    result = hf_zipit.merge(experts, inputs, method="permute", refit=None, corrections={})
+    row.permute = worst(result, experts, inputs)
+
+
+def with_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+    """A copy of a model with other tensors."""
+    made = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for name, tensor in model_tensors(made).items():
+            tensor.copy_(tensors[name])
+    return made
+
+
+def samples(model: PreTrainedModel) -> dict[str, Tensor]:
+    """More of the adapter's example inputs, drawn at random where they are."""
+    generator = torch.Generator().manual_seed(3)
+    inputs: dict[str, Tensor] = {}
+    for name, example in adapter_for(model).inputs(model).items():
+        if not isinstance(example, Tensor):
+            continue
+        shape = (SAMPLES, *example.shape[1:])
+        few = example.unique()
+        if example.is_floating_point() and len(few) > 1:
+            inputs[name] = torch.randn(shape, generator=generator)
+        elif name.endswith("input_ids"):
+            inputs[name] = few[torch.randint(len(few), shape, generator=generator)]
+        else:
+            inputs[name] = example[:1].expand(shape)
+    return inputs
+
+
+@torch.no_grad()
+def worst(result: nn.Module, experts: Mapping[str, PreTrainedModel], inputs: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of a merged model's outputs from its experts'."""
+    errors = [0.0]
+    few = {name: tensor[:4] for name, tensor in inputs.items()}
+    for task, expert in experts.items():
+        fields = adapter_for(expert).outputs(expert)
+        expected = select_outputs(expert(**few), fields)
+        found = select_outputs(result(**few, task=task), fields)
+        for name, tensor in expected.items():
+            if name in adapter_for(expert).features(expert) or not tensor.is_floating_point():
+                continue
+            error = (found[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-12)
+            errors.append(float(error))
+    return max(errors)
+
+
+# All classes ---------------------------------------------------------------------------------------------------------
+
+
+def classes() -> list[tuple[str, str, str]]:
+    """Class, family and Auto mapping of all that counts: of every family one class, then of every one another."""
+    turns: dict[str, list[tuple[str, str, str]]] = {}
+    seen: set[str] = set()
+    for mapping in MAPPINGS:
+        name = f"MODEL_FOR_{mapping}_MAPPING_NAMES" if mapping else "MODEL_MAPPING_NAMES"
+        for family, own in getattr(modeling_auto, name).items():
+            for one in [own] if isinstance(own, str) else own:
+                if one not in seen and hasattr(transformers, one):
+                    seen.add(one)
+                    turns.setdefault(family, []).append((one, family, mapping.lower() or "base"))
+    rounds = max(map(len, turns.values()))
+    return [own[i] for i in range(rounds) for own in turns.values() if i < len(own)]
+
+
+def apart(row: Row, merging: bool) -> Row:
+    """The row of a class that is tried in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(row, there, merging))
+    start = time.perf_counter()
+    process.start()
+    there.close()
+    ended = "the process died"
+    try:
+        while True:
+            left = SECONDS - (time.perf_counter() - start)
+            if not here.poll(max(left, 0)):
+                ended = f"given up after {SECONDS} s"
+                break
+            row = here.recv()
+            if row.error or row.stage == "done":
+                ended = row.error or ""
+                break
+    except EOFError:
+        pass
+    process.kill()
+    process.join()
+    row.error, row.seconds = ended or None, round(time.perf_counter() - start, 1)
+    return row
+
+
+def _work(row: Row, connection: Connection, merging: bool) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    try:
+        for state in measure(row, merging):
+            connection.send(state)
+    except Exception as error:
+        row.error = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        connection.send(row)
+
+
+# The page ------------------------------------------------------------------------------------------------------------
+
+
+def page(rows: list[Row], command: str, note: str = "") -> str:
+    """The whole page in Markdown; `note` says what else is to know of the rows."""
+    built = [row for row in rows if row.stage != "built"]
+    counts = {
+        "classes tried": rows,
+        "built in a small size": built,
+        "traced and proven at 1e-5": [row for row in built if row.proven],
+        "with 95 % of attention and MLP matrices free": [row for row in built if row.free],
+        "a reordered copy comes back by `weights`": [r for r in built if r.weights is not None and r.weights <= SAME],
+        "a reordered copy comes back by `permute`": [r for r in built if r.permute is not None and r.permute <= SAME],
+        "saved and loaded by Auto": [row for row in built if row.loaded],
+        "traced, but not proven": [r for r in built if r.proof is not None and not r.proven],
+    }
+    summary = "\n".join(f"| {name} | {len(own)} |" for name, own in counts.items())
+    causes: Counter[str] = Counter()
+    for row in built:
+        causes.update(row.frozen.keys())
+    fixing = "\n".join(f"| {cause} | {count} |" for cause, count in causes.most_common(15))
+    columns = ["class", "family", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
+    head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
+    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
+    lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
+    unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
+    missing = "\n".join(f"| {row.name} | {told(row.error)} |" for row in unbuilt)
+    return f"""# Coverage
+
+Written by `{command}`; not edited by hand.
+
+Classes of the Auto mappings in their smallest form, with random weights and example inputs: one class of every family,
+then more. *proof* is the largest relative error of the outputs after a random element of the inferred group
+([Symmetries](symmetries.md)); *attention* and *MLP* are the shares of the matrices in blocks of which every factor of
+both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without
+a refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.{f" {note}" if note else ""}
+
+| | classes |
+| --- | ---: |
+{summary}
+
+## What fixes attention and MLP matrices
+
+| cause | classes |
+| --- | ---: |
+{fixing}
+
+## Classes
+
+{chr(10).join(lines)}
+
+## Not built
+
+No small configuration is known for these.
+
+| class | why |
+| --- | --- |
+{missing}
+"""
+
+
+def line(row: Row) -> str:
+    """A class's row of the table."""
+    fixed = "; ".join(row.frozen)
+    told_apart = "; ".join(filter(None, (f"{row.stage}: {told(row.error)}" if row.error else "", fixed)))
+    cells = [
+        row.name, row.family, number(row.proof), percent(row.attention), percent(row.mlp), number(row.weights),
+        number(row.permute), {True: "yes", False: "no", None: "-"}[row.loaded], f"{row.seconds:.0f}", told_apart,
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def told(error: str | None) -> str:
+    """An error for a cell of a table, without paths of this machine."""
+    text = re.sub(r"/[\w./-]+/", ".../", error or "").replace("|", "/").replace("<", "&lt;")
+    return text if len(text) <= 200 else f"{text[:200]} ..."
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0e}"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.0f} %"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file, the last one of every class."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    rows = {row["name"]: Row(**row) for row in map(json.loads, lines)}
+    return list(rows.values())
+
+
+def main(
+    rows: Annotated[Path, typer.Option(help="The file of what is measured.")] = Path("out/coverage.jsonl"),
+    out: Annotated[Path | None, typer.Option(help="The Markdown file to write.")] = None,
+    count: Annotated[int | None, typer.Option("--classes", help="Try the first so many classes.")] = None,
+    only: Annotated[str | None, typer.Option(help="Try (again) the classes whose name contains this.")] = None,
+    note: Annotated[str, typer.Option(help="What else the page says of how its rows were measured.")] = "",
+    merging: Annotated[bool, typer.Option(help="Merge, not only trace and prove.")] = True,
+) -> None:
+    """Try classes and write the page."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.simplefilter("ignore")
+    known = {row.name for row in read(rows)} if only is None else set()
+    rows.parent.mkdir(parents=True, exist_ok=True)
+    for name, family, mapping in classes()[:count]:
+        if name in known or (only is not None and not re.search(only, name)):
+            continue
+        row = apart(Row(name, family, mapping), merging)
+        with rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+        typer.echo(line(row))
+    if out is not None:
+        write_text(out, page(read(rows), "make coverage", note))
+
+
+if __name__ == "__main__":
+    typer.run(main)

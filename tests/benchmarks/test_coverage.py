@@ -1,0 +1,48 @@
+"""Classes that no table of tiny models names: built small, proven, merged with a reordered copy, told in a table."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+
+from benchmarks.coverage import SAME, Row, classes, measure, page, read
+
+FREE = ["Qwen3MoeForCausalLM", "T5ForConditionalGeneration", "MobileViTForImageClassification"]
+
+
+def measured(name: str) -> Row:
+    return list(measure(Row(name, "family", "mapping")))[-1]
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_class_proves_and_a_reordered_copy_comes_back(name):
+    row = measured(name)
+    assert row.stage == "done"
+    assert row.proven
+    assert row.mlp == 1
+    assert max(row.weights, row.permute) <= SAME
+    assert row.loaded
+
+
+def test_of_every_family_one_class_comes_first():
+    found = classes()
+    families = [family for _, family, _ in found]
+    first = len(set(families))
+    assert len(set(families[:first])) == first
+    assert len({name for name, _, _ in found}) == len(found)
+
+
+def test_rows_are_read_again_and_the_last_one_of_a_class_counts(tmp_path):
+    rows = [Row("A", "a", "base", error="no | way"), Row("A", "a", "base", stage="done", proof=1e-7, attention=1.0)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "".join(json.dumps(asdict(row)) + "\n" for row in [*rows, Row("B", "b", "base", error="no | way")])
+    )
+    found = read(path)
+    assert found == [rows[1], Row("B", "b", "base", error="no | way")]
+    text = page(found, "make coverage")
+    assert "| classes tried | 2 |" in text
+    assert "| traced and proven at 1e-5 | 1 |" in text
+    assert "| B | no / way |" in text
