@@ -45,7 +45,7 @@ from hf_zipit.symmetry.spec import Factor, MergeSpec, product_key
 AGREED = 1e-6
 """The alignment's maps are kept where they lose no more than this fraction of the energy than the best basis does."""
 
-SEEN = 0.1
+SEEN = 0.01
 """What a direction that no layer reads counts, relative to the mean direction."""
 
 PRIOR = 1e-4
