@@ -99,7 +99,7 @@ def _stream_bases(
 ) -> dict[str, LinearMap]:
     """The bases of the residual streams, from as many batches of every task as are enough for it."""
     spec, cut, config = planned.spec, planned.cut, planned.config.refit
-    names = rotatable(spec, planned.model, maps) if config.stream_bases else []
+    names = rotatable(spec, planned.model, maps) if config.stream_bases else {}
     if not names:
         return {}
     fields = adapter_for(planned.model).outputs(planned.model)

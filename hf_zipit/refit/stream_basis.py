@@ -7,7 +7,10 @@ experts' streams have together, the merged stream takes the d with the most ener
 
     z = sum_t M_t h_t,    [M_1 ... M_T] = V / sqrt(T),    U_t = sqrt(T) V_t^T.
 
-That is a principal component analysis, thus the best linear map into d units and back. It needs a stream that allows
+That is a principal component analysis, thus the best linear map into d units and back. What counts is what the layers
+behind the norms read: a direction counts as much as their outputs change along it (`read_metric`), and every direction
+a little. Where that makes a difference, the rows of [M_1 ... M_T] are an orthonormal basis of the units from which the
+readers' inputs are best made, as reduced-rank regression finds them. It needs a stream that allows
 every rotation, as in a pre-LN model: there every reader is solved on what the merged model feeds into it, so that a
 norm's scale is no obstacle. Which rotation of V is taken has no influence then; it is the one nearest to the
 alignment's maps, the combined weights' basis.
@@ -31,29 +34,34 @@ from hf_zipit.data.processes import solving_device
 from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.maps.transform import unmerge_matrix
 from hf_zipit.planning.cut import Cut
-from hf_zipit.refit.factorise import eigh, svd
+from hf_zipit.refit.factorise import eigh, qr, svd
 from hf_zipit.refit.positions import Rows
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import find_readouts
+from hf_zipit.symmetry.spaces import Fold
 from hf_zipit.symmetry.spec import Factor, MergeSpec, product_key
 
 AGREED = 1e-6
 """The alignment's maps are kept where they lose no more than this fraction of the energy than the best basis does."""
+
+SEEN = 0.01
+"""What a direction that no layer reads counts, relative to the mean direction."""
 
 PRIOR = 1e-4
 """What the alignment's directions count more than others, relative to the mean energy: it decides where no sample
 shows anything."""
 
 
-def rotatable(spec: MergeSpec, model: PreTrainedModel, maps: Alignment) -> list[str]:
-    """The spaces with a map that allow rotations, if the norms' scales are the readers' business."""
+def rotatable(spec: MergeSpec, model: PreTrainedModel, maps: Alignment) -> dict[str, list[Fold]]:
+    """The spaces with a map that allow rotations, if the norms' scales are the readers' business; and their norms."""
     folded = spec if spec.folds else MergeSpec.from_model(model, folding=True)
-    return [name for name in rotating(folded) if name in maps and spec.spaces[name].size == maps[name].size]
+    names = [name for name in rotating(folded) if name in maps and spec.spaces[name].size == maps[name].size]
+    return {name: [norm for norm in folded.folds if spec.axes[norm.weight] == ((Factor(name),),)] for name in names}
 
 
 def stream_bases(
-    names: Sequence[str],
+    names: Mapping[str, Sequence[Fold]],
     program: Program,
     sites: Mapping[fx.Node, RefitSite],
     experts: Sequence[Mapping[str, Tensor]],
@@ -67,7 +75,7 @@ def stream_bases(
     """The maps of residual streams that lose least; none for a stream whose alignment loses as little.
 
     Args:
-        names: the streams.
+        names: the streams, each with the norms of what reads it.
         program, sites: the forward pass, and where weights are solved.
         experts: their tensors.
         rows: the batches, and how much every position counts.
@@ -93,7 +101,8 @@ def stream_bases(
         if found:
             energy = torch.stack([x / x.trace().clamp_min(1e-30) for x in found]).mean(0)
             start = torch.cat([unmerge_matrix(maps, (Factor(name),), t, spec) for t in range(len(experts))]).mT
-            basis = principal_basis(energy, start / len(experts) ** 0.5)
+            read = read_metric(names[name], experts, energy)
+            basis = principal_basis(energy, start / len(experts) ** 0.5, read)
             if basis is not None:
                 bases[name] = LinearMap.rotation(torch.stack(basis.cpu().chunk(len(experts), 1)) * len(experts) ** 0.5)
     return bases
@@ -115,7 +124,7 @@ class StreamValue:
 
 
 def stream_values(
-    names: Sequence[str], program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, cut: Cut
+    names: Collection[str], program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, cut: Cut
 ) -> Iterator[StreamValue]:
     """The nodes that hold a stream after something was written into it, or where a branch reads it."""
     for site in sites.values():
@@ -148,14 +157,41 @@ def values_of(
 
 
 @torch.no_grad()
-def principal_basis(energy: Tensor, start: Tensor) -> Tensor | None:
-    """V `[d, T d]` with orthonormal rows: the directions with the most energy, rotated to be nearest to `start`.
+def read_metric(norms: Sequence[Fold], experts: Sequence[Mapping[str, Tensor]], energy: Tensor) -> Tensor:
+    """How much every direction of the experts' streams changes what is read of them: `[T d, T d]`, block-diagonal.
+
+    Every reader counts as much as the others, whatever the size of its outputs.
+
+    Args:
+        norms: the norms of the stream, with the layers that read them.
+        experts: their tensors.
+        energy: `[T d, T d]`, the joint second moments of the streams behind their norms.
+    """
+    size = len(energy) // len(experts)
+    blocks = []
+    for t, own in enumerate(experts):
+        part = energy[t * size : (t + 1) * size, t * size : (t + 1) * size]
+        read = torch.zeros_like(part)
+        for norm in norms:
+            for reader in (reader for reader in norm.readers if reader.weight in own):
+                weight = own[reader.weight].to(part).movedim(reader.axis, 1) * own[norm.weight].to(part)
+                found = weight.mT @ weight
+                read += found / (found * part).sum().clamp_min(1e-30)
+        scale = read.trace().clamp_min(1e-30) / size
+        blocks.append(read / scale + SEEN * torch.eye(size).to(part))
+    return torch.block_diag(*blocks)
+
+
+@torch.no_grad()
+def principal_basis(energy: Tensor, start: Tensor, metric: Tensor | None = None) -> Tensor | None:
+    """V `[d, T d]` with orthonormal rows: the directions that lose least, rotated to be nearest to `start`.
 
     The vectors of ones are one direction of both, which a LayerNorm leaves out.
 
     Args:
         energy: `[T d, T d]`.
         start: `[d, T d]`, orthonormal rows: the alignment's directions.
+        metric: `[T d, T d]`, positive definite: what an error in a direction counts; None where all count the same.
 
     Returns:
         None where `start` loses as little.
@@ -163,11 +199,23 @@ def principal_basis(energy: Tensor, start: Tensor) -> Tensor | None:
     size, joint = start.shape
     start = start.to(energy)
     energy = energy + PRIOR * energy.trace() / joint * start.mT @ start
-    before, inside = torch.trace(start @ energy @ start.mT), complement_of_ones(size).to(energy)
+    inside = complement_of_ones(size).to(energy)
     frame = torch.block_diag(*[inside] * (joint // size))
-    ones = torch.full_like(start, joint**-0.5 * size**-0.5)
-    vectors = frame @ eigh(frame.mT @ energy @ frame)[1][:, 1 - size :]
-    u, _, v = svd(inside.mT @ start @ vectors)
-    basis = ones + inside @ u @ v @ vectors.mT
-    gain = torch.trace(basis @ energy @ basis.mT) - before
-    return basis if gain > AGREED * energy.trace() else None
+    metric = torch.eye(len(frame)).to(energy) if metric is None else metric.to(energy)
+    inner, weight, before = frame.mT @ energy @ frame, frame.mT @ metric @ frame, inside.mT @ start @ frame
+    values, vectors = eigh(weight)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    best = qr(root @ eigh(root @ inner @ root)[1][:, 1 - size :])[0].mT
+    u, _, v = svd(before @ best.mT)
+    gain = explained(best, inner, weight) - explained(before, inner, weight)
+    ones = energy.new_full((size, joint), joint**-0.5 * size**-0.5)
+    return ones + inside @ u @ v @ best @ frame.mT if gain > AGREED * (inner * weight).sum() else None
+
+
+def explained(basis: Tensor, energy: Tensor, metric: Tensor) -> Tensor:
+    """How much of the energy, in a metric, a regression on some directions `[k, n]` makes of them."""
+    across = basis @ energy
+    inputs = across @ basis.mT
+    floor = 1e-12 * inputs.diagonal().mean().clamp_min(1e-30)
+    inputs = torch.diagonal_scatter(inputs, inputs.diagonal() + floor)
+    return (torch.linalg.solve(inputs, across) * (across @ metric)).sum()
