@@ -28,7 +28,6 @@ from transformers.utils import ModelOutput
 
 from ..errors import ZipItError
 from ..files import adding_to
-from ..hub.processors import FOLDER as PROCESSORS
 from ..hub.processors import Files, processor_files, write_files
 from ..registry import CONVERSIONS
 from .configuration import ZipItConfig
@@ -244,7 +243,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         `trust_remote_code=True` load the folder.
 
         The tensors keep their names in memory: half a source model has no file format of its own to convert to. A
-        model that is in the folder already stays whole until the new one is written.
+        merged model that is in the folder already is replaced at once, and whole; other files there stay.
 
         Args:
             save_directory: the folder.
@@ -252,7 +251,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
             kwargs: as in transformers.
 
         Raises:
-            OutputError: if the folder cannot be written, or the disk is full.
+            OutputError: if the folder cannot be written or holds somebody else's model, or the disk is full.
         """
         pushing = {name: kwargs.pop(name) for name in PUSHING if name in kwargs}
         if not kwargs.get("is_main_process", True):
@@ -261,9 +260,6 @@ class ZipItPreTrainedModel(PreTrainedModel):
         with adding_to(save_directory) as beside:
             self._write(beside, **kwargs)
             self._write_companions(beside, Path(save_directory).absolute().name)
-            per_task = (beside / PROCESSORS).exists()
-        if not per_task:  # an earlier model's
-            shutil.rmtree(Path(save_directory, PROCESSORS), ignore_errors=True)
         if push_to_hub:
             repo_id = pushing.pop("repo_id", None) or Path(save_directory).absolute().name
             shard_size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
