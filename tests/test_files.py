@@ -47,7 +47,12 @@ def content(folder: Path) -> dict[str, str]:
 
 def test_a_model_replaces_what_we_wrote_and_nothing_else(tmp_path):
     folder = tmp_path / "deep" / "model"
-    mine = {"thesis.tex": "years", "data/x.csv": "1", "checkpoint-500/model.safetensors": "kept", "picture.png": "mine"}
+    mine = {
+        "thesis.tex": "years",
+        "data/x.csv": "1",
+        "checkpoint-500/model.safetensors": "kept",
+        "picture.png": "mine",
+    }
     save(folder, {"config.json": MERGED, "model-00001-of-00002.safetensors": "1", "processors/a/vocab.txt": "1"})
     for name, text in mine.items():
         (folder / name).parent.mkdir(exist_ok=True)

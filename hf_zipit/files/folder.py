@@ -90,7 +90,9 @@ def _commit(folder: Path, place: Path) -> None:
     old = written_files(folder) if is_ours(folder) else []
     for name in files:
         if (folder / name).is_dir() or _behind_link(folder, name):
-            raise OutputError(f"{folder / name} is a folder or behind a link, where a file of the model goes; move it.")
+            raise OutputError(
+                f"{folder / name} is a folder or behind a link, where a file of the model goes; move it."
+            )
     if CONFIG in files:
         (new / MANIFEST).write_text(json.dumps(manifest(new, files), indent=2) + "\n", encoding="utf-8")
         files.append(MANIFEST)

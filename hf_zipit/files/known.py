@@ -38,6 +38,13 @@ def belongs(name: str) -> bool:
     return len(path.parts) == 1 and _fits(path.name, (*WEIGHTS, *COMPANIONS, *PROCESSOR_FILES))
 
 
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a file of a folder is, through links, one outside of it; the Hub's cache is made of links of its own."""
+    real, root = path.resolve(), folder.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    return not any(home in real.parents for home in homes)
+
+
 def is_processor_file(path: Path) -> bool:
     return path.is_file() and _fits(path.name, PROCESSOR_FILES)
 

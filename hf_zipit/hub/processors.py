@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_zipit.files.known import PROCESSOR_FILES, is_processor_file
+from hf_zipit.errors import ExpertError
+from hf_zipit.files.known import PROCESSOR_FILES, is_processor_file, leads_out
 from hf_zipit.files.known import PROCESSORS as FOLDER
 from hf_zipit.hub.cache import local_folder
 
@@ -37,6 +38,9 @@ def processor_files(source: str | Path | None, revision: str | None = None, *, f
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.iterdir()) if is_processor_file(path)}
     inner = sorted((folder / FOLDER).glob("*/*"))
     found |= {path.relative_to(folder).as_posix(): path for path in inner if is_processor_file(path)}
+    for path in found.values():
+        if leads_out(path, folder):
+            raise ExpertError(f"{path} is a link that leads out of its folder, so it is not read; put the file there.")
     return {name: path.read_bytes() for name, path in found.items()}
 
 
