@@ -179,7 +179,7 @@ def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
         raise ExpertError(
-            f"the weights in {source} are quantised ({kind}); dequantise them first (`model.dequantize()`) and save that"
+            f"the weights in {source} are quantised ({kind}); save what `model.dequantize()` gives, and merge that"
         )
     return config
 

@@ -3,8 +3,8 @@
 The hidden folder is named after its target and locked while it is written in. So writers of one target wait for each
 other, and what a killed one left is found and removed by the next.
 
-Invariants: at every moment, and after a crash at any moment, the target is either what it was or complete. A full disk,
-a missing permission or a path that leads through a file is told in one sentence, as an `OutputError`.
+Invariants: at every moment, and after a crash at any moment, the target is either what it was or complete. A full
+disk, a missing permission or a path that leads through a file is told in one sentence, as an `OutputError`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def is_processor_file(path: Path) -> bool:
 
 
 def model_type(folder: Path) -> str | None:
-    """What the configuration in a folder says that the model is; None where there is none, "" where it does not say."""
+    """What kind of model a folder holds; None where it holds none, "" where its configuration does not say."""
     path = folder / CONFIG
     if not path.exists():
         return None

@@ -24,7 +24,7 @@ from accelerate.hooks import add_hook_to_module
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..errors import ZipItError
 from ..files import adding_to
@@ -38,6 +38,8 @@ from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_modu
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
+
+logger = logging.get_logger(__name__)
 
 Task = str | Sequence[str] | Tensor | None
 
@@ -224,6 +226,11 @@ class ZipItPreTrainedModel(PreTrainedModel):
         outputs = self.run_branches(lambda name: self.run_branch(name, inputs))
         joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
         if labels is not None:
+            if chosen is None and self.config.joint == "concatenate" and not self.training:
+                logger.warning_once(
+                    "Labels came without a task, so they are read as ids of the joint classes; where they are a task's "
+                    "own ids, give `task`, as a column of the data or by `model.for_task(name)`."
+                )
             ids = labels if chosen is None else joint_ids(labels, chosen, self.config.offsets())
             # First in the output, as everywhere in transformers: Trainer takes the loss from position 0.
             joint = type(joint)(**{**joint, "loss": joint_loss(joint["logits"], ids, self.config.problem_type)})

@@ -112,8 +112,6 @@ def _check_merging(recipe: Recipe) -> None:
     for task, expert in recipe.experts.items():
         if expert.seed is not None and not 0 <= expert.seed < SEEDS:
             raise RecipeError(f"experts.{task}.seed should be from 0 to {SEEDS - 1}, but is {expert.seed}.")
-    if recipe.threads is not None and recipe.threads < 1:
-        raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     kept = recipe.kept
     if (kept.method, kept.depth) not in recipe.configs:
         raise RecipeError(
