@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
 
 Expert = PreTrainedModel | nn.Module | str | Path
+
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a server to convert a pickle
 
 PLAIN = {"trust_remote_code": False, "use_safetensors": True}
 """Arguments of `from_pretrained` by which loading runs no code that came with the weights."""

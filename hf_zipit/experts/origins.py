@@ -93,9 +93,7 @@ def card_data(source: str | None, revision: str | None = None) -> dict[str, Any]
     try:
         found = metadata_load(folder / CARD) or {}
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        logger.warning(
-            "The metadata in the card of %s cannot be read (%s) and is left out.", source, first_line(error)
-        )
+        logger.warning("The metadata in the card of %s is left out, it cannot be read: %s", source, first_line(error))
         return {}
     return found if isinstance(found, dict) else {}
 

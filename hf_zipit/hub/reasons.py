@@ -49,10 +49,8 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
 
     if "Unrecognized model" in str(error):
         return "its config.json is missing, or names no kind of model that transformers knows"
-    if (
-        "no file named model.safetensors" in str(error) and list(Path(source).expanduser().glob("*.bin"))
-    ) or "`use_safetensors=True`" in str(error):
-        return "it has no safetensors weights, and others are not read: a pickle can run code; save it again"
+    if "no file named model.safetensors" in str(error) or "`use_safetensors=True`" in str(error):
+        return "it has no model.safetensors; other weights are not read, for a pickle can run code: save it again"
     if Path(source).expanduser().is_dir():
         named = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
         return named + first_line(error)

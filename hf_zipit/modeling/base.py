@@ -228,8 +228,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
         if labels is not None:
             if chosen is None and self.config.joint == "concatenate" and not self.training:
                 logger.warning_once(
-                    "Labels came without a task, so they are read as ids of the joint classes; where they are a task's "
-                    "own ids, give `task`, as a column of the data or by `model.for_task(name)`."
+                    "Labels came without a task, so they are read as ids of the joint classes; where they are a "
+                    "task's own ids, give `task`, as a column of the data or by `model.for_task(name)`."
                 )
             ids = labels if chosen is None else joint_ids(labels, chosen, self.config.offsets())
             # First in the output, as everywhere in transformers: Trainer takes the loss from position 0.

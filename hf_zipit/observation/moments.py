@@ -44,6 +44,9 @@ divides by at least 1e-7, so that a unit of small variance is more similar to la
 DEAD = 1e-6
 """A unit is dead when its standard deviation is at most this share of its mean: constant, for float32."""
 
+_MALFORMED = (TypeError, ValueError, AttributeError)
+"""What reading a header stumbles over that says other things than it should."""
+
 _FORMAT = "hf_zipit.moments/2"
 
 
