@@ -173,6 +173,7 @@ def _point(folder: Path, place: Path, weights: str) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
+    path.unlink(missing_ok=True)  # a killed writer may have left a link to a new file here, which must not be written
     path.write_text(json.dumps(content), encoding="utf-8")
     to_disk(path)
 

@@ -59,8 +59,8 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: d
         found[state] += 1
         recover(folder)
         left = content(folder)
-        other = {name for name in {*left, *wanted[state]} if left.get(name) != wanted["new"].get(name)}
-        assert left in wanted.values(), (point, other)
+        other = {name for name in {*left, *wanted["new"]} if left.get(name) != wanted["new"].get(name)}
+        assert left in wanted.values(), f"killed at event {point}, {sorted(other)} are neither old nor new"
         assert not (folder / ".hf_zipit").exists()
     assert found["old"] and found["new"]
     print(f"killed at {sum(found.values())} of {count} file events: {found}")
