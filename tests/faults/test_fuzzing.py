@@ -24,8 +24,25 @@ fuzz = settings(
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=300) | st.dates()
 VALUES = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(PLAIN, v, max_size=3), max_leaves=6)
 KEYS = st.sampled_from(
-    "name depth method refit output threads seed options corrections overrides combine calibration evaluation save "
-    "push train base".split()
+    [
+        "name",
+        "depth",
+        "method",
+        "refit",
+        "output",
+        "threads",
+        "seed",
+        "options",
+        "corrections",
+        "overrides",
+        "combine",
+        "calibration",
+        "evaluation",
+        "save",
+        "push",
+        "train",
+        "base",
+    ]
 )
 NAMES = st.sampled_from(["..", "../../victim", "/etc", "a\0b", "x" * 300, "a/b", "\n", "\ud800"]) | st.text(max_size=9)
 

@@ -50,7 +50,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: d
     folder = start()
     count = run(lambda: new.save_pretrained(folder, **shards), tmp_path)
     assert count and content(folder) == wanted["new"]
-    for point in points(count, 12):
+    for point in points(count, 6):
         start()
         assert run(lambda: new.save_pretrained(folder, **shards), tmp_path, point) is None
         loaded = dict(type(new).from_pretrained(folder).state_dict())  # by transformers, which repairs nothing
