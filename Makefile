@@ -11,7 +11,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test lint format benchmarks docs coverage clean
+.PHONY: help venv quickstart test fuzz lint format benchmarks docs coverage clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
@@ -30,6 +30,9 @@ quickstart: $(INSTALLED) ## train two small experts, merge them, print the table
 
 test: $(INSTALLED) ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
+
+fuzz: $(INSTALLED) ## kill savings at every file event, 2,000 random inputs of each kind
+	HF_ZIPIT_FUZZ=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/faults
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .

@@ -17,6 +17,8 @@ from hf_zipit.cli.house import Commands
 from hf_zipit.cli.printing import silence, stderr
 from hf_zipit.errors import ZipItError
 
+OUT_OF = {MemoryError: "memory; merge fewer or smaller experts, or lower batch_size", RecursionError: "nesting depth"}
+
 app = Commands(
     help="Merge Hugging Face models of different tasks and initialisations into one model, without training.",
     epilog="""First steps
@@ -34,6 +36,10 @@ def main() -> None:
             app("hf-zipit")
     except ZipItError as error:
         stderr().print(Text(f"Error: {' '.join(str(error).split())}", style="red"), soft_wrap=True)
+        sys.exit(1)
+    except (MemoryError, RecursionError, OSError) as error:  # what no stage has a better sentence for
+        reason = str(error) if isinstance(error, OSError) else f"it ran out of {OUT_OF[type(error)]}"
+        stderr().print(Text(f"Error: {' '.join(reason.split())}.", style="red"), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         stderr().print("Stopped.", style="red")

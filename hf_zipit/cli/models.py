@@ -59,7 +59,6 @@ def merge(
     It is saved with its card and with the recipe that makes it again; `run` does the same for a recipe of your own.
     """
     with working(quiet) as say:
-        from hf_zipit.files import check_result_folder
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT, CalibrationData, ExpertEntry, Recipe
         from hf_zipit.running.run import run_recipe
@@ -76,8 +75,7 @@ def merge(
             output=out, seed=seed, refit=False if refit is False else None,
             settings={"polish": True} if polish else {},
         )  # fmt: skip
-        check_recipe(recipe)
-        check_result_folder(out)
+        check_recipe(recipe, [out])
         if dry_run:
             print_plans(recipe, as_json, say)
             return

@@ -80,12 +80,14 @@ def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str
 def _load_base(task: str, source: str, settings: dict[str, Any], saved: Mapping[str, list[int]]) -> PreTrainedModel:
     """The base, with a head of the adapter's size."""
     base_source, base_revision = settings["base_model_name_or_path"], settings.get("revision")
-    own = AutoConfig.from_pretrained(base_source, revision=base_revision)
+    own = AutoConfig.from_pretrained(base_source, revision=base_revision, trust_remote_code=False)
     model_class = base_class(task, settings, own)
     base, report = model_class.from_pretrained(
         base_source,
         config=_labelled(model_class, own, source, saved),
         revision=base_revision,
+        trust_remote_code=False,
+        use_safetensors=True,
         dtype=torch.float32,
         ignore_mismatched_sizes=True,  # the base's classifier, which the adapter brings its own for
         output_loading_info=True,

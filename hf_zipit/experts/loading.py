@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,24 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
+from hf_zipit.files import recover
+from hf_zipit.files.checks import unprintable
 from hf_zipit.hub.cache import commit_of, looks_local
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
 
 Expert = PreTrainedModel | nn.Module | str | Path
+
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a server to convert a pickle
+
+PLAIN = {"trust_remote_code": False, "use_safetensors": True}
+"""Arguments of `from_pretrained` by which loading runs no code that came with the weights."""
 
 Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
 """By task; without names, an expert is named like its folder or repo."""
@@ -41,6 +49,8 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")
+        if wrong := unprintable(name):
+            raise ExpertError(f"the task name {name[:80]!r} {wrong}; give the expert another name")
         if (count := names.count(name)) > 1:
             raise ExpertError(f"the task name {name!r} is given to {count} experts; task names must differ")
     found: dict[str, PreTrainedModel] = {}
@@ -96,7 +106,7 @@ def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedMod
     if isinstance(source, nn.Module):
         return source.eval()
     what = f"the base of {task!r} could not be loaded from {source}"
-    loading = {"config": expert.config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    loading = {**PLAIN, "config": expert.config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
         return type(expert).from_pretrained(source, **loading).eval()
 
@@ -125,6 +135,7 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
     if (isinstance(expert, Path) or looks_local(source)) and not folder.is_dir():
         raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
     source = str(folder) if folder.is_dir() else source
+    recover(folder)
     with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
         settings = adapter_config(source, revision)
         model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
@@ -137,6 +148,15 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
 
 def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
     """A loaded model as an expert: itself, or what an adapter makes of its base."""
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ExpertError(
+            f"the expert {task!r} is wrapped in {type(model).__name__}; give what is in it, model.module"
+        )
+    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
+    if empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ExpertError(
+            f"the tensor {empty} of the expert {task!r} has no values (device meta); load its weights first"
+        )
     if is_adapted(model):
         return plain(task, model)
     if getattr(model, "_hf_peft_config_loaded", False):
@@ -148,16 +168,16 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
 
 
 def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
-    config = AutoConfig.from_pretrained(source, revision=revision)
-    architecture = (config.architectures or [""])[0]
+    config = read_config(source, revision)
+    architecture = str((config.architectures or [""])[0] or "")
     model_class = getattr(modeling if isinstance(config, ZipItConfig) else transformers, architecture, None)
-    if model_class is None:
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
         raise ExpertError(
             f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, "
             "which transformers does not have; load the model yourself and pass it"
         )
     model, found = model_class.from_pretrained(
-        source, config=config, revision=revision, dtype=torch.float32, output_loading_info=True,
+        source, config=config, revision=revision, dtype=torch.float32, output_loading_info=True, **PLAIN,
         ignore_mismatched_sizes=True,  # told below, by name
     )  # fmt: skip
     if wrong := damage(found):
@@ -166,6 +186,22 @@ def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
             "save it again from where it is whole"
         )
     return model
+
+
+def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a model in a folder or repo, which cannot name code that is fetched and run.
+
+    Raises ExpertError for quantised weights, which cannot be averaged.
+    """
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    if "/" in str(getattr(config, "_attn_implementation", None)):  # a repo of kernels
+        config._attn_implementation = None
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+        raise ExpertError(
+            f"the weights in {source} are quantised ({kind}); save what `model.dequantize()` gives, and merge that"
+        )
+    return config
 
 
 def damage(found: Mapping[str, Any]) -> str | None:

@@ -18,10 +18,15 @@ from typing import Any
 import yaml
 from huggingface_hub.repocard import metadata_load
 from torch import nn
+from transformers.utils import logging
 
 from hf_zipit.experts.fingerprint import fingerprint_experts
+from hf_zipit.files.known import leads_out
 from hf_zipit.hub.cache import commit_of, local_folder
+from hf_zipit.hub.reasons import first_line
 from hf_zipit.schema import Plain
+
+logger = logging.get_logger(__name__)
 
 PACKAGES = ("hf-zipit", "torch", "transformers", "accelerate", "huggingface-hub", "safetensors", "numpy", "scipy")
 
@@ -64,11 +69,14 @@ def origins(experts: Mapping[str, nn.Module]) -> dict[str, Origin]:
 def origin(model: nn.Module, sha256: str) -> Origin:
     name, revision = source_of(model)
     card = card_data(name, revision)
-    licence = {key: str(card[key]) for key in LICENCE_KEYS if isinstance(card.get(key), str)}
+    licence = {key: card[key] for key in LICENCE_KEYS if _plain_text(card.get(key))}
     datasets = card.get("datasets") or []
-    datasets = [datasets] if isinstance(datasets, str) else datasets
+    datasets = datasets if isinstance(datasets, list) else [datasets]
+    odd = [key for key in LICENCE_KEYS if card.get(key) is not None and key not in licence]
+    if odd or not all(map(_plain_text, datasets)):
+        logger.warning("Metadata in the card of %s (%s) is odd and left out.", name, ", ".join(odd or ["datasets"]))
     task = getattr(model, "merged_task", None)
-    return Origin(name, task, revision, sha256, licence, tuple(str(d) for d in datasets))
+    return Origin(name, task, revision, sha256, licence, tuple(filter(_plain_text, datasets)))
 
 
 def source_of(model: nn.Module) -> tuple[str | None, str | None]:
@@ -80,10 +88,19 @@ def source_of(model: nn.Module) -> tuple[str | None, str | None]:
 def card_data(source: str | None, revision: str | None = None) -> dict[str, Any]:
     """The metadata of a model's card, as far as the card is on this machine; empty if it is not, or is damaged."""
     folder = local_folder(source, revision)
-    try:
-        return metadata_load(folder / CARD) or {} if folder else {}
-    except (OSError, ValueError, yaml.YAMLError):
+    if folder is None or not (folder / CARD).is_file() or leads_out(folder / CARD, folder):
         return {}
+    try:
+        found = metadata_load(folder / CARD) or {}
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        logger.warning("The metadata in the card of %s is left out, it cannot be read: %s", source, first_line(error))
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _plain_text(value: Any) -> bool:
+    """Whether it is a short text in one line, as licences and names of data sets are."""
+    return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
 
 
 def common_licence(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

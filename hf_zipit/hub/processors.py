@@ -9,25 +9,19 @@ Invariants: the network is only used for a repo id that the user named.
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_zipit.errors import ExpertError
+from hf_zipit.files.known import PROCESSOR_FILES, is_processor_file, leads_out
+from hf_zipit.files.known import PROCESSORS as FOLDER
 from hf_zipit.hub.cache import local_folder
 
 Files = dict[str, bytes]
 """Contents by path, relative to the model's folder."""
-
-PATTERNS = (
-    "*processor_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-    "*.model", "*.bpe", "chat_template*",
-)  # fmt: skip
-"""Names of the files that a processor may consist of."""
-
-FOLDER = "processors"
 
 NOISE = ("is_local", "local_files_only", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version")
 """Keys that tell where a processor was loaded from, and by what."""
@@ -38,17 +32,16 @@ def processor_files(source: str | Path | None, revision: str | None = None, *, f
 
     With `fetch`, files of a repo (and its card) may be downloaded; else those that are on this machine are read.
     """
-    folder = local_folder(source, revision, [*PATTERNS, f"{FOLDER}/*", "README.md"] if fetch else [])
+    folder = local_folder(source, revision, [*PROCESSOR_FILES, f"{FOLDER}/*", "README.md"] if fetch else [])
     if folder is None:
         return {}
     found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.iterdir()) if is_processor_file(path)}
     inner = sorted((folder / FOLDER).glob("*/*"))
     found |= {path.relative_to(folder).as_posix(): path for path in inner if is_processor_file(path)}
+    for path in found.values():
+        if leads_out(path, folder):
+            raise ExpertError(f"{path} is a link that leads out of its folder, so it is not read; put the file there.")
     return {name: path.read_bytes() for name, path in found.items()}
-
-
-def is_processor_file(path: Path) -> bool:
-    return path.is_file() and any(fnmatch.fnmatch(path.name, pattern) for pattern in PATTERNS)
 
 
 def saved_files(processor: Any) -> Files:

@@ -17,14 +17,12 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 
 from hf_zipit.errors import ExpertError, ZipItError
 
@@ -38,7 +36,7 @@ def told(what: str, source: str, revision: str | None = None) -> Iterator[None]:
         yield
     except ZipItError:
         raise
-    except (OSError, ValueError, RuntimeError, HTTPError, SafetensorError) as error:
+    except Exception as error:  # transformers raises whatever a damaged file makes it stumble over
         raise ExpertError(f"{what}: {why(error, source, revision)}") from error
 
 
@@ -51,8 +49,11 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
 
     if "Unrecognized model" in str(error):
         return "its config.json is missing, or names no kind of model that transformers knows"
+    if "no file named model.safetensors" in str(error) or "`use_safetensors=True`" in str(error):
+        return "it has no model.safetensors; other weights are not read, for a pickle can run code: save it again"
     if Path(source).expanduser().is_dir():
-        return first_line(error)
+        named = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
+        return named + first_line(error)
     if is_a(OfflineModeIsEnabled) or constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set, and it was not downloaded before; unset it, or name a folder"
     if is_a(GatedRepoError):

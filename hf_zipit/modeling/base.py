@@ -24,11 +24,10 @@ from accelerate.hooks import add_hook_to_module
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from ..errors import ZipItError
 from ..files import adding_to
-from ..hub.processors import FOLDER as PROCESSORS
 from ..hub.processors import Files, processor_files, write_files
 from ..registry import CONVERSIONS
 from .configuration import ZipItConfig
@@ -39,6 +38,8 @@ from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_modu
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
+
+logger = logging.get_logger(__name__)
 
 Task = str | Sequence[str] | Tensor | None
 
@@ -225,6 +226,11 @@ class ZipItPreTrainedModel(PreTrainedModel):
         outputs = self.run_branches(lambda name: self.run_branch(name, inputs))
         joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
         if labels is not None:
+            if chosen is None and self.config.joint == "concatenate" and not self.training:
+                logger.warning_once(
+                    "Labels came without a task, so they are read as ids of the joint classes; where they are a "
+                    "task's own ids, give `task`, as a column of the data or by `model.for_task(name)`."
+                )
             ids = labels if chosen is None else joint_ids(labels, chosen, self.config.offsets())
             # First in the output, as everywhere in transformers: Trainer takes the loss from position 0.
             joint = type(joint)(**{**joint, "loss": joint_loss(joint["logits"], ids, self.config.problem_type)})
@@ -244,7 +250,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         `trust_remote_code=True` load the folder.
 
         The tensors keep their names in memory: half a source model has no file format of its own to convert to. A
-        model that is in the folder already stays whole until the new one is written.
+        merged model that is in the folder already is replaced at once, and whole; other files there stay.
 
         Args:
             save_directory: the folder.
@@ -252,7 +258,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
             kwargs: as in transformers.
 
         Raises:
-            OutputError: if the folder cannot be written, or the disk is full.
+            OutputError: if the folder cannot be written or holds somebody else's model, or the disk is full.
         """
         pushing = {name: kwargs.pop(name) for name in PUSHING if name in kwargs}
         if not kwargs.get("is_main_process", True):
@@ -261,9 +267,6 @@ class ZipItPreTrainedModel(PreTrainedModel):
         with adding_to(save_directory) as beside:
             self._write(beside, **kwargs)
             self._write_companions(beside, Path(save_directory).absolute().name)
-            per_task = (beside / PROCESSORS).exists()
-        if not per_task:  # an earlier model's
-            shutil.rmtree(Path(save_directory, PROCESSORS), ignore_errors=True)
         if push_to_hub:
             repo_id = pushing.pop("repo_id", None) or Path(save_directory).absolute().name
             shard_size = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}

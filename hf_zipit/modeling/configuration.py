@@ -30,6 +30,9 @@ Labels = dict[int, str]
 SHOWN = ("method", "options", "overrides", "combine", "combine_options", "refit", "corrections", "polish", "seed")
 """Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
 
+SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")
+"""Keys that a configuration may have got from somebody's call, and that are nobody else's business."""
+
 
 @strict
 class ZipItConfig(PreTrainedConfig):
@@ -110,6 +113,10 @@ class ZipItConfig(PreTrainedConfig):
             self.answer_for(self.task)
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without what logs in somewhere."""
+        return without_secrets(super().to_dict())
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
         """Nothing to do: `save_pretrained` of the models writes what `trust_remote_code` needs (see `hub.py`)."""
@@ -157,6 +164,13 @@ class ZipItConfig(PreTrainedConfig):
             found[task] = start
             start += len(self.labels_of(task))
         return found
+
+
+def without_secrets(value: Any) -> Any:
+    """Nested values without the keys that hold what one logs in with."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items() if key not in SECRETS}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def check_tasks(tasks: list[str], task_labels: Mapping[str, Any]) -> None:

@@ -23,6 +23,9 @@ from .configuration import ZipItConfig
 from .empty_model import source_class
 from .joint import joint_embedding, mask_foreign, pick, side_by_side, vote
 
+ANSWERS = ("logits", "start_logits", "end_logits", "pred_logits", "pred_boxes", "pred_masks", "class_queries_logits")
+"""Outputs that are answers, not features, of models without classes of their own: spans, next tokens, boxes."""
+
 
 class ZipItModel(ZipItPreTrainedModel):
     """Merged models without labels, such as `CLIPModel`, `BertModel` or `ResNetModel`.
@@ -47,6 +50,16 @@ class ZipItModel(ZipItPreTrainedModel):
             task, None, pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs,
         )  # fmt: skip
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        """The features side by side. Raises ZipItError for answers of which that would be none."""
+        fields = next(iter(outputs.values()))
+        if alone := next((name for name in ANSWERS if name in fields), None):
+            raise ZipItError(
+                f"A merge of {self.config.source_architecture} models has no joint {alone}: those of its tasks do not "
+                f"add up to one answer, so name the one you mean, task={self.config.tasks[0]!r}."
+            )
+        return super().join(outputs)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:

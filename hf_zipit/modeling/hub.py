@@ -21,6 +21,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import PreTrainedModel
 
 from ..errors import OutputError
+from ..files.known import belongs, leads_out
 from ..hub.reasons import why
 from ..registry import Registry
 
@@ -28,9 +29,6 @@ REMOTE_MODULE = "modeling_hf_zipit"
 
 STALE = ("model*.safetensors*", "processors/*")
 """What an earlier push may have left that no longer belongs to the model: other shards, processors per task."""
-
-PRIVATE = (".*", "**/.*", "checkpoint-*/*", "runs/*", "*.pt", "*.bin", "*.pth")
-"""What a folder may hold beside a model that nobody wants on the Hub: hidden files, training states."""
 
 Companion = Callable[[Path, PreTrainedModel, str, str | None, Sequence[str]], Any]
 """Writes files beside the weights, given the folder, the model, its name, its repo id if known, and tags."""
@@ -85,7 +83,7 @@ def push_folder(
     commit_description: str | None = None,
     replaced: Mapping[str, bytes] | None = None,
 ) -> CommitInfo:
-    """Upload a saved model into a repo in one commit.
+    """Upload a saved model into a repo in one commit: the files that belong to it, whatever else is in the folder.
 
     Args:
         folder: of a saved merged model.
@@ -96,11 +94,16 @@ def push_folder(
         replaced: contents of files by name that are uploaded instead of the folder's.
 
     Raises:
-        OutputError: if the Hub cannot be reached or refuses; the repo is then as it was.
+        OutputError: if a file is a link out of the folder, or the Hub cannot be reached or refuses; the repo is then
+            as it was.
     """
     folder, api = Path(folder), _api(token)
     paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    names = list(filter_repo_objects(paths, ignore_patterns=list(PRIVATE)))
+    names = [name for name in paths if belongs(name)]
+    if out := next((name for name in names if leads_out(folder / name, folder)), None):
+        raise OutputError(
+            f"{folder / out} is a link that leads out of the folder, so it is not pushed; put the file there."
+        )
     files = {name: str(folder / name) for name in names} | dict(replaced or {})
     with _told(repo_id, revision):
         if revision is not None and not revision.startswith("refs/pr"):

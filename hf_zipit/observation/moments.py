@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
-from hf_zipit.experts.fingerprint import digest_strings
+from hf_zipit.experts.fingerprint import digest_strings, digest_tensors
 from hf_zipit.files import replacing
+from hf_zipit.hub.reasons import first_line
 from hf_zipit.symmetry.spec import ProductKey
 
 BLOCK_ROWS = 4096
@@ -43,7 +44,10 @@ divides by at least 1e-7, so that a unit of small variance is more similar to la
 DEAD = 1e-6
 """A unit is dead when its standard deviation is at most this share of its mean: constant, for float32."""
 
-_FORMAT = "hf_zipit.moments/1"
+_MALFORMED = (TypeError, ValueError, AttributeError)
+"""What reading a header stumbles over that says other things than it should."""
+
+_FORMAT = "hf_zipit.moments/2"
 
 
 @dataclass(eq=False)
@@ -121,6 +125,18 @@ class Sums:
         std = self.variance().sqrt()
         correlation = self.covariance() / torch.outer(std, std).clamp_min(FLOOR**2)
         return correlation * torch.outer(alive, alive)
+
+    def wrong(self, experts: int) -> str | None:
+        """What cannot be right about sums of a number of experts, in a few words; None if nothing is."""
+        width = self.total.numel()
+        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
+            return f"has the count {self.count!r}"
+        if {t.dtype for t in (self.shift, self.total, self.second)} != {torch.float64}:
+            return "is not in float64"
+        if width % experts or self.shift.shape != (width,) or self.second.shape != (width, width):
+            return f"has tensors of {width} units that do not fit {experts} experts and each other"
+        finite = all(t.isfinite().all() for t in (self.shift, self.total, self.second))
+        return None if finite and (self.second.diagonal() >= 0).all() else "holds sums that no features have"
 
     def variance(self) -> Tensor:
         return (self.second.diagonal() / self.count - (self.total / self.count).square()).clamp_min(0)
@@ -288,6 +304,7 @@ class Moments:
                     tensors[f"{len(entries)}.{name}"] = getattr(values, name).cpu().contiguous()
                 entries.append({"key": list(key), "probe": probe, "count": values.count})
         header = {"format": _FORMAT, "tasks": self.tasks, "fingerprint": self.fingerprint, "sums": entries}
+        header["sha256"] = _checksum(header, tensors)
         try:
             with replacing(path) as beside:
                 save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
@@ -302,7 +319,8 @@ class Moments:
         With what `fingerprint_experts` says of the experts to be merged, the moments are checked to be theirs: `of`.
 
         Raises:
-            DataError: if there is no such file, it is no moments file, or it was taken from other experts.
+            DataError: if there is no such file, it is not a whole moments file or was changed since it was written, or
+                it was taken from other experts.
         """
         path = Path(path)
         if not path.is_file():
@@ -312,13 +330,29 @@ class Moments:
                 header = json.loads((file.metadata() or {})["hf_zipit"])
                 if header["format"] != _FORMAT:
                     raise DataError(f"{path} has the format {header['format']}; this version reads {_FORMAT}.")
-                moments = cls(tuple(header["tasks"]), {}, header["fingerprint"])
-                for i, entry in enumerate(header["sums"]):
-                    tensors = (file.get_tensor(f"{i}.{name}") for name in ("shift", "total", "second"))
-                    found = moments.sums.setdefault(tuple(entry["key"]), {})
-                    found[entry["probe"]] = Sums(entry["count"], *tensors)
-        except (OSError, SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise DataError(f"{path} is not a complete moments file: {error}.") from error
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            if header["sha256"] != _checksum(header, tensors):
+                raise DataError(f"{path} was changed since it was written (its checksum differs); observe again.")
+            moments = cls(tuple(header["tasks"]), {}, header["fingerprint"])
+            for i, entry in enumerate(header["sums"]):
+                sums = Sums(entry["count"], *(tensors[f"{i}.{name}"] for name in ("shift", "total", "second")))
+                if wrong := sums.wrong(len(moments.tasks)):
+                    raise DataError(f"{path} is not a whole moments file: {' x '.join(entry['key'])} {wrong}.")
+                moments.sums.setdefault(tuple(entry["key"]), {})[entry["probe"]] = sums
+            if set(moments.fingerprint["experts"]) != set(moments.tasks):
+                raise DataError(f"{path} does not say which weights its experts had; observe again.")
+        except DataError:
+            raise
+        except (
+            OSError,
+            SafetensorError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
+            raise DataError(f"{path} is not a complete moments file: {first_line(error)}.") from error
         return moments if experts is None else moments.of(experts, f"The moments in {path}")
 
     def _of(self, key: ProductKey, probe: str | None = None) -> list[Sums]:
@@ -329,6 +363,12 @@ class Moments:
         if empty := [name for name, values in found.items() if values.count == 0]:
             raise SpecError(f"{' x '.join(key)} has no rows at {empty[0]}: nothing was observed there.")
         return list(found.values())
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of everything in a moments file."""
+    told = json.dumps({key: value for key, value in header.items() if key != "sha256"}, sort_keys=True)
+    return digest_tensors(((name, tensors[name]) for name in sorted(tensors)), label=told)
 
 
 def _average(tensors: list[Tensor]) -> Tensor:

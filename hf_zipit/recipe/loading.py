@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
@@ -11,11 +12,14 @@ from hf_zipit.align.align import override_choice
 from hf_zipit.config import AUTO, SEEDS, MergeConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.files import check_result_folder, check_writable
+from hf_zipit.files.checks import unfit, unprintable
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.sections import REFIT, Data, Recipe
 from hf_zipit.recipe.sources import BUILT_IN, check_source
 from hf_zipit.registry import METHODS, suggestion
 from hf_zipit.schema import read_yaml
+
+MOST_THREADS = 1024
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -31,17 +35,33 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def check_recipe(recipe: Recipe) -> None:
-    """Everything that can be known before work starts; raises as `load_recipe` does."""
-    if not recipe.name.strip() or Path(recipe.name).name != recipe.name:
-        raise RecipeError(f"name should be a word that can name a folder, but is {recipe.name!r}.")
+def check_recipe(recipe: Recipe, results: Sequence[Path] = ()) -> None:
+    """Everything that can be known before work starts; raises as `load_recipe` does.
+
+    `results` are the folders that models are written to, by default those of `hf-zipit run`.
+    """
+    if wrong := unfit(recipe.name):
+        raise RecipeError(f"name should be a word that can name a folder, but {recipe.name[:80]!r} {wrong}.")
+    if recipe.threads is not None and not 1 <= recipe.threads <= MOST_THREADS:
+        raise RecipeError(f"threads should be a number from 1 to {MOST_THREADS}, but is {recipe.threads}.")
     _check_experts(recipe)
     _check_merging(recipe)
     _check_data(recipe)
     if recipe.push is not None:
         _check_repo(recipe.push.repo_id)
     check_writable(recipe.folder)
-    check_result_folder(recipe.folder / "model")
+    trained = [recipe.folder / "experts" / task for task, entry in recipe.experts.items() if entry.model is None]
+    for folder in results or [recipe.folder / "model", *trained]:
+        check_result_folder(folder, _inputs(recipe))
+
+
+def _inputs(recipe: Recipe) -> list[str | Path]:
+    """Whatever a recipe reads that may be a folder."""
+    bases = recipe.base.values() if isinstance(recipe.base, Mapping) else [recipe.base]
+    sections = [s for s in (recipe.calibration, recipe.evaluation, recipe.train) if s is not None]
+    data = [each for s in sections for each in (s.dataset, s.folder)]
+    data += [entry.data.dataset for entry in recipe.experts.values() if entry.data]
+    return [each for each in (*(e.model for e in recipe.experts.values()), *bases, *data) if each]
 
 
 def _check_experts(recipe: Recipe) -> None:
@@ -53,6 +73,8 @@ def _check_experts(recipe: Recipe) -> None:
     for task, expert in recipe.experts.items():
         if not task.strip():
             raise RecipeError(f"The task name {task!r} in experts is empty; give every expert the name of its task.")
+        if wrong := (unfit if expert.model is None else unprintable)(task):  # a trained one is saved under its name
+            raise RecipeError(f"The task name {task[:80]!r} in experts {wrong}; give the expert another name.")
         if expert.model is None and recipe.train is None:
             raise RecipeError(f"experts.{task} has no model and the recipe no train section; give one of them.")
         if expert.model is None and not expert.classes:
@@ -90,8 +112,6 @@ def _check_merging(recipe: Recipe) -> None:
     for task, expert in recipe.experts.items():
         if expert.seed is not None and not 0 <= expert.seed < SEEDS:
             raise RecipeError(f"experts.{task}.seed should be from 0 to {SEEDS - 1}, but is {expert.seed}.")
-    if recipe.threads is not None and recipe.threads < 1:
-        raise RecipeError(f"threads should be at least 1, but is {recipe.threads}.")
     kept = recipe.kept
     if (kept.method, kept.depth) not in recipe.configs:
         raise RecipeError(

@@ -216,9 +216,8 @@ def card_text(
 
     template = resources.files("hf_zipit.report").joinpath("templates/card.md.j2").read_text(encoding="utf-8")
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.filters["cells"] = lambda cells: (
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
-    )
+    environment.filters["cells"] = lambda cells: "| " + " | ".join(map(escaped, cells)) + " |"
+    environment.filters["escaped"] = escaped
     text = environment.from_string(template).render(
         metadata=card_metadata(model, result, tags).to_yaml().strip(),
         result=result,
@@ -230,6 +229,7 @@ def card_text(
         where=repo_id or f"{SOMEWHERE}{result.name}",
         processor_folders=processor_folders(model),
         recipe=recipe.strip(),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         accuracies=accuracies,
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=PolishReport.of(model),
@@ -238,6 +238,13 @@ def card_text(
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
+
+
+def escaped(text: object) -> str:
+    """A text of somebody else as one line of Markdown that stands for itself: no tables, code, links or HTML in it."""
+    line = " ".join(str(text).split())
+    line = re.sub(r"[\\`|\[\]]", r"\\\g<0>", line)
+    return line.replace("<", "&lt;").replace(">", "&gt;")
 
 
 def draws_curve(result: Result) -> bool:

@@ -102,7 +102,7 @@ def load_processor(source: str | None, task: str | None = None) -> Any:
     where = {"subfolder": own} if any(name.startswith(f"{own}/") for name in files) else {}
     for auto in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
         try:
-            return auto.from_pretrained(source, **where)
+            return auto.from_pretrained(source, trust_remote_code=False, **where)
         except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):  # each family in its own way
             continue
     return None

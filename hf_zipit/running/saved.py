@@ -12,7 +12,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError, OutputError
-from hf_zipit.experts.loading import damage
+from hf_zipit.experts.loading import PLAIN, damage
+from hf_zipit.files import recover
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder
@@ -26,13 +27,16 @@ def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
     Raises ExpertError if it cannot be loaded, or is not a merged model.
     """
     with told(f"The merged model {source} cannot be loaded", source, revision):
-        config = AutoConfig.from_pretrained(source, revision=revision)
+        recover(Path(source).expanduser())
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         if not isinstance(config, modeling.ZipItConfig):
             raise ExpertError(
                 f"{source} holds a model of type {config.model_type!r}, not a merged model; merge some first."
             )
-        model_class = getattr(modeling, config.architectures[0])
-        model, found = model_class.from_pretrained(source, config=config, revision=revision, output_loading_info=True)
+        model_class = getattr(modeling, str((config.architectures or [""])[0]), modeling.ZipItModel)
+        model, found = model_class.from_pretrained(
+            source, config=config, revision=revision, output_loading_info=True, **PLAIN
+        )
         if wrong := damage(found):
             raise ExpertError(f"The merged model {source} is damaged: it {wrong}; save it again, or merge again.")
         return model.eval()

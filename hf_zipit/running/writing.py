@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from hf_zipit.files import replacing_folder, write_json
+from hf_zipit.files import adding_to, write_json
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.card import Result, remember
@@ -28,7 +28,7 @@ def write_all(
     write_json(folder / RESULTS, result.to_dict())  # first: measuring is what takes long
     for task, entry in recipe.experts.items():
         if entry.model is None:
-            with replacing_folder(folder / "experts" / task) as beside:
+            with adding_to(folder / "experts" / task) as beside:
                 experts[task].save_pretrained(beside)
     if result.experts is not None and len({row.depth for row in result.rows}) > 1:
         picture = accuracy_over_depth(result.rows, result.experts, title=recipe.name)
@@ -47,8 +47,7 @@ def write_model(result: RunResult, model: PreTrainedModel, folder: Path) -> RunR
     """Save the kept model with its card and recipe."""
     model.config.method["recipe"] = replace(result.recipe, output=None, push=None).to_dict()
     remember(model, _card_result(result))
-    with replacing_folder(folder) as beside:
-        model.save_pretrained(beside)
+    model.save_pretrained(folder)
     return replace(result, model=folder, refit=RefitReport.of(model))
 
 

@@ -70,7 +70,7 @@ def test_everything_that_belongs_to_the_model_arrives(
 ):
     push(client, merged_folder, tags=["mine"])
     files = hub.repos["me/both"].files
-    local = {path.name: path.read_bytes() for path in merged_folder.iterdir()}
+    local = {path.name: path.read_bytes() for path in merged_folder.glob("[!.]*")}
     assert set(files) == {".gitattributes", *local}
     assert {"model.safetensors", "config.json", "recipe.yaml", "README.md", "modeling_hf_zipit.py"} < set(files)
     assert files["model.safetensors"] == local["model.safetensors"]
@@ -193,7 +193,7 @@ def test_a_saved_folder_is_pushed_as_it_is(hub: Hub, client: Client, merged_fold
     files = hub.repos["me/both"].files
     pushed = files["README.md"].decode()
     assert "Written by hand." in pushed and 'from_pretrained("me/both")' in pushed
-    assert set(files) == {".gitattributes", *(path.name for path in merged_folder.iterdir())}
+    assert set(files) == {".gitattributes", *(path.name for path in merged_folder.glob("[!.]*"))}
     assert client(code, folder=tmp_path / "none")["kind"] == "ExpertError"
 
 

@@ -130,7 +130,7 @@ WRONG = {
         RecipeError,
         "no method named 'zpi'; did you mean 'zip'",
     ),
-    "no threads": ({"threads": 0}, RecipeError, "threads should be at least 1"),
+    "no threads": ({"threads": 0}, RecipeError, "threads should be a number from 1"),
 }
 
 

@@ -1,0 +1,55 @@
+"""Runs work in a forked process that is killed at a chosen file event: opening, renaming, linking, removing, making.
+
+Python reports each of these to its audit hooks, whoever calls it; killed before every one of them, the work passes
+through every state that the folder has between two events. `HF_ZIPIT_FUZZ` asks for all of them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+EVERYTHING = bool(os.environ.get("HF_ZIPIT_FUZZ"))
+EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate")
+
+
+def run(work: Callable[[], object], root: Path, kill_at: int | None = None) -> int | None:
+    """The number of file events below `root` during the work; None if the process was killed at one of them."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        seen = 0
+
+        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal seen
+            if event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+                path = arguments[0]
+                if "dir_fd" not in event and str(root) not in os.fsdecode(path) and os.path.isabs(os.fsdecode(path)):
+                    return
+                if seen == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+
+        sys.addaudithook(hook)
+        try:
+            work()
+            os.write(writing, str(seen).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        told = pipe.read()
+    if os.WIFSIGNALED(status):
+        return None
+    assert told, "the work itself failed"
+    return int(told)
+
+
+def points(count: int, some: int) -> Iterator[int]:
+    """The events to be killed at: all, or `some` of them evenly."""
+    return iter(range(count) if EVERYTHING else sorted({i * count // some for i in range(some)}))

@@ -1,0 +1,83 @@
+"""Killed at a file event, saving leaves the old or the new, whole; the next save leaves nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import hf_zipit
+from hf_zipit.files import recover
+from hf_zipit.observation.moments import Moments
+
+from ..tiny import pair
+from .killing import points, run
+
+
+def merged(depth: float) -> PreTrainedModel:
+    return hf_zipit.merge(dict(zip("ab", pair("vit"), strict=True)), method="identity", depth=depth)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "50KB"}], ids=["file", "shards"])
+def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: dict[str, str]) -> None:
+    old, new = merged(1.0), merged(0.5)
+    states = {"old": dict(old.state_dict()), "new": dict(new.state_dict())}
+    wanted = {}
+    for name, model in (("new", new), ("old", old)):
+        (tmp_path / name / "out").mkdir(parents=True)
+        (tmp_path / name / "out" / "thesis.tex").write_text("years of work")
+        model.save_pretrained(tmp_path / name / "out", **(shards if name == "new" else {}))
+        wanted[name] = content(tmp_path / name / "out")
+    found: dict[str, int] = {"old": 0, "new": 0}
+
+    def start() -> Path:
+        shutil.rmtree(tmp_path / "try", ignore_errors=True)
+        return shutil.copytree(tmp_path / "old" / "out", tmp_path / "try" / "out")
+
+    folder = start()
+    count = run(lambda: new.save_pretrained(folder, **shards), tmp_path)
+    assert count and content(folder) == wanted["new"]
+    for point in points(count, 6):
+        start()
+        assert run(lambda: new.save_pretrained(folder, **shards), tmp_path, point) is None
+        loaded = dict(type(new).from_pretrained(folder).state_dict())  # by transformers, which repairs nothing
+        state = next((name for name, tensors in states.items() if same(tensors, loaded)), None)
+        assert state, f"killed at event {point} of {count}, the folder holds neither model"
+        found[state] += 1
+        recover(folder)
+        left = content(folder)
+        other = {name for name in {*left, *wanted["new"]} if left.get(name) != wanted["new"].get(name)}
+        assert left in wanted.values(), f"killed at event {point}, {sorted(other)} are neither old nor new"
+        assert not (folder / ".hf_zipit").exists()
+    assert found["old"] and found["new"]
+    print(f"killed at {sum(found.values())} of {count} file events: {found}")
+
+
+def test_a_killed_save_of_moments_leaves_the_old_or_the_new(tmp_path: Path) -> None:
+    def moments(rows: int) -> Moments:
+        made = Moments(("a", "b"), fingerprint={"experts": {"a": "1", "b": "2"}})
+        made.add(("space",), [torch.randn(rows, 3), torch.randn(rows, 3)])
+        return made
+
+    old, new, path = moments(5), moments(9), tmp_path / "moments.safetensors"
+    count = run(lambda: new.save(path), tmp_path)
+    assert count
+    for point in points(count, 6):
+        old.save(path)
+        run(lambda: new.save(path), tmp_path, point)
+        assert Moments.load(path).count(("space",)) in (5, 9)
+        new.save(path)
+        assert [each.name for each in tmp_path.iterdir()] == ["moments.safetensors"]
