@@ -44,6 +44,10 @@ STEPS = 256
 """Units are chosen in about so many steps, several at a time where there are more units."""
 
 
+NOTHING = 1e-6
+"""What is left of a unit's square, as a fraction of it, is rounding."""
+
+
 @dataclass(frozen=True)
 class Candidates:
     """Units that a merged layer may have.
@@ -172,19 +176,36 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
     spread, rest = gram.diagonal().clone(), cross.clone()
     whole = spread.clone()
     factor = gram.new_zeros(len(gram), count)
-    chosen: list[int] = []
+    chosen = torch.empty(0, dtype=torch.long, device=gram.device)
     while len(chosen) < count:
+        done = len(chosen)
         gain = rest.square().sum(1) / spread.clamp_min(1e-30)
-        gain[spread <= 1e-6 * whole] = 0.0  # what is left of those is rounding
+        gain[spread <= NOTHING * whole] = 0.0
         gain[chosen] = -1.0
-        for unit in gain.topk(min(at_once, count - len(chosen))).indices.tolist():
-            done = len(chosen)
-            column = gram[:, unit] - factor[:, :done] @ factor[unit, :done]
-            chosen.append(unit)
-            if column[unit] <= 1e-6 * whole[unit]:
-                continue  # its twin was chosen in the same step
-            column = column / column[unit].sqrt()
-            factor[:, done] = column
-            rest -= torch.outer(column, rest[unit] / column[unit])
-            spread = (spread - column.square()).clamp_min(0)
-    return torch.tensor(chosen, device=gram.device)
+        units = gain.topk(min(at_once, count - done)).indices
+        columns = gram[:, units] - factor[:, :done] @ factor[units, :done].mT
+        inner = independent_factor(columns[units].cpu(), whole[units].cpu()).to(gram)
+        columns = columns @ inner
+        factor[:, done : done + len(units)] = columns
+        rest -= columns @ (inner.mT @ rest[units])
+        spread = (spread - columns.square().sum(1)).clamp_min(0)
+        chosen = torch.cat([chosen, units])
+    return chosen
+
+
+def independent_factor(inner: Tensor, whole: Tensor) -> Tensor:
+    """R `[n, n]`, upper triangular, with R^T G R = 1 for a Gram matrix G `[n, n]`; zeros for units that repeat others.
+
+    `whole` are the units' squares before anything was taken from them.
+    """
+    count = len(inner)
+    left, root = inner.clone(), torch.eye(count, dtype=inner.dtype)
+    for i in range(count):
+        if left[i, i] <= NOTHING * whole[i]:  # its twin was chosen in the same step
+            root[:, i] = 0.0
+            continue
+        root[:, i] /= left[i, i].sqrt()
+        share = left[i, i + 1 :] / left[i, i].sqrt()
+        root[:, i + 1 :] -= torch.outer(root[:, i], share)
+        left[i + 1 :, i + 1 :] -= torch.outer(share, share)
+    return root

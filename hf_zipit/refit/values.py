@@ -1,7 +1,7 @@
 """What every op of the experts and of the merged model gives, for all micro-batches at once.
 
-All micro-batches advance together, op by op, and a value is kept only while a later op still reads it: in memory up to
-a budget and in temporary files beyond it.
+All micro-batches advance together, op by op, and a value is kept only while a later op still reads it: on the device
+while there is room, in memory up to a budget and in temporary files beyond it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, fx
 
 from hf_zipit.data.calibration import MicroBatch
+from hf_zipit.data.processes import free_memory
 from hf_zipit.refit.program import Program
 
 MERGED = -1
@@ -23,14 +24,19 @@ MERGED = -1
 
 
 class Store:
-    """One value per key: a tensor, or whatever a graph's node gives. Use it as a context manager."""
+    """One value per key: a tensor, or whatever a graph's node gives. Use it as a context manager.
+
+    Tensors of an accelerator stay there while at least half of its memory is left to those who work; then they go to
+    the CPU's memory, and beyond the budget to files.
+    """
 
     def __init__(self, budget: float, device: torch.device | str = "cpu") -> None:
-        """`budget` in bytes; values come back on the device."""
-        self._budget, self._device = budget, device
+        """`budget` in bytes of the CPU's memory; values come back on the device."""
+        self._device = torch.device(device)
+        self._room = {"there": free_memory(self._device) / 2 if self._device.type != "cpu" else 0.0, "here": budget}
         self._held: dict[Hashable, Any] = {}
         self._files: dict[Hashable, Path] = {}
-        self._bytes = 0
+        self._bytes = {"there": 0, "here": 0}
         self.peak = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
@@ -48,12 +54,15 @@ class Store:
     def __getitem__(self, key: Hashable) -> Any:
         if key in self._files:
             return load_file(self._files[key])["x"].to(self._device)
-        return self._held[key]
+        value = self._held[key]
+        return value.to(self._device) if isinstance(value, Tensor) else value
 
     def __setitem__(self, key: Hashable, value: Any) -> None:
         self.pop(key)
-        size = _bytes(value)
-        if isinstance(value, Tensor) and self._bytes + size > self._budget:
+        size, place = _bytes(value), self._place(value)
+        if isinstance(value, Tensor) and self._bytes[place] + size > self._room[place] and place == "there":
+            value, place = value.cpu(), "here"
+        if isinstance(value, Tensor) and self._bytes[place] + size > self._room[place]:
             if self._folder is None:
                 self._folder = tempfile.TemporaryDirectory(prefix="hf_zipit-")
             self._count += 1
@@ -62,15 +71,21 @@ class Store:
             self._files[key] = path
             return
         self._held[key] = value
-        self._bytes += size
-        self.peak = max(self.peak, self._bytes)
+        self._bytes[place] += size
+        self.peak = max(self.peak, sum(self._bytes.values()))
 
     def pop(self, key: Hashable) -> None:
         """Forget a key, if it is there."""
         if key in self._files:
             self._files.pop(key).unlink()
         elif key in self._held:
-            self._bytes -= _bytes(self._held.pop(key))
+            value = self._held.pop(key)
+            self._bytes[self._place(value)] -= _bytes(value)
+
+    @staticmethod
+    def _place(value: Any) -> str:
+        """Where a value's bytes count: `there`, on an accelerator, or `here`."""
+        return "there" if isinstance(value, Tensor) and value.device.type != "cpu" else "here"
 
 
 def _bytes(value: Any) -> int:
