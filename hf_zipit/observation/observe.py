@@ -43,6 +43,13 @@ MINIMUM_ROWS = 64
 ENOUGH_ROWS = 1024
 """Rows that are multiplied at once, where batches have fewer."""
 
+UNCOUNTED = {
+    op: lambda *_, **__: 0
+    for name in ("flash", "efficient", "cudnn")
+    if (op := getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention", None)) is not None
+}
+"""torch does not count what fused attention costs on a CPU. So it counts nowhere: all devices use the same rows."""
+
 FORWARD_SHARE = 0.5
 """With `row_fraction="auto"`, what the moments may cost, as a share of the forward passes."""
 
@@ -144,7 +151,7 @@ def _dry_run(
     task, expert = next(iter(experts.items()))
     inputs = {name: tensor[:DRY_RUN_SAMPLES] for name, tensor in first.inputs.items()}
     # The counter follows modules by hooks on gradients, which it needs even where nobody wants any.
-    with torch.enable_grad(), FlopCounterMode(display=False) as counter:
+    with torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
         features = _run(recorder, task, expert, inputs, device)
     if unseen := [probe for probe in recorder.units if probe_name(probe) not in features]:
         raise SpecError(

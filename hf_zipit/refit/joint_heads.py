@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_zipit.data.calibration import Calibration, MicroBatch
+from hf_zipit.data.processes import running
 from hf_zipit.errors import RecipeError
 from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.regression import Gram, ridge
@@ -46,7 +47,8 @@ def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibra
     if not calibration.by_task:
         raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
     batches = calibration.micro_batches(config.micro_batch)
-    features = {task: head_features(merged, task, batches) for task in merged.config.tasks}
+    with running([merged], calibration.device):
+        features = {task: head_features(merged, task, batches, calibration.device) for task in merged.config.tasks}
     for own, task in enumerate(merged.config.tasks):
         layer, rows = features[task]
         weight, shift = log_odds(rows, own)
@@ -55,7 +57,7 @@ def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibra
 
 
 def head_features(
-    merged: PreTrainedModel, task: str, batches: Sequence[MicroBatch]
+    merged: PreTrainedModel, task: str, batches: Sequence[MicroBatch], device: torch.device | str = "cpu"
 ) -> tuple[nn.Linear, list[tuple[Tensor, int]]]:
     """The last linear layer of a task's head, and what it reads on every batch with the task the batch is of."""
     branch = merged.branch(task)
@@ -69,11 +71,12 @@ def head_features(
     try:
         for batch in batches:
             seen.clear()
-            logits = merged(**batch.inputs, task=task).logits
+            inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+            logits = merged(**inputs, task=task).logits
             last = next((m for m, (_, out) in seen.items() if out.data_ptr() == logits.data_ptr()), None)
             if last is None or last.bias is None:
                 raise RecipeError(f"joint_heads needs a head that ends in a linear layer; that of {task!r} does not")
-            rows.append((seen[last][0][: batch.real].flatten(0, -2), batch.task))
+            rows.append((seen[last][0][: batch.real].flatten(0, -2).cpu(), batch.task))
     finally:
         for hook in hooks:
             hook.remove()
