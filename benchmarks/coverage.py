@@ -331,7 +331,7 @@ def line(row: Row) -> str:
 
 def told(error: str | None) -> str:
     """An error for a cell of a table, without paths of this machine."""
-    text = re.sub(r"/[\w./-]+/", ".../", error or "").replace("|", "/").replace("<", "&lt;")
+    text = re.sub(r"/[\w./-]+/", ".../", error or "").replace("|", "/").replace("<", "&lt;").replace("[", "&#91;")
     return text if len(text) <= 200 else f"{text[:200]} ..."
 
 
