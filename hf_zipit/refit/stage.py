@@ -27,8 +27,8 @@ from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
 
-BASIS_ROWS = 8
-"""About this many rows per direction are enough for a stream's basis."""
+BASIS_ROWS = 32
+"""About this many rows per direction, in each of a stream's values on average, are enough for its basis."""
 
 
 def refit_trunk(
@@ -109,8 +109,9 @@ def _stream_bases(
     if config.rows_per_input:
         units = len(experts) * max(spec.spaces[name].size for name in names)
         values = stream_values(names, program, sites, spec, cut)
-        per_sample = min(value.node.meta["val"][0].numel() // shape_of(value.node)[value.axis] for value in values)
-        some = enough(batches, units * min(config.rows_per_input, BASIS_ROWS) // max(per_sample, 1))
+        rows = [value.node.meta["val"][0].numel() // shape_of(value.node)[value.axis] for value in values]
+        per_sample = max(sum(rows) // max(len(rows), 1), 1)  # their energies are averaged
+        some = enough(batches, units * min(config.rows_per_input, BASIS_ROWS) // per_sample)
     own = some[calibration.process :: calibration.processes]
     with torch.no_grad():
         return stream_bases(
