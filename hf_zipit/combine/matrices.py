@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_zipit import factorise
 from hf_zipit.symmetry.spec import AxisLabel, factors
 
 RELATIVE_ZERO = 1e-10
@@ -59,7 +60,7 @@ def on_matrices(
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """U `[m, r]`, S `[r]`, V^T `[r, n]` with r the numerical rank."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    u, s, v = factorise.svd(matrix)
     rank = int((s > RELATIVE_ZERO * s[0]).sum()) if len(s) else 0
     return u[:, :rank], s[:rank], v[:rank]
 

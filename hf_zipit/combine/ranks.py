@@ -27,6 +27,11 @@ class Mapped:
         return map(self.function, self.parts)
 
 
+def magnitudes(parts: Iterable[Sequence[Tensor]]) -> Mapped:
+    """The magnitudes of all entries."""
+    return Mapped(parts, lambda part: [tensor.abs() for tensor in part])
+
+
 def order_statistics(
     parts: Iterable[Sequence[Tensor]], positions: Callable[[int], Sequence[int]]
 ) -> list[list[float]]:

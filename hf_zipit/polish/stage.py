@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from hf_zipit.config import PolishConfig, RefitConfig
+from hf_zipit.config import PolishConfig
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.data.processes import placed
 from hf_zipit.errors import DataError, RecipeError
@@ -48,8 +48,7 @@ def polish(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration
             f"{accelerator.mixed_precision}; give another accelerator"
         )
     samples = Samples(calibration, planned.tasks, config.held_out, planned.config.seed)
-    weighed = RefitConfig(readout_weight=config.readout_weight)
-    positions = readout_positions(planned.model, calibration.processor, weighed)
+    positions = readout_positions(planned.model, calibration.processor, config.readout_weight)
     with torch.enable_grad(), placed([merged, *planned.folded.values()], accelerator.device):
         distance = Distance(merged, planned, positions, config.feature_weight)
         progress = Distillation(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_zipit.refit.factorise import eigh, qr, svd
+from hf_zipit.factorise import eigh, qr, svd
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from hf_zipit.factorise import solve_positive
 from hf_zipit.maps.transform import features_to_merged
-from hf_zipit.refit.factorise import eigh, solve_positive
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments
@@ -159,11 +159,7 @@ def left_over(gram: Tensor, cross: Tensor, square: Tensor, chosen: Tensor) -> fl
         chosen: numbers of the inputs.
     """
     left, right = gram[chosen][:, chosen], cross[chosen]
-    slope = solve_positive(left, right)
-    if slope is None:  # float32's rounding is larger than the penalty
-        values, vectors = eigh(left)
-        slope = vectors @ (vectors.mT @ right / values.clamp_min(1e-6 * values.max().clamp_min(1e-30))[:, None])
-    explained = (slope * right).sum()
+    explained = (solve_positive(left, right, NOTHING * left.diagonal().max().clamp_min(1e-24)) * right).sum()
     return float(1 - explained / square.clamp_min(1e-30))
 
 

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_zipit.refit.factorise import eigh, solve_positive
+from hf_zipit.factorise import solve_positive
 
 TRIANGLE = 128
 """This many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
@@ -169,11 +169,8 @@ def ridge(moments: SecondMoments, prior: Tensor, strength: float, intercept: boo
     left = torch.diagonal_scatter(left, left.diagonal() + penalty)
     start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
     right = cross + penalty * (prior.to(start) - start).T
-    slope = solve_positive(left, right)
-    if slope is None:  # float32's rounding is larger than the penalty, which decides where little is seen
-        values, vectors = eigh(left)
-        slope = vectors @ (vectors.mT @ right / values.clamp_min(penalty)[:, None])
-    change = slope.T
+    # Where float32's rounding is larger than the penalty, the penalty decides.
+    change = solve_positive(left, right, penalty).T
     return start + change, (mean_y - change @ mean_x) if intercept else torch.zeros_like(mean_y)
 
 

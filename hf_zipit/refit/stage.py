@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.combine.combine import combine_trunk
-from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError
 from hf_zipit.maps.space_map import Alignment, LinearMap
@@ -61,7 +60,7 @@ def refit_trunk(
         )
     traced = with_fused_attention(in_float32(model))
     experts = [model_tensors(expert) for expert in planned.folded.values()]
-    positions = readout_positions(model, calibration.processor, config)
+    positions = readout_positions(model, calibration.processor, config.readout_weight)
     bases = _stream_bases(planned, traced, experts, maps, calibration, batches, positions)
     if bases:
         maps = {**maps, **bases}
@@ -152,8 +151,8 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return model if ready and model.device.type == "cpu" else copy.deepcopy(model).to("cpu", torch.float32)
 
 
-def readout_positions(model: PreTrainedModel, processor: Any, config: RefitConfig) -> Positions:
-    """Which positions the head reads: the adapter's word, with the ids of the special tokens."""
+def readout_positions(model: PreTrainedModel, processor: Any, weight: float) -> Positions:
+    """Which positions the head reads, to count `weight` times: the adapter's word, with the ids of special tokens."""
     read = adapter_for(model).readout_positions(model)
     text_config = getattr(model.config, "text_config", None) or model.config
     mask = getattr(getattr(processor, "tokenizer", processor), "mask_token_id", None)
@@ -162,5 +161,5 @@ def readout_positions(model: PreTrainedModel, processor: Any, config: RefitConfi
         image=read.get("image", "all"),
         mask_token=getattr(model.config, "mask_token_id", None) if mask is None else mask,
         end_token=getattr(text_config, "eos_token_id", None),
-        weight=config.readout_weight,
+        weight=weight,
     )

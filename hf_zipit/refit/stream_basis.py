@@ -31,10 +31,10 @@ from transformers import PreTrainedModel
 
 from hf_zipit.align.procrustes import complement_of_ones, rotating
 from hf_zipit.data.processes import solving_device
+from hf_zipit.factorise import eigh, qr, solve_positive, svd
 from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.maps.transform import unmerge_matrix
 from hf_zipit.planning.cut import Cut
-from hf_zipit.refit.factorise import eigh, qr, svd
 from hf_zipit.refit.positions import Rows
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite
@@ -219,4 +219,4 @@ def explained(basis: Tensor, energy: Tensor, metric: Tensor) -> Tensor:
     inputs = across @ basis.mT
     floor = 1e-12 * inputs.diagonal().mean().clamp_min(1e-30)
     inputs = torch.diagonal_scatter(inputs, inputs.diagonal() + floor)
-    return (torch.linalg.solve(inputs, across) * (across @ metric)).sum()
+    return (solve_positive(inputs, across, floor) * (across @ metric)).sum()

@@ -66,11 +66,11 @@ class Tokenizer:
     ],
 )
 def test_what_the_heads_read(name: str, text: str, image: str):
-    found = readout_positions(tiny.build(name), Tokenizer(), RefitConfig(readout_weight=7))
+    found = readout_positions(tiny.build(name), Tokenizer(), 7)
     assert (found.text, found.image, found.weight, found.mask_token) == (text, image, 7, 0)
 
 
 def test_clip_reads_its_end_token():
     towers = {"text_config": {**tiny.TEXT, "eos_token_id": 9}, "vision_config": tiny.IMAGE}
-    found = readout_positions(tiny.build("clip", **towers), None, RefitConfig())
+    found = readout_positions(tiny.build("clip", **towers), None, RefitConfig().readout_weight)
     assert (found.text, found.end_token, found.mask_token) == ("end", 9, None)

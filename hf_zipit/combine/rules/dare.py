@@ -19,12 +19,9 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
 
 
-def dropped(vectors: Sequence[Tensor], drop: float, generator: torch.Generator) -> list[Tensor]:
-    """The task vectors with a share of their entries dropped at random, the others rescaled."""
-    return [
-        vector * (torch.rand(vector.shape, generator=generator, dtype=vector.dtype) >= drop) / (1 - drop)
-        for vector in vectors
-    ]
+def dropped(vector: Tensor, drop: float | Tensor, generator: torch.Generator) -> Tensor:
+    """A task vector whose entries were dropped with some probability, of each or of all, the others rescaled."""
+    return vector * (torch.rand(vector.shape, generator=generator, dtype=vector.dtype) >= drop) / (1 - drop)
 
 
 @register("dare")
@@ -49,7 +46,7 @@ def dare(
     """
     below_one("dare", "drop", drop)
     above("dare", "scale", scale)
-    return base + scale * sum(dropped(task_vectors(tensors, base), drop, generator))
+    return base + scale * sum(dropped(vector, drop, generator) for vector in task_vectors(tensors, base))
 
 
 @register("dare-ties")
@@ -66,4 +63,4 @@ def dare_ties(
     """The base and the elected mean of what stays; arguments as of `dare`."""
     below_one("dare-ties", "drop", drop)
     above("dare-ties", "scale", scale)
-    return base + scale * elected_mean(dropped(task_vectors(tensors, base), drop, generator))
+    return base + scale * elected_mean([dropped(vector, drop, generator) for vector in task_vectors(tensors, base)])

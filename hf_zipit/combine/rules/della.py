@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_zipit.combine.options import above
 from hf_zipit.combine.rule import register, task_vectors
+from hf_zipit.combine.rules.dare import dropped
 from hf_zipit.combine.rules.ties import elected_mean
 from hf_zipit.errors import RecipeError
 from hf_zipit.planning.plan import Plan
@@ -55,8 +56,6 @@ def della(
             f"della's options drop {drop} and spread {spread} give probabilities from {drop - spread / 2} to "
             f"{drop + spread / 2}; they must be from 0 to less than 1."
         )
-    kept = []
-    for vector in task_vectors(tensors, base):
-        p = probabilities(vector, drop, spread)
-        kept.append(vector * (torch.rand(vector.shape, generator=generator, dtype=vector.dtype) >= p) / (1 - p))
+    vectors = task_vectors(tensors, base)
+    kept = [dropped(vector, probabilities(vector, drop, spread), generator) for vector in vectors]
     return base + scale * elected_mean(kept)

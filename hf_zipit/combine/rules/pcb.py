@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.combine.options import above, share_of
-from hf_zipit.combine.ranks import Mapped, order_statistics
+from hf_zipit.combine.ranks import Mapped, magnitudes, order_statistics
 from hf_zipit.combine.rule import Vectors, register, task_vectors
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
@@ -28,23 +28,22 @@ Ranges = tuple[list[list[float]], list[list[float]]]
 
 def ranges(vectors: Vectors, *, share: float, **other: float) -> Ranges:
     """What is normalised by, over all parameters."""
-    magnitudes = order_statistics(
-        Mapped(vectors, lambda part: [vector.abs() for vector in part]),
-        lambda size: [int(size * OUTLIERS), max(int(size * (1 - OUTLIERS)) - 1, 0)],
+    limits = order_statistics(
+        magnitudes(vectors), lambda size: [int(size * OUTLIERS), max(int(size * (1 - OUTLIERS)) - 1, 0)]
     )
     cuts = order_statistics(
-        Mapped(vectors, lambda part: competition(part, magnitudes)),
+        Mapped(vectors, lambda part: competition(part, limits)),
         lambda size: [min(int(size * (1 - share)), size - 1), size - 1],
     )
-    return magnitudes, cuts
+    return limits, cuts
 
 
-def competition(vectors: Sequence[Tensor], magnitudes: Sequence[Sequence[float]]) -> list[Tensor]:
+def competition(vectors: Sequence[Tensor], limits: Sequence[Sequence[float]]) -> list[Tensor]:
     """How much every entry counts, before the cut."""
     total = sum(vectors)
     return [
-        torch.exp(len(vectors) * normalised(v.abs(), *limits).square()) * torch.tanh(v * total)
-        for v, limits in zip(vectors, magnitudes, strict=True)
+        torch.exp(len(vectors) * normalised(v.abs(), *own).square()) * torch.tanh(v * total)
+        for v, own in zip(vectors, limits, strict=True)
     ]
 
 
@@ -76,8 +75,8 @@ def pcb(
     share_of("pcb", "share", share)
     above("pcb", "scale", scale)
     vectors = task_vectors(tensors, base)
-    magnitudes, cuts = whole or ranges([vectors], share=share)
-    weights = [normalised(x, *cut) for x, cut in zip(competition(vectors, magnitudes), cuts, strict=True)]
-    clamped = [v.sign() * v.abs().clamp(*limits) for v, limits in zip(vectors, magnitudes, strict=True)]
+    limits, cuts = whole or ranges([vectors], share=share)
+    weights = [normalised(x, *cut) for x, cut in zip(competition(vectors, limits), cuts, strict=True)]
+    clamped = [v.sign() * v.abs().clamp(*own) for v, own in zip(vectors, limits, strict=True)]
     total = sum(weight * vector for weight, vector in zip(weights, clamped, strict=True))
     return base + scale * total / sum(weights).clamp_min(1e-12)

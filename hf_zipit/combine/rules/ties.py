@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.combine.options import above, share_of
-from hf_zipit.combine.ranks import Mapped, order_statistics
+from hf_zipit.combine.ranks import magnitudes, order_statistics
 from hf_zipit.combine.rule import Vectors, register, task_vectors
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
@@ -22,10 +22,7 @@ from hf_zipit.symmetry.spec import AxisLabel
 
 def thresholds(vectors: Vectors, *, share: float, **other: float) -> list[float]:
     """For every expert the least magnitude that stays."""
-    found = order_statistics(
-        Mapped(vectors, lambda part: [vector.abs() for vector in part]),
-        lambda size: [size - max(math.ceil(share * size), 1)],
-    )
+    found = order_statistics(magnitudes(vectors), lambda size: [size - max(math.ceil(share * size), 1)])
     return [limit for (limit,) in found]
 
 

@@ -43,11 +43,17 @@ def eigh(x: Tensor) -> tuple[Tensor, Tensor]:
     return _run(torch.linalg.eigh, x)
 
 
-def solve_positive(left: Tensor, right: Tensor) -> Tensor | None:
-    """The solution `[n, k]` of a positive definite system `[n, n]`; None if it is not positive definite."""
+def solve_positive(left: Tensor, right: Tensor, least: Tensor) -> Tensor:
+    """The solution `[n, k]` of a system `[n, n]` that is positive definite but for rounding.
+
+    Where rounding made it indefinite, its eigenvalues are taken to be no less than `least`.
+    """
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(left)
-        return None if failed else torch.cholesky_solve(right, factor)
+        if not failed:
+            return torch.cholesky_solve(right, factor)
+    values, vectors = eigh(left)
+    return vectors @ (vectors.mT @ right / values.clamp_min(least)[:, None])
 
 
 def _run(factorise: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
