@@ -149,7 +149,7 @@ def merge(
         planned = without_refit(planned, error)
         refitted = refit_trunk(planned, trunk, maps)
     maps = {**maps, **refitted.maps}
-    merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
+    merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_cuts=refitted.head_cuts)
     known = found if planned.matched is planned else None  # those of the bases are no expert's
     correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
     polished = polish(merged, planned, calibration)

@@ -14,6 +14,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
+from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.cut import Cut, ReadPoint, towers
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
@@ -29,13 +30,13 @@ def assemble(
     maps: Alignment,
     *,
     readouts: Readouts | None = None,
-    head_dims: Mapping[str, int] | None = None,
+    head_cuts: Mapping[str, HeadCut] | None = None,
 ) -> PreTrainedModel:
     """The merged model, in eval mode, of the class for the experts' kind of head.
 
     The trunk's tensors are given by their name in the source model; the experts' outside it are copied. `readouts`
-    take the place of U_t; `head_dims` is by path the width of a head in attention layers that have more and narrower
-    heads than an expert's.
+    take the place of U_t; `head_cuts` is by path what attention layers have whose heads are more and narrower than an
+    expert's.
     """
     spec, cut, experts = planned.spec, planned.cut, planned.folded
     sources = {task: model_tensors(model) for task, model in experts.items()}
@@ -49,7 +50,8 @@ def assemble(
         entries=[_setting("module", entry, spec, maps, readouts) for entry in cut.entries],
         exits=[_setting("field", exit_, spec, maps, readouts) for exit_ in cut.exits],
         trunk_shapes={name: list(t.shape) for name, t in trunk.items() if t.shape != first[name].shape},
-        head_dims=dict(head_dims or {}),
+        head_dims={path: cut.width for path, cut in (head_cuts or {}).items()},
+        rotary_pairs={path: cut.pairs for path, cut in (head_cuts or {}).items() if cut.pairs is not None},
         depth=cut.depth,
         cut=first_own_block(spec, cut),
     )

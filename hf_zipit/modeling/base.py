@@ -89,7 +89,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         # and settings made later (`set_attn_implementation`) reach the trunk, too.
         self.trunk = take_trunk(first, config.shared)
         resize(self.trunk, config.trunk_shapes)
-        cut_heads(self.trunk, config.head_dims)
+        cut_heads(self.trunk, config.head_dims, config.rotary_pairs)
         self.branches = nn.ModuleDict()
         for task, key in self.branch_names.items():  # one empty model more is held whole at a time
             model = first if task == config.tasks[0] else empty_model(config, task)

@@ -56,6 +56,7 @@ class ZipItConfig(PreTrainedConfig):
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
         head_dims: the width of a head in the trunk's attention layers that have more and narrower heads than the
             source's, by the layer's path in the source model.
+        rotary_pairs: which of the source's rotary pairs these heads have, for layers with a rotary embedding.
         depth: the share of blocks in the trunk, if known.
         cut: the path of the first block outside the trunk, if any.
         method: how the model was made, free-form.
@@ -86,6 +87,7 @@ class ZipItConfig(PreTrainedConfig):
     rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None = None
     trunk_shapes: dict[str, list[int]] | None = None
     head_dims: dict[str, int] | None = None
+    rotary_pairs: dict[str, list[int]] | None = None
     depth: float | None = None
     cut: str | None = None
     method: dict[str, Any] | None = None
@@ -101,6 +103,7 @@ class ZipItConfig(PreTrainedConfig):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
         self.head_dims = dict(self.head_dims or {})
+        self.rotary_pairs = dict(self.rotary_pairs or {})
         self.method = dict(self.method or {})
         check_tasks(self.tasks, self.task_labels or {})
         self.task_labels = {  # JSON has no integer keys

@@ -8,7 +8,10 @@ really computes before it plans with narrower heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -29,10 +32,30 @@ def head_dim_name(module: nn.Module) -> str | None:
     return next((name for name in HEAD_DIMS if isinstance(getattr(module, name, None), int)), None)
 
 
-def cut_heads(root: nn.Module, head_dims: Mapping[str, int]) -> None:
+POSITIONS = "position_embeddings"
+"""The argument by which attention modules get the cosines and sines of a rotary embedding, `[..., head_dim]` each."""
+
+
+@dataclass(frozen=True)
+class HeadCut:
+    """What a layer's heads become: their new width, and which of the old ones' rotary pairs they have, if any."""
+
+    width: int
+    pairs: list[int] | None = None
+
+
+def pair_units(pairs: Sequence[int], width: int) -> list[int]:
+    """The units of a head of `width` that are some of its rotary pairs: unit i turns with unit i + width / 2."""
+    return [*pairs, *(pair + width // 2 for pair in pairs)]
+
+
+def cut_heads(
+    root: nn.Module, head_dims: Mapping[str, int], rotary_pairs: Mapping[str, Sequence[int]] | None = None
+) -> None:
     """Give attention layers under `root` narrower heads, and more of them, of the same width together.
 
-    `head_dims` holds the new width of a head by path; it divides the old one. Raises ZipItError if there is no
+    `head_dims` holds the new width of a head by path; it divides the old one. `rotary_pairs` says which of the old
+    heads' rotary pairs the new ones have, for layers that have a rotary embedding. Raises ZipItError if there is no
     attention layer under a path, or its heads cannot be cut so.
     """
     for path, new in head_dims.items():
@@ -55,3 +78,17 @@ def cut_heads(root: nn.Module, head_dims: Mapping[str, int]) -> None:
         for scale in SCALES:
             if isinstance(getattr(module, scale, None), float):
                 setattr(module, scale, getattr(module, scale) * (old / new) ** 0.5)
+        if rotary_pairs and path in rotary_pairs:
+            pairs = rotary_pairs[path]
+            if len(pairs) * 2 != new or not all(0 <= pair < old // 2 for pair in pairs):
+                raise ZipItError(f"rotary_pairs of '{path}' should be {new // 2} numbers below {old // 2}: {pairs}.")
+            module.register_forward_pre_hook(partial(_turn_some, pair_units(pairs, old)), with_kwargs=True)
+
+
+def _turn_some(
+    units: list[int], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of an attention module with the cosines and sines of some units alone."""
+    if POSITIONS not in kwargs:
+        raise ZipItError(f"{type(module).__name__} is not given the {POSITIONS} that rotary_pairs are for.")
+    return args, kwargs | {POSITIONS: tuple(part[..., units] for part in kwargs[POSITIONS])}

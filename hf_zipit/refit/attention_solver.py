@@ -3,18 +3,20 @@
 What a head computes is
 
 - logits, which are bilinear in the input: x_i^T B_t x_j with B_t = W_q^T W_k of expert t, its biases included, each
-  expert's queries and keys regressed on the merged model's input;
+  expert's queries and keys regressed on the merged model's input. With a rotary embedding there is such a B_t for
+  every pair of units that turns together, complex and of rank one;
 - a weighted mean of values, under the *merged* model's weights. The experts' own values, regressed on the merged
   model's input and averaged under those weights, are regressed on what the residual stream lacks; of each head's
   solution the part of the head's rank that loses least becomes its values and its share of the output projection,
-  which is then solved once more for all heads together.
+  which is then solved once more for all heads together. Heads that share their keys share their values, too.
 
 Two ways to make the merged heads, of which each layer gets the one whose logits are nearer to the experts':
 
 - paired: one head for each of an expert's, as they were aligned, with the best factors of the mean of its experts'
   B_t. Right for heads that agree;
-- split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank. Heads
-  of different experts rarely agree, but each is of low rank. The layer has as many weights and operations as before.
+- split: every expert's head stays a head of its own, with 1/T of the width: the best factors of that rank, or of its
+  rotary pairs those that say most. Heads of different experts rarely agree, but each is of low rank. The layer has as
+  many weights and operations as before.
 
 Everything is closed-form: two passes over the inputs a layer and two singular value decompositions a head.
 
@@ -30,20 +32,32 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hf_zipit.maps.products import factor_indices
+from hf_zipit.maps.products import factor_indices, merged_sizes
 from hf_zipit.maps.transform import features_to_merged
+from hf_zipit.modeling.head_dims import HeadCut, pair_units
+from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.head_factors import LogitFactors, Metric, logit_factors, nearest_basis, padded, value_factors
+from hf_zipit.refit.head_factors import (
+    LogitFactors,
+    Metric,
+    logit_factors,
+    nearest_basis,
+    nearest_phases,
+    padded,
+    pair_energies,
+    rotary_factors,
+    value_factors,
+)
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import SecondMoments, ridge
-from hf_zipit.refit.solvable import Attention, RefitSite
+from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import product_key
 
 AGREED = 1e-3
-"""MergedHeads that lose no more than this share of their logits' energy by being paired are not split."""
+"""Heads that lose no more than this share of their logits' energy by being paired are not split."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +73,56 @@ class MergedHeads:
     """How a layer's merged heads are made.
 
     Attributes:
-        queries, keys, values: per merged head the experts' heads in it.
-        count, width: of the merged heads; those beyond the given ones stay empty.
-        scale: what the experts' products of queries and keys are multiplied by, in units of the merged layer's.
+        queries: per merged head the experts' heads in it.
+        keys, values: the same of the heads that have keys and values; a number of query heads in a row share one.
+        width: of the merged heads.
+        count, groups: how many query heads, and heads with keys, there are; those beyond the given ones stay empty.
     """
 
     queries: list[list[Member]]
     keys: list[list[Member]]
     values: list[list[Member]]
-    count: int
     width: int
-    scale: float = 1.0
+    count: int
+    groups: int
+
+    @property
+    def shared_by(self) -> int:
+        """How many query heads share one's keys."""
+        return self.count // self.groups
+
+    def asking(self, group: int) -> list[list[Member]]:
+        """The query heads of a group."""
+        return self.queries[group * self.shared_by : (group + 1) * self.shared_by]
+
+
+@dataclass(frozen=True)
+class MergedLogits:
+    """Queries and keys of a layer's merged heads.
+
+    Attributes:
+        found: by group.
+        pairs: of an expert's rotary pairs, those that split heads keep.
+    """
+
+    found: list[LogitFactors]
+    pairs: list[int] | None = None
+
+    @property
+    def lost_share(self) -> float:
+        """What the layer's heads miss of the experts' logits, as a share of those."""
+        lost, energy = (sum(getattr(group, name) for group in self.found) for name in ("lost", "energy"))
+        return lost / max(energy, 1e-30)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where the regression of a head starts, and which of its bases is taken.
+    """Where the regression of the heads that share their values starts, and which of their bases is taken.
 
     Attributes:
-        slope: `[outputs, values]`, what the head's values are mapped to before anything is regressed.
-        out, mix: `[outputs, width]` and `[width, values]`, the output projection and the values to be nearest to.
+        slope: `[heads, outputs, values]`, what the values are mapped to before anything is regressed.
+        out, mix: `[heads, outputs, width]` and `[width, values]`, the output projection and the values to be nearest
+            to.
     """
 
     slope: Tensor
@@ -95,59 +139,68 @@ class AttentionSolver:
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
         self.regressed: dict[RefitSite, list[tuple[Tensor, Tensor]]] = {}
         self.moments: dict[RefitSite, SecondMoments] = {}
+        self.blocks: list[tuple[Tensor, ...]] = []  # queries and keys of heads as wide as an expert's
 
-    def solve(self) -> int | None:
+    def solve(self) -> HeadCut | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
 
         Returns:
-            The width of the merged heads if they were split; the program then has their sizes.
+            The merged heads' width and pairs if they were split; the program then has their sizes.
         """
         attention, fit = self.attention, self.fit
         projection = fit.values.merged[attention.output.weight]
         self._regress()
-        heads, metrics = self._paired(), self._metrics()
-        logits = self._logits(heads, *metrics)
-        split = self._split()
-        if split is not None and lost_share(logits) > AGREED:
-            others = self._logits(split, *metrics)
-            if lost_share(others) < lost_share(logits):
-                heads, logits = split, others
-        is_split = heads is split
-        starts = self._split_starts(heads) if is_split else self._paired_starts(heads, projection)
-        self._write_logits(heads, logits, is_split)
-        if is_split and self.cut is not None:
-            fit.values.program.adopt(self.cut.arguments)
-        fit.values.run_again([attention.query.node, attention.key.node], attention.at)
-        self._solve_values(heads, starts)
-        return heads.width if is_split else None
+        heads, split = self._paired(), self._split()
+        if attention.logits is None:
+            self._solve_values(heads, self._paired_starts(heads, projection))
+            return None
+        metrics = self._metrics()
+        logits = self._paired_logits(heads, *metrics)
+        if split is not None and logits.lost_share > AGREED:
+            others = self._split_logits(split, *metrics)
+            if others.lost_share < logits.lost_share:
+                self._write_split(split, others)
+                self._solve_values(split, self._split_starts(split))
+                fit.values.program.adopt(self.cut.arguments)  # type: ignore[union-attr]
+                return HeadCut(split.width, others.pairs)
+        self._write_paired(heads, logits)
+        self._solve_values(heads, self._paired_starts(heads, projection))
+        return None
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
     def _paired(self) -> MergedHeads:
-        def members(site: RefitSite) -> list[list[Member]]:
-            return [[Member(t, self._units(site, t, head)) for t in self.tasks] for head in range(attention.heads)]
-
         attention = self.attention
-        parts = [members(site) for site in attention.inputs]
-        return MergedHeads(*parts, attention.heads, attention.width)
+
+        def members(site: RefitSite, count: int) -> list[list[Member]]:
+            return [[Member(t, self._units(site, t, head)) for t in self.tasks] for head in range(count)]
+
+        queries = members(attention.query, attention.heads) if attention.logits else []
+        keys = members(attention.key, attention.groups) if attention.logits else []
+        values = members(attention.value, attention.groups)
+        return MergedHeads(queries, keys, values, attention.width, attention.heads, attention.groups)
 
     def _units(self, site: RefitSite, expert: int, head: int) -> slice:
         """Where the outputs of a weight that belong to a merged head are among an expert's own."""
         key = product_key(self.spec.axes[site.weight][0])
-        merged = factor_indices(key, self.alignment, self.spec, expert)[key[0]]
+        indices = factor_indices(key, self.alignment, self.spec, expert)
+        merged = torch.zeros(self.spec.size(key), dtype=torch.int64)
+        for name, size in zip(key[:-1], merged_sizes(key[:-1], self.alignment, self.spec), strict=True):
+            merged = merged * size + indices[name]
         first = int((merged == head).int().argmax())
-        return slice(first, first + int((merged == head).sum()))
+        return slice(first, first + self.attention.width)
 
     def _split(self) -> MergedHeads | None:
         attention, cut = self.attention, self.cut
         if cut is None:
             return None
-        own = [
-            [Member(t, slice(first, first + attention.width))]
-            for t in self.tasks
-            for first in range(0, attention.heads * attention.width, attention.width)
-        ]
-        return MergedHeads(own, own, own, cut.count, cut.width, cut.scale)
+
+        def members(count: int) -> list[list[Member]]:
+            starts = range(0, count * attention.width, attention.width)
+            return [[Member(t, slice(first, first + attention.width))] for t in self.tasks for first in starts]
+
+        own = members(attention.groups)
+        return MergedHeads(members(attention.heads), own, own, cut.width, cut.count, cut.groups)
 
     # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
 
@@ -161,99 +214,174 @@ class AttentionSolver:
         for site in self.attention.inputs:
             by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
         for x, sites in by_input.items():
-            moments, inputs = regress_inputs(self.fit, x, self.spec.axes[sites[0].weight][1])
+            intercept = any(site.bias for site in sites)  # without one nothing could add it
+            moments, inputs = regress_inputs(self.fit, x, self.spec.axes[sites[0].weight][1], intercept)
             for site in sites:
                 self.regressed[site] = [written(self.fit, site, t, *inputs[t]) for t in self.tasks]
                 self.moments[site] = moments
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
-    def _logits(self, heads: MergedHeads, *metrics: Metric) -> list[LogitFactors]:
-        return [
-            logit_factors(
-                [self._query(member) * heads.scale for member in queries],
-                [self._key(member) for member in keys],
-                *metrics,
-                heads.width,
-            )
-            for queries, keys in zip(heads.queries, heads.keys, strict=True)
-        ]
-
     def _metrics(self) -> tuple[Metric, Metric]:
-        """Of the query's input, with one more that is always one if it has a bias; and of the key's, centred.
+        """Of the query's input and of the key's, each with one more that is always one if it has a bias.
 
-        What a key's bias adds to the logits is the same for all positions, and cancels.
+        What a key's bias adds to the logits is the same for all positions, and cancels, unless it is rotated by its
+        position; so does what the mean key adds.
         """
-        q, k = self.moments[self.attention.query], self.moments[self.attention.key]
-        moment = q.xx / q.n
-        if self.attention.query.bias is not None:
-            mean = q.x / q.n
-            moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
-        penalty = self.fit.config.ridge
-        return Metric.of(moment, penalty), Metric.of(k.xx / k.n - torch.outer(k.x, k.x) / k.n.square(), penalty)
-
-    def _query(self, member: Member) -> Tensor:
-        slope, shift = (part[member.units] for part in self.regressed[self.attention.query][member.expert])
-        return slope if self.attention.query.bias is None else torch.cat([slope, shift[:, None]], 1)
-
-    def _key(self, member: Member) -> Tensor:
-        return self.regressed[self.attention.key][member.expert][0][member.units]
-
-    def _write_logits(self, heads: MergedHeads, logits: Sequence[LogitFactors], is_split: bool) -> None:
         query, key = self.attention.query, self.attention.key
-        queries, keys = [], []
-        for number, found in enumerate(logits):
-            if is_split:
-                (asker,), (asked,) = heads.queries[number], heads.keys[number]
-                towards = self._query(asker)[: heads.width], self._key(asked)[: heads.width]
-            else:
-                rows = slice(number * heads.width, (number + 1) * heads.width)
-                towards = self._combined(query)[rows], self._combined(key)[rows, : found.key.shape[1]]
-            one, other = nearest_basis(found.query, found.key, towards)
-            queries.append(one)
-            keys.append(other)
-        rows, columns = (padded(torch.cat(part), heads.count * heads.width) for part in (queries, keys))
-        slope, shift = (rows, rows[:, 0] * 0) if query.bias is None else (rows[:, :-1], rows[:, -1])
-        self.fit.write(query, slope, shift)
-        self.fit.write(key, columns, columns[:, 0] * 0)
+        if self.attention.logits == "rotary":
+            return self._metric(query), self._metric(key)
+        k = self.moments[key]
+        centred = k.xx / k.n - torch.outer(k.x, k.x) / k.n.square()
+        return self._metric(query), Metric.of(centred, self.fit.config.ridge)
+
+    def _metric(self, site: RefitSite) -> Metric:
+        found = self.moments[site]
+        moment = found.xx / found.n
+        if site.bias is not None:
+            mean = found.x / found.n
+            moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
+        return Metric.of(moment, self.fit.config.ridge)
+
+    def _factors(self, heads: MergedHeads, group: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Per expert in a group its queries `[heads, head_dim, n]` and keys `[head_dim, m]`."""
+        asked = [self._rows(self.attention.key, member) for member in heads.keys[group]]
+        asking = [
+            torch.stack([self._rows(self.attention.query, member) for member in members])
+            for members in zip(*heads.asking(group), strict=True)
+        ]
+        return asking, asked
+
+    def _rows(self, site: RefitSite, member: Member) -> Tensor:
+        slope, shift = (part[member.units] for part in self.regressed[site][member.expert])
+        return torch.cat([slope, shift[:, None]], 1) if self._has_shift(site) else slope
+
+    def _has_shift(self, site: RefitSite) -> bool:
+        """Whether a map's bias makes a difference."""
+        return site.bias is not None and (site is self.attention.query or self.attention.logits == "rotary")
+
+    def _paired_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
+        rotary, found = self.attention.logits == "rotary", []
+        for group in range(len(heads.keys)):
+            parts = self._factors(heads, group)
+            found.append(rotary_factors(*parts, *metrics) if rotary else logit_factors(*parts, *metrics, heads.width))
+        return MergedLogits(found)
+
+    def _split_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
+        """Every head's best factors; of rotary pairs those that say most, the same ones for the whole layer."""
+        parts = [self._factors(heads, group) for group in range(len(heads.keys))]
+        if self.attention.logits == "plain":
+            return MergedLogits([logit_factors(*own, *metrics, heads.width) for own in parts])
+        energies = torch.stack([pair_energies(asking, asked, *metrics) for (asking,), (asked,) in parts])
+        pairs = energies.sum(0).topk(heads.width // 2).indices.sort().values
+        units = pair_units(pairs.tolist(), self.attention.width)
+        found = [
+            LogitFactors(asking[:, units], asked[units], float((all_ := own.sum()) - own[pairs].sum()), float(all_))
+            for ((asking,), (asked,)), own in zip(parts, energies, strict=True)
+        ]
+        return MergedLogits(found, pairs.tolist())
+
+    def _write_paired(self, heads: MergedHeads, logits: MergedLogits) -> None:
+        query, key = self.attention.query, self.attention.key
+        before = self._combined(query).unflatten(0, (heads.groups, heads.shared_by, heads.width))
+        asked = self._combined(key).unflatten(0, (heads.groups, heads.width))
+        near = nearest_phases if self.attention.logits == "rotary" else nearest_basis
+        turned = [near(own.query, own.key, towards) for own, *towards in zip(logits.found, before, asked, strict=True)]
+        queries, keys = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*turned, strict=True))
+        self._write(query, queries)
+        self._write(key, keys)
+        self.blocks = [(queries, keys)]
+
+    def _write_split(self, heads: MergedHeads, logits: MergedLogits) -> None:
+        """Heads of `heads.width`, and for what follows the same as wider heads with zeros, an expert at a time."""
+        attention, cut = self.attention, self.cut
+        assert cut is not None
+        queries = torch.cat([own.query for own in logits.found])
+        keys = torch.stack([own.key for own in logits.found])
+        width, units = attention.width, slice(heads.width)
+        if attention.logits == "plain":
+            near = [
+                nearest_basis(own.query, own.key, (asking[:, units], asked[units]))
+                for own, ((asking,), (asked,)) in zip(
+                    logits.found, (self._factors(heads, group) for group in range(len(keys))), strict=True
+                )
+            ]
+            queries, keys = torch.cat([one for one, _ in near]), torch.stack([other for _, other in near])
+        self._write(attention.query, padded(queries.flatten(0, 1) * cut.scale, heads.count * heads.width))
+        self._write(attention.key, padded(keys.flatten(0, 1), heads.groups * heads.width))
+        kept = units if logits.pairs is None else pair_units(logits.pairs, width)
+        whole = [part.new_zeros(len(part), width, part.shape[-1]) for part in (queries, keys)]
+        for all_units, part in zip(whole, (queries, keys), strict=True):
+            all_units[:, kept] = part
+        by_expert = [part.flatten(0, 1).chunk(len(self.tasks)) for part in whole]
+        self.blocks = list(zip(*by_expert, strict=True))
+
+    def _write(self, site: RefitSite, rows: Tensor) -> None:
+        self.fit.write(site, *self._affine(site, rows))
+
+    def _affine(self, site: RefitSite, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A slope and a shift of rows that may have both."""
+        return (rows[:, :-1], rows[:, -1]) if self._has_shift(site) else (rows, rows[:, 0] * 0)
 
     def _combined(self, site: RefitSite) -> Tensor:
-        """The combined weight, with the bias as one more column if there is one."""
-        weight, bias = self.fit.values.merged[site.weight], self.fit.values.merged.get(site.bias)
-        return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+        """The combined weight, with the bias as one more column if it makes a difference."""
+        weight = self.fit.values.merged[site.weight]
+        return torch.cat([weight, self.fit.values.merged[site.bias][:, None]], 1) if self._has_shift(site) else weight
+
+    def _asked(self, b: int) -> tuple[Tensor, Tensor]:
+        """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
+        attention, values = self.attention, self.fit.values
+        nodes, sites = attention.node.args[:2], (attention.query, attention.key)
+        found = []
+        for block in self.blocks or [None]:
+            parts = []
+            for i, (node, site) in enumerate(zip(nodes, sites, strict=True)):
+                known = {}
+                if block is not None:
+                    x = values.of(site.node.args[0], MERGED, b)
+                    slope, shift = (part.to(x) for part in self._affine(site, block[i]))
+                    known[site.node] = functional.linear(x, slope, shift)
+                parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
+            found.append(parts)
+        query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
     # Values and the output projection --------------------------------------------------------------------------------
 
     def _solve_values(self, heads: MergedHeads, starts: Sequence[Start]) -> None:
-        """Mix the experts' values, head by head; then the output projection, for all heads together.
+        """Mix the experts' values, for the heads that share them; then the output projection, for all heads together.
 
         What it reads is the mix of what was averaged, so that the moments of that say all that is needed.
         """
         value, output, penalty = self.attention.value, self.attention.output, self.fit.config.ridge
         slopes, shifts = self._values(heads)
-        before = torch.cat([start.slope for start in starts], 1)
+        shared, width = heads.shared_by, slopes.shape[1]
+        before = torch.cat([slope for start in starts for slope in start.slope], 1)
         moments = self._moments_of_means(heads, slopes, shifts, before)
         slope, _ = ridge(moments, before, penalty, output.bias is not None)
         covariance = moments.xx / moments.n - torch.outer(moments.x, moments.x) / moments.n.square()
         outs, mixes = [], []
-        for head, start in enumerate(starts):
-            own = slice(head * slopes.shape[1], (head + 1) * slopes.shape[1])
-            out, mix = value_factors(slope[:, own], Metric.of(covariance[own, own], penalty), heads.width)
-            out, mix = nearest_basis(out.mT, mix, (start.out.mT, start.mix))
-            outs.append(out)
+        for group, start in enumerate(starts):
+            own = [slice(head * width, (head + 1) * width) for head in range(group * shared, (group + 1) * shared)]
+            spread = torch.stack([covariance[head, head] for head in own]).mean(0)
+            solution = torch.cat([slope[:, head] for head in own])
+            out, mix = value_factors(solution, Metric.of(spread, penalty), heads.width)
+            out, mix = nearest_basis(out.mT, mix, (start.out.flatten(0, 1).mT, start.mix))
+            outs += out.mT.chunk(shared)
             mixes.append(mix)
-        full = heads.count * heads.width
         weights, biases = (
-            torch.cat([mix @ part[head] for head, mix in enumerate(mixes)]) for part in (slopes, shifts[..., None])
+            torch.cat([mix @ part[group] for group, mix in enumerate(mixes)]) for part in (slopes, shifts[..., None])
         )
-        self.fit.write(value, padded(weights, full), padded(biases, full)[:, 0])
-        first = torch.cat(outs).mT
-        found, shift = ridge(moments.mixed(torch.block_diag(*mixes), first), first, penalty, output.bias is not None)
-        self.fit.write(output, padded(found.mT, full).mT, shift)
-        self._put_means(mixes, heads.count)
+        values = heads.groups * heads.width
+        self.fit.write(value, padded(weights, values), padded(biases, values)[:, 0])
+        first = torch.cat(outs, 1)
+        every = [mix for mix in mixes for _ in range(shared)]
+        found, shift = ridge(moments.mixed(torch.block_diag(*every), first), first, penalty, output.bias is not None)
+        self.fit.write(output, padded(found.mT, heads.count * heads.width).mT, shift)
+        self._put_means(every, heads.count)
 
     def _values(self, heads: MergedHeads) -> tuple[Tensor, Tensor]:
-        """The values that enter each merged head: slopes `[heads, values, d]` and shifts `[heads, values]`."""
+        """What the merged heads of each group mix: slopes `[groups, values, d]`, shifts `[groups, values]`."""
         maps = self.regressed[self.attention.value]
         slopes, shifts = (
             torch.stack([torch.cat([maps[m.expert][part][m.units] for m in members]) for members in heads.values])
@@ -265,13 +393,12 @@ class AttentionSolver:
     def _moments_of_means(self, heads: MergedHeads, slopes: Tensor, shifts: Tensor, start: Tensor) -> SecondMoments:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
         attention, fit = self.attention, self.fit
-        empty = heads.count - len(slopes)
         slope, shift = (part.flatten(0, 1).to(fit.values.device, torch.float32) for part in (slopes, shifts))
         gram = fit.gram(start)
         for b in range(len(fit.values.batches)):
             x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
-            means = self._means(_with_empty_heads(values, empty), b)[:, : len(slopes)]
+            means = self._means(values.repeat_interleave(heads.shared_by, 1), b)
             fit.values.store[attention.node, "means", b] = means
             means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
@@ -285,12 +412,13 @@ class AttentionSolver:
             means = values.store[node, "means", b]
             values.store.pop((node, "means", b))
             mixed = means @ torch.stack(list(mixes)).mT.to(means)
-            values.store[node, MERGED, b] = _with_empty_heads(mixed, count - len(mixes))
+            more = count - len(mixes)  # heads of zeros behind the others
+            values.store[node, MERGED, b] = functional.pad(mixed, (0, 0, 0, 0, 0, more)) if more else mixed
 
     def _means(self, values: Tensor, b: int) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
         node = self.attention.node
-        query, key = (self.fit.values.peek(node.args[i], b, {}) for i in (0, 1))  # type: ignore[arg-type]
+        query, key = self._asked(b)
         # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
         more = max(0, values.shape[-1] - query.shape[-1])
         query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
@@ -306,12 +434,12 @@ class AttentionSolver:
         merges = [
             features_to_merged(eye, 0, label, self.alignment, self.spec, t) / len(self.tasks) for t in self.tasks
         ]
+        outs = projection.to(eye).unflatten(1, (heads.groups, heads.shared_by, heads.width)).permute(1, 2, 0, 3)
         starts = []
-        for head, members in enumerate(heads.values):
-            rows = slice(head * heads.width, (head + 1) * heads.width)
-            out = projection[:, rows].to(eye)
+        for group, members in enumerate(heads.values):
+            rows = slice(group * heads.width, (group + 1) * heads.width)
             mix = torch.cat([merges[m.expert][rows, m.units] for m in members], 1)
-            starts.append(Start(out @ mix, out, mix))
+            starts.append(Start(outs[group] @ mix, outs[group], mix))
         return starts
 
     def _split_starts(self, heads: MergedHeads) -> list[Start]:
@@ -319,21 +447,12 @@ class AttentionSolver:
         output = self.attention.output
         label = self.spec.output_label(output.weight, 0)
         starts = []
-        for (member,) in heads.values:
-            own = self.fit.values.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
-            written = features_to_merged(own, 0, label, self.alignment, self.spec, member.expert)
-            written = written.to(self.fit.home, torch.float64)
-            first = torch.eye(heads.width, written.shape[1]).to(written)
-            starts.append(Start(written, written[:, : heads.width], first))
+        for group in range(len(heads.values)):
+            parts = []
+            for (member,) in heads.asking(group):
+                own = self.fit.values.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
+                parts.append(features_to_merged(own, 0, label, self.alignment, self.spec, member.expert))
+            written = torch.stack(parts).to(self.fit.home, torch.float64)
+            first = torch.eye(heads.width, written.shape[-1]).to(written)
+            starts.append(Start(written, written[..., : heads.width], first))
         return starts
-
-
-def _with_empty_heads(values: Tensor, more: int) -> Tensor:
-    """Values `[samples, heads, positions, any]` with `more` heads of zeros behind the others."""
-    return functional.pad(values, (0, 0, 0, 0, 0, more)) if more else values
-
-
-def lost_share(logits: Sequence[LogitFactors]) -> float:
-    """The mean of what a layer's heads miss of the experts' logits, as a share of those."""
-    lost, energy = (sum(getattr(head, name) for head in logits) for name in ("lost", "energy"))
-    return lost / max(energy, 1e-30)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -251,12 +251,17 @@ def out_of_place(target: Any) -> Callable[..., Any]:
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def resized_copy(model: Model, shapes: Mapping[str, list[int]], head_dims: Mapping[str, int]) -> Model:
+def resized_copy(
+    model: Model,
+    shapes: Mapping[str, list[int]],
+    head_dims: Mapping[str, int],
+    rotary_pairs: Mapping[str, Sequence[int]] | None = None,
+) -> Model:
     """A copy with other shapes and heads; the tensors whose shapes stay are the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     resize(other, dict(shapes))
-    cut_heads(other, head_dims)
+    cut_heads(other, head_dims, rotary_pairs)
     return other
 
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from hf_zipit.modeling.head_dims import head_dim_name
+from hf_zipit.modeling.head_dims import HeadCut, head_dim_name, pair_units
+from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.program import Arguments, Program, resized_copy
-from hf_zipit.refit.solvable import Attention
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.proof import model_tensors, run_with
 
@@ -38,12 +38,13 @@ class SplitHeads:
     """An attention layer with narrower heads.
 
     Attributes:
-        count, width: of the heads.
+        count, groups, width: of the heads, and of those that have keys and values.
         scale: what whole heads multiply their logits by, in units of what the narrower ones do.
-        arguments: of the ops between the maps and the output projection.
+        arguments: of the ops between the heads' means and the output projection.
     """
 
     count: int
+    groups: int
     width: int
     scale: float
     arguments: Mapping[fx.Node, Arguments]
@@ -85,36 +86,32 @@ def find_splits(
 def _split(program: Program, layer: Attention, dim: int) -> SplitHeads | None:
     """The layer with heads of another width; None where an op has a place for every head or every unit of one."""
     count, ratio = layer.heads * layer.width // dim, layer.width / dim
+    if layer.logits is None or (layer.logits == "rotary" and dim % 2):
+        return None
     mask = layer.node.args[3] if len(layer.node.args) > 3 else layer.node.kwargs.get("attn_mask")
     if mask is not None and (len(shape_of(mask)) < 3 or shape_of(mask)[-3] != 1):
         return None
-    axes: dict[fx.Node, int | None] = {}
+    axes: dict[fx.Node, int | None] = {layer.node: 1}
     arguments = {}
-    for node in layer.between:
+    for node in layer.behind:
         given, shape = program.arguments(node), shape_of(node)
-        args, keywords = given.args, dict(given.kwargs)
+        args = given.args
         axis = axes[node] = _heads_axis(node, axes)
         if axis is None and shape[-1] != layer.heads * layer.width:
             return None
         if axis is not None and (shape[axis], shape[-1]) != (layer.heads, layer.width):
             return None
-        if node is layer.node and keywords.get("scale") is not None:
-            keywords["scale"] *= ratio**0.5
         if axis is not None and op_name(node) in RESHAPING:
             sizes = list(args[1])
             sizes[axis], sizes[-1] = (-1 if sizes[at] == -1 else new for at, new in ((axis, count), (-1, dim)))
             args = (args[0], sizes)
-        arguments[node] = Arguments(args, keywords)
-    return SplitHeads(count, dim, ratio**-0.5, arguments)
+        arguments[node] = Arguments(args, given.kwargs)
+    return SplitHeads(count, layer.groups * layer.width // dim, dim, ratio**-0.5, arguments)
 
 
 def _heads_axis(node: fx.Node, axes: Mapping[fx.Node, int | None]) -> int | None:
     """Which axis has the heads, given that of earlier ops; None where they lie side by side."""
     name, source = op_name(node), node.args[0]
-    if name == "scaled_dot_product_attention":
-        return 1
-    if source not in axes:
-        return 2  # a map's output, just cut
     axis = axes[source]  # type: ignore[index]
     if axis is None or (name in RESHAPING and shape_of(node) != shape_of(source)):  # type: ignore[arg-type]
         return None
@@ -136,17 +133,13 @@ def is_proven(
 ) -> bool:
     """Whether a model with narrower heads computes what the splits say."""
     some = {name: tensor[:SAMPLES] for name, tensor in inputs.items()}
-    tensors = _half_empty_heads(splits, model_tensors(model))
-    narrow_tensors = tensors | {
-        name: tensors[name] * split.scale
-        for layer, split in splits.items()
-        for name in (layer.query.weight, layer.query.bias)
-        if name is not None
-    }
-    head_dims = {layer.module: split.width for layer, split in splits.items() if layer.module is not None}
+    cuts = {layer.module: _some_cut(layer, split) for layer, split in splits.items() if layer.module is not None}
+    tensors, narrow_tensors = _half_empty_heads(splits, cuts, model_tensors(model))
+    head_dims = {path: cut.width for path, cut in cuts.items()}
+    rotary_pairs = {path: cut.pairs for path, cut in cuts.items() if cut.pairs is not None}
     try:
         whole = run_with(model, tensors, some, fields)
-        narrow = run_with(resized_copy(model, {}, head_dims), narrow_tensors, some, fields)
+        narrow = run_with(resized_copy(model, {}, head_dims, rotary_pairs), narrow_tensors, some, fields)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return False
     return bool(whole) and all(
@@ -154,15 +147,43 @@ def is_proven(
     )
 
 
-def _half_empty_heads(splits: Mapping[Attention, SplitHeads], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Random queries, keys, values and output projections, nothing beyond a head's first units."""
+def _some_cut(layer: Attention, split: SplitHeads) -> HeadCut:
+    """A cut of a layer whose rotary pairs are not its first ones, nor its last."""
+    if layer.logits == "plain":
+        return HeadCut(split.width)
+    half, kept = layer.width // 2, split.width // 2
+    return HeadCut(split.width, [half - 1 - i * (half // kept) for i in reversed(range(kept))])
+
+
+def _half_empty_heads(
+    splits: Mapping[Attention, SplitHeads], cuts: Mapping[str, HeadCut], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Random queries, keys, values and output projections, nothing beyond the units that are kept; as whole heads, and
+    as narrower ones beside heads of zeros.
+    """
     generator = torch.Generator().manual_seed(0)
-    found = {}
+    found, narrow = dict[str, Tensor](), dict[str, Tensor]()
     for layer, split in splits.items():
+        pairs = cuts[layer.module].pairs if layer.module in cuts else None
         for site in (*layer.inputs, layer.output):
+            turned = pairs if site in (layer.query, layer.key) else None
+            kept = list(range(split.width)) if turned is None else pair_units(turned, layer.width)
+            order = [*kept, *(unit for unit in range(layer.width) if unit not in set(kept))]
             for name in filter(None, (site.weight, site.bias)):
                 tensor = torch.randn(tensors[name].shape, generator=generator) / tensors[name].shape[-1] ** 0.5
-                if site is not layer.output:
-                    tensor.unflatten(0, (layer.heads, layer.width))[:, split.width :] = 0
-                found[name] = tensor
-    return found
+                found[name] = narrow[name] = tensor
+                if site is layer.output:
+                    if name == site.weight:
+                        narrow[name] = _side_by_side(tensor.mT, layer, split.width).mT
+                    continue
+                heads = tensor.unflatten(0, (-1, layer.width))
+                heads[:, order[split.width :]] = 0
+                narrow[name] = heads[:, order].flatten(0, 1)
+                if site is layer.query:
+                    narrow[name] = _side_by_side(narrow[name], layer, split.width) * split.scale
+    return {**tensors, **found}, {**tensors, **narrow}
+
+
+def _side_by_side(rows: Tensor, layer: Attention, dim: int) -> Tensor:
+    """Rows by query head and unit, in another order: first the parts that go with the first part of the group's keys."""
+    return rows.unflatten(0, (layer.groups, layer.heads // layer.groups, -1, dim)).transpose(1, 2).flatten(0, 3)

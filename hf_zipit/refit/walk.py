@@ -27,14 +27,16 @@ from transformers.utils.logging import tqdm
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.maps.space_map import Alignment
+from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.cut import Cut
+from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.fit import Fit, Targets, relative_errors
 from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.solvable import Attention, RefitSite, find_attention, find_mlps, find_sites
+from hf_zipit.refit.solvable import RefitSite, find_mlps, find_sites
 from hf_zipit.refit.solvers import Readouts, find_readouts, norm_names, solve, solve_readout
 from hf_zipit.refit.splitting import SplitHeads, find_splits
 from hf_zipit.refit.values import MERGED, Values
@@ -48,7 +50,7 @@ class Refitted:
     Attributes:
         tensors: the trunk's new tensors.
         readouts: the maps from merged units to the experts' own; None where nothing was refitted.
-        head_dims: by path the width of a head in attention layers whose heads were split.
+        head_cuts: by path what attention layers have whose heads were split.
         reparametrised: weights whose outputs are no expert's units any more: queries, keys and values of attention
             layers that were solved as a whole, and the first maps of MLPs whose units were chosen.
         report: the regression errors.
@@ -58,7 +60,7 @@ class Refitted:
 
     tensors: dict[str, Tensor]
     readouts: Readouts | None = None
-    head_dims: dict[str, int] = field(default_factory=dict)
+    head_cuts: dict[str, HeadCut] = field(default_factory=dict)
     reparametrised: frozenset[str] = frozenset()
     report: RefitReport | None = None
     maps: Alignment = field(default_factory=dict)
@@ -99,7 +101,7 @@ class Walk:
             self.program.adopt(self.program.arguments_in(wide))
         self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.readouts = find_readouts(self.program, cut)
-        self.attention = {layer.at: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
+        self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
         self.mlps = {mlp.at: mlp for mlp in find_mlps(self.program, self.sites, spec) if config.choose_units}
@@ -109,7 +111,7 @@ class Walk:
         if config.split_heads:
             layers, inputs = self.attention.values(), batches[0].inputs
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
-        self.head_dims: dict[str, int] = {}
+        self.head_cuts: dict[str, HeadCut] = {}
 
         values = Values(self.program, experts, merged, batches, config.memory_gb, torch.device(device))
         rows = Rows(
@@ -160,14 +162,14 @@ class Walk:
         tensors = {name: values.solved[name] for name in self.cut.trunk}
         reparametrised = frozenset(self.sites[node].weight for node in self.in_attention | self.chosen)
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_dims, reparametrised, report, peak_bytes=values.store.peak)
+        return Refitted(tensors, solved, self.head_cuts, reparametrised, report, peak_bytes=values.store.peak)
 
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
         self._advance_experts(self.program.position[layer.output.stream or layer.output.output])
-        width = AttentionSolver(self.fit, layer, self.splits.get(layer)).solve()
-        if width is not None and layer.module is not None:
-            self.head_dims[layer.module] = width
+        cut = AttentionSolver(self.fit, layer, self.splits.get(layer)).solve()
+        if cut is not None and layer.module is not None:
+            self.head_cuts[layer.module] = cut
 
     def _choose_units(self, node: fx.Node) -> None:
         mlp = self.mlps[node]
@@ -184,17 +186,15 @@ class Walk:
 
     def _in_attention_layers(self) -> set[fx.Node]:
         """Ops of attention layers, up to the means, that whoever solves the layer runs as far as they are needed."""
-        position = self.program.position
-        layers = self.attention.values()
-        return {node for layer in layers for node in layer.ops if position[node] <= position[layer.node]}
+        return {node for layer in self.attention.values() for node in layer.ops}
 
     def _expiring(self) -> dict[int, list[fx.Node]]:
         """By position the nodes whose values no op reads after it."""
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for layer in self.attention.values():
-            for node in (*layer.ops, *(site.node.args[0] for site in layer.inputs)):
+            for node in (used for op in layer.ops for used in (op, *op.all_input_nodes)):
                 if node in last:
-                    last[node] = max(last[node], self.program.position[layer.at])
+                    last[node] = max(last[node], self.program.position[layer.node])
         for mlp in self.mlps.values():
             for node in (mlp.input, *(site.node for site in mlp.writers)):
                 if node in last:

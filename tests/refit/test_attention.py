@@ -18,7 +18,8 @@ from hf_zipit.refit import RefitConfig, RefitReport, walk
 from hf_zipit.refit.fit import Fit, relative_errors
 from hf_zipit.refit.head_factors import Metric, logit_factors, value_factors
 from hf_zipit.refit.program import Program, resized_copy
-from hf_zipit.refit.solvable import RefitSite, find_attention, find_sites
+from hf_zipit.refit.attention import find_attention
+from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.refit.solvers import solve_linear
 from hf_zipit.refit.splitting import find_splits, is_proven, narrower
 from hf_zipit.refit.values import MERGED
