@@ -10,26 +10,32 @@ two maps is regressed like any other.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.symmetry.ops import op_name, shape_of
-from hf_zipit.symmetry.spec import Factor, MergeSpec, Symmetry
+from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Sum, Symmetry
 
 MOVING = {
-    *("view", "reshape", "transpose", "permute", "contiguous", "clone", "unsqueeze", "squeeze", "expand"),
-    *("to", "_to_copy", "alias", "detach", "dropout", "repeat_interleave", "cat"),
+    *("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "repeat_interleave", "cat"),
+    *("slice", "split", "split_with_sizes", "chunk", "select", "unbind", "narrow", "getitem"),
+    *("contiguous", "clone", "to", "_to_copy", "alias", "detach", "dropout"),
 }
 """Ops that only move numbers: to their heads, and to the queries that share them."""
 
-ROTATING = MOVING | {"slice", "mul", "neg", "add"}
+UNCHANGED = {"contiguous", "clone", "to", "_to_copy", "alias", "detach", "dropout"}
+"""Those of them that leave every number where it is."""
+
+ROTATING = MOVING | {"mul", "neg", "add"}
 """Those of rotary embeddings, too."""
 
 CHECKS = {"_assert_tensor_metadata"}
@@ -40,12 +46,32 @@ Logits = Literal["plain", "rotary"]
 
 
 @dataclass(frozen=True)
+class Heads:
+    """A linear map that is cut into heads, or that part of a fused one.
+
+    Attributes:
+        site: where its weight is solved.
+        label: its units, head by head.
+        first, count: which of the weight's outputs they are.
+    """
+
+    site: RefitSite
+    label: AxisLabel
+    first: int
+    count: int
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention layer.
 
     Attributes:
         node: the op that weighs the values.
-        query, key, value: where their weights are solved.
+        query, key, value: the linear maps.
         output: the output projection, which the heads' means go straight into.
         logits: how queries and keys make logits; None where they are solved apart.
         before: the ops between the maps that are solved here and `node`; behind: those between it and the projection.
@@ -54,9 +80,9 @@ class Attention:
     """
 
     node: fx.Node
-    query: RefitSite
-    key: RefitSite
-    value: RefitSite
+    query: Heads
+    key: Heads
+    value: Heads
     output: RefitSite
     logits: Logits | None
     before: frozenset[fx.Node]
@@ -66,19 +92,24 @@ class Attention:
     width: int
 
     @property
-    def inputs(self) -> tuple[RefitSite, ...]:
+    def inputs(self) -> tuple[Heads, ...]:
         """The maps that are solved here."""
         return (self.value,) if self.logits is None else (self.query, self.key, self.value)
 
     @property
+    def sites(self) -> tuple[RefitSite, ...]:
+        """Of these maps, which may be one fused weight."""
+        return tuple(dict.fromkeys(heads.site for heads in self.inputs))
+
+    @property
     def ops(self) -> frozenset[fx.Node]:
         """Those whose values are the solver's business: the maps and what is between them and the means."""
-        return self.before | {site.node for site in self.inputs} | {self.node}
+        return self.before | {site.node for site in self.sites} | {self.node}
 
     @property
     def module(self) -> str | None:
-        """The path of the module that holds the three maps, if it is one."""
-        owners = {site.module.rpartition(".")[0] for site in (self.query, self.key, self.value)}
+        """The path of the module that holds the maps, if it is one."""
+        owners = {heads.site.module.rpartition(".")[0] for heads in (self.query, self.key, self.value)}
         return owners.pop() if len(owners) == 1 else None
 
 
@@ -90,49 +121,68 @@ def find_attention(
     for node in program.nodes:
         if not made.isdisjoint(node.all_input_nodes):
             made.add(node)
-
-    def symmetry(site: RefitSite) -> Symmetry | None:
-        """Of the units inside a head; None where there is not one merged unit for every unit of an expert."""
-        label = spec.axes[site.weight][0]
-        whole = all(isinstance(factor, Factor) for factor in label)
-        if not label or not whole or merged_length(label, alignment, spec) != spec.length(label):
-            return None
-        return spec.spaces[label[-1].space].symmetry  # type: ignore[union-attr]
-
     for node in program.nodes:
-        if node.op != "call_function" or op_name(node) != "scaled_dot_product_attention":
-            continue
-        output, behind = _joined(node, sites)
-        steps: tuple[set[fx.Node], ...] = set(), set(), set()
-        query, key, value = (_map_before(x, sites, made, own) for x, own in zip(node.args[:3], steps, strict=True))  # type: ignore[arg-type]
-        if output is None or query is None or key is None or value is None or symmetry(value) is not Symmetry.LINEAR:
-            continue
-        if not _only_moves(node, value, steps[2], MOVING):
-            continue
-        heads, width = _heads_and_width(node)
-        groups, odd = divmod(spec.length(spec.axes[value.weight][0]), width)
-        if odd or heads % groups or shape_of(node)[-1] != width:
-            continue
-        same = spec.length(spec.axes[key.weight][0]) == groups * width
-        kinds = {symmetry(site) for site in (query, key)}
-        logits: Logits | None = None
-        if kinds == {Symmetry.LINEAR}:
+        if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
+            found = _attention(node, program, sites, made, spec, alignment)
+            if found is not None:
+                yield found
+
+
+def _attention(
+    node: fx.Node,
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    made: set[fx.Node],
+    spec: MergeSpec,
+    alignment: Alignment,
+) -> Attention | None:
+    """The layer of one attention op; None where it cannot be solved as a whole."""
+    output, behind = _joined(node, sites)
+    paths = [_path(x, sites, made) for x in node.args[:3]]  # type: ignore[arg-type]
+    if output is None or any(path is None for path in paths):
+        return None
+    heads, width = (int(size) for size in (shape_of(node.args[0])[1], shape_of(node.args[0])[3]))  # type: ignore[arg-type]
+    steps = [path.steps for path in paths]  # type: ignore[union-attr]
+    cut = [
+        _cut_into_heads(x, path, program, made, spec, alignment)  # type: ignore[arg-type]
+        for x, path in zip(node.args[:3], paths, strict=True)
+    ]
+    query, key, value = cut
+    if value is None or shape_of(node)[-1] != width or _symmetry(value, spec) is not Symmetry.LINEAR:
+        return None
+    groups, more = divmod(spec.length(value.label), width)
+    if more or heads % groups:
+        return None
+    logits: Logits | None = None
+    if query is not None and key is not None and spec.length(key.label) == groups * width:
+        names = {_name(step) for step in steps[0] | steps[1]}
+        kinds = {_symmetry(query, spec), _symmetry(key, spec)}
+        if kinds == {Symmetry.LINEAR} and names <= MOVING | CHECKS:
             logits = "plain"
         elif kinds == {Symmetry.ROTARY}:
             logits = "rotary"
-        moves = ROTATING if logits == "rotary" else MOVING
-        paths = zip((query, key), steps, strict=False)
-        if not same or not all(_only_moves(node, site, own, moves) for site, own in paths):
-            logits = None
-        before = frozenset(steps[2].union(*steps[:2]) if logits else steps[2])
-        yield Attention(node, query, key, value, output, logits, before, behind, heads, groups, width)
+    # What other layers read, or other parts of the same weight do, is not this layer's alone.
+    mine = {node, *steps[2], *(steps[0] | steps[1] if logits else ())}
+    solved = [paths[2], *(paths[:2] if logits else ())]
+    users = {user for path in solved for step in (*path.steps, path.site.node) for user in step.users}  # type: ignore[union-attr]
+    if not users <= mine:
+        return None
+    before = frozenset(mine - {node})
+    absent = Heads(paths[0].site, (), 0, 0)  # type: ignore[union-attr]
+    return Attention(node, query or absent, key or absent, value, output, logits, before, behind, heads, groups, width)
 
 
-def _map_before(
-    node: fx.Node, sites: Mapping[fx.Node, RefitSite], made: set[fx.Node], steps: set[fx.Node]
-) -> RefitSite | None:
-    """The one linear map that a value is made from; `steps` are filled with the ops between."""
-    found, todo = set(), [node]
+@dataclass(frozen=True)
+class _Path:
+    """The way from a linear map to an attention op, and the ops on it."""
+
+    site: RefitSite
+    steps: set[fx.Node]
+
+
+def _path(node: fx.Node, sites: Mapping[fx.Node, RefitSite], made: set[fx.Node]) -> _Path | None:
+    """From the one linear map that a value is made from; None where it is made from others, too."""
+    found, steps, todo = set[fx.Node](), set[fx.Node](), [node]
     while todo:
         current = todo.pop()
         if current in sites:
@@ -143,21 +193,86 @@ def _map_before(
     site = sites[found.pop()] if len(found) == 1 else None
     if site is None or site.kind != "linear" or site.stream is not None:
         return None
-    steps |= {user for step in (*steps, site.node) for user in step.users if op_name(user) in CHECKS}
-    return site
+    return _Path(
+        site, steps | {user for step in (*steps, site.node) for user in step.users if op_name(user) in CHECKS}
+    )
 
 
-def _only_moves(node: fx.Node, site: RefitSite, steps: set[fx.Node], allowed: set[str]) -> bool:
-    """Whether all that happens to a map's output on its way to an attention op are some ops, and nobody else reads."""
-    names = {op_name(step) for step in steps} - CHECKS
-    users = {user for step in (*steps, site.node) for user in step.users}
-    return names <= allowed and users <= steps | {node}
+def _symmetry(heads: Heads, spec: MergeSpec) -> Symmetry:
+    """Of the units inside a head."""
+    return spec.spaces[heads.label[-1].space].symmetry  # type: ignore[union-attr]
 
 
-def _heads_and_width(node: fx.Node) -> tuple[int, int]:
-    """How many heads an attention op has, and how wide its queries are."""
-    query = shape_of(node.args[0])  # type: ignore[arg-type]
-    return int(query[1]), int(query[3])
+def _cut_into_heads(
+    node: fx.Node, path: _Path, program: Program, made: set[fx.Node], spec: MergeSpec, alignment: Alignment
+) -> Heads | None:
+    """Which outputs of a map become heads, several of which may be equal in a row; None unless they lie in order.
+
+    None also where there is not one merged unit for every unit of an expert.
+    """
+    numbers = _unit_numbers(node, path, program, made)
+    if numbers is None:
+        return None
+    own = numbers.unique_consecutive(dim=0)
+    first, count = int(own[0, 0]), own.numel()
+    if not torch.equal(own.flatten(), torch.arange(first, first + count)) or len(numbers) % len(own):
+        return None
+    label = _part(spec.output_label(path.site.weight, path.site.unit_axis), first, count, spec)
+    if not label or not all(isinstance(factor, Factor) for factor in label):
+        return None
+    whole = spec.length(label) == count == merged_length(label, alignment, spec)
+    return Heads(path.site, label, first, count) if whole else None
+
+
+def _part(label: AxisLabel, first: int, count: int, spec: MergeSpec) -> AxisLabel | None:
+    """The units of a stretch of an axis: the axis itself or a term of the direct sum that it is."""
+    if len(label) != 1 or not isinstance(label[0], Sum):
+        return label if first == 0 and spec.length(label) == count else None
+    start = 0
+    for term in label[0].terms:
+        if start == first:
+            return term if spec.length(term) == count else None
+        start += spec.length(term)
+    return None
+
+
+def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Node]) -> Tensor | None:
+    """Which output of the map is where in every head, `[heads, width]`: what the ops between make of their numbers.
+
+    A rotary embedding leaves numbers at position 0 where they are. None where something else happens to them, or not
+    the same at all positions.
+    """
+    start = path.site.node
+    shape = shape_of(start)
+    values: dict[fx.Node, Any] = {start: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
+    for step in sorted(path.steps, key=program.position.__getitem__):
+        name = _name(step)
+        known = [used for used in step.all_input_nodes if used in made]
+        if name in CHECKS:
+            continue
+        if name not in ROTATING or any(used not in values for used in known):
+            return None
+        if name in UNCHANGED:
+            values[step] = values[known[0]]
+        elif name in ("mul", "neg", "add"):
+            straight = [used for used in known if values[used] is not None]
+            values[step] = values[straight[0]] if len(straight) == 1 and name != "neg" else None
+        elif any(values[used] is None for used in known):
+            values[step] = None
+        elif name == "cat":
+            parts = [values[x] for x in step.args[0] if x in values]  # type: ignore[union-attr]
+            values[step] = torch.cat(parts, step.args[1] if len(step.args) > 1 else 0)  # type: ignore[arg-type]
+        else:
+            arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
+            values[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+    found = values[node]
+    if found is None or not (found == found[:1, :, :1]).all():
+        return None
+    return found[0, :, 0].long()
+
+
+def _name(node: fx.Node) -> str:
+    return "getitem" if node.target is operator.getitem else op_name(node)
 
 
 def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSite | None, tuple[fx.Node, ...]]:

@@ -35,7 +35,7 @@ from torch.nn import functional
 from hf_zipit.maps.products import factor_indices, merged_sizes
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.modeling.head_dims import HeadCut, pair_units
-from hf_zipit.refit.attention import Attention
+from hf_zipit.refit.attention import Attention, Heads
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import (
     LogitFactors,
@@ -50,7 +50,6 @@ from hf_zipit.refit.head_factors import (
 )
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import SecondMoments, ridge
-from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
 from hf_zipit.refit.values import MERGED
@@ -137,8 +136,8 @@ class AttentionSolver:
         """`cut`: the layer with narrower heads, if it can have them."""
         self.fit, self.attention, self.cut = fit, attention, cut
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
-        self.regressed: dict[RefitSite, list[tuple[Tensor, Tensor]]] = {}
-        self.moments: dict[RefitSite, SecondMoments] = {}
+        self.regressed: dict[Heads, list[tuple[Tensor, Tensor]]] = {}
+        self.moments: dict[Heads, SecondMoments] = {}
         self.blocks: list[tuple[Tensor, ...]] = []  # queries and keys of heads as wide as an expert's
 
     def solve(self) -> HeadCut | None:
@@ -148,7 +147,7 @@ class AttentionSolver:
             The merged heads' width and pairs if they were split; the program then has their sizes.
         """
         attention, fit = self.attention, self.fit
-        projection = fit.values.merged[attention.output.weight]
+        projection = fit.matrix(attention.output)
         self._regress()
         heads, split = self._paired(), self._split()
         if attention.logits is None:
@@ -172,17 +171,17 @@ class AttentionSolver:
     def _paired(self) -> MergedHeads:
         attention = self.attention
 
-        def members(site: RefitSite, count: int) -> list[list[Member]]:
-            return [[Member(t, self._units(site, t, head)) for t in self.tasks] for head in range(count)]
+        def members(own: Heads, count: int) -> list[list[Member]]:
+            return [[Member(t, self._units(own, t, head)) for t in self.tasks] for head in range(count)]
 
         queries = members(attention.query, attention.heads) if attention.logits else []
         keys = members(attention.key, attention.groups) if attention.logits else []
         values = members(attention.value, attention.groups)
         return MergedHeads(queries, keys, values, attention.width, attention.heads, attention.groups)
 
-    def _units(self, site: RefitSite, expert: int, head: int) -> slice:
-        """Where the outputs of a weight that belong to a merged head are among an expert's own."""
-        key = product_key(self.spec.axes[site.weight][0])
+    def _units(self, own: Heads, expert: int, head: int) -> slice:
+        """Where the outputs of a map that belong to a merged head are among an expert's own."""
+        key = product_key(own.label)
         indices = factor_indices(key, self.alignment, self.spec, expert)
         merged = torch.zeros(self.spec.size(key), dtype=torch.int64)
         for name, size in zip(key[:-1], merged_sizes(key[:-1], self.alignment, self.spec), strict=True):
@@ -210,15 +209,15 @@ class AttentionSolver:
         They are linear maps W_t of the expert's own input. So it is that input which is regressed, towards U_t: what
         W_t makes of the solution is the solution for W_t's outputs, towards W_t U_t.
         """
-        by_input: dict[fx.Node, list[RefitSite]] = {}
-        for site in self.attention.inputs:
-            by_input.setdefault(site.node.args[0], []).append(site)  # type: ignore[arg-type]
-        for x, sites in by_input.items():
-            intercept = any(site.bias for site in sites)  # without one nothing could add it
-            moments, inputs = regress_inputs(self.fit, x, self.spec.axes[sites[0].weight][1], intercept)
-            for site in sites:
-                self.regressed[site] = [written(self.fit, site, t, *inputs[t]) for t in self.tasks]
-                self.moments[site] = moments
+        by_input: dict[fx.Node, list[Heads]] = {}
+        for own in self.attention.inputs:
+            by_input.setdefault(own.site.node.args[0], []).append(own)  # type: ignore[arg-type]
+        for x, maps in by_input.items():
+            intercept = any(own.site.bias for own in maps)  # without one nothing could add it
+            moments, inputs = regress_inputs(self.fit, x, self.fit.input_label(maps[0].site), intercept)
+            for own in maps:
+                self.regressed[own] = [written(self.fit, own.site, t, *inputs[t], own.rows) for t in self.tasks]
+                self.moments[own] = moments
 
     # Queries and keys ------------------------------------------------------------------------------------------------
 
@@ -235,10 +234,10 @@ class AttentionSolver:
         centred = k.xx / k.n - torch.outer(k.x, k.x) / k.n.square()
         return self._metric(query), Metric.of(centred, self.fit.config.ridge)
 
-    def _metric(self, site: RefitSite) -> Metric:
-        found = self.moments[site]
+    def _metric(self, own: Heads) -> Metric:
+        found = self.moments[own]
         moment = found.xx / found.n
-        if site.bias is not None:
+        if own.site.bias is not None:
             mean = found.x / found.n
             moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
         return Metric.of(moment, self.fit.config.ridge)
@@ -252,13 +251,13 @@ class AttentionSolver:
         ]
         return asking, asked
 
-    def _rows(self, site: RefitSite, member: Member) -> Tensor:
-        slope, shift = (part[member.units] for part in self.regressed[site][member.expert])
-        return torch.cat([slope, shift[:, None]], 1) if self._has_shift(site) else slope
+    def _rows(self, own: Heads, member: Member) -> Tensor:
+        slope, shift = (part[member.units] for part in self.regressed[own][member.expert])
+        return torch.cat([slope, shift[:, None]], 1) if self._has_shift(own) else slope
 
-    def _has_shift(self, site: RefitSite) -> bool:
+    def _has_shift(self, own: Heads) -> bool:
         """Whether a map's bias makes a difference."""
-        return site.bias is not None and (site is self.attention.query or self.attention.logits == "rotary")
+        return own.site.bias is not None and (own is self.attention.query or self.attention.logits == "rotary")
 
     def _paired_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
         rotary, found = self.attention.logits == "rotary", []
@@ -316,35 +315,39 @@ class AttentionSolver:
         by_expert = [part.flatten(0, 1).chunk(len(self.tasks)) for part in whole]
         self.blocks = list(zip(*by_expert, strict=True))
 
-    def _write(self, site: RefitSite, rows: Tensor) -> None:
-        self.fit.write(site, *self._affine(site, rows))
+    def _write(self, own: Heads, rows: Tensor) -> None:
+        self.fit.write(own.site, *self._affine(own, rows), own.rows)
 
-    def _affine(self, site: RefitSite, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def _affine(self, own: Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
         """A slope and a shift of rows that may have both."""
-        return (rows[:, :-1], rows[:, -1]) if self._has_shift(site) else (rows, rows[:, 0] * 0)
+        return (rows[:, :-1], rows[:, -1]) if self._has_shift(own) else (rows, rows[:, 0] * 0)
 
-    def _combined(self, site: RefitSite) -> Tensor:
+    def _combined(self, own: Heads) -> Tensor:
         """The combined weight, with the bias as one more column if it makes a difference."""
-        weight = self.fit.values.merged[site.weight]
-        return torch.cat([weight, self.fit.values.merged[site.bias][:, None]], 1) if self._has_shift(site) else weight
+        weight = self.fit.matrix(own.site)[own.rows]
+        if not self._has_shift(own):
+            return weight
+        return torch.cat([weight, self.fit.values.merged[own.site.bias][own.rows, None]], 1)  # type: ignore[index]
 
     def _asked(self, b: int) -> tuple[Tensor, Tensor]:
         """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
         attention, values = self.attention, self.fit.values
-        nodes, sites = attention.node.args[:2], (attention.query, attention.key)
         found = []
-        for block in self.blocks or [None]:
+        for block in self.blocks or [(None, None)]:
             parts = []
-            for i, (node, site) in enumerate(zip(nodes, sites, strict=True)):
-                known = {}
-                if block is not None:
-                    x = values.of(site.node.args[0], MERGED, b)
-                    slope, shift = (part.to(x) for part in self._affine(site, block[i]))
-                    known[site.node] = functional.linear(x, slope, shift)
+            for node, own, rows in zip(attention.node.args, (attention.query, attention.key), block, strict=False):
+                known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
                 parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
             found.append(parts)
         query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+    def _put_out(self, own: Heads, rows: Tensor, b: int) -> Tensor:
+        """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""
+        x = self.fit.values.of(own.site.node.args[0], MERGED, b)
+        slope, shift = (part.to(x) for part in self._affine(own, rows))
+        outputs = self.fit.matrix(own.site).shape[0]
+        return functional.pad(functional.linear(x, slope, shift), (own.rows.start, outputs - own.rows.stop))
 
     # Values and the output projection --------------------------------------------------------------------------------
 
@@ -373,7 +376,7 @@ class AttentionSolver:
             torch.cat([mix @ part[group] for group, mix in enumerate(mixes)]) for part in (slopes, shifts[..., None])
         )
         values = heads.groups * heads.width
-        self.fit.write(value, padded(weights, values), padded(biases, values)[:, 0])
+        self.fit.write(value.site, padded(weights, values), padded(biases, values)[:, 0], value.rows)
         first = torch.cat(outs, 1)
         every = [mix for mix in mixes for _ in range(shared)]
         found, shift = ridge(moments.mixed(torch.block_diag(*every), first), first, penalty, output.bias is not None)
@@ -388,7 +391,7 @@ class AttentionSolver:
             for part in (0, 1)
         )
         # Without a bias nothing may add a constant; the shift is then part of what the regression leaves.
-        return slopes, shifts if self.attention.value.bias is not None else torch.zeros_like(shifts)
+        return slopes, shifts if self.attention.value.site.bias is not None else torch.zeros_like(shifts)
 
     def _moments_of_means(self, heads: MergedHeads, slopes: Tensor, shifts: Tensor, start: Tensor) -> SecondMoments:
         """Of the values' means under the merged model's weights, and of what the output projection aims at."""
@@ -396,7 +399,7 @@ class AttentionSolver:
         slope, shift = (part.flatten(0, 1).to(fit.values.device, torch.float32) for part in (slopes, shifts))
         gram = fit.gram(start)
         for b in range(len(fit.values.batches)):
-            x = fit.values.of(attention.value.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            x = fit.values.of(attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
             means = self._means(values.repeat_interleave(heads.shared_by, 1), b)
             fit.values.store[attention.node, "means", b] = means
@@ -428,8 +431,7 @@ class AttentionSolver:
 
     def _paired_starts(self, heads: MergedHeads, projection: Tensor) -> list[Start]:
         """The combined model's: its projection, and its values of a head as a mix of the experts'."""
-        value = self.attention.value
-        label = self.spec.axes[value.weight][0]
+        label = self.attention.value.label
         eye = torch.eye(self.spec.size(product_key(label)), dtype=torch.float64, device=self.fit.home)
         merges = [
             features_to_merged(eye, 0, label, self.alignment, self.spec, t) / len(self.tasks) for t in self.tasks
@@ -445,12 +447,12 @@ class AttentionSolver:
     def _split_starts(self, heads: MergedHeads) -> list[Start]:
         """The experts' own: the mean of what their heads write."""
         output = self.attention.output
-        label = self.spec.output_label(output.weight, 0)
+        label = self.fit.targets.label(output)
         starts = []
         for group in range(len(heads.values)):
             parts = []
             for (member,) in heads.asking(group):
-                own = self.fit.values.tensors[member.expert][output.weight][:, member.units] / len(self.tasks)
+                own = self.fit.matrix(output, member.expert)[:, member.units] / len(self.tasks)
                 parts.append(features_to_merged(own, 0, label, self.alignment, self.spec, member.expert))
             written = torch.stack(parts).to(self.fit.home, torch.float64)
             first = torch.eye(heads.width, written.shape[-1]).to(written)

@@ -160,16 +160,35 @@ class Fit:
 
     def pick(self, site: RefitSite, b: int) -> tuple[Picked, Tensor]:
         """The rows of a site's value that enter its regression, and their weights."""
-        shape = self.values.merged[site.weight].shape
-        inputs = prod(shape[1:]) if site.kind in ("linear", "conv") else shape[-1]
+        shape = list(self.values.merged[site.weight].shape)
+        outputs = shape.pop(site.unit_axis)
+        inputs = prod(shape) if site.kind in ("linear", "conv") else outputs
         return self.rows.pick(shape_of(site.stream or site.output), b, site.channel_axis, inputs)
 
-    def write(self, site: RefitSite, weight: Tensor, bias: Tensor | None = None) -> None:
-        """Put a solution into the merged model; where a site has no bias, none is written."""
+    def matrix(self, site: RefitSite, who: int = MERGED) -> Tensor:
+        """A linear map's weight `[outputs, inputs]`, of the merged model or of an expert."""
+        weight = self.values.tensors[who][site.weight]
+        return weight.mT if site.turned else weight
+
+    def input_label(self, site: RefitSite) -> AxisLabel:
+        """The units of a linear map's input."""
+        return self.spec.axes[site.weight][site.input_axis]
+
+    def write(self, site: RefitSite, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> None:
+        """Put a solution into the merged model, of some of a linear map's outputs where `rows` says which.
+
+        Where a site has no bias, none is written.
+        """
         tensors = self.values.merged
         for name, solution in ((site.weight, weight), (site.bias, bias)):
             if name is not None and solution is not None:
-                tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name])
+                turned = site.turned and name == site.weight
+                if rows is not None:
+                    whole = (tensors[name].mT if turned else tensors[name]).clone()
+                    whole[rows] = solution.to(whole)
+                    solution = whole
+                solution = solution.mT if turned else solution
+                tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name]).contiguous()
 
 
 UNKNOWN_TASK = "unknown task"

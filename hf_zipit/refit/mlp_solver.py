@@ -91,20 +91,20 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
 
 def _candidates(fit: Fit, mlp: Mlp) -> Candidates:
     spec, experts = fit.spec, fit.values.experts
-    first, reader = mlp.writers[0], mlp.reader.weight
-    _, inputs = regress_inputs(fit, mlp.input, spec.axes[first.weight][1], all(site.bias for site in mlp.writers))
+    units = fit.input_label(mlp.writers[0])
+    _, inputs = regress_inputs(fit, mlp.input, units, all(site.bias for site in mlp.writers))
     maps = {}
     for site in mlp.writers:
         own = [written(fit, site, t, *inputs[t]) for t in experts]
-        label = spec.axes[site.weight][0]
+        label = fit.targets.label(site)
         merged = [[features_to_merged(part, 0, label, fit.alignment, spec, t) for part in own[t]] for t in experts]
         pairs = [torch.stack(parts).mean(0) for parts in zip(*merged, strict=True)]
         weight, bias = (torch.cat([pair, *parts]) for pair, parts in zip(pairs, zip(*own, strict=True), strict=True))
         maps[site] = weight, bias if site.bias else torch.zeros_like(bias)
-    label = spec.output_label(reader, 0)
-    columns = [fit.values.merged[reader]]
+    label = fit.targets.label(mlp.reader)
+    columns = [fit.matrix(mlp.reader)]
     for t in experts:
-        own = features_to_merged(fit.values.tensors[t][reader], 0, label, fit.alignment, spec, t)
+        own = features_to_merged(fit.matrix(mlp.reader, t), 0, label, fit.alignment, spec, t)
         columns.append(own / len(experts))
     return Candidates(maps, torch.cat(columns, 1), columns[0].shape[1])
 

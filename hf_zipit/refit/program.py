@@ -33,6 +33,10 @@ VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "uns
 """Ops whose result shares memory with their input, so that writing into it writes into the input."""
 
 
+FLAT = {"view", "reshape"}
+"""Ops that make rows of positions, and positions of rows."""
+
+
 @dataclass(frozen=True)
 class ForwardPass:
     """The ops of a forward pass for inputs of one shape. No value is ever written into.
@@ -78,6 +82,7 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     output = next(node for node in exported.graph.nodes if node.op == "output")
+    linear_maps_of_rows(exported.graph)
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
     _read_what_was_written(nodes)
     return ForwardPass(
@@ -87,6 +92,32 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
         dict(zip(list(exported.call_spec.out_spec.context), output.args[0], strict=True)),
         exported.graph_module,
     )
+
+
+def turned_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map whose weight is `[inputs, outputs]`."""
+    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+def linear_maps_of_rows(graph: fx.Graph) -> None:
+    """`view(addmm(bias, view(x, [-1, d]), weight), [..., k])`, transformers' Conv1D, is one op: `turned_linear`."""
+    for node in list(graph.nodes):
+        rows = node.args[1] if node.op == "call_function" and op_name(node) == "addmm" and not node.kwargs else None
+        whole = next(iter(node.users), None)
+        if not isinstance(rows, fx.Node) or op_name(rows) not in FLAT or whole is None or len(node.users) != 1:
+            continue
+        bias, _, weight = node.args
+        x = rows.args[0]
+        before, flat, made, after = (list(value.meta["val"].shape) for value in (x, rows, node, whole))
+        if op_name(whole) not in FLAT or after != [*before[:-1], made[-1]] or before[-1:] != flat[1:]:
+            continue
+        with graph.inserting_before(node):
+            linear = graph.call_function(turned_linear, (x, weight, bias))
+        linear.meta = {**node.meta, "val": whole.meta["val"]}
+        whole.replace_all_uses_with(linear)
+        for old in (whole, node, rows):
+            if not old.users:
+                graph.erase_node(old)
 
 
 def _read_what_was_written(nodes: list[fx.Node]) -> None:

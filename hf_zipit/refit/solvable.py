@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hf_zipit.refit.program import Program
+from hf_zipit.refit.program import Program, turned_linear
 from hf_zipit.symmetry.ops import is_within, module_stack, op_name, overload, shape_of
 from hf_zipit.symmetry.spec import MergeSpec, product_key
 
@@ -29,6 +29,7 @@ class RefitSite:
         norm: the batch norm right behind a convolution, which is folded into it.
         output: the node whose value the weights make: the op itself or its norm.
         stream: for a writer into a residual stream the addition, and `other`, what the output is added to.
+        turned: whether a linear map's weight is `[inputs, outputs]`.
     """
 
     kind: str
@@ -39,11 +40,17 @@ class RefitSite:
     output: fx.Node
     stream: fx.Node | None = None
     other: fx.Node | None = None
+    turned: bool = False
 
     @property
     def unit_axis(self) -> int:
         """The weight's axis that holds the units of the output."""
-        return {"embedding": 1, "offset": -1}.get(self.kind, 0)
+        return {"embedding": 1, "offset": -1}.get(self.kind, int(self.turned))
+
+    @property
+    def input_axis(self) -> int:
+        """The axis of a linear map's weight that holds the units of its input."""
+        return 1 - self.unit_axis
 
     @property
     def channel_axis(self) -> int:
@@ -76,15 +83,15 @@ def find_sites(program: Program, trunk: frozenset[str], head: tuple[str, ...] = 
 def _site(program: Program, node: fx.Node) -> RefitSite | None:
     name = op_name(node)
     args = node.args
-    if name == "linear":
-        return _writer(program, "linear", node, args[1], args[2] if len(args) > 2 else None, None)
+    if name == "linear" or node.target is turned_linear:
+        return _writer(program, "linear", node, args[1], _third(args), None, turned=node.target is turned_linear)
     if name in {"conv1d", "conv2d", "conv3d"}:
         groups = args[6] if len(args) > 6 else node.kwargs.get("groups", 1)
         if name != "conv2d" or groups != 1:
             return None  # these keep the combined weights
         norm = _only_user(node)
         norm = norm if norm is not None and op_name(norm) == "batch_norm" else None
-        return _writer(program, "conv", node, args[1], args[2] if len(args) > 2 else None, norm)
+        return _writer(program, "conv", node, args[1], _third(args), norm)
     if name == "embedding":
         return _writer(program, "embedding", node, args[0], None, None)
     if name == "layer_norm" and len(args) > 3 and args[2] is not None and args[3] is not None:
@@ -99,8 +106,13 @@ def _site(program: Program, node: fx.Node) -> RefitSite | None:
     return None
 
 
+def _third(args: Sequence[Any]) -> Any:
+    """The bias of an op that may have one."""
+    return args[2] if len(args) > 2 else None
+
+
 def _writer(
-    program: Program, kind: str, node: fx.Node, weight: Any, bias: Any, norm: fx.Node | None
+    program: Program, kind: str, node: fx.Node, weight: Any, bias: Any, norm: fx.Node | None, turned: bool = False
 ) -> RefitSite | None:
     name = program.tensor_of(weight)
     if name is None:
@@ -109,7 +121,7 @@ def _writer(
     stream, other = _addition_behind(program, output)
     if kind != "embedding" and stream is not None and shape_of(stream) != shape_of(output):
         stream = other = None  # one row of the output is added to many of the stream
-    return RefitSite(kind, node, name, program.tensor_of(bias), norm, output, stream, other)
+    return RefitSite(kind, node, name, program.tensor_of(bias), norm, output, stream, other, turned)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -166,7 +178,7 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
     for node in sorted(sites, key=program.position.__getitem__):
         site = sites[node]
         if site.kind == "linear":
-            out, into = spec.axes[site.weight]
+            out, into = (spec.axes[site.weight][axis] for axis in (site.unit_axis, site.input_axis))
             writers["*".join(product_key(out))].append(site)
             readers["*".join(product_key(into))].append(site)
     for name in writers.keys() & readers.keys() & spec.spaces.keys():

@@ -33,7 +33,7 @@ def solve(fit: Fit, site: RefitSite) -> None:
 
 
 def solve_linear(fit: Fit, site: RefitSite) -> None:
-    weight = fit.values.merged[site.weight]
+    weight = fit.matrix(site)
     gram = fit.gram(weight)
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
@@ -137,12 +137,16 @@ def regress_inputs(
     return moments, list(zip(slope.chunk(len(experts)), shift.chunk(len(experts)), strict=True))
 
 
-def written(fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """What an expert's weights make of its input, where that is a linear map of the merged model's."""
-    tensors = fit.values.tensors[expert]
-    weight = tensors[site.weight].to(slope)
+def written(
+    fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
+    """What an expert's weights, or some rows of them, make of its input, where that is a linear map of the merged
+    model's.
+    """
+    weight = fit.matrix(site, expert)[rows].to(slope)
     constant = weight @ shift
-    return weight @ slope, constant if site.bias is None else constant + tensors[site.bias].to(constant)
+    bias = None if site.bias is None else fit.values.tensors[expert][site.bias][rows].to(constant)
+    return weight @ slope, constant if bias is None else constant + bias
 
 
 SOLVERS: dict[str, Callable[[Fit, RefitSite], None]] = {

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from hf_zipit.modeling.head_dims import HeadCut, head_dim_name, pair_units
 from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.program import Arguments, Program, resized_copy
+from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.proof import model_tensors, run_with
 
@@ -164,26 +165,30 @@ def _half_empty_heads(
     generator = torch.Generator().manual_seed(0)
     found, narrow = dict[str, Tensor](), dict[str, Tensor]()
     for layer, split in splits.items():
-        pairs = cuts[layer.module].pairs if layer.module in cuts else None
-        for site in (*layer.inputs, layer.output):
-            turned = pairs if site in (layer.query, layer.key) else None
-            kept = list(range(split.width)) if turned is None else pair_units(turned, layer.width)
-            order = [*kept, *(unit for unit in range(layer.width) if unit not in set(kept))]
+        for site in (*layer.sites, layer.output):
             for name in filter(None, (site.weight, site.bias)):
-                tensor = torch.randn(tensors[name].shape, generator=generator) / tensors[name].shape[-1] ** 0.5
-                found[name] = narrow[name] = tensor
-                if site is layer.output:
-                    if name == site.weight:
-                        narrow[name] = _side_by_side(tensor.mT, layer, split.width).mT
-                    continue
-                heads = tensor.unflatten(0, (-1, layer.width))
+                found[name] = torch.randn(tensors[name].shape, generator=generator) / tensors[name].shape[-1] ** 0.5
+                narrow[name] = found[name].clone()
+        pairs = cuts[layer.module].pairs if layer.module in cuts else None
+        for own in layer.inputs:
+            kept = list(range(split.width)) if own is layer.value or not pairs else pair_units(pairs, layer.width)
+            order = [*kept, *(unit for unit in range(layer.width) if unit not in set(kept))]
+            for whole, cut in zip(_rows(own.site, found), _rows(own.site, narrow), strict=True):
+                heads = whole[own.rows].unflatten(0, (-1, layer.width))
                 heads[:, order[split.width :]] = 0
-                narrow[name] = heads[:, order].flatten(0, 1)
-                if site is layer.query:
-                    narrow[name] = _side_by_side(narrow[name], layer, split.width) * split.scale
+                rows = heads[:, order].flatten(0, 1)
+                cut[own.rows] = _side_by_side(rows, layer, split.width) * split.scale if own is layer.query else rows
+        weight = _rows(layer.output, narrow)[0].mT
+        weight.copy_(_side_by_side(weight.clone(), layer, split.width))
     return {**tensors, **found}, {**tensors, **narrow}
 
 
+def _rows(site: RefitSite, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Views of a linear map's weight `[outputs, inputs]` and its bias, if there is one."""
+    weight = tensors[site.weight]
+    return [weight.mT if site.turned else weight, *([] if site.bias is None else [tensors[site.bias]])]
+
+
 def _side_by_side(rows: Tensor, layer: Attention, dim: int) -> Tensor:
-    """Rows by query head and unit, in another order: first the parts that go with the first part of the group's keys."""
+    """Rows by query head and unit, in another order: in each group first those parts that go with its keys' first."""
     return rows.unflatten(0, (layer.groups, layer.heads // layer.groups, -1, dim)).transpose(1, 2).flatten(0, 3)

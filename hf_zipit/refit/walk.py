@@ -102,7 +102,7 @@ class Walk:
         self.sites = find_sites(self.program, cut.trunk, spec.head)
         self.readouts = find_readouts(self.program, cut)
         self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
-        self.in_attention = {site.node for layer in self.attention.values() for site in layer.inputs}
+        self.in_attention = {site.node for layer in self.attention.values() for site in layer.sites}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
         self.mlps = {mlp.at: mlp for mlp in find_mlps(self.program, self.sites, spec) if config.choose_units}
         self.in_mlp = {site.node for mlp in self.mlps.values() for site in mlp.writers}
