@@ -35,7 +35,10 @@ MOVING = {
 UNCHANGED = {"contiguous", "clone", "to", "_to_copy", "alias", "detach", "dropout"}
 """Those of them that leave every number where it is."""
 
-ROTATING = MOVING | {"mul", "neg", "add"}
+SCALING = {"mul", "div"}
+"""Ops that a class may scale its queries with: with a number, for a tensor would be no change of basis."""
+
+ROTATING = MOVING | SCALING | {"neg", "add"}
 """Those of rotary embeddings, too."""
 
 CHECKS = {"_assert_tensor_metadata"}
@@ -157,7 +160,7 @@ def _attention(
     if query is not None and key is not None and spec.length(key.label) == groups * width:
         names = {_name(step) for step in steps[0] | steps[1]}
         kinds = {_symmetry(query, spec), _symmetry(key, spec)}
-        if kinds == {Symmetry.LINEAR} and names <= MOVING | CHECKS:
+        if kinds == {Symmetry.LINEAR} and names <= MOVING | SCALING | CHECKS:
             logits = "plain"
         elif kinds == {Symmetry.ROTARY}:
             logits = "rotary"
@@ -254,7 +257,7 @@ def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Nod
             return None
         if name in UNCHANGED:
             values[step] = values[known[0]]
-        elif name in ("mul", "neg", "add"):
+        elif name in ("mul", "div", "neg", "add"):
             straight = [used for used in known if values[used] is not None]
             values[step] = values[straight[0]] if len(straight) == 1 and name != "neg" else None
         elif any(values[used] is None for used in known):
