@@ -122,6 +122,19 @@ class Targets:
         return self._scales[label, task]
 
 
+FAINT = 1e-3
+"""Scales of a writer into a stream count at least this share of their mean: next to none cannot be divided by."""
+
+
+def scale_of(site: RefitSite, values: Values, who: int) -> Tensor | float:
+    """What a model multiplies a site's output by before it is added to a stream, away from zero."""
+    if not isinstance(site.scale, fx.Node):
+        return 1.0 if site.scale is None else site.scale
+    scale = values.of(site.scale, who, 0)
+    least = FAINT * scale.abs().mean().clamp_min(1e-12)
+    return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+
+
 @dataclass(frozen=True)
 class Fit:
     """One refit.
@@ -166,9 +179,10 @@ class Fit:
         return self.rows.pick(shape_of(site.stream or site.output), b, site.channel_axis, inputs)
 
     def matrix(self, site: RefitSite, who: int = MERGED) -> Tensor:
-        """A linear map's weight `[outputs, inputs]`, of the merged model or of an expert."""
+        """A linear map's weight `[outputs, inputs]`, of the merged model or of an expert, its scale included."""
         weight = self.values.tensors[who][site.weight]
-        return weight.mT if site.turned else weight
+        weight = weight.mT if site.turned else weight
+        return weight if site.scale is None else (weight.mT * scale_of(site, self.values, who)).mT
 
     def input_label(self, site: RefitSite) -> AxisLabel:
         """The units of a linear map's input."""
@@ -177,9 +191,12 @@ class Fit:
     def write(self, site: RefitSite, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> None:
         """Put a solution into the merged model, of some of a linear map's outputs where `rows` says which.
 
-        Where a site has no bias, none is written.
+        Where a site has no bias, none is written. What its output is multiplied by later is taken out.
         """
         tensors = self.values.merged
+        if site.scale is not None:
+            scale = torch.as_tensor(scale_of(site, self.values, MERGED)).to(weight)
+            weight, bias = (weight.mT / scale).mT, None if bias is None else bias / scale
         for name, solution in ((site.weight, weight), (site.bias, bias)):
             if name is not None and solution is not None:
                 turned = site.turned and name == site.weight
@@ -231,4 +248,6 @@ def _made(fit: Fit, site: RefitSite, b: int) -> Tensor:
     made = fit.values.of(site.output, MERGED, b)
     if site.stream is None or site.stream is site.node:
         return made
+    if site.scale is not None:
+        made = made * scale_of(site, fit.values, MERGED)
     return made + fit.values.of(site.other, MERGED, b)

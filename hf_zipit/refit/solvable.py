@@ -29,6 +29,7 @@ class RefitSite:
         norm: the batch norm right behind a convolution, which is folded into it.
         output: the node whose value the weights make: the op itself or its norm.
         stream: for a writer into a residual stream the addition, and `other`, what the output is added to.
+        scale: what the output is multiplied by before, a number or a parameter with one for every unit (layer scale).
         turned: whether a linear map's weight is `[inputs, outputs]`.
     """
 
@@ -40,6 +41,7 @@ class RefitSite:
     output: fx.Node
     stream: fx.Node | None = None
     other: fx.Node | None = None
+    scale: fx.Node | float | None = None
     turned: bool = False
 
     @property
@@ -118,10 +120,10 @@ def _writer(
     if name is None:
         return None
     output = norm or node
-    stream, other = _addition_behind(program, output)
+    stream, other, scale = _addition_behind(program, output, kind == "linear")
     if kind != "embedding" and stream is not None and shape_of(stream) != shape_of(output):
-        stream = other = None  # one row of the output is added to many of the stream
-    return RefitSite(kind, node, name, program.tensor_of(bias), norm, output, stream, other, turned)
+        stream = other = scale = None  # one row of the output is added to many of the stream
+    return RefitSite(kind, node, name, program.tensor_of(bias), norm, output, stream, other, scale, turned)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -129,19 +131,38 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return users[0] if len(users) == 1 else None
 
 
-def _addition_behind(program: Program, node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
-    """The addition that a value goes straight into, and the other summand, if that is computed earlier."""
-    current = node
+def _addition_behind(
+    program: Program, node: fx.Node, scales: bool
+) -> tuple[fx.Node | None, fx.Node | None, fx.Node | float | None]:
+    """The addition that a value goes straight into, the other summand if that is computed earlier, and the scale.
+
+    `scales`: whether the value may be multiplied by one on its way.
+    """
+    current, scale = node, None
     while (user := _only_user(current)) is not None:
         if op_name(user) in TRANSPARENT:
+            current = user
+            continue
+        if scales and scale is None and (scale := _scale(program, user, current)) is not None:
             current = user
             continue
         if op_name(user) != "add" or len(user.args) != 2:
             break
         other = next((x for x in user.args if x is not current), None)
         computed = isinstance(other, fx.Node) and program.position.get(other, 1 << 60) < program.position[node]
-        return (user, other) if computed else (None, None)  # type: ignore[return-value]
-    return None, None
+        return (user, other, scale) if computed else (None, None, None)  # type: ignore[return-value]
+    return None, None, None
+
+
+def _scale(program: Program, product: fx.Node, factor: fx.Node) -> fx.Node | float | None:
+    """What a product multiplies a factor by, if that is a number or a parameter with one for every unit."""
+    if op_name(product) != "mul" or len(product.args) != 2:
+        return None
+    other = next((x for x in product.args if x is not factor), None)
+    if isinstance(other, (int, float)) and other:
+        return float(other)
+    known = isinstance(other, fx.Node) and program.tensor_of(other) is not None
+    return other if known and shape_of(other) == shape_of(factor)[-1:] else None  # type: ignore[arg-type, return-value]
 
 
 @dataclass(frozen=True)

@@ -269,26 +269,36 @@ def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
 
 
 @pytest.mark.parametrize("split", [True, False])
-def test_nothing_is_left_to_gain_at_the_output_projection(split: bool):
-    """It is solved from the moments of the means alone: its own regression finds nothing better."""
+@pytest.mark.parametrize(
+    ("name", "end"), [("vit", "attention.o_proj"), ("dinov2", "attention.output.dense"), ("llama", "self_attn.o_proj")]
+)
+def test_nothing_is_left_to_gain_at_the_output_projection(name: str, end: str, split: bool):
+    """It is solved from the moments of the means alone: its own regression finds nothing better.
+
+    Behind a layer scale that is no longer what it was, too, and for heads that share their keys.
+    """
     errors = []
 
     def checked(fit: Fit, site: RefitSite) -> dict[str, float]:
         found = relative_errors(fit, site)
-        if site.module.endswith("attention.o_proj"):
+        if site.module.endswith(end):
             solve_linear(fit, site)
             fit.values.compute(site.node, MERGED)
             errors.extend(zip(found.values(), relative_errors(fit, site).values(), strict=True))
         return found
 
-    models = tiny.pair("vit")
+    models = tiny.pair(name)
+    for seed, model in enumerate(models):
+        for path, scale in model.named_parameters():
+            if path.endswith("lambda1"):
+                scale.data = 0.5 + drawn(*scale.shape, seed=seed).float().abs()
     data = {"a": calibration(models[0]), "b": calibration(models[1])}
-    settings = RefitConfig(rows_per_input=0, split_heads=split, ridge=1e-8)
+    settings = RefitConfig(rows_per_input=0, split_heads=split, ridge=1e-6)
     with patch.object(walk, "relative_errors", checked):
         merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
     assert len(errors) == 2 * 2
     for before, after in errors:
-        assert before > 1e-4 and after == pytest.approx(before, rel=1e-3)
+        assert before > 1e-4 and after == pytest.approx(before, rel=5e-3)
 
 
 def apart(model: PreTrainedModel, count: int) -> list[PreTrainedModel]:

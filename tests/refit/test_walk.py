@@ -238,7 +238,7 @@ def test_a_strong_ridge_keeps_the_combined_weights(name: str):
     assert found.walk.fit.spec.axes == planned.spec.axes
     combined = combine_trunk(planned, found.walk.fit.alignment)
     tensors = model_tensors(result.trunk)
-    heads = {site for layer in found.walk.attention.values() for site in (*layer.inputs, layer.output)}
+    heads = {site for layer in found.walk.attention.values() for site in (*layer.sites, layer.output)}
     for site in set(found.walk.sites.values()) - heads:
         if site.kind in ("linear", "norm", "embedding"):
             torch.testing.assert_close(tensors[site.weight], combined[site.weight], rtol=1e-4, atol=1e-5)
@@ -253,7 +253,7 @@ def test_a_strong_ridge_keeps_what_the_combined_heads_write(name: str):
     tensors = model_tensors(result.trunk)
     assert measurement.walk.attention
     for layer in measurement.walk.attention.values():
-        out, value = layer.output.weight, layer.value.weight
+        out, value = layer.output.weight, layer.value.site.weight
         for own in torch.arange(len(tensors[value])).chunk(layer.heads):
             found, expected = (of[out][:, own] @ of[value][own] for of in (tensors, combined))
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
