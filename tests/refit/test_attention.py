@@ -269,10 +269,8 @@ def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize(
-    ("name", "end"), [("vit", "attention.o_proj"), ("dinov2", "attention.output.dense"), ("llama", "self_attn.o_proj")]
-)
-def test_nothing_is_left_to_gain_at_the_output_projection(name: str, end: str, split: bool):
+@pytest.mark.parametrize("name", ["vit", "dinov2", "llama"])
+def test_nothing_is_left_to_gain_at_the_output_projection(name: str, split: bool):
     """It is solved from the moments of the means alone: its own regression finds nothing better.
 
     Behind a layer scale that is no longer what it was, too, and for heads that share their keys.
@@ -281,7 +279,7 @@ def test_nothing_is_left_to_gain_at_the_output_projection(name: str, end: str, s
 
     def checked(fit: Fit, site: RefitSite) -> dict[str, float]:
         found = relative_errors(fit, site)
-        if site.module.endswith(end):
+        if site.module.endswith("o_proj"):
             solve_linear(fit, site)
             fit.values.compute(site.node, MERGED)
             errors.extend(zip(found.values(), relative_errors(fit, site).values(), strict=True))
