@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -242,12 +242,13 @@ def _part(label: AxisLabel, first: int, count: int, spec: MergeSpec) -> AxisLabe
 def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Node]) -> Tensor | None:
     """Which output of the map is where in every head, `[heads, width]`: what the ops between make of their numbers.
 
-    A rotary embedding leaves numbers at position 0 where they are. None where something else happens to them, or not
-    the same at all positions.
+    A rotary embedding adds to every number, times a cosine, that of its partner, times a sine. None where that is not
+    half a head away, or something else happens, or not the same at all positions.
     """
     start = path.site.node
     shape = shape_of(start)
-    values: dict[fx.Node, Any] = {start: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
+    values: dict[fx.Node, Tensor] = {start: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
+    partners = set[fx.Node]()  # values that are added to others
     for step in sorted(path.steps, key=program.position.__getitem__):
         name = _name(step)
         known = [used for used in step.all_input_nodes if used in made]
@@ -255,13 +256,21 @@ def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Nod
             continue
         if name not in ROTATING or any(used not in values for used in known):
             return None
-        if name in UNCHANGED:
+        if name == "neg" or not partners.isdisjoint(known):
+            partners.add(step)
+        if name == "add":
+            partners.discard(step)
+            straight = [used for used in known if used not in partners]
+            if len(known) != 2 or len(straight) != 1:
+                return None
+            one, other = (values[straight[0]], next(values[used] for used in known if used in partners))
+            if not torch.equal(one.roll(one.shape[-1] // 2, -1), other):
+                return None
+            values[step] = one
+        elif name in UNCHANGED or name in ("mul", "div", "neg"):
+            if len(known) != 1:
+                return None
             values[step] = values[known[0]]
-        elif name in ("mul", "div", "neg", "add"):
-            straight = [used for used in known if values[used] is not None]
-            values[step] = values[straight[0]] if len(straight) == 1 and name != "neg" else None
-        elif any(values[used] is None for used in known):
-            values[step] = None
         elif name == "cat":
             parts = [values[x] for x in step.args[0] if x in values]  # type: ignore[union-attr]
             values[step] = torch.cat(parts, step.args[1] if len(step.args) > 1 else 0)  # type: ignore[arg-type]
@@ -269,7 +278,7 @@ def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Nod
             arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
             values[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
     found = values[node]
-    if found is None or not (found == found[:1, :, :1]).all():
+    if node in partners or not (found == found[:1, :, :1]).all():
         return None
     return found[0, :, 0].long()
 

@@ -272,7 +272,13 @@ class AttentionSolver:
         if self.attention.logits == "plain":
             return MergedLogits([logit_factors(*own, *metrics, heads.width) for own in parts])
         energies = torch.stack([pair_energies(asking, asked, *metrics) for (asking,), (asked,) in parts])
-        pairs = energies.sum(0).topk(heads.width // 2).indices.sort().values
+        pairs = (
+            (energies / energies.sum(1, keepdim=True).clamp_min(1e-30))
+            .sum(0)
+            .topk(heads.width // 2)
+            .indices.sort()
+            .values
+        )
         units = pair_units(pairs.tolist(), self.attention.width)
         found = [
             LogitFactors(asking[:, units], asked[units], float((all_ := own.sum()) - own[pairs].sum()), float(all_))
