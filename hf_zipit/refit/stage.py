@@ -98,23 +98,25 @@ def _stream_bases(
 ) -> dict[str, LinearMap]:
     """The bases of the residual streams, from as many batches of every task as are enough for it."""
     spec, cut, config = planned.spec, planned.cut, planned.config.refit
-    names = rotatable(spec, planned.model, maps) if config.stream_bases else {}
-    if not names:
+    if not config.stream_bases:
         return {}
     fields = adapter_for(planned.model).outputs(planned.model)
     program = Program(traced, batches[0].inputs, fields, cut.trunk, calibration.device)
+    streams = rotatable(spec, cut, planned.model, program, maps)
+    if not streams:
+        return {}
     sites = find_sites(program, cut.trunk, spec.head)
     some = batches
     if config.rows_per_input:
-        units = len(experts) * max(spec.spaces[name].size for name in names)
-        values = stream_values(names, program, sites, spec, cut)
+        units = len(experts) * max(spec.spaces[name].size for name in streams)
+        values = stream_values(streams, program, sites, spec, cut)
         rows = [value.node.meta["val"][0].numel() // shape_of(value.node)[value.axis] for value in values]
         per_sample = max(sum(rows) // max(len(rows), 1), 1)  # their energies are averaged
         some = enough(batches, units * min(config.rows_per_input, BASIS_ROWS) // per_sample)
     own = some[calibration.process :: calibration.processes]
     with torch.no_grad():
         return stream_bases(
-            names,
+            streams,
             program,
             sites,
             [OnDevice(own, calibration.device) for own in experts],
