@@ -99,7 +99,7 @@ def hidden(text: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Generato
 
 class CharsMixed(CharsRoberta):
     name = "chars-mixed"
-    about = "RoBERTa (post-LN, narrow), masked characters of times and numbers and of verbs' forms and ciphers"
+    about = "RoBERTa (post-LN, half as wide), masked characters of times and numbers and of verbs' forms and ciphers"
     schedule = Schedule(epochs=1, batch_size=32, learning_rate=3e-3, weight_decay=0.01)
     seeds: Mapping[str, int] = {"a": 75, "b": 76}
     width, heads = 64, 4
