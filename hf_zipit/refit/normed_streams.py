@@ -26,7 +26,11 @@ def normed_streams(
     program: Program, spec: MergeSpec, cut: Cut, names: Iterable[str]
 ) -> Iterator[tuple[str, tuple[Reader, ...]]]:
     """Of some spaces those of a stream that norms put out, each with the linear layers that read it."""
+    layer_norms = [node for node in program.nodes if op_name(node) == "layer_norm" and len(node.args) > 2]
+    scales = {spec.axes.get(program.tensor_of(node.args[2]) or "") for node in layer_norms}
     for name in names:
+        if ((Factor(name),),) not in scales:
+            continue
         labels = [label for tensor in cut.trunk for label in spec.axes.get(tensor, ()) if name in product_key(label)]
         if all(len(label) == 1 for label in labels):
             readers = _NormedStream(program, spec, name).readers()

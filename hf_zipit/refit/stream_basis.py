@@ -129,7 +129,7 @@ def stream_bases(
             weight = rows.weights(found[0].shape, b, axis).sqrt()[:, None]
             joint = torch.cat([_as_rows(x, axis) for x in found], -1) * weight
             energies[node] += (torch.cat([joint, weight], 1).T @ joint).to(home)
-            counts[node] += weight.square().sum()
+            counts[node] += weight.square().sum().to(home)
     moments = {
         node: _moments(all_reduce(energies[node]), all_reduce(counts[node]), value.scale is not None)
         for node, value in nodes.items()
@@ -143,7 +143,9 @@ def stream_bases(
         start = torch.cat([unmerge_matrix(maps, (Factor(name),), t, spec) for t in range(len(experts))]).mT
         start = start.to(energy) / len(experts) ** 0.5
         basis = principal_basis(energy, start, read_metric(stream.weights, experts, energy))
-        scales = [(found, torch.cat([own[scale] for own in experts])) for found, scale in own if scale is not None]
+        scales = [
+            (found, torch.cat([expert[scale] for expert in experts])) for found, scale in own if scale is not None
+        ]
         if basis is None or (scales and lost_with_scales(basis, scales) > lost_with_scales(start, scales)):
             continue
         bases[name] = LinearMap.rotation(torch.stack(basis.cpu().chunk(len(experts), 1)) * len(experts) ** 0.5)
