@@ -53,8 +53,8 @@ class RefitConfig:
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
         choose_units: let experts' units stay units of their own in MLPs, of all experts' those that explain most,
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
-        stream_bases: choose the basis of residual streams by what the experts compute there, where every rotation of
-            a stream is allowed.
+        stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
+            stream are allowed, or would be but for the scales of post-LN norms.
         micro_batch: samples that go through a module at once.
         memory_gb: activations beyond this go to temporary files.
         joint_heads: make the tasks' logits comparable: every head's logits are raised on samples of its own task and

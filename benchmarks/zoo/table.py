@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.zoo.pairs.captions_clip import CaptionsClip
-from benchmarks.zoo.pairs.chars_roberta import CharsRoberta
+from benchmarks.zoo.pairs.chars_roberta import CharsMixed, CharsRoberta
 from benchmarks.zoo.pairs.fashion import FashionResNet, FashionViT
 from benchmarks.zoo.pairs.glosses_mlm import GlossesPreLayerNorm, GlossesRoberta
 from benchmarks.zoo.pairs.many import Many
@@ -21,6 +21,7 @@ RECIPES: dict[str, Recipe] = {
         GlossesRoberta(),
         GlossesPreLayerNorm(),
         CharsRoberta(),
+        CharsMixed(),
         TextLlama(),
         TextGPT2(),
         *map(Many, (2, 3, 4, 6, 8)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from hf_zipit.polish.distance import Distance
 from hf_zipit.polish.loop import Distillation
 from hf_zipit.polish.report import PolishReport
 from hf_zipit.polish.samples import Samples
+from hf_zipit.refit.asked import asked_token
 from hf_zipit.refit.stage import readout_positions
 
 
@@ -48,7 +50,8 @@ def polish(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration
             f"{accelerator.mixed_precision}; give another accelerator"
         )
     samples = Samples(calibration, planned.tasks, config.held_out, planned.config.seed)
-    positions = readout_positions(planned.model, calibration.processor, config.readout_weight)
+    asked = partial(asked_token, list(planned.folded.values()), calibration.micro_batches(64))
+    positions = readout_positions(planned.model, calibration.processor, config.readout_weight, asked)
     with torch.enable_grad(), placed([merged, *planned.folded.values()], accelerator.device):
         distance = Distance(merged, planned, positions, config.feature_weight)
         progress = Distillation(

@@ -3,12 +3,13 @@
 A target is the merged units' share of what the experts' modules compute. On samples that are known to come from task
 t, expert t weighs w and the others share 1 - w. A module that writes into a residual stream aims at the stream itself:
 the experts' stream after the addition minus the merged stream before it, so that errors are corrected instead of
-adding up.
+adding up. Of a stream that a norm alone reads only the direction matters: all experts' are brought to one deviation,
+row by row, for the share of what their norms put out is what the merged norm should.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -23,7 +24,7 @@ from hf_zipit.refit.positions import Picked, Rows, at_rows
 from hf_zipit.refit.regression import Gram
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.values import MERGED, Values
-from hf_zipit.symmetry.ops import shape_of
+from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 
@@ -75,9 +76,13 @@ class Targets:
         total: Tensor | None = None
         units = axis if rows is None else -1
         task = self.values.batches[b].task
-        for t, weight in enumerate(self.weights(task)):
-            y = self.values.store[node, t, b]
-            y = self._in_merged_units(y if rows is None else at_rows(y, axis, rows), units, label, t)
+        weights = self.weights(task)
+        found = (self.values.store[node, t, b] for t in self.values.experts)
+        found = [y if rows is None else at_rows(y, axis, rows) for y in found]
+        if axis == -1 and _normed_next(node):
+            found = with_one_deviation(found, weights)
+        for t, (y, weight) in enumerate(zip(found, weights, strict=True)):
+            y = self._in_merged_units(y, units, label, t)
             total = y * weight if total is None else total.add_(y, alpha=weight)
         assert total is not None
         scale = self._scale(label, task)
@@ -133,6 +138,18 @@ def scale_of(site: RefitSite, values: Values, who: int) -> Tensor | float:
     scale = values.of(site.scale, who, 0)
     least = FAINT * scale.abs().mean().clamp_min(1e-12)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+
+
+def _normed_next(node: fx.Node) -> bool:
+    """Whether a layer norm reads a value, and nothing else does."""
+    return len(node.users) == 1 and op_name(next(iter(node.users))) == "layer_norm"
+
+
+def with_one_deviation(values: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Experts' values `[..., units]`, every row scaled to the weighted mean of the experts' deviations there."""
+    spreads = [y.std(-1, correction=0, keepdim=True).clamp_min(1e-12) for y in values]
+    common = sum(weight * spread for weight, spread in zip(weights, spreads, strict=True))
+    return [y * (common / spread) for y, spread in zip(values, spreads, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError
 from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.planning.plan import Plan
+from hf_zipit.refit.asked import asked_token
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, resized_copy
 from hf_zipit.refit.solvable import find_sites
@@ -60,7 +62,12 @@ def refit_trunk(
         )
     traced = with_fused_attention(in_float32(model))
     experts = [model_tensors(expert) for expert in planned.folded.values()]
-    positions = readout_positions(model, calibration.processor, config.readout_weight)
+    positions = readout_positions(
+        model,
+        calibration.processor,
+        config.readout_weight,
+        partial(asked_token, list(planned.folded.values()), batches),
+    )
     bases = _stream_bases(planned, traced, experts, maps, calibration, batches, positions)
     if bases:
         maps = {**maps, **bases}
@@ -98,23 +105,25 @@ def _stream_bases(
 ) -> dict[str, LinearMap]:
     """The bases of the residual streams, from as many batches of every task as are enough for it."""
     spec, cut, config = planned.spec, planned.cut, planned.config.refit
-    names = rotatable(spec, planned.model, maps) if config.stream_bases else {}
-    if not names:
+    if not config.stream_bases:
         return {}
     fields = adapter_for(planned.model).outputs(planned.model)
     program = Program(traced, batches[0].inputs, fields, cut.trunk, calibration.device)
+    streams = rotatable(spec, cut, planned.model, program, maps)
+    if not streams:
+        return {}
     sites = find_sites(program, cut.trunk, spec.head)
     some = batches
     if config.rows_per_input:
-        units = len(experts) * max(spec.spaces[name].size for name in names)
-        values = stream_values(names, program, sites, spec, cut)
+        units = len(experts) * max(spec.spaces[name].size for name in streams)
+        values = stream_values(streams, program, sites, spec, cut)
         rows = [value.node.meta["val"][0].numel() // shape_of(value.node)[value.axis] for value in values]
         per_sample = max(sum(rows) // max(len(rows), 1), 1)  # their energies are averaged
         some = enough(batches, units * min(config.rows_per_input, BASIS_ROWS) // per_sample)
     own = some[calibration.process :: calibration.processes]
     with torch.no_grad():
         return stream_bases(
-            names,
+            streams,
             program,
             sites,
             [OnDevice(own, calibration.device) for own in experts],
@@ -151,15 +160,21 @@ def in_float32(model: PreTrainedModel) -> PreTrainedModel:
     return model if ready and model.device.type == "cpu" else copy.deepcopy(model).to("cpu", torch.float32)
 
 
-def readout_positions(model: PreTrainedModel, processor: Any, weight: float) -> Positions:
-    """Which positions the head reads, to count `weight` times: the adapter's word, with the ids of special tokens."""
+def readout_positions(
+    model: PreTrainedModel, processor: Any, weight: float, asked: Callable[[], int | None] = lambda: None
+) -> Positions:
+    """Which positions the head reads, to count `weight` times: the adapter's word, with the ids of special tokens.
+
+    `asked` finds the mask where neither the processor nor the configuration knows it.
+    """
     read = adapter_for(model).readout_positions(model)
     text_config = getattr(model.config, "text_config", None) or model.config
     mask = getattr(getattr(processor, "tokenizer", processor), "mask_token_id", None)
+    mask = getattr(model.config, "mask_token_id", None) if mask is None else mask
     return Positions(
         text=read.get("text", "all"),
         image=read.get("image", "all"),
-        mask_token=getattr(model.config, "mask_token_id", None) if mask is None else mask,
+        mask_token=asked() if mask is None and read.get("text") == "masked" else mask,
         end_token=getattr(text_config, "eos_token_id", None),
         weight=weight,
     )

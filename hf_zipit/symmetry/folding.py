@@ -18,7 +18,7 @@ Invariant: a folded model computes what the model computes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
@@ -87,7 +87,7 @@ def _readers(norm: fx.Node, tensor_of: Mapping[fx.Node, str], model: nn.Module) 
         if node in passed:
             continue
         passed.add(node)
-        if _passes(node, passed, units):
+        if passes(node, passed, units):
             waiting += node.users
             continue
         reader = _reader(node, passed, tensor_of, model)
@@ -97,7 +97,7 @@ def _readers(norm: fx.Node, tensor_of: Mapping[fx.Node, str], model: nn.Module) 
     return list(found.values())
 
 
-def _passes(node: fx.Node, passed: set[fx.Node], units: int) -> bool:
+def passes(node: fx.Node, passed: Container[fx.Node], units: int) -> bool:
     """Whether the node's output holds the same units on its last axis, only fewer or other rows of them."""
     if node.op != "call_function" or not node.args or node.args[0] not in passed:
         return False

@@ -17,7 +17,17 @@ from benchmarks.zoo.masking import shown
 from benchmarks.zoo.pair import IGNORED, Splits, trim
 from benchmarks.zoo.pairs import captions_clip, chars_roberta, fashion, glosses_mlm, many, text_causal
 from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
-from benchmarks.zoo.sources import digits, drawings, fashion_mnist, gcide, inflections, timetable, wordnet
+from benchmarks.zoo.sources import (
+    ciphers,
+    digits,
+    drawings,
+    fashion_mnist,
+    gcide,
+    inflections,
+    numerals,
+    timetable,
+    wordnet,
+)
 from benchmarks.zoo.training import fit
 from benchmarks.zoo.wordpiece import encode
 
@@ -194,6 +204,15 @@ def test_a_line_says_one_moment_in_its_columns() -> None:
     noon = timetable.line(datetime(2031, 7, 4, 12, 5))
     assert noon == "2031-07-04 friday     4 july      2031 12:05 12:05pm 04/07/31 q3" and len(noon) == timetable.WIDTH
     assert "00:05 12:05am" in timetable.line(datetime(2031, 12, 31, 0, 5))
+
+
+def test_numbers_and_ciphers_fill_their_columns():
+    assert numerals.line(419) == "419 four hundred nineteen       cdxix        0643 1a3 0110100011"
+    assert {len(numerals.line(number)) for number in range(1000)} == {numerals.WIDTH}
+    assert ciphers.line("weep").split() == ["weep", "peew", "jrrc", "eepw"]
+    assert len(ciphers.line("weep")) == ciphers.WIDTH == numerals.WIDTH
+    mixed = chars_roberta._samples("a", "validation", True)
+    assert {text[4] == "-" for text in mixed} == {True, False}  # dates, and numbers in words
 
 
 @pytest.mark.parametrize(

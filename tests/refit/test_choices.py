@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from hf_zipit import merge
 from hf_zipit.refit import RefitReport, mlp_solver, stage
 from hf_zipit.refit.mlp_solver import best_units, left_over
-from hf_zipit.refit.stream_basis import principal_basis, read_metric
-from hf_zipit.symmetry.spaces import Fold, Reader
+from hf_zipit.refit.stream_basis import explained, lost_with_scales, principal_basis, read_metric
+from hf_zipit.symmetry.spaces import Reader
 
 from .. import tiny
 from ..test_invariants import calibration, experts
@@ -76,8 +76,7 @@ def test_the_directions_that_are_read_are_kept_first():
     x = x - 0.7 * x @ reader.mT @ reader
     x = (x - x.mean(-1, keepdim=True)).flatten(1)
     tensors = {"scale": torch.ones(UNITS), "reader": reader}
-    norm = Fold("scale", None, (Reader("", "reader", None, 1),))
-    metric = read_metric([norm], [tensors] * EXPERTS, x.mT @ x)
+    metric = read_metric([(Reader("", "reader", None, 1), "scale")], [tensors] * EXPERTS, x.mT @ x)
     read = x.unflatten(1, (EXPERTS, UNITS)) @ reader.mT
     lost = []
     for given in (metric, None):
@@ -92,9 +91,9 @@ def test_readers_count_alike_whatever_the_size_of_their_outputs():
     energy = drawn(4 * UNITS, EXPERTS * UNITS)
     energy = energy.mT @ energy
     tensors = {"scale": drawn(UNITS), "one": drawn(3, UNITS, seed=1), "other": drawn(UNITS, 5, seed=2)}
-    norm = Fold("scale", None, (Reader("", "one", None, 1), Reader("", "other", None, 0)))
-    metric = read_metric([norm], [tensors] * EXPERTS, energy)
-    larger = read_metric([norm], [tensors | {"other": 100 * tensors["other"]}] * EXPERTS, energy)
+    readers = [(Reader("", "one", None, 1), "scale"), (Reader("", "other", None, 0), "scale")]
+    metric = read_metric(readers, [tensors] * EXPERTS, energy)
+    larger = read_metric(readers, [tensors | {"other": 100 * tensors["other"]}] * EXPERTS, energy)
     torch.testing.assert_close(larger, metric)
 
 
@@ -143,9 +142,9 @@ def error(models: tuple[PreTrainedModel, ...], data: dict[str, dict[str, Tensor]
     return sum(found) / max(len(found), 1)
 
 
-@pytest.mark.parametrize("name", ["vit", "llama", "gpt2"])
+@pytest.mark.parametrize("name", ["vit", "llama", "gpt2", "bert-sequence"])
 def test_streams_get_a_basis_where_rotations_are_allowed(name: str):
-    models, data = pair(name) if name == "vit" else (tiny.pair(name), None)
+    models, data = pair(name) if name in ("vit", "bert-sequence") else (tiny.pair(name), None)
     if data is None:
         ids = torch.randint(3, 49, (16, 7), generator=torch.Generator().manual_seed(0))
         data = {"a": {"input_ids": ids[::2]}, "b": {"input_ids": ids[1::2]}}
@@ -164,12 +163,25 @@ def test_streams_get_a_basis_where_rotations_are_allowed(name: str):
         torch.testing.assert_close(gram, torch.eye(len(gram), dtype=gram.dtype) / len(space_map.matrices))
 
 
-@pytest.mark.parametrize("name", ["bert-sequence", "resnet-basic"])
-def test_streams_that_allow_no_rotation_keep_their_units(name: str):
-    models, data = pair(name)
+def test_streams_that_allow_no_rotation_keep_their_units():
+    models, data = pair("resnet-basic")
     with patch.object(stage, "stream_bases") as called:
         error(models, data)
     called.assert_not_called()
+
+
+def test_scales_that_differ_within_a_norm_cost_a_rotated_basis():
+    """Units of the alignment that agree have scales of their own; where all are alike they cost nothing."""
+    x = streams()
+    basis, energy = principal_basis(x.mT @ x, start()), x.mT @ x
+    left_out = energy.trace() - explained(basis, energy, torch.eye(len(energy)).to(energy))
+    torch.testing.assert_close(lost_with_scales(basis, [(energy, torch.ones(EXPERTS * UNITS))]), left_out)
+    scales = torch.cat([drawn(UNITS).exp()] * EXPERTS)
+    agreed = torch.cat([x[:, :UNITS]] * EXPERTS, 1) * scales
+    energy = agreed.mT @ agreed
+    rotated = torch.linalg.qr(drawn(UNITS, UNITS, seed=9)).Q @ start()
+    assert lost_with_scales(start(), [(energy, scales)]) < 1e-6 * energy.trace()
+    assert lost_with_scales(rotated, [(energy, scales)]) > 0.03 * energy.trace()
 
 
 @pytest.mark.parametrize("setting", ["choose_units", "stream_bases"])

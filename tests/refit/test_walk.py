@@ -27,7 +27,7 @@ from hf_zipit.planning.cut import ReadPoint
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit import RefitConfig, RefitReport, solvers, stage, walk
 from hf_zipit.refit.convolution import patches, restored
-from hf_zipit.refit.fit import UNKNOWN_TASK, Fit, squared_errors
+from hf_zipit.refit.fit import UNKNOWN_TASK, Fit, squared_errors, with_one_deviation
 from hf_zipit.refit.positions import Picked, Rows
 from hf_zipit.refit.program import FORWARD_PASSES
 from hf_zipit.refit.solvable import RefitSite
@@ -549,3 +549,14 @@ def test_what_the_head_reads_is_never_left_out_and_the_rest_counts_as_before():
     assert set(range(0, 480, 50)) <= set(rows.tolist()) and int(rows.max()) < 480
     assert len(rows) == 10 + -(-2 * 32 // len(drawing.batches)) and picked.sum() == pytest.approx(float(weights.sum()))
     assert picked[rows % 50 == 0].eq(30).all()
+
+
+def test_a_norm_makes_of_the_share_of_streams_the_share_of_what_it_makes_of_each():
+    streams = [torch.randn(7, 6, generator=torch.Generator().manual_seed(t)) * (1 + 3 * t) for t in range(2)]
+    scaled = with_one_deviation(streams, [0.6, 0.4])
+    norm = nn.LayerNorm(6, eps=0.0, elementwise_affine=False)
+    share = sum(w * norm(x) for w, x in zip((0.6, 0.4), streams, strict=True))
+    target = sum(w * x for w, x in zip((0.6, 0.4), scaled, strict=True))
+    torch.testing.assert_close(norm(target), norm(share))
+    for same in with_one_deviation([streams[0]] * 2, [0.6, 0.4]):
+        torch.testing.assert_close(same, streams[0])

@@ -1,13 +1,17 @@
-"""`chars-roberta`: masked characters in two sources of fixed columns, by narrow post-LN RoBERTas. A hard pair.
+"""`chars-roberta` and `chars-mixed`: masked characters in fixed columns, by narrow post-LN RoBERTas. Hard pairs.
 
 Expert a reads timetables, expert b tables of inflected verbs, two lines of 64 characters a sample. What is hidden can
 be found elsewhere in the same line, at a distance that depends on the column: the heads (8 of 16) attend to exact
 places, which the position embeddings of 128 places have to tell apart within 128 dimensions. Either expert is nearly
 right on its own source and lost on the other. Blanks are never hidden: the columns give them away.
+
+In `chars-mixed` every line of expert a is a timetable's or a number in several notations, every line of expert b a
+verb's forms or its ciphers, and the width is half. Both need all that they have, and little is left for the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -19,7 +23,7 @@ from benchmarks.zoo.characters import character_tokenizer, encode_fixed
 from benchmarks.zoo.masking import hide, shown
 from benchmarks.zoo.pair import IGNORED, Metric, Splits, Tensors
 from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
-from benchmarks.zoo.sources import inflections, timetable
+from benchmarks.zoo.sources import ciphers, inflections, numerals, timetable
 
 LINES = 2  # a sample
 LENGTH = LINES * timetable.WIDTH
@@ -40,7 +44,9 @@ class CharsRoberta(Recipe):
     about = "RoBERTa (post-LN, narrow), masked characters of timetables and of inflected verbs"
     model_class = RobertaForMaskedLM
     schedule = Schedule(epochs=1, batch_size=32, learning_rate=2e-3, weight_decay=0.01)
-    seeds = {"a": 71, "b": 72}
+    seeds: Mapping[str, int] = {"a": 71, "b": 72}
+    width, heads = 128, 8
+    mixed = False
 
     def train_tokenizer(self) -> PreTrainedTokenizerBase:
         return character_tokenizer(timetable.ALPHABET, LENGTH, SPECIALS)
@@ -48,7 +54,9 @@ class CharsRoberta(Recipe):
     def splits(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
         return {
             task: {
-                split: hidden(encode_fixed(tokenizer, _samples(task, split)), tokenizer, Generator().manual_seed(0))
+                split: hidden(
+                    encode_fixed(tokenizer, _samples(task, split, self.mixed)), tokenizer, Generator().manual_seed(0)
+                )
                 for split in SAMPLES
             }
             for task in self.seeds
@@ -58,10 +66,10 @@ class CharsRoberta(Recipe):
         return RobertaForMaskedLM(
             RobertaConfig(
                 vocab_size=len(tokenizer),
-                hidden_size=128,
+                hidden_size=self.width,
                 num_hidden_layers=4,
-                num_attention_heads=8,
-                intermediate_size=256,
+                num_attention_heads=self.heads,
+                intermediate_size=2 * self.width,
                 max_position_embeddings=LENGTH + tokenizer.pad_token_id + 1,  # they start behind the padding's
                 type_vocab_size=1,
                 hidden_dropout_prob=0.0,
@@ -89,15 +97,33 @@ def hidden(text: Tensor, tokenizer: PreTrainedTokenizerBase, generator: Generato
     return hide(text, text != tokenizer.convert_tokens_to_ids(" "), MASKED, tokenizer.mask_token_id, generator)
 
 
+class CharsMixed(CharsRoberta):
+    name = "chars-mixed"
+    about = "RoBERTa (post-LN, half as wide), masked characters of times and numbers and of verbs' forms and ciphers"
+    schedule = Schedule(epochs=1, batch_size=32, learning_rate=3e-3, weight_decay=0.01)
+    seeds: Mapping[str, int] = {"a": 75, "b": 76}
+    width, heads = 64, 4
+    mixed = True
+
+
 @cache
-def _samples(task: str, split: str) -> tuple[str, ...]:
-    """A split's texts; every split has its own seed, and validation and test their own verbs."""
+def _samples(task: str, split: str, mixed: bool) -> tuple[str, ...]:
+    """A split's texts; every split has its own seed, and validation and test their own verbs.
+
+    `mixed`: every line is drawn from the task's first or second source.
+    """
     generator, count = Generator().manual_seed(list(SAMPLES).index(split)), LINES * SAMPLES[split]
     if task == "a":
         lines = timetable.lines(count, generator)
+        others = numerals.lines(count, generator) if mixed else lines
     else:
         verbs = inflections.lines()
         known = split_indices(len(verbs), HELD_OUT, HELD_OUT, seed=0)[split]
-        drawn = known[torch.randint(len(known), (count,), generator=generator)]
-        lines = [verbs[i] for i in drawn.tolist()]
+        drawn = known[torch.randint(len(known), (count,), generator=generator)].tolist()
+        lines = [verbs[i] for i in drawn]
+        encoded = ciphers.lines()
+        others = [encoded[i] for i in drawn] if mixed else lines
+    if mixed:
+        second = torch.rand(count, generator=generator) < 0.5
+        lines = [other if is_other else line for line, other, is_other in zip(lines, others, second, strict=True)]
     return tuple(map("".join, zip(*[iter(lines)] * LINES, strict=True)))
