@@ -47,7 +47,7 @@ PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token"
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
 
 
-MOMENTS = "moments.safetensors"
+MOMENTS, STATISTICS = "moments.safetensors", "statistics.safetensors"
 
 
 class Savable(Protocol):
@@ -281,6 +281,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | None = None,
         moments: Savable | str | Path | None = None,
+        statistics: Savable | str | Path | None = None,
         **commit: Any,
     ) -> CommitInfo:
         """Upload what `save_pretrained` writes in one commit: the repo is what it was, or complete.
@@ -291,6 +292,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
             tags: more tags for the card.
             moments: the `hf_zipit.Moments` of the merge, or their file, to go along as `moments.safetensors`: who has
                 them can merge again with other settings and without data.
+            statistics: the same of `hf_zipit.LayerStatistics`, as `statistics.safetensors`.
             commit: `revision`, `create_pr`, `commit_message`, `commit_description`: see `modeling.hub.push_folder`.
 
         Raises:
@@ -302,10 +304,11 @@ class ZipItPreTrainedModel(PreTrainedModel):
             folder.mkdir()
             self._write(folder, max_shard_size=max_shard_size)
             self._write_companions(folder, folder.name, repo_id, tags or ())
-            if isinstance(moments, (str, Path)):
-                shutil.copyfile(moments, folder / MOMENTS)
-            elif moments is not None:
-                moments.save(folder / MOMENTS)
+            for sums, name in ((moments, MOMENTS), (statistics, STATISTICS)):
+                if isinstance(sums, (str, Path)):
+                    shutil.copyfile(sums, folder / name)
+                elif sums is not None:
+                    sums.save(folder / name)
             return push_folder(folder, repo_id, token=token, **commit)
 
     def _write(self, folder: str | Path, **kwargs: Any) -> None:
