@@ -32,13 +32,14 @@ from hf_zipit.observation.gather import statistics_for
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
 from hf_zipit.observation.statistics import Known
-from hf_zipit.planning.auto import choose, without_refit
+from hf_zipit.planning.auto import choose, in_units, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.registry import RULES
+from hf_zipit.residues.stage import add_residues
 from hf_zipit.steady import steady
 
 
@@ -71,7 +72,7 @@ def plan(
     config = MergeConfig.of(config, **settings)
     loaded = load_experts(experts)
     first = next(iter(loaded.values()))
-    config = choose(config, first, data=data, observed=observed)
+    config = in_units(choose(config, first, data=data, observed=observed))
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
     check_base(config, base)
@@ -149,9 +150,8 @@ def merge(
         calibration.read(planned.experts)  # before the work starts; observing reads it, too
     found = moments_for(planned.matched, calibration, moments)
     maps = align_trunk(planned, found)
-    combine = partial(
-        combined_trunk, planned, calibration=calibration, statistics=statistics_for(planned, calibration, statistics)
-    )
+    read = statistics_for(planned, calibration, statistics)
+    combine = partial(combined_trunk, planned, calibration=calibration, statistics=read)
     trunk = combine(maps)
     try:
         refitted = refit_trunk(planned, trunk, maps, calibration, combine)
@@ -165,6 +165,7 @@ def merge(
     known = found if planned.matched is planned else None  # those of the bases are no expert's
     correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
     polished = polish(merged, planned, calibration)
+    add_residues(merged, planned, maps, read, refitted.reparametrised)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
     return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

@@ -7,7 +7,7 @@ Nothing here knows a model family: trunk and branches are modules of the source 
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
-`rescales.`), and a saved and loaded model gives bit-identical outputs.
+`rescales.`, `residues.`), and a saved and loaded model gives bit-identical outputs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
+from .residues import Residue, make_residues, residue_of
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 
 logger = logging.get_logger(__name__)
@@ -100,7 +101,25 @@ class ZipItPreTrainedModel(PreTrainedModel):
             attach(branch, config.entries, self.entries[key])
         if config.rescaled is not None:
             self._make_rescales()
+        if config.residues:
+            self._make_residues()
         self.post_init()
+
+    def add_residues(self, settings: Sequence[Mapping[str, Any]]) -> list[Residue]:
+        """Per-task residues, zero until they are set, in the order of the settings: see `residues.py`.
+
+        `settings` become `config.residues`. Raises ZipItError if the model has some.
+        """
+        if self.config.residues:
+            raise ZipItError("This model has residues already; start from the merged model.")
+        self.config.residues = [dict(setting) for setting in settings]
+        self._make_residues()
+        return list(residue_of(self.residues, self.config.residues, self.branch_names))
+
+    def _make_residues(self) -> None:
+        parts = {"trunk": self.trunk, "entries": self.entries, "exits": self.exits}
+        self.residues = make_residues(self.config.residues, parts, self.branch_names)
+        self.residues.train(self.training)
 
     def add_rescales(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """Per-task corrections, the identity until they are set: see `rescale.py`.
@@ -128,7 +147,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, (Entry, Affine)):
+        if isinstance(module, (Entry, Affine, Residue)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)

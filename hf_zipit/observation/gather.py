@@ -106,13 +106,15 @@ def gathered(
 
 
 def statistics_for(planned: Plan, calibration: Calibration | None, known: Known | None) -> LayerStatistics | None:
-    """The statistics that the plan's rule asks for: known ones if given, else gathered; None where it asks for none.
+    """The statistics that the plan's rule and residues read: known ones if given, else gathered; None for none.
 
     Raises:
         DataError: the known ones are of other experts or of another kind, or there is nothing to gather them from.
     """
     rule = RULES.get(planned.config.combine)
     kinds = [kind for kind in KINDS if kind in rule.wants]
+    if known is None and calibration is not None and planned.config.residues is not None and "grams" not in kinds:
+        kinds.append("grams")  # where there is data, it says what an error of a weight costs
     if not kinds:
         return None
     if known is None:

@@ -51,6 +51,13 @@ def choose(config: MergeConfig, model: nn.Module, *, data: bool, observed: bool 
     return chosen
 
 
+def in_units(config: MergeConfig) -> MergeConfig:
+    """The config whose refit keeps to the alignment's units, where residues of experts are to be added in these."""
+    if config.residues is None or not isinstance(config.refit, RefitConfig):
+        return config
+    return replace(config, refit=replace(config.refit, split_heads=False, choose_units=False, stream_bases=False))
+
+
 def needed_corrections(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What a merge of such models that is not refitted needs."""
     statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
