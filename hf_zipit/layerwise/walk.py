@@ -77,7 +77,7 @@ class LayerwiseWalk:
             self.batches, Positions(), per_input=0, all_batches=len(batches), seed=0, device=calibration.device
         )
         sites = find_sites(self.program, cut.trunk, spec.head)
-        self.sites = {node: site for node, site in sites.items() if site.kind in LAYERS}
+        self.sites = {node: site for node, site in sites.items() if self._is_layer(site)}
 
     @torch.no_grad()
     def run(self) -> dict[str, Tensor]:
@@ -92,6 +92,12 @@ class LayerwiseWalk:
                     if self.program.last_use.get(used, i) <= i:
                         self.values.forget(used)
         return {name: self.values.solved[name] for name in self.planned.cut.trunk}
+
+    def _is_layer(self, site: RefitSite) -> bool:
+        """Whether rules can be given what a site is fed: the kernel of one input channel reads no space."""
+        weight = self.values.solved[site.weight]
+        matrix = view_of(weight, self.combiner.trunk.labels(site.weight)) is not None
+        return site.kind in LAYERS and (matrix or weight.dim() == 1)
 
     def _compute(self, node: fx.Node) -> None:
         """Run one op of the merged model on all batches, and of every expert on those of its own task."""

@@ -118,6 +118,19 @@ def test_other_families_and_padded_texts_are_merged(name: str, rule: str):
     assert any(not torch.equal(x, y) for x, y in zip(found.trunk.parameters(), plain.trunk.parameters(), strict=True))
 
 
+def test_a_kernel_of_one_channel_is_what_the_first_merge_made_of_it():
+    """It reads no space, as a depthwise one does not: it is no matrix for any rule."""
+    grey = {task: tiny.build("vit", seed, num_channels=1) for seed, task in enumerate("ab")}
+    data = {"a": images(4)[:, :1], "b": images(4, 1)[:, :1]}
+    settings = {"method": "identity", "base": tiny.build("vit", 7, num_channels=1)}
+    found = merge(grey, data, combine="featcal", combine_options={"after": "ties"}, **settings)
+    plain = merge(grey, combine="ties", **settings)
+    name = "vit.embeddings.patch_embeddings.projection.weight"
+    assert torch.equal(found.trunk.get_parameter(name), plain.trunk.get_parameter(name))
+    name = "vit.layers.0.mlp.fc1.weight"
+    assert not torch.equal(found.trunk.get_parameter(name), plain.trunk.get_parameter(name))
+
+
 def test_it_says_that_it_needs_data():
     with pytest.raises(DataError, match=r"combine='regmean\+\+' merges layers on what the models compute"):
         merge(experts(), method="identity", combine="regmean++")
