@@ -28,9 +28,10 @@ from hf_zipit.assembly.assemble import assemble
 from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.config import ResidueConfig
 from hf_zipit.data.calibration import Calibration
+from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.observation.gather import gathered
 from hf_zipit.refit.stage import refit_trunk
-from hf_zipit.residues.stage import add_residues, residue_bytes
+from hf_zipit.residues.stage import add_residues
 
 SIZES = (1.03, 1.1, 1.25)
 KINDS = ("signs", "low-rank")

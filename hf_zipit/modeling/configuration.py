@@ -27,7 +27,18 @@ from ..registry import suggestion
 
 Labels = dict[int, str]
 
-SHOWN = ("method", "options", "overrides", "combine", "combine_options", "refit", "corrections", "polish", "seed")
+SHOWN = (
+    "method",
+    "options",
+    "overrides",
+    "combine",
+    "combine_options",
+    "refit",
+    "corrections",
+    "polish",
+    "residues",
+    "seed",
+)
 """Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
 
 SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")

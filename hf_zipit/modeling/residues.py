@@ -49,11 +49,6 @@ class Residue(nn.Module):
         for buffer in self.buffers():
             buffer.zero_()
 
-    @property
-    def bytes(self) -> int:
-        """What it takes in a file."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
-
 
 class Signs(Residue):
     """Planes of signs, each with a scale: `bits` uint8 `[planes, entries / 8]`, `scales` float32 `[planes]`."""
@@ -197,3 +192,10 @@ def residue_of(residues: Iterable[nn.Module], settings: Sequence[Mapping[str, An
     for setting in settings:
         path, _, leaf = setting["tensor"].rpartition(".")
         yield modules[numbers[path]][names[setting["task"]]][leaf]
+
+
+def residue_bytes(model: nn.Module) -> tuple[int, int]:
+    """Bytes of a merged model without its residues, and of these."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
+    kept = sum(size for name, size in sizes.items() if name.startswith("residues."))
+    return sum(sizes.values()) - kept, kept

@@ -20,6 +20,7 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import to_merged, unmerge_matrix
 from hf_zipit.modeling.base import ZipItPreTrainedModel
 from hf_zipit.modeling.entries import DenseEntry
+from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.observation.statistics import LayerStatistics
 from hf_zipit.planning.plan import Plan
 from hf_zipit.residues.candidates import Candidate
@@ -48,8 +49,7 @@ def add_residues(
     config = planned.config.residues
     if config is None or not planned.cut.trunk:
         return
-    size = sum(t.numel() * t.element_size() for t in merged.state_dict().values())
-    budget = int((config.size - 1) * size) // len(planned.tasks)
+    budget = int((config.size - 1) * sum(residue_bytes(merged))) // len(planned.tasks)
     chosen: list[tuple[Candidate, int]] = []
     for number in range(len(planned.tasks)):
         found = [c for c in candidates(merged, planned, maps, number, statistics) if c.tensor not in reparametrised]
@@ -123,10 +123,3 @@ def spend(found: list[Candidate], budget: int) -> list[int]:
             taken[number] += 1
             offer(number)
     return taken
-
-
-def residue_bytes(merged: ZipItPreTrainedModel) -> tuple[int, int]:
-    """Bytes of the merged model without its residues, and of these."""
-    sizes = {name: t.numel() * t.element_size() for name, t in merged.state_dict().items()}
-    kept = sum(size for name, size in sizes.items() if name.startswith("residues."))
-    return sum(sizes.values()) - kept, kept
