@@ -1,6 +1,6 @@
 """`merge()`: the stages in order, and nothing else.
 
-    plan -> observe -> align -> combine -> refit -> assemble -> correct (-> polish, where it is asked for)
+    plan -> observe -> align -> combine -> refit -> assemble -> correct (-> polish -> residues, where asked for)
 
 Each stage can be called alone: it takes the plan and the results of those before, and returns its own.
 """
@@ -165,7 +165,7 @@ def merge(
     known = found if planned.matched is planned else None  # those of the bases are no expert's
     correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
     polished = polish(merged, planned, calibration)
-    add_residues(merged, planned, maps, read, refitted.reparametrised)
+    add_residues(merged, planned, maps, read)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
     return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -35,7 +35,6 @@ def add_residues(
     planned: Plan,
     maps: Alignment,
     statistics: LayerStatistics | None = None,
-    reparametrised: Collection[str] = (),
 ) -> None:
     """Give a merged model its tasks' residues, in place; nothing happens where the config asks for none.
 
@@ -44,7 +43,6 @@ def add_residues(
         planned: the plan of the merge; its config holds the budget.
         maps: of its spaces.
         statistics: the inputs of layers, which say what an error of a weight costs; by weights alone without.
-        reparametrised: weights whose outputs are no expert's units any more.
     """
     config = planned.config.residues
     if config is None or not planned.cut.trunk:
@@ -52,7 +50,7 @@ def add_residues(
     budget = int((config.size - 1) * sum(residue_bytes(merged))) // len(planned.tasks)
     chosen: list[tuple[Candidate, int]] = []
     for number in range(len(planned.tasks)):
-        found = [c for c in candidates(merged, planned, maps, number, statistics) if c.tensor not in reparametrised]
+        found = list(candidates(merged, planned, maps, number, statistics))
         chosen += [(candidate, steps) for candidate, steps in zip(found, spend(found, budget), strict=True) if steps]
     if not chosen:
         logger.warning("No residue fits into %d bytes a task; give residues a larger size.", budget)
