@@ -85,6 +85,11 @@ def test_the_merged_weights_come_back_after_an_error():
     with pytest.raises(RuntimeError, match="stop"):
         logits(model, "b")
     handle.remove()
+    twin = copy.deepcopy(model)
+    twin.residues[0]["b"]["weight"].values = torch.zeros(3, 3, dtype=torch.int16)  # a damaged one
+    with pytest.raises(RuntimeError, match="must match"):
+        logits(twin, "b")
+    assert torch.equal(logits(twin, "a"), logits(merged(), "a"))
     assert torch.equal(model.get_parameter(FC1), merged().get_parameter(FC1))
     assert torch.equal(logits(model, "a"), logits(merged(), "a"))
 
