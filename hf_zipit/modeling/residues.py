@@ -136,18 +136,14 @@ class ModuleResidues(nn.ModuleDict):
         """Forward pre-hook: the module has the running task's tensors."""
         task = running_task() if self.readout is None else None if running_jointly() else self.readout
         LOCK.acquire()
-        try:
-            for name, residue in self[task].items() if task in self else ():
-                home = module._parameters if name in module._parameters else module._buffers
-                own = home[name]
-                self._kept.append((home, name, own))
-                home[name] = own + residue.tensor().to(own)
-        except BaseException:  # the hook behind the module is not called then
-            self.leave(module, args, None)
-            raise
+        for name, residue in self[task].items() if task in self else ():
+            home = module._parameters if name in module._parameters else module._buffers
+            own = home[name]
+            self._kept.append((home, name, own))
+            home[name] = own + residue.tensor().to(own)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook, called whatever happened: the module has its own tensors again."""
+        """Forward hook, called whatever happened, in `enter` as well: the module has its own tensors again."""
         while self._kept:
             home, name, own = self._kept.pop()
             home[name] = own
