@@ -2,8 +2,8 @@
 
     python -m benchmarks.residues --zoo zoo --pair fashion-vit
 
-Scores are of the validation split. The trunk is permuted and averaged, or refitted in the units of that alignment;
-the default refit, which takes units of its own and can have no residues, stands beside them.
+Scores are of the validation split. The trunk is permuted and averaged; the default refit, whose weights residues
+cannot be added to, stands beside it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from hf_zipit.config import ResidueConfig
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.observation.gather import gathered
-from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.residues.stage import add_residues
 
 SIZES = (1.03, 1.1, 1.25)
@@ -69,24 +68,22 @@ def measured(pair: Pair, calibration: Mapping[str, Any], samples: int) -> None:
     typer.echo(row("experts", None, own, own))
     default = hf_zipit.merge(pair.experts, calibration)
     typer.echo(row("default refit", 1.0, scores(pair, default, samples), own))
-    for name, refit in (("permute", False), ("permute + refit", True)):
-        planned = hf_zipit.plan(pair.experts, method="permute", refit=refit, residues=True)
-        data = Calibration(calibration).read(planned.experts)
-        maps = align_trunk(planned, hf_zipit.observe(planned, data))
-        refitted = refit_trunk(planned, combine_trunk(planned, maps), maps, data)
-        merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts)
-        typer.echo(row(name, 1.0, scores(pair, merged, samples), own))
-        statistics = gathered(planned.folded, data, kinds=["grams"])
-        for kind in KINDS:
-            for size in SIZES:
-                for about, known in (("", statistics), (", by weights", None)):
-                    if known is None and size != 1.1:
-                        continue
-                    config = replace(planned.config, residues=ResidueConfig(size=size, kind=kind))
-                    model = copy.deepcopy(merged)
-                    add_residues(model, replace(planned, config=config), maps, known)
-                    bare, more = residue_bytes(model)
-                    typer.echo(row(f"{name}, {kind}{about}", 1 + more / bare, scores(pair, model, samples), own))
+    planned = hf_zipit.plan(pair.experts, method="permute", residues=True)
+    data = Calibration(calibration).read(planned.experts)
+    maps = align_trunk(planned, hf_zipit.observe(planned, data))
+    merged = assemble(planned, combine_trunk(planned, maps), maps)
+    typer.echo(row("permute", 1.0, scores(pair, merged, samples), own))
+    statistics = gathered(planned.folded, data, kinds=["grams"])
+    for kind in KINDS:
+        for size in SIZES:
+            for about, known in (("", statistics), (", by weights", None)):
+                if known is None and size != 1.1:
+                    continue
+                config = replace(planned.config, residues=ResidueConfig(size=size, kind=kind))
+                model = copy.deepcopy(merged)
+                add_residues(model, replace(planned, config=config), maps, known)
+                bare, more = residue_bytes(model)
+                typer.echo(row(f"permute, {kind}{about}", 1 + more / bare, scores(pair, model, samples), own))
 
 
 def main(

@@ -176,8 +176,7 @@ class MergeConfig:
             calibration data, after everything else; False or None, the default: do not.
         residues: True, a `ResidueConfig` or its settings, or its size alone (`residues=1.1`): keep what the tasks' own
             weights are more than the merged ones in a few bits, to be added where a task runs alone; False or None,
-            the default: do not. A refit then keeps to the alignment's units: no heads are split, no units or bases of
-            streams chosen.
+            the default: do not. It is for trunks that are not refitted.
         row_fraction: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
             passes.
         seed: of everything that is drawn.
@@ -219,6 +218,11 @@ class MergeConfig:
         self._set("polish", section(PolishConfig, self.polish, "polish"))
         kept = {"size": self.residues} if _is_number(self.residues) else self.residues
         self._set("residues", section(ResidueConfig, kept, "residues"))
+        if self.residues is not None and isinstance(self.refit, RefitConfig):
+            raise RecipeError(
+                "residues are what the experts' weights are more than the merged ones; refitted weights answer each "
+                "other and are no sum of that kind, so leave refit or residues out."
+            )
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
         check_residual(self.residual)

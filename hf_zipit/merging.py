@@ -32,7 +32,7 @@ from hf_zipit.observation.gather import statistics_for
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
 from hf_zipit.observation.statistics import Known
-from hf_zipit.planning.auto import choose, in_units, without_refit
+from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
@@ -72,7 +72,7 @@ def plan(
     config = MergeConfig.of(config, **settings)
     loaded = load_experts(experts)
     first = next(iter(loaded.values()))
-    config = in_units(choose(config, first, data=data, observed=observed))
+    config = choose(config, first, data=data, observed=observed)
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
     check_base(config, base)

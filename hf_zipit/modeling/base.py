@@ -117,8 +117,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         return list(residue_of(self.residues, self.config.residues, self.branch_names))
 
     def _make_residues(self) -> None:
-        parts = {"trunk": self.trunk, "entries": self.entries, "exits": self.exits}
-        self.residues = make_residues(self.config.residues, parts, self.branch_names)
+        self.residues = make_residues(self.config.residues, self.trunk, self.branch_names)
         self.residues.train(self.training)
 
     def add_rescales(self, settings: Sequence[Mapping[str, Any]]) -> None:

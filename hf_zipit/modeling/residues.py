@@ -1,6 +1,6 @@
 """Residues: what a task's own weights are more than the merged ones, in a few bits, added while that task runs alone.
 
-A tensor W of the trunk or of a readout is W + R_t for the time in which its module runs for task t. In a joint forward
+A tensor W of the trunk is W + R_t for the time in which its module runs for task t. In a joint forward
 pass the trunk runs once for all tasks, without any residue. Residues stay packed in memory, and are unpacked module by
 module as these run:
 
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ZipItError
-from .trunk import running_jointly, running_task
+from .trunk import running_task
 
 BITS = torch.arange(8, dtype=torch.uint8)
 
@@ -122,19 +122,16 @@ KINDS: dict[str, type[Residue]] = {"signs": Signs, "low-rank": LowRank, "dense":
 class ModuleResidues(nn.ModuleDict):
     """One module's residues by task and by tensor, and the hooks that put them in and take them out again.
 
-    Args:
-        found: by task and by the tensor's name in the module.
-        readout: the task whose readout the module is; None for one of the trunk, which asks which task runs.
+    `found`: by task and by the tensor's name in the module.
     """
 
-    def __init__(self, found: Mapping[str, Mapping[str, Residue]], readout: str | None) -> None:
+    def __init__(self, found: Mapping[str, Mapping[str, Residue]]) -> None:
         super().__init__({task: nn.ModuleDict(own) for task, own in found.items()})
-        self.readout = readout
         self._kept: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook: the module has the running task's tensors."""
-        task = running_task() if self.readout is None else None if running_jointly() else self.readout
+        task = running_task()
         LOCK.acquire()
         for name, residue in self[task].items() if task in self else ():
             home = module._parameters if name in module._parameters else module._buffers
@@ -150,33 +147,29 @@ class ModuleResidues(nn.ModuleDict):
         LOCK.release()
 
 
-def make_residues(
-    settings: Sequence[Mapping[str, Any]], parts: Mapping[str, nn.Module], names: Mapping[str, str]
-) -> nn.ModuleList:
+def make_residues(settings: Sequence[Mapping[str, Any]], trunk: nn.Module, names: Mapping[str, str]) -> nn.ModuleList:
     """The residues, zero, hooked to their modules; bound methods, so that a deep copy reads the copy's.
 
     Args:
-        settings: `config.residues`: of each the `task`, the `tensor`, a path from one of the parts, its `shape`, the
-            `kind` and the `size` (planes or rank). Raises ZipItError where there is no such tensor or kind.
-        parts: `trunk`, `entries` and `exits` of the merged model.
+        settings: `config.residues`: of each the `task`, the `tensor` of the trunk, its `shape`, the `kind` and the
+            `size` (planes or rank). Raises ZipItError where there is no such task, module or kind.
+        trunk: of the merged model.
         names: the tasks' names as modules.
     """
-    by_module: dict[tuple[str, str], dict[str, dict[str, Residue]]] = {}
+    by_module: dict[str, dict[str, dict[str, Residue]]] = {}
     for setting in settings:
-        part, _, path = setting["tensor"].partition(".")
-        path, _, leaf = path.rpartition(".")
-        if part not in parts or setting["kind"] not in KINDS or setting["task"] not in names:
-            raise ZipItError(f"The residue {dict(setting)} is of no part, kind or task that this model has.")
-        key = names[setting["task"]]
+        path, _, leaf = setting["tensor"].rpartition(".")
+        if setting["kind"] not in KINDS or setting["task"] not in names:
+            raise ZipItError(f"The residue {dict(setting)} is of no kind or no task that this model has.")
         made = KINDS[setting["kind"]](setting["shape"], setting["size"])
-        by_module.setdefault((part, path), {}).setdefault(key, {})[leaf] = made
+        by_module.setdefault(path, {}).setdefault(names[setting["task"]], {})[leaf] = made
     found = nn.ModuleList()
-    for (part, path), residues in by_module.items():
+    for path, residues in by_module.items():
         try:
-            module = parts[part].get_submodule(path)
+            module = trunk.get_submodule(path)
         except AttributeError:
-            raise ZipItError(f"residues names '{part}.{path}', which is no module of this model.") from None
-        own = ModuleResidues(residues, None if part == "trunk" else path.partition(".")[0])
+            raise ZipItError(f"residues names '{path}', which is not a module of the trunk.") from None
+        own = ModuleResidues(residues)
         module.register_forward_pre_hook(own.enter)
         module.register_forward_hook(own.leave, always_call=True)
         found.append(own)

@@ -25,7 +25,7 @@ class Candidate:
     """The residue of one tensor of one task.
 
     Attributes:
-        task, tensor: whose, and its name in the merged model's state dict.
+        task, tensor: whose, and its name in the trunk.
         residue: R, float64.
         own: the task's own tensor, which the merged one would be with all of it.
         gram: E[x x^T] of the layer's inputs `[in, in]`, where it is known.

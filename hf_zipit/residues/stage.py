@@ -17,9 +17,8 @@ import torch
 from hf_zipit.combine.layers import merged_grams
 from hf_zipit.combine.matrices import view_of
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.maps.transform import to_merged, unmerge_matrix
+from hf_zipit.maps.transform import to_merged
 from hf_zipit.modeling.base import ZipItPreTrainedModel
-from hf_zipit.modeling.entries import DenseEntry
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.observation.statistics import LayerStatistics
 from hf_zipit.planning.plan import Plan
@@ -63,7 +62,7 @@ def add_residues(
 def candidates(
     merged: ZipItPreTrainedModel, planned: Plan, maps: Alignment, expert: int, statistics: LayerStatistics | None
 ) -> Iterator[Candidate]:
-    """What could be kept for one task: of every tensor of the trunk, and of readouts that are no look-ups."""
+    """What could be kept for one task: of every tensor of the trunk."""
     task, spec, config = planned.tasks[expert], planned.spec, planned.config.residues
     assert config is not None
     own = model_tensors(planned.folded[task])
@@ -80,20 +79,7 @@ def candidates(
         if statistics is not None and view is not None:
             grams = merged_grams(statistics, [task], name, source, labels, of_expert(maps, expert), spec)
         kind = config.kind if tensor.dim() > 1 and min(residue.flatten(1).shape) > 1 else "dense"
-        yield Candidate(
-            task, f"trunk.{name}", residue, target, grams and grams[0], kind, view is not None and view.transposed
-        )
-    key = merged.branch_names[task]
-    for part, points in (("entries", planned.cut.entries), ("exits", planned.cut.exits)):
-        for number, (point, entry) in enumerate(zip(points, getattr(merged, part)[key], strict=True)):
-            if isinstance(entry, DenseEntry):
-                exact = {"weight": unmerge_matrix(maps, point.label, expert, spec), "bias": torch.zeros(entry.units)}
-                for leaf, target in exact.items():
-                    residue = target.double() - getattr(entry, leaf).double()
-                    if residue.any():
-                        place, kind = f"{part}.{key}.{number}.{leaf}", config.kind if leaf == "weight" else "dense"
-                        reference = target.double() if leaf == "weight" else residue
-                        yield Candidate(task, place, residue, reference, None, kind)
+        yield Candidate(task, name, residue, target, grams and grams[0], kind, view is not None and view.transposed)
 
 
 def of_expert(maps: Alignment, expert: int) -> Alignment:
