@@ -56,6 +56,10 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "cart": {"share": (0.1, 0.5), "scale": (0.3, 0.5, 1.0)},
     "ace": {"ridge": (1e-6, 1e-5, 2e-4)},
     "wudi": {"ridge": (1e-8, 1e-4)},
+    "regmean": {"share": (0.5, 0.9, 0.95, 1.0)},
+    "regmean++": {"share": (0.5, 0.9, 0.95, 1.0)},
+    "mats": {"steps": (3, 10, 100)},
+    "featcal": {"after": ("average", "task-arithmetic", "tsv-m"), "reach": (1.0, 2.0), "ridge": (0.005, 0.05)},
     "svc": {"after": ("task-arithmetic", "tsv-m", "iso-c"), "floor": (0.25, 0.5)},
 }
 """By rule the options that are tried on validation; those of other rules are left as they are."""
@@ -132,9 +136,10 @@ def options_of(rule: str) -> Iterator[dict[str, Any]]:
 def merged(world: World, rule: str, options: Mapping[str, Any], **settings: Any) -> tuple[Mapping[str, Any], float]:
     """By task a model to call, and the seconds that the merge took."""
     base = world.bases if RULES.get(rule).needs_base else None
+    data = world.calibration() if RULES.get(rule).needs_data else None
     started = time.perf_counter()
-    settings = {"method": "identity", **settings}
-    model = hf_zipit.merge(world.experts, base=base, combine=rule, combine_options=options, **settings)
+    settings = {"method": "identity", "corrections": (), **settings}
+    model = hf_zipit.merge(world.experts, data, base=base, combine=rule, combine_options=options, **settings)
     return called(model, world), time.perf_counter() - started
 
 

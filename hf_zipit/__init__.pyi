@@ -21,7 +21,9 @@ from hf_zipit.modeling import ZipItForMaskedLM as ZipItForMaskedLM
 from hf_zipit.modeling import ZipItForSequenceClassification as ZipItForSequenceClassification
 from hf_zipit.modeling import ZipItForTokenClassification as ZipItForTokenClassification
 from hf_zipit.modeling import ZipItModel as ZipItModel
+from hf_zipit.observation import LayerStatistics as LayerStatistics
 from hf_zipit.observation import Moments as Moments
+from hf_zipit.observation import gather_statistics as gather_statistics
 from hf_zipit.observation import observe as observe
 from hf_zipit.recipe.loading import load_recipe as load_recipe
 from hf_zipit.refit import RefitConfig as RefitConfig

@@ -133,6 +133,25 @@ class PolishConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResidueConfig:
+    """How much of what the tasks' own weights are more than the merged ones is kept, task by task.
+
+    Attributes:
+        size: the merged model's size with them, in bytes, as a multiple of its size without; above 1.
+        kind: how matrices are kept: by `"signs"`, 1 bit a weight, as often as it pays, or `"low-rank"` factors.
+    """
+
+    size: float = 1.1
+    kind: str = "signs"
+
+    def __post_init__(self) -> None:
+        if not self.size > 1:
+            raise RecipeError(f"residues' size is {self.size}; it is a multiple of the merged model's own, above 1")
+        if self.kind not in ("signs", "low-rank"):
+            raise RecipeError(f"residues' kind is {self.kind!r}; it must be 'signs' or 'low-rank'")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """How experts are merged.
 
@@ -155,6 +174,9 @@ class MergeConfig:
             `hf_zipit.correct`. `"auto"`: what an automatic method needs, else nothing.
         polish: True, a `PolishConfig` or its settings: *train* the merged model on what its experts compute on the
             calibration data, after everything else; False or None, the default: do not.
+        residues: True, a `ResidueConfig` or its settings, or its size alone (`residues=1.1`): keep what the tasks' own
+            weights are more than the merged ones in a few bits, to be added where a task runs alone; False or None,
+            the default: do not. It is for trunks that are not refitted.
         row_fraction: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
             passes.
         seed: of everything that is drawn.
@@ -173,6 +195,7 @@ class MergeConfig:
     refit: RefitConfig | Mapping[str, Any] | bool | Literal["auto"] | None = AUTO
     corrections: Named | Literal["auto"] = AUTO
     polish: PolishConfig | Mapping[str, Any] | bool | None = None
+    residues: ResidueConfig | Mapping[str, Any] | float | bool | None = None
     row_fraction: float | Literal["auto"] = AUTO
     seed: int = 0
 
@@ -193,6 +216,13 @@ class MergeConfig:
         if self.corrections != AUTO or own:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
         self._set("polish", section(PolishConfig, self.polish, "polish"))
+        kept = {"size": self.residues} if _is_number(self.residues) else self.residues
+        self._set("residues", section(ResidueConfig, kept, "residues"))
+        if self.residues is not None and isinstance(self.refit, RefitConfig):
+            raise RecipeError(
+                "residues are what the experts' weights are more than the merged ones; refitted weights answer each "
+                "other and are no sum of that kind, so leave refit or residues out."
+            )
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
         check_residual(self.residual)
@@ -244,6 +274,8 @@ class MergeConfig:
             plain["refit"] = asdict(self.refit)
         if self.polish is not None:  # where its state is kept decides nothing
             plain["polish"] = {name: value for name, value in asdict(self.polish).items() if name != "checkpoint"}
+        if self.residues is not None:
+            plain["residues"] = asdict(self.residues)
         if self.corrections != AUTO:
             plain["corrections"] = [{name: dict(options)} for name, options in self.corrections.items()]
         return {name: dict(value) if isinstance(value, Mapping) else value for name, value in plain.items()}

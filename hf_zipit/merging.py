@@ -1,6 +1,6 @@
 """`merge()`: the stages in order, and nothing else.
 
-    plan -> observe -> align -> combine -> refit -> assemble -> correct (-> polish, where it is asked for)
+    plan -> observe -> align -> combine -> refit -> assemble -> correct (-> polish -> residues, where asked for)
 
 Each stage can be called alone: it takes the plan and the results of those before, and returns its own.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,25 @@ from hf_zipit.align.stage import align_trunk
 from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.record import record
 from hf_zipit.assembly.widening import widenable_spaces
-from hf_zipit.combine.combine import check_base, check_rule, combine_trunk
+from hf_zipit.combine.combine import check_base, check_rule
 from hf_zipit.config import AUTO, MergeConfig
 from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
+from hf_zipit.layerwise.stage import combined_trunk
+from hf_zipit.observation.gather import statistics_for
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
+from hf_zipit.observation.statistics import Known
 from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint
 from hf_zipit.refit.stage import refit_trunk
+from hf_zipit.registry import RULES
+from hf_zipit.residues.stage import add_residues
 from hf_zipit.steady import steady
 
 
@@ -87,6 +92,8 @@ def _needs_data(config: MergeConfig) -> str | None:
     """Why settings need calibration data; None where they do not (what methods need is seen later)."""
     if config.refit is not None:
         return "refit regresses on what the experts compute"
+    if RULES.get(config.combine).layerwise:
+        return f"combine={config.combine!r} merges layers on what the models compute"
     if config.polish is not None:
         return "polish trains on what the experts compute"
     return f"{next(iter(config.corrections))} runs models on data" if config.corrections else None
@@ -100,6 +107,7 @@ def merge(
     *,
     base: Any = None,
     moments: Moments | str | Path | None = None,
+    statistics: Known | None = None,
     accelerator: Accelerator | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
@@ -119,6 +127,8 @@ def merge(
             maps are those of all experts that started from it (arXiv 2410.12766).
         moments: moments of an earlier merge of the same experts (with several bases, of the bases), or their file:
             they are not observed then.
+        statistics: for rules that read some (`combine="regmean"`): what `gather_statistics` returned, or its file, or
+            several of them, by whoever has data; nothing is gathered then.
         accelerator: where to run; one with default settings is made if none is given.
         settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
@@ -140,9 +150,11 @@ def merge(
         calibration.read(planned.experts)  # before the work starts; observing reads it, too
     found = moments_for(planned.matched, calibration, moments)
     maps = align_trunk(planned, found)
-    trunk = combine_trunk(planned, maps)
+    read = statistics_for(planned, calibration, statistics)
+    combine = partial(combined_trunk, planned, calibration=calibration, statistics=read)
+    trunk = combine(maps)
     try:
-        refitted = refit_trunk(planned, trunk, maps, calibration)
+        refitted = refit_trunk(planned, trunk, maps, calibration, combine)
     except SpecError as error:
         if config.refit != AUTO:
             raise
@@ -153,6 +165,7 @@ def merge(
     known = found if planned.matched is planned else None  # those of the bases are no expert's
     correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
     polished = polish(merged, planned, calibration)
+    add_residues(merged, planned, maps, read)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
     return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

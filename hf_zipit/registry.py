@@ -31,7 +31,7 @@ KINDS: dict[type, tuple[str, Any]] = {
 }
 """By the type of an option's default what its values must be."""
 
-GIVEN = ("base", "whole", "generator")
+GIVEN = ("base", "whole", "generator", "grams", "fisher", "layer")
 """Keyword-only parameters of rules that no option sets: see `hf_zipit.combine.rule`."""
 
 

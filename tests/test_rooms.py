@@ -17,7 +17,8 @@ ROOMS = (
     "errors", "registry", "files", "schema", "config", "steady", "lazy", "factorise",  # tools
     "adapters", "symmetry", "maps", "planning",  # what a model is, and what merging it would mean
     "hub", "modeling", "experts",  # models: merged ones, and those they are made of
-    "data", "observation", "align", "combine", "assembly", "refit", "correct", "polish",  # the stages
+    "data", "observation", "align", "combine", "assembly", "refit", "layerwise",  # the stages
+    "correct", "polish", "residues",  # and what changes a model that is there
     "evaluation", "recipe", "merging", "landscapes", "searching", "report", "running",
     "auto_classes",
     "",  # the face

@@ -54,6 +54,8 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         raise ExpertError(_cannot(merged, task, "its merged layers are wider or narrower than an expert's"))
     if config.rescaled is not None:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
+    if config.residues:
+        raise ExpertError(_cannot(merged, task, "it has residues per task; take the expert that it was merged from"))
     model = empty_model(with_heads(config, merged, task), task).eval()
     trunk, branch = model_tensors(merged.trunk), model_tensors(merged.branches[key])
     found = {name: (trunk if name in trunk else branch)[name] for name in model_tensors(model)}

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_zipit.combine.layers import Layer, merged_fisher, merged_grams
 from hf_zipit.combine.rule import task_vectors
 from hf_zipit.config import MergeConfig
 from hf_zipit.errors import ExpertError, RecipeError, SpecError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import to_merged
+from hf_zipit.observation.statistics import LayerStatistics
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import RULES
 from hf_zipit.symmetry.proof import model_tensors
@@ -47,33 +49,61 @@ def check_rule(planned: Plan) -> None:
     rule.combine([zeros] * len(planned.tasks), (), planned, options, base=zeros, generator=torch.Generator())
 
 
-def combine_trunk(planned: Plan, maps: Alignment) -> dict[str, Tensor]:
+def combine_trunk(planned: Plan, maps: Alignment, statistics: LayerStatistics | None = None) -> dict[str, Tensor]:
     """The merged tensors of the trunk, by their names in the source model.
+
+    `statistics` are for rules that read some (`statistics_for`).
 
     Raises:
         SpecError: a tensor does not have the shape that its labels say, or integers that cannot be combined differ.
         ExpertError: a merged tensor is not finite.
     """
-    rule, options = RULES.get(planned.config.combine), planned.config.combine_options
-    trunk = Trunk(planned, maps)
-    whole = rule.survey_of(trunk, options)
-    merged = {}
-    for name in sorted(planned.cut.trunk):
-        own, bases = trunk.read(name)
-        given = {"whole": whole, "generator": generator_of(planned.config.seed, name)}
-        combine = partial(rule.combine, plan=planned, options=options, **given) if name in trunk.trained else mean
+    combiner = Combiner(planned, maps, statistics)
+    return {name: combiner.tensor(name) for name in sorted(planned.cut.trunk)}
+
+
+class Combiner:
+    """The rule of a plan, applied to tensors of the trunk one by one."""
+
+    def __init__(self, planned: Plan, maps: Alignment, statistics: LayerStatistics | None = None) -> None:
+        self.planned, self.maps, self.statistics = planned, maps, statistics
+        self.rule, self.options = RULES.get(planned.config.combine), planned.config.combine_options
+        self.trunk = Trunk(planned, maps)
+        self.whole = self.rule.survey_of(self.trunk, self.options)
+
+    def tensor(self, name: str, layer: Layer | None = None) -> Tensor:
+        """The merged tensor, in the experts' dtype; `layer` is what a layerwise rule is given. Raises as above."""
+        own, bases = self.trunk.read(name)
+        planned, combine = self.planned, mean
         try:
-            merged[name] = combine_tensor(
-                own, trunk.labels(name), maps, planned.spec, combine, bases, planned.base_shares
+            if name in self.trunk.trained:
+                given = {"whole": self.whole, "generator": generator_of(planned.config.seed, name), "layer": layer}
+                combine = partial(
+                    self.rule.combine, plan=planned, options=self.options, **given, **self._read(name, own[0])
+                )
+            merged = combine_tensor(
+                own, self.trunk.labels(name), self.maps, planned.spec, combine, bases, planned.base_shares
             )
         except SpecError as error:
             raise SpecError(f"the tensor {name} cannot be merged: {error}") from error
-        if merged[name].is_floating_point() and not bool(torch.isfinite(merged[name]).all()):
+        if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
             raise ExpertError(
                 f"the merged tensor {name} is not finite; check the experts' weights and the options of "
                 f"combine={planned.config.combine!r}"
             )
-    return merged
+        return merged
+
+    def _read(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        """What is known of a parameter from data, as far as the rule wants it."""
+        if self.statistics is None:
+            return {}
+        labels, found = self.trunk.labels(name), {}
+        where = (self.statistics, self.planned.tasks, name)
+        if "grams" in self.rule.wants:
+            found["grams"] = merged_grams(*where, tensor, labels, self.maps, self.planned.spec)
+        if "fisher" in self.rule.wants:
+            found["fisher"] = merged_fisher(*where, labels, self.maps, self.planned.spec)
+        return found
 
 
 class Trunk:
@@ -95,6 +125,11 @@ class Trunk:
         own, bases = ([in_float32(model[name]) for model in models] for models in (self.experts, self.bases))
         return own, bases
 
+    def moved(self, name: str) -> tuple[list[Tensor], Tensor | None]:
+        """The experts' tensors in merged units, and the origin of their task vectors: see `in_merged_units`."""
+        own, bases = self.read(name)
+        return in_merged_units(own, self.labels(name), self.maps, self.planned.spec, bases, self.planned.base_shares)
+
     def labels(self, name: str) -> Sequence[AxisLabel]:
         """Its labels; none for what the forward pass does not read."""
         return self.planned.spec.axes.get(name, ())
@@ -103,9 +138,7 @@ class Trunk:
         # Tied parameters are one.
         once = {name for name, _ in self.planned.model.named_parameters()}
         for name in sorted(once & self.trained):
-            own, bases = self.read(name)
-            spec, shares = self.planned.spec, self.planned.base_shares
-            moved, origin = in_merged_units(own, self.labels(name), self.maps, spec, bases, shares)
+            moved, origin = self.moved(name)
             yield moved if origin is None else task_vectors(moved, origin)
 
 

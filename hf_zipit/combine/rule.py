@@ -11,6 +11,11 @@ its keyword-only parameters it is given:
   expert's own task vector was added). Rules on task vectors need it, others read none.
 - `whole`: what the rule's survey found in all parameters together, for rules that are defined over the flattened
   model (the share of the largest entries). It is None where a tensor stands alone: the rule then surveys that one.
+- `grams`, `fisher`: by expert E[x x^T] of what the parameter's layer reads on the expert's own data, `[in, in]` (of a
+  norm's scale E[x^2], `[units]`), and the diagonal of the parameter's Fisher information. None where the parameter is
+  no layer's weight. See `hf_zipit.observation.statistics`.
+- `layer`: the same of the model that is *merged so far*, beside the experts' (`hf_zipit.combine.layers.Layer`). Layers
+  are then merged in the order they run (`hf_zipit.layerwise`). None where the parameter is no layer's weight or bias.
 - `generator`: seeded by the config's seed and the parameter's name, for rules that draw: the same settings give the
   same bytes.
 
@@ -61,6 +66,16 @@ class Rule:
     def needs_base(self) -> bool:
         """Whether it combines task vectors."""
         return BASE in self.wants
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether it reads what layers are fed."""
+        return bool(self.wants & {"grams", "fisher", "layer"})
+
+    @property
+    def layerwise(self) -> bool:
+        """Whether it merges a layer on what the merged layers before it compute."""
+        return "layer" in self.wants
 
     def survey_of(self, vectors: Vectors, options: Mapping[str, Any]) -> Any:
         """What it wants to know of all parameters, None where it has no survey."""

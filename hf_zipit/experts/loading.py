@@ -33,14 +33,16 @@ Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
 """By task; without names, an expert is named like its folder or repo."""
 
 
-def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
+def load_experts(
+    experts: Experts, *, revisions: Mapping[str, str] | None = None, least: int = 2
+) -> dict[str, PreTrainedModel]:
     """The experts by task name: repo ids and folders loaded in float32 and eval mode, models as they are.
 
     A LoRA adapter becomes the model that it makes of its base. A merged model becomes several experts, one for each of
     its tasks, named `NAME/TASK`.
 
     Raises:
-        ExpertError: for fewer than two experts, an empty or repeated task name, or a model that cannot be loaded.
+        ExpertError: for fewer experts than `least`, an empty or repeated task name, or a model that cannot be loaded.
     """
     pairs = list(experts.items() if isinstance(experts, Mapping) else map(named, experts))
     names = [name for name, _ in pairs]
@@ -60,7 +62,7 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
         if twice := next((task for task in parts if task in found), None):
             raise ExpertError(f"the task name {twice!r} is given to 2 experts; task names must differ")
         found |= parts
-    if len(found) < 2:
+    if len(found) < least:
         raise ExpertError(f"merging needs at least two experts, but only {names[0]!r} was given")
     return found
 

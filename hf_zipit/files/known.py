@@ -24,7 +24,7 @@ WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")
 
 COMPANIONS = (
     CONFIG, "generation_config.json", "merge_config.json", "README.md", "LICENSE*", "recipe.yaml", "*.png",
-    "modeling_hf_zipit.py", "moments.safetensors",
+    "modeling_hf_zipit.py", "moments.safetensors", "statistics.safetensors",
 )  # fmt: skip
 
 

@@ -67,6 +67,22 @@ def shares_held(label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert:
     return features_to_merged(ones, 0, label, groups, spec, expert)
 
 
+def own_features_to_merged(
+    features: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int
+) -> Tensor:
+    """One expert's features as its merged weights read them: in each merged unit the mean of its own units there.
+
+    An expert's weights in merged units, `to_merged`, compute of these what they compute of its own features. Merged
+    units without a unit of this expert are zero.
+    """
+    moved = features_to_merged(features, axis, label, alignment, spec, expert)
+    held = shares_held(label, alignment, spec, expert)
+    if bool((held == 1).all()):
+        return moved
+    scale = torch.where(held > 0, 1 / held.clamp_min(1e-12), 0.0).to(moved)
+    return moved * scale.reshape(-1, *(1 for _ in moved.shape[axis % moved.dim() + 1 :]))
+
+
 def only_groups(alignment: Alignment, key: ProductKey) -> bool:
     """Whether U_t of a product is one-hot, so that an index does for it."""
     return not any(isinstance(alignment.get(name), LinearMap) for name in key)

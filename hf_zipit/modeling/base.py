@@ -7,7 +7,7 @@ Nothing here knows a model family: trunk and branches are modules of the source 
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
-`rescales.`), and a saved and loaded model gives bit-identical outputs.
+`rescales.`, `residues.`), and a saved and loaded model gives bit-identical outputs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
+from .residues import Residue, make_residues, residue_of
 from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token"
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
 
 
-MOMENTS = "moments.safetensors"
+MOMENTS, STATISTICS = "moments.safetensors", "statistics.safetensors"
 
 
 class Savable(Protocol):
@@ -100,7 +101,24 @@ class ZipItPreTrainedModel(PreTrainedModel):
             attach(branch, config.entries, self.entries[key])
         if config.rescaled is not None:
             self._make_rescales()
+        if config.residues:
+            self._make_residues()
         self.post_init()
+
+    def add_residues(self, settings: Sequence[Mapping[str, Any]]) -> list[Residue]:
+        """Per-task residues, zero until they are set, in the order of the settings: see `residues.py`.
+
+        `settings` become `config.residues`. Raises ZipItError if the model has some.
+        """
+        if self.config.residues:
+            raise ZipItError("This model has residues already; start from the merged model.")
+        self.config.residues = [dict(setting) for setting in settings]
+        self._make_residues()
+        return list(residue_of(self.residues, self.config.residues, self.branch_names))
+
+    def _make_residues(self) -> None:
+        self.residues = make_residues(self.config.residues, self.trunk, self.branch_names)
+        self.residues.train(self.training)
 
     def add_rescales(self, settings: Sequence[Mapping[str, Any]]) -> None:
         """Per-task corrections, the identity until they are set: see `rescale.py`.
@@ -128,7 +146,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, (Entry, Affine)):
+        if isinstance(module, (Entry, Affine, Residue)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)
@@ -281,6 +299,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
         max_shard_size: int | str = "50GB",
         tags: Sequence[str] | None = None,
         moments: Savable | str | Path | None = None,
+        statistics: Savable | str | Path | None = None,
         **commit: Any,
     ) -> CommitInfo:
         """Upload what `save_pretrained` writes in one commit: the repo is what it was, or complete.
@@ -291,6 +310,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
             tags: more tags for the card.
             moments: the `hf_zipit.Moments` of the merge, or their file, to go along as `moments.safetensors`: who has
                 them can merge again with other settings and without data.
+            statistics: the same of `hf_zipit.LayerStatistics`, as `statistics.safetensors`.
             commit: `revision`, `create_pr`, `commit_message`, `commit_description`: see `modeling.hub.push_folder`.
 
         Raises:
@@ -302,10 +322,11 @@ class ZipItPreTrainedModel(PreTrainedModel):
             folder.mkdir()
             self._write(folder, max_shard_size=max_shard_size)
             self._write_companions(folder, folder.name, repo_id, tags or ())
-            if isinstance(moments, (str, Path)):
-                shutil.copyfile(moments, folder / MOMENTS)
-            elif moments is not None:
-                moments.save(folder / MOMENTS)
+            for sums, name in ((moments, MOMENTS), (statistics, STATISTICS)):
+                if isinstance(sums, (str, Path)):
+                    shutil.copyfile(sums, folder / name)
+                elif sums is not None:
+                    sums.save(folder / name)
             return push_folder(folder, repo_id, token=token, **commit)
 
     def _write(self, folder: str | Path, **kwargs: Any) -> None:

@@ -27,7 +27,18 @@ from ..registry import suggestion
 
 Labels = dict[int, str]
 
-SHOWN = ("method", "options", "overrides", "combine", "combine_options", "refit", "corrections", "polish", "seed")
+SHOWN = (
+    "method",
+    "options",
+    "overrides",
+    "combine",
+    "combine_options",
+    "refit",
+    "corrections",
+    "polish",
+    "residues",
+    "seed",
+)
 """Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
 
 SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")
@@ -53,6 +64,8 @@ class ZipItConfig(PreTrainedConfig):
         rescaled: sites in the trunk with a correction per task (see `rescale.py`): `{"module": path in the source,
             "where": "input" | "output", "axis": int, "size": k}`. With None nothing is corrected; with a list, entries
             and exits are, too.
+        residues: what tasks add to tensors while they run alone (see `residues.py`): `{"task": str, "tensor": name in
+            the trunk, "shape": list, "kind": "signs" | "low-rank" | "dense", "size": planes or rank}`.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
         head_dims: the width of a head in the trunk's attention layers that have more and narrower heads than the
             source's, by the layer's path in the source model.
@@ -85,6 +98,7 @@ class ZipItConfig(PreTrainedConfig):
     entries: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     exits: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None = None
+    residues: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     trunk_shapes: dict[str, list[int]] | None = None
     head_dims: dict[str, int] | None = None
     rotary_pairs: dict[str, list[int]] | None = None
@@ -99,7 +113,7 @@ class ZipItConfig(PreTrainedConfig):
         self.source_config = copy.deepcopy(self.source_config)
         if SubConfigSpec is None and isinstance(self.source_config, dict):
             self.source_config = AutoConfig.for_model(**self.source_config)
-        for name in ("tasks", "shared", "entries", "exits"):
+        for name in ("tasks", "shared", "entries", "exits", "residues"):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
         self.head_dims = dict(self.head_dims or {})

@@ -14,21 +14,17 @@ activations would drown the others.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
-from hf_zipit.experts.fingerprint import digest_strings, digest_tensors
-from hf_zipit.files import replacing
-from hf_zipit.hub.reasons import first_line
+from hf_zipit.errors import DataError, ExpertError, SpecError
+from hf_zipit.experts.fingerprint import digest_strings
+from hf_zipit.observation.file import reading, write
 from hf_zipit.symmetry.spec import ProductKey
 
 BLOCK_ROWS = 4096
@@ -43,9 +39,6 @@ divides by at least 1e-7, so that a unit of small variance is more similar to la
 
 DEAD = 1e-6
 """A unit is dead when its standard deviation is at most this share of its mean: constant, for float32."""
-
-_MALFORMED = (TypeError, ValueError, AttributeError)
-"""What reading a header stumbles over that says other things than it should."""
 
 _FORMAT = "hf_zipit.moments/2"
 
@@ -296,7 +289,6 @@ class Moments:
         Raises:
             OutputError: if the file cannot be written.
         """
-        path = Path(path)
         entries, tensors = [], {}
         for key, found in self.sums.items():
             for probe, values in found.items():
@@ -304,13 +296,7 @@ class Moments:
                     tensors[f"{len(entries)}.{name}"] = getattr(values, name).cpu().contiguous()
                 entries.append({"key": list(key), "probe": probe, "count": values.count})
         header = {"format": _FORMAT, "tasks": self.tasks, "fingerprint": self.fingerprint, "sums": entries}
-        header["sha256"] = _checksum(header, tensors)
-        try:
-            with replacing(path) as beside:
-                save_file(tensors, beside, metadata={"hf_zipit": json.dumps(header)})
-        except SafetensorError as error:
-            raise OutputError(f"The moments cannot be written to {path}: {error}.") from error
-        return path
+        return write(path, "moments", header, tensors)
 
     @classmethod
     def load(cls, path: str | Path, experts: Mapping[str, str] | None = None) -> Moments:
@@ -322,17 +308,7 @@ class Moments:
             DataError: if there is no such file, it is not a whole moments file or was changed since it was written, or
                 it was taken from other experts.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise DataError(f"There is no moments file at {path}.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["hf_zipit"])
-                if header["format"] != _FORMAT:
-                    raise DataError(f"{path} has the format {header['format']}; this version reads {_FORMAT}.")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            if header["sha256"] != _checksum(header, tensors):
-                raise DataError(f"{path} was changed since it was written (its checksum differs); observe again.")
+        with reading(path, "moments", _FORMAT) as (header, tensors):
             moments = cls(tuple(header["tasks"]), {}, header["fingerprint"])
             for i, entry in enumerate(header["sums"]):
                 sums = Sums(entry["count"], *(tensors[f"{i}.{name}"] for name in ("shift", "total", "second")))
@@ -341,18 +317,6 @@ class Moments:
                 moments.sums.setdefault(tuple(entry["key"]), {})[entry["probe"]] = sums
             if set(moments.fingerprint["experts"]) != set(moments.tasks):
                 raise DataError(f"{path} does not say which weights its experts had; observe again.")
-        except DataError:
-            raise
-        except (
-            OSError,
-            SafetensorError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
-            raise DataError(f"{path} is not a complete moments file: {first_line(error)}.") from error
         return moments if experts is None else moments.of(experts, f"The moments in {path}")
 
     def _of(self, key: ProductKey, probe: str | None = None) -> list[Sums]:
@@ -363,12 +327,6 @@ class Moments:
         if empty := [name for name, values in found.items() if values.count == 0]:
             raise SpecError(f"{' x '.join(key)} has no rows at {empty[0]}: nothing was observed there.")
         return list(found.values())
-
-
-def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """The sha256 of everything in a moments file."""
-    told = json.dumps({key: value for key, value in header.items() if key != "sha256"}, sort_keys=True)
-    return digest_tensors(((name, tensors[name]) for name in sorted(tensors)), label=told)
 
 
 def _average(tensors: list[Tensor]) -> Tensor:

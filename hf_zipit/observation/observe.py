@@ -101,7 +101,7 @@ def gather_moments(
         moments = Moments(tasks, device=_moments_device(recorder, len(tasks), accelerator.device))
         waiting = _Waiting(moments, products)
         digests: list[tuple[int, str, int]] = []
-        with _together(accelerator):
+        with together(accelerator):
             shown = tqdm(batches, desc="observe", unit="batch", disable=not accelerator.is_main_process)
             for index, batch in enumerate(shown):
                 if index % accelerator.num_processes != accelerator.process_index:
@@ -175,7 +175,7 @@ def _run(
 ) -> dict[str, Tensor]:
     """Rows of every probe; what the model itself raises is told as a fault of the data."""
     try:
-        return recorder.run(task, expert, _arguments(expert, inputs, device), choose, mask_of(inputs))
+        return recorder.run(task, expert, arguments_for(expert, inputs, device), choose, mask_of(inputs))
     except (ZipItError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -183,7 +183,7 @@ def _run(
         raise DataError(f"The expert {task!r} cannot run on calibration inputs of shapes {shapes}: {error}") from error
 
 
-def _arguments(expert: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
+def arguments_for(expert: nn.Module, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Any]:
     device = _entry_device(expert, device)
     dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), torch.float32)
     arguments: dict[str, Any] = {
@@ -244,7 +244,7 @@ def _moments_device(recorder: Recorder, experts: int, device: torch.device) -> t
 
 
 @contextmanager
-def _together(accelerator: Accelerator) -> Iterator[None]:
+def together(accelerator: Accelerator) -> Iterator[None]:
     """An error in one process is raised in all of them: the others would wait for its moments forever."""
     error: Exception | None = None
     try:

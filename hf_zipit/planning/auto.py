@@ -6,6 +6,8 @@ level before a refit, on average; it is exact for experts that are near each oth
 is not. Without data the best on average is `circuits`, which matches heads by what they compute and the rest by
 weights.
 
+With residues nothing is refitted: they are of experts' weights, which refitted ones are not.
+
 A convolutional network that is not refitted gets its BatchNorm statistics measured again, without which no merge of
 one works. Nothing is chosen by looking at accuracies or labels, so that the same experts and settings give the same
 choice.
@@ -39,7 +41,7 @@ def choose(config: MergeConfig, model: nn.Module, *, data: bool, observed: bool 
     method = config.method if config.method != AUTO else WITH_DATA if data or observed else WITHOUT_DATA
     refit = config.refit
     if refit == AUTO:
-        refit = RefitConfig() if data and config.depth != 0 else None
+        refit = RefitConfig() if data and config.depth != 0 and config.residues is None else None
     corrections = config.corrections
     if corrections == AUTO:
         corrections = needed_corrections(model) if data and refit is None else {}

@@ -33,7 +33,11 @@ BASIS_ROWS = 32
 
 
 def refit_trunk(
-    planned: Plan, trunk: Mapping[str, Tensor], maps: Alignment, calibration: Calibration | None = None
+    planned: Plan,
+    trunk: Mapping[str, Tensor],
+    maps: Alignment,
+    calibration: Calibration | None = None,
+    combine: Callable[[Alignment], Mapping[str, Tensor]] | None = None,
 ) -> Refitted:
     """The trunk with every module regressed on the experts' features, see `walk.py`; as it is where nothing is
     refitted.
@@ -44,6 +48,7 @@ def refit_trunk(
         maps: the maps of the movable spaces.
         calibration: unlabelled data, by task (then each sample's own expert can weigh more) or for all tasks. Its
             batches are spread over the processes, and moments are summed over them.
+        combine: combines the trunk in other maps' units; `combine_trunk` by default.
 
     Raises:
         DataError: without calibration data, or with less of it than there are processes.
@@ -71,7 +76,7 @@ def refit_trunk(
     bases = _stream_bases(planned, traced, experts, maps, calibration, batches, positions)
     if bases:
         maps = {**maps, **bases}
-        moved = combine_trunk(planned, maps)
+        moved = combine(maps) if combine is not None else combine_trunk(planned, maps)
         # A norm's scale is no vector of the stream; it keeps the alignment's, and its readers make up for that.
         trunk = {name: moved[name] if tensor.dim() > 1 else tensor for name, tensor in trunk.items()}
     walk = Walk(

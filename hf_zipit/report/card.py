@@ -23,6 +23,7 @@ from hf_zipit.files import write_text
 from hf_zipit.hub.cache import is_repo
 from hf_zipit.hub.processors import FOLDER
 from hf_zipit.modeling.hub import companion
+from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.polish.report import PolishReport
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
@@ -233,6 +234,7 @@ def card_text(
         accuracies=accuracies,
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=PolishReport.of(model),
+        residues=residue_bytes(model) if model.config.residues else None,
         refit=None if result.changed else RefitReport.of(model),
         refit_picture=REFIT_PICTURE,
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,

@@ -120,6 +120,11 @@ def all_read(label: AxisLabel) -> AxisLabel:
     return _mapped(label, lambda factor: replace(factor, dual=True))
 
 
+def all_held(label: AxisLabel) -> AxisLabel:
+    """The label of an axis that holds all that another one holds or reads."""
+    return _mapped(label, lambda factor: replace(factor, dual=False))
+
+
 def _mapped(label: AxisLabel, function: Callable[[Factor], Factor]) -> AxisLabel:
     return tuple(
         Sum(tuple(_mapped(term, function) for term in factor.terms)) if isinstance(factor, Sum) else function(factor)

@@ -13,9 +13,11 @@ from torch import Tensor
 from hf_zipit.combine.matrices import view_of
 from hf_zipit.combine.ranks import order_statistics
 from hf_zipit.combine.rules.della import probabilities
+from hf_zipit.combine.rules.mats import conjugate_gradients
 from hf_zipit.errors import RecipeError
 from hf_zipit.registry import RULES
 from hf_zipit.symmetry.spec import Factor
+from tests.combine.data import Data
 
 HELD, READ = (Factor("a"),), (Factor("b", dual=True),)
 
@@ -28,9 +30,13 @@ BASE = draw(7, 5, seed=9)
 EXPERTS = [BASE + scale * draw(7, 5, seed=seed) for seed, scale in enumerate((0.3, 0.5, 0.2))]
 
 
+DATA = Data.draw(3, 7, 5)
+
+
 def combined(name: str, experts: list[Tensor], base: Tensor = BASE, labels: object = (), **options: object) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return RULES.get(name).combine(experts, labels, None, options, base=base, generator=generator)
+    given = DATA.given(experts) if base.numel() == BASE.numel() and len(experts) == 3 else {}
+    return RULES.get(name).combine(experts, labels, None, options, base=base, generator=generator, **given)
 
 
 # References: from the experts' task vectors as numpy arrays to the merged task vector.
@@ -158,6 +164,34 @@ def svc(ds: list[np.ndarray], merged: np.ndarray, floor: float) -> np.ndarray:
     return out
 
 
+def regmean(ws: list[np.ndarray], xs: list[np.ndarray], share: float) -> np.ndarray:
+    grams = [x.T @ x / len(x) for x in xs]
+    grams = [np.where(np.eye(len(g)) > 0, g, share * g) for g in grams]
+    return sum(w @ g for w, g in zip(ws, grams, strict=True)) @ np.linalg.inv(sum(grams))
+
+
+def featcal(
+    ws: list[np.ndarray], bs: list[np.ndarray], anchors: tuple[np.ndarray, np.ndarray], blend: float, ridge: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """As the paper writes it, weights stored `[in, out]`."""
+    left, right, total = ridge * np.eye(5), ridge * anchors[0].T, 0.0
+    inputs = []
+    for w, x, z in zip(ws, X, Z, strict=True):
+        mixed = blend * z + (1 - blend) * x
+        c, k = x.T @ x / len(x), x.T @ mixed / len(x)
+        size = 1 / np.linalg.norm(c)
+        left, right, total = left + size * c, right + size * k @ w.T, total + size
+        inputs.append((size, x.mean(0), mixed.mean(0)))
+    solved = np.linalg.solve(left, right)
+    lacking = [s * (b + m @ w.T - x @ solved) for w, b, (s, x, m) in zip(ws, bs, inputs, strict=True)]
+    return solved.T, (sum(lacking) + ridge * anchors[1]) / (total + ridge)
+
+
+X, Z = ([part.numpy() for part in parts] for parts in (DATA.x, DATA.z))
+W = [expert.numpy() for expert in EXPERTS]
+F = [own.numpy() for own in DATA.fisher]
+ZEROS = [np.zeros(7)] * 3
+
 CASES: dict[str, tuple[str, dict[str, object], Callable[[], np.ndarray]]] = {
     "task-arithmetic": ("task-arithmetic", {"scale": 0.3}, lambda: 0.3 * sum(D)),
     "weighted": ("weighted", {"weights": [1.0, 2.0, 5.0]}, lambda: (D[0] + 2 * D[1] + 5 * D[2]) / 8),
@@ -176,6 +210,17 @@ CASES: dict[str, tuple[str, dict[str, object], Callable[[], np.ndarray]]] = {
     "actmat": ("actmat", {}, lambda: actmat(D)),
     "wudi": ("wudi", {}, lambda: wudi(D)),
     "ace": ("ace", {"ridge": 1e-3}, lambda: ace(D, 1e-3)),
+    "regmean": ("regmean", {"share": 0.8}, lambda: regmean(W, Z, 0.8) - BASE.numpy()),
+    "regmean++": ("regmean++", {}, lambda: regmean(W, X, 0.9) - BASE.numpy()),
+    "mats": ("mats", {}, lambda: regmean(W, Z, 1.0) - BASE.numpy()),
+    "lot": ("lot", {}, lambda: regmean(D, Z, 1.0)),
+    "fisher": (
+        "fisher", {"floor": 1e-9}, lambda: sum(f * w for f, w in zip(F, W, strict=True)) / sum(F) - BASE.numpy()
+    ),
+    "featcal": (
+        "featcal", {"options": {"scale": 0.3}, "blend": 0.4, "reach": 1.7, "ridge": 0.1},
+        lambda: featcal(W, ZEROS, (BASE.numpy() + 1.7 * 0.3 * sum(D), ZEROS[0]), 0.4, 0.1)[0] - BASE.numpy(),
+    ),
     "svc after task arithmetic": ("svc", {"floor": 0.2}, lambda: svc(D, 0.4 * sum(D), 0.2)),
     "svc after ties": (
         "svc", {"after": "ties", "options": {"share": 0.5}}, lambda: svc(D, ties(D, 0.5, 1.0), 0.5)
@@ -200,6 +245,67 @@ def test_energies_that_differ_are_made_equal_by_ace():
     small = [BASE + 0.3 * draw(7, 5, seed=1), BASE + 0.005 * draw(7, 5, seed=2)]
     expected = BASE + torch.from_numpy(ace([(x - BASE).numpy() for x in small], 1e-8))
     torch.testing.assert_close(combined("ace", small, ridge=1e-8), expected, rtol=1e-8, atol=1e-8)
+
+
+# On what layers are fed.
+
+
+def test_the_bias_of_a_calibrated_layer_makes_up_for_what_is_left():
+    biases = [draw(7, seed=20 + t) for t in range(3)]
+    start = draw(7, seed=30)
+    anchor = start + 2.0 * 0.4 * sum(b - start for b in biases)
+    reached = BASE.numpy() + 2.0 * 0.4 * sum(D)
+    weight, expected = featcal(W, [b.numpy() for b in biases], (reached, anchor.numpy()), 0.3, 0.05)
+    layer = DATA.layer(EXPERTS, biases).bias(torch.from_numpy(weight))
+    given = {"base": start, "generator": None, "layer": layer}
+    found = RULES.get("featcal").combine(biases, (HELD,), None, {}, **given)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-8, atol=1e-8)
+
+
+def test_a_norm_is_calibrated_unit_by_unit():
+    """Without a ridge the scale and shift are the least-squares ones of all tasks' rows."""
+    scales, shifts = ([draw(5, seed=seed + t) for t in range(3)] for seed in (40, 50))
+    layer = DATA.layer(scales, shifts, norm=True)
+    given = {"base": scales[0], "generator": None}
+    options = {"ridge": 1e-12, "blend": 1.0}
+    scale = RULES.get("featcal").combine(scales, (HELD,), None, options, layer=layer, **given)
+    shift = RULES.get("featcal").combine(shifts, (HELD,), None, options, layer=layer.bias(scale), **given)
+    for unit in range(5):
+        x = np.concatenate([part[:, unit] for part in X])
+        rows = zip(Z, scales, shifts, strict=True)
+        y = np.concatenate([float(a[unit]) * part[:, unit] + float(b[unit]) for part, a, b in rows])
+        expected = np.linalg.lstsq(np.stack([x, np.ones_like(x)], 1), y, rcond=None)[0]
+        np.testing.assert_allclose([float(scale[unit]), float(shift[unit])], expected, rtol=1e-7)
+    options = {"ridge": 1e-12, "blend": 1.0}
+    alone = RULES.get("featcal").combine(scales, (HELD,), None, options, layer=DATA.layer(scales, norm=True), **given)
+    expected = sum(s.numpy() * (x * z).mean(0) for s, x, z in zip(scales, X, Z, strict=True))
+    np.testing.assert_allclose(alone, expected / sum(x**2 for x in X).mean(0), rtol=1e-7)
+
+
+def test_a_norm_of_lot_is_weighted_by_the_squares_of_its_inputs():
+    grams = [draw(5, seed=t).square() for t in range(3)]
+    scales = [draw(5, seed=40 + t) for t in range(3)]
+    found = RULES.get("lot").combine(scales, (HELD,), None, {}, base=BASE[0], grams=grams)
+    torch.testing.assert_close(found, sum(g * s for g, s in zip(grams, scales, strict=True)) / sum(grams))
+
+
+def test_conjugate_gradients_take_the_steps_that_are_asked_for():
+    matrix, right, start = sum(DATA.grams), draw(1, 5, seed=8), torch.zeros(1, 5, dtype=torch.float64)
+    steepest = right * float(right.square().sum() / (right @ matrix @ right.T))
+    torch.testing.assert_close(conjugate_gradients(matrix, right, start, 1), steepest)
+    exact = torch.linalg.solve(matrix, right.T).T
+    torch.testing.assert_close(conjugate_gradients(matrix, right, start, 5), exact, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["regmean", "regmean++", "lot", "mats"])
+def test_inputs_that_are_never_seen_change_nothing(name: str):
+    """Two inputs that are always zero: they keep the base's weights, or the mean's."""
+    seen = torch.tensor([1.0, 1, 1, 0, 0]).double()
+    data = Data([x * seen for x in DATA.x], [z * seen for z in DATA.z], DATA.fisher)
+    found = RULES.get(name).combine(EXPERTS, (), None, {}, base=BASE, **data.given(EXPERTS))
+    expected = BASE if name == "lot" else sum(EXPERTS) / 3
+    torch.testing.assert_close(found[:, 3:], expected[:, 3:], rtol=1e-9, atol=1e-9)
+    assert (found - expected)[:, :3].abs().max() > 1e-3
 
 
 # On the sphere.
@@ -258,7 +364,7 @@ def test_della_drops_small_entries_of_a_row_more_often():
 # Which tensors are matrices.
 
 
-@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "cart", "actmat", "wudi", "ace"])
+@pytest.mark.parametrize("name", ["tsv-m", "iso-c", "iso-cts", "cart", "actmat", "wudi", "ace", "regmean", "mats"])
 def test_matrices_are_found_by_their_labels(name: str):
     """One weight in three layouts; what reads nothing is averaged."""
     expected = combined(name, EXPERTS, labels=(HELD, READ))
@@ -315,7 +421,12 @@ def test_order_statistics_are_those_of_a_sort(pieces: int):
         ("weighted", {"weights": [1.0]}, "has 1 numbers for 3 experts"),
         ("weighted", {"weights": [1.0, -1.0, 0.0]}, "adds up to 0"),
         ("tsv-m", {"share": 2.0}, "share is 2.0"),
-        ("svc", {"after": "svc"}, "name the rule whose result it calibrates"),
+        ("svc", {"after": "svc"}, "name the rule of weights alone that it goes on from"),
+        ("featcal", {"after": "svc"}, "name the rule of weights alone"),
+        ("featcal", {"after": "regmean"}, "name the rule of weights alone"),
+        ("regmean", {"share": 1.5}, "share is 1.5"),
+        ("mats", {"steps": 0}, "steps is 0; it must be above 0"),
+        ("fisher", {"weights": [1.0]}, "give 3 numbers above 0"),
         ("svc", {"after": "ties", "options": {"shar": 1.0}}, "did you mean 'share'"),
         ("svc", {"after": "tise"}, "did you mean 'ties'"),
     ],

@@ -19,6 +19,7 @@ from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import Factor
 from tests import tiny
 from tests.align.toys import space, spec_of
+from tests.combine.data import Data
 
 each_rule = pytest.mark.parametrize("name", RULES.names())
 
@@ -31,7 +32,8 @@ COPIES = {
     "task-arithmetic": {"scale": "1/T"}, "consensus": {"scale": "1/T", "threshold": 0.2},
     "breadcrumbs": {"scale": "1/T", "smallest": 0.0, "largest": 0.0}, "dare": {"scale": "1/T", "drop": 0.0},
     "dare-ties": {"drop": 0.0}, "della": {"drop": 0.0, "spread": 0.0},
-    "svc": {"after": "ties", "options": {"share": 1.0}},
+    "svc": {"after": "ties", "options": {"share": 1.0}}, "regmean": {}, "regmean++": {}, "lot": {}, "mats": {},
+    "fisher": {}, "featcal": {"after": "cart", "reach": 1.0},
 }  # fmt: skip
 """Rules that give copies of one expert back, and the options with which they neither drop nor scale anything."""
 
@@ -48,9 +50,11 @@ def tensors(count: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(6, 5, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
-def combined(name: str, experts: list[Tensor], base: Tensor, **options: object) -> Tensor:
+def combined(name: str, experts: list[Tensor], base: Tensor, data: Data | None = None, **options: object) -> Tensor:
+    data = data or Data.draw(len(experts), 6, 5)
     generator = torch.Generator().manual_seed(0)
-    return RULES.get(name).combine(experts, (), None, options, base=base, generator=generator)
+    given = {"base": base, "generator": generator, **data.given(experts)}
+    return RULES.get(name).combine(experts, (), None, options, **given)
 
 
 def counts(name: str) -> tuple[int, ...]:
@@ -62,9 +66,9 @@ def counts(name: str) -> tuple[int, ...]:
 def test_the_order_of_the_experts_changes_nothing(name: str):
     for count in () if name in DRAW else counts(name):
         experts, (base,) = tensors(count), tensors(1, seed=1)
-        torch.testing.assert_close(
-            combined(name, experts[::-1], base), combined(name, experts, base), rtol=1e-10, atol=1e-10
-        )
+        data = Data.draw(count, 6, 5)
+        found = combined(name, experts[::-1], base, data.reversed())
+        torch.testing.assert_close(found, combined(name, experts, base, data), rtol=1e-10, atol=1e-10)
 
 
 @each_rule
@@ -77,7 +81,8 @@ def test_nothing_is_changed_in_place(name: str):
 @each_rule
 def test_experts_that_learnt_nothing_give_the_base(name: str):
     for base in (*tensors(1), torch.zeros(6, 5, dtype=torch.float64)):
-        torch.testing.assert_close(combined(name, [base, base], base), base, rtol=1e-12, atol=1e-12)
+        data = Data.draw(2, 6, 5).agreeing()
+        torch.testing.assert_close(combined(name, [base, base], base, data), base, rtol=1e-12, atol=1e-12)
 
 
 @each_rule
@@ -86,7 +91,8 @@ def test_copies_give_the_copy(name: str):
     for count in counts(name) if name in COPIES else ():
         (one,), (base,) = tensors(1), tensors(1, seed=1)
         options = {option: 1 / count if value == "1/T" else value for option, value in COPIES[name].items()}
-        torch.testing.assert_close(combined(name, [one] * count, base, **options), one, rtol=1e-8, atol=1e-8)
+        data = Data.draw(count, 6, 5).agreeing()
+        torch.testing.assert_close(combined(name, [one] * count, base, data, **options), one, rtol=1e-8, atol=1e-8)
 
 
 @each_rule
@@ -95,7 +101,8 @@ def test_units_may_be_in_any_order(name: str):
     rows, columns = torch.randperm(6), torch.randperm(5)
     experts, (base,) = tensors(2), tensors(1, seed=1)
     if name not in DRAW:
-        found = combined(name, [x[rows][:, columns] for x in experts], base[rows][:, columns])
+        data = Data.draw(2, 6, 5).reordered(rows, columns)
+        found = combined(name, [x[rows][:, columns] for x in experts], base[rows][:, columns], data)
         torch.testing.assert_close(found, combined(name, experts, base)[rows][:, columns], rtol=1e-9, atol=1e-9)
 
 

@@ -13,7 +13,10 @@ from hf_zipit import merge, plan
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.combine.combine import Trunk, combine_trunk
 from hf_zipit.config import MergeConfig
+from hf_zipit.data.calibration import Calibration
+from hf_zipit.layerwise.stage import combined_trunk
 from hf_zipit.maps.space_map import SpaceMap
+from hf_zipit.observation.gather import statistics_for
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import RULES
 from hf_zipit.symmetry.group import apply_element, random_element
@@ -45,8 +48,10 @@ def family() -> dict[str, nn.Module]:
 
 
 def trunk_of(planned: Plan, rule: str, **options: object) -> dict[str, Tensor]:
-    config = replace(planned.config, combine=rule, combine_options=options)
-    return combine_trunk(replace(planned, config=config), align_trunk(planned))
+    it = replace(planned, config=replace(planned.config, combine=rule, combine_options=options))
+    data = {task: torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(ord(task))) for task in it.tasks}
+    calibration = Calibration(data).read(it.experts) if RULES.get(rule).needs_data else None
+    return combined_trunk(it, align_trunk(planned), calibration, statistics_for(it, calibration, None))
 
 
 @cache

@@ -12,6 +12,7 @@ import torch
 from hf_zipit.errors import DataError, ExpertError, OutputError, SpecError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.observation import Moments
+from hf_zipit.observation import file as file_module
 from hf_zipit.observation import moments as moments_module
 from tests.observation.models import HIDDEN, covariance, mlps
 
@@ -220,7 +221,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         Path(file).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(moments_module, "save_file", full)
+    monkeypatch.setattr(file_module, "save_file", full)
     with pytest.raises(OutputError, match="No space left"):
         moments.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.safetensors"]

@@ -15,30 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_zipit.combine.after import inner, surveyed
 from hf_zipit.combine.matrices import svd, view_of
 from hf_zipit.combine.options import above
-from hf_zipit.combine.rule import Rule, Vectors, register, task_vectors
-from hf_zipit.errors import RecipeError
+from hf_zipit.combine.rule import register, task_vectors
 from hf_zipit.planning.plan import Plan
-from hf_zipit.registry import RULES, check_options
 from hf_zipit.symmetry.spec import AxisLabel
 
 
-def inner(after: str, options: Mapping[str, Any]) -> tuple[Rule, dict[str, Any]]:
-    """The rule that comes first, and its options; raises RecipeError if there is none such, or it is this one."""
-    rule = RULES.get(after)
-    if rule.function is svc:
-        raise RecipeError("svc's option after is 'svc'; name the rule whose result it calibrates.")
-    return rule, check_options(after, rule.function, options)
-
-
-def surveyed(vectors: Vectors, *, after: str, options: Mapping[str, Any] | None, **other: Any) -> Any:
-    """What the other rule's survey finds."""
-    rule, known = inner(after, options or {})
-    return rule.survey_of(vectors, known)
-
-
-@register("svc", survey=surveyed)
+@register("svc", survey=surveyed("svc"))
 def svc(
     tensors: Sequence[Tensor],
     labels: Sequence[AxisLabel],
@@ -62,7 +47,7 @@ def svc(
         RecipeError: as the other rule does, or a floor that is not above 0.
     """
     above("svc", "floor", floor)
-    rule, known = inner(after, options or {})
+    rule, known = inner("svc", after, options)
     merged = rule.combine(tensors, labels, plan, known, base=base, whole=whole, generator=generator)
     view = view_of(base, labels)
     if view is None:
