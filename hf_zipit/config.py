@@ -8,16 +8,17 @@ How a merge is run (devices, progress bars, what is observed already) decides no
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
 from hf_zipit.registry import CORRECTIONS, METHODS, RULES, check_options, suggestion
-from hf_zipit.schema import build
+from hf_zipit.schema import build, convert
 
 AUTO = "auto"
 """Chosen when the experts are known: see `hf_zipit.planning.auto`."""
@@ -38,6 +39,34 @@ Named = str | Mapping[str, Mapping[str, Any] | None] | Sequence[Any]
 """One name or several, with options: `"repair"`, `("a", "b")`, `{"a": {"x": 1}}` or `[{"a": {"x": 1}}, "b"]`."""
 
 
+def checked(settings: type[Section]) -> type[Section]:
+    """Decorator of a dataclass: a keyword that it does not have is a RecipeError that names the closest."""
+    known, init = [f.name for f in fields(settings)], settings.__init__  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def told(self: Any, **given: Any) -> None:
+        check_known(given, known)
+        init(self, **given)
+
+    settings.__init__ = told  # type: ignore[misc]
+    return settings
+
+
+def check_known(given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"There is no setting {name!r} of a merge; {suggestion(name, known)}")
+
+
+def set_typed(settings: Any, where: str) -> None:
+    """Have every field be of its type; raises RecipeError for a value that cannot be."""
+    hints = get_type_hints(type(settings))
+    for f in fields(settings):
+        value = convert(hints[f.name], getattr(settings, f.name), f"{where}'s {f.name}")
+        object.__setattr__(settings, f.name, value)
+
+
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     """How modules are regressed on the experts' features; `benchmarks/` chose the defaults on validation data.
@@ -73,6 +102,7 @@ class RefitConfig:
     joint_heads: bool = False
 
     def __post_init__(self) -> None:
+        set_typed(self, "refit")
         if not 0 < self.own_task_weight <= 1:
             raise RecipeError(f"refit's own_task_weight is {self.own_task_weight}; it must be above 0 and at most 1")
         for name in ("readout_weight", "ridge", "memory_gb"):
@@ -82,6 +112,7 @@ class RefitConfig:
             raise RecipeError("refit's micro_batch must be at least 1 and rows_per_input at least 0")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PolishConfig:
     """How a merged model is trained on what its experts compute, if it is; see `docs/polish.md` for the defaults.
@@ -116,6 +147,7 @@ class PolishConfig:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        set_typed(self, "polish")
         for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"polish's {name} is {getattr(self, name)}; it must be at least 1")
@@ -132,6 +164,7 @@ class PolishConfig:
             )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """How experts are merged.
@@ -225,9 +258,7 @@ class MergeConfig:
             )
         known = [f.name for f in fields(cls)]
         given = config if isinstance(config, Mapping) else {}
-        for name in (*given, *settings):
-            if name not in known:
-                raise RecipeError(f"There is no setting {name!r} of a merge; {suggestion(name, known)}")
+        check_known((*given, *settings), known)
         settings = {**given, **settings}
         if not isinstance(config, MergeConfig):
             return cls(**settings)

@@ -21,7 +21,7 @@ from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
 from hf_zipit.hub.cache import looks_local
-from hf_zipit.hub.reasons import first_line, why
+from hf_zipit.hub.reasons import told
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:
@@ -158,7 +158,9 @@ def _from_datasets(name: str, split: str, config: str | None, streaming: bool = 
     import datasets
 
     folder = Path(name).expanduser()
-    try:
+    source = str(folder) if folder.is_dir() else f"datasets/{name}"
+    ways = ", neither as what `save_to_disk` wrote nor by `load_dataset`" if folder.is_dir() else ""
+    with told(f"The data set {name!r} (split {split!r}) cannot be loaded{ways}", source, kind=DataError):
         if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
             saved = datasets.load_from_disk(str(folder))
             if not isinstance(saved, datasets.Dataset):
@@ -166,14 +168,6 @@ def _from_datasets(name: str, split: str, config: str | None, streaming: bool = 
             return saved.to_iterable_dataset() if streaming else saved
         path = str(folder) if folder.is_dir() else name
         return datasets.load_dataset(path, config, split=split, streaming=streaming)
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:  # not found, offline, a damaged file, an unknown split or configuration
-        if folder.is_dir():
-            reason = f"{first_line(error)}; a folder should be one that `save_to_disk` wrote or `load_dataset` reads"
-        else:
-            reason = why(error, f"datasets/{name}")
-        raise DataError(f"The data set {name!r} (split {split!r}) cannot be loaded: {reason}.") from error
 
 
 def _split(splits: dict[str, Any], split: str, name: str, known: Sequence[str] = ()) -> Any:
