@@ -1,4 +1,4 @@
-"""Runs work in a forked process that is killed at a chosen file event: opening, renaming, linking, removing, making.
+"""Runs work in a forked process that is killed at a chosen file event (opening, renaming, linking, ...) or moment.
 
 Python reports each of these to its audit hooks, whoever calls it; killed before every one of them, the work passes
 through every state that the folder has between two events. `HF_ZIPIT_FUZZ` asks for all of them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,31 @@ def run(work: Callable[[], object], root: Path, kill_at: int | None = None) -> i
         return None
     assert told, "the work itself failed"
     return int(told)
+
+
+def run_for(work: Callable[[], object], seconds: float | None = None) -> float | None:
+    """How long the work took in a process of its own; None if it was killed after so many `seconds`."""
+    start = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0, "the work itself failed"
+            return time.monotonic() - start
+        if seconds is not None and time.monotonic() - start >= seconds:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            return None if os.WIFSIGNALED(status) else time.monotonic() - start
+        time.sleep(0.002)
 
 
 def points(count: int, some: int) -> Iterator[int]:
