@@ -25,6 +25,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.reasons import told
 
 ADAPTER = "adapter_model.safetensors"
@@ -128,7 +129,7 @@ def _labelled(
     An adapter does not say how many labels its classifier has. So the classifier's shape in the base is compared with
     that in the adapter's file.
     """
-    beside = Path(source).expanduser() / "config.json"
+    beside = (folder_of(source) or Path("none")) / "config.json"
     content = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     if labels := content.get("id2label") if isinstance(content, dict) else None:
         if not isinstance(labels, dict) or not all(key.isdecimal() for key in labels):

@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_zipit.errors import ExpertError
+from hf_zipit.files.places import folder_of
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a server to convert a pickle
 
@@ -74,7 +75,7 @@ def read_weights(
 
     Raises ExpertError if the folder's index of shards is odd or leads out of the folder.
     """
-    if (folder := Path(source).expanduser()).is_dir():
+    if folder := folder_of(source):
         check_index(folder, getattr(config, "transformers_weights", None))
     return model_class.from_pretrained(
         source, config=config, revision=revision, output_loading_info=True, **PLAIN, **loading,

@@ -17,6 +17,7 @@ from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, p
 from hf_zipit.experts.checkpoints import PLAIN, class_of, damage, read_config, read_weights
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.cache import commit_of, looks_local
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told
@@ -74,7 +75,7 @@ def named(expert: Expert | tuple[str, Expert]) -> tuple[str, Expert]:
         return expert
     check_kind("", expert)
     source = getattr(expert, "name_or_path", "") if isinstance(expert, nn.Module) else expert
-    if not (name := Path(str(source)).expanduser().name):
+    if not (name := Path(str(source)).name):
         raise ExpertError(
             f"a {type(expert).__name__} that was not loaded from a folder or repo has no name; name the experts' "
             "tasks: merge({'clothes': model_a, 'shoes': model_b}, ...)"
@@ -133,15 +134,16 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
     if isinstance(expert, nn.Module):
         return as_expert(task, expert)
     source = str(expert)
-    folder = Path(source).expanduser()
-    if (isinstance(expert, Path) or looks_local(source)) and not folder.is_dir():
+    folder = folder_of(source)
+    if (isinstance(expert, Path) or looks_local(source)) and not folder:
         raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
-    source = str(folder) if folder.is_dir() else source
-    recover(folder)
+    if folder:
+        recover(folder)
+        source = str(folder)
     with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
         settings = adapter_config(source, revision)
         model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
-    if not folder.is_dir():
+    if not folder:
         commit = commit_of(source, revision or "main")
         processor_files(source, commit, fetch=True)
         model.config._commit_hash = commit

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_zipit.errors import TOO_LARGE, ExpertError, OutOfMemoryError, ZipItError, is_out_of_memory
+from hf_zipit.files.places import folder_of
 
 LOG_IN = "log in with `hf auth login`"
 
@@ -58,7 +59,7 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
         return "it has no model.safetensors; other weights are not read, for a pickle can run code: save it again"
     if "Dataset scripts" in str(error):
         return "it is a loading script, which is code and is not run; give a folder that `save_to_disk` wrote"
-    if Path(source).expanduser().is_dir():
+    if folder_of(source) is not None:
         if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
             return first_line(error)
         return f"its files are not what its class expects ({type(error).__name__}: {first_line(error)})"

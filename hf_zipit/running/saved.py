@@ -14,6 +14,7 @@ from hf_zipit import modeling
 from hf_zipit.errors import ExpertError, OutputError
 from hf_zipit.experts.checkpoints import class_of, damage, read_config, read_weights
 from hf_zipit.files import recover
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder
@@ -27,9 +28,9 @@ def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
     Raises ExpertError if it cannot be loaded, or is not a merged model.
     """
     with told(f"The merged model {source} cannot be loaded", source, revision):
-        folder = Path(source).expanduser()
-        recover(folder)
-        source = str(folder) if folder.is_dir() else source
+        if (folder := folder_of(source)) is not None:
+            recover(folder)
+            source = str(folder)
         config = read_config(source, revision)
         if not isinstance(config, modeling.ZipItConfig):
             raise ExpertError(
