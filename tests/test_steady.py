@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import hf_zipit
+from benchmarks.memory import resident
 from hf_zipit.experts.fingerprint import fingerprint_experts
 
-from .tiny import pair
+from .faults.killing import EVERYTHING
+from .tiny import build, pair
 
 
 @cache
@@ -56,6 +59,16 @@ def deterministic():
 
 
 @contextmanager
+def other_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))  # another number than outside
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def coarse_products():
     torch.set_float32_matmul_precision("medium")
     try:
@@ -74,6 +87,7 @@ AROUND = {
     "inference mode": torch.inference_mode,
     "no grad": torch.no_grad,
     "deterministic": deterministic,
+    "another number of threads": other_threads,
     "nothing": nullcontext,
 }
 
@@ -112,10 +126,40 @@ def test_experts_come_back_bit_for_bit() -> None:
 
 def test_merges_in_threads_are_right_and_leave_initialisation_alone() -> None:
     before, threads = expected(), torch.get_num_threads()
+    count = 32 if EVERYTHING else 8
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: merged_hash(), range(8)))
-    assert found == [before] * 8
+        found = list(pool.map(lambda _: merged_hash(), range(count)))
+    assert found == [before] * count
     assert torch.get_num_threads() == threads
     weight = torch.zeros(4, 4)
     torch.nn.init.normal_(weight)
     assert weight.abs().sum() > 0
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes a minute")
+def test_fifty_merges_hold_no_more_memory_than_ten() -> None:
+    held = []
+    for _ in range(50):
+        merged_hash()
+        gc.collect()
+        tensors = sum(isinstance(each, Tensor) for each in gc.get_objects())
+        held.append((resident("VmRSS"), tensors))
+    print(f"MiB after 10 and 50 merges: {held[9][0]:.0f}, {held[49][0]:.0f}; tensors {held[9][1]}, {held[49][1]}")
+    assert held[49][1] <= held[9][1]
+    assert held[49][0] < held[9][0] + 16
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes a minute")
+def test_larger_models_are_bit_identical_for_other_numbers_of_threads() -> None:
+    sizes = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3, "num_hidden_layers": 4}
+    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    models = {task: build("vit", seed, **sizes) for seed, task in enumerate("ab")}
+    found = set()
+    for threads in (1, 2, 1):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            found.add(fingerprint_experts({"": hf_zipit.merge(models, images)})[""])
+        finally:
+            torch.set_num_threads(before)
+    assert len(found) == 1
