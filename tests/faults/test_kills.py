@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from transformers import PreTrainedModel
 
 import hf_zipit
 from hf_zipit.files import recover
+from hf_zipit.modeling import hub
 from hf_zipit.observation.moments import Moments
+from hf_zipit.running.saved import push_saved
 
 from ..tiny import pair
 from .killing import points, run
@@ -64,6 +68,30 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: d
         assert not (folder / ".hf_zipit").exists()
     assert found["old"] and found["new"]
     print(f"killed at {sum(found.values())} of {count} file events: {found}")
+
+
+def test_a_killed_push_leaves_the_folder_and_the_repo_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit of the Hub is whole or nothing; all that is written before lies in a folder of its own."""
+    repo, model = tmp_path / "repo", merged(1.0)
+    model.save_pretrained(tmp_path / "out")
+    before = content(tmp_path / "out")
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id),
+        list_repo_files=lambda *_, **__: [],
+        create_commit=lambda _, changes, **__: repo.write_text(str(len(changes))),
+    )
+    monkeypatch.setattr(hub, "_api", lambda token: api)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for push in (lambda: push_saved(tmp_path / "out", "me/x"), lambda: model.push_to_hub("me/x")):
+        count = run(push, tmp_path)
+        assert count and repo.read_text()
+        for point in points(count, 3):
+            repo.unlink(missing_ok=True)
+            assert run(push, tmp_path, point) is None
+            assert content(tmp_path / "out") == before and not repo.exists()
 
 
 def test_a_killed_save_of_moments_leaves_the_old_or_the_new(tmp_path: Path) -> None:
