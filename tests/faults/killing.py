@@ -67,9 +67,8 @@ def told_by(work: Callable[[], Any]) -> Any:
         return json.loads(pipe.read() or "null")
 
 
-def run_for(work: Callable[[], object], seconds: float | None = None) -> float | None:
-    """How long the work took in a process of its own; None if it was killed after so many `seconds`."""
-    start = time.monotonic()
+def started(work: Callable[[], object]) -> int:
+    """The id of a process that does the work and says nothing."""
     child = os.fork()
     if child == 0:
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -80,6 +79,12 @@ def run_for(work: Callable[[], object], seconds: float | None = None) -> float |
             os._exit(0)
         finally:
             os._exit(1)
+    return child
+
+
+def run_for(work: Callable[[], object], seconds: float | None = None) -> float | None:
+    """How long the work took in a process of its own; None if it was killed after so many `seconds`."""
+    start, child = time.monotonic(), started(work)
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:

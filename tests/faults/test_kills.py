@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_zipit
+from hf_zipit.errors import ZipItError
 from hf_zipit.files import recover
 from hf_zipit.modeling import hub
 from hf_zipit.observation.moments import Moments
 from hf_zipit.running.saved import push_saved
 
 from ..tiny import pair
-from .killing import points, run
+from .killing import EVERYTHING, points, run, started
 
 
 def merged(depth: float) -> PreTrainedModel:
@@ -68,6 +73,44 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: d
         assert not (folder / ".hf_zipit").exists()
     assert found["old"] and found["new"]
     print(f"killed at {sum(found.values())} of {count} file events: {found}")
+
+
+def test_two_writers_never_mix(tmp_path: Path) -> None:
+    """Whoever looks while two processes save again and again finds one of the models, whole.
+
+    A look counts if `config.json` is the same file before and after: transformers opens it and the weights in turn.
+    """
+    models, folder = (merged(1.0), merged(0.5)), tmp_path / "out"
+    states = [dict(model.state_dict()) for model in models]
+    models[0].save_pretrained(folder)
+
+    def write(model: PreTrainedModel) -> None:
+        while True:
+            model.save_pretrained(folder)
+
+    def seen() -> tuple[int, int]:
+        found = (folder / "config.json").stat()
+        return found.st_ino, found.st_mtime_ns
+
+    writers = [started(lambda model=model: write(model)) for model in models]
+    counts, wanted, deadline = [0, 0], 3000 if EVERYTHING else 10, time.monotonic() + 600
+    try:
+        while sum(counts) < wanted and time.monotonic() < deadline:
+            before, loaded = seen(), None
+            try:
+                loaded = dict(type(models[0]).from_pretrained(folder).state_dict())
+            except (OSError, ZipItError, RuntimeError, ValueError, SafetensorError):
+                assert seen() != before, "what does not load stays"
+            if seen() == before:
+                matching = [same(state, loaded) for state in states]
+                assert any(matching), "a look finds neither model"
+                counts[matching.index(True)] += 1
+    finally:
+        for writer in writers:
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+    print(f"{sum(counts)} looks while two processes saved: {counts}")
+    assert sum(counts)
 
 
 def test_a_killed_push_leaves_the_folder_and_the_repo_as_they_were(
