@@ -19,7 +19,7 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
 from hf_zipit.files.places import folder_of
 from hf_zipit.registry import CORRECTIONS, METHODS, RULES, check_options, suggestion
-from hf_zipit.schema import build, convert, shown
+from hf_zipit.schema import brief, build, convert
 
 AUTO = "auto"
 """Chosen when the experts are known: see `hf_zipit.planning.auto`."""
@@ -214,7 +214,7 @@ class MergeConfig:
         own = self.method != AUTO
         for name in ("options", "combine_options"):
             if not isinstance(getattr(self, name) or {}, Mapping):
-                raise RecipeError(f"{name} is {shown(getattr(self, name))}; it must be a mapping of names to values.")
+                raise RecipeError(f"{name} is {brief(getattr(self, name))}; it must be a mapping of names to values.")
             self._set(name, dict(getattr(self, name) or {}))
         self._set("overrides", in_order(self.overrides or {}))
         if own:
@@ -228,14 +228,14 @@ class MergeConfig:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
         self._set("polish", section(PolishConfig, self.polish, "polish"))
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
-            raise RecipeError(f"depth is {shown(self.depth)}; it must be a share from 0 to 1 or the path of a block.")
+            raise RecipeError(f"depth is {brief(self.depth)}; it must be a share from 0 to 1 or the path of a block.")
         check_residual(self.residual)
         if self.row_fraction != AUTO and not (_is_number(self.row_fraction) and 0 < self.row_fraction <= 1):
             raise RecipeError(
-                f"row_fraction is {shown(self.row_fraction)}; it must be 'auto' or a number above 0 and at most 1."
+                f"row_fraction is {brief(self.row_fraction)}; it must be 'auto' or a number above 0 and at most 1."
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
-            raise RecipeError(f"seed is {shown(self.seed)}; it must be a whole number from 0 to {SEEDS - 1}.")
+            raise RecipeError(f"seed is {brief(self.seed)}; it must be a whole number from 0 to {SEEDS - 1}.")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen from here on, not while it is made
@@ -348,7 +348,7 @@ def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
     """
     if not isinstance(named, (Mapping, Sequence)):
         raise RecipeError(
-            f"{what} is {shown(named)}; it must be a name, a list of names or a mapping of names to options."
+            f"{what} is {brief(named)}; it must be a name, a list of names or a mapping of names to options."
         )
     found: dict[str, Any] = {}
     for item in (named,) if isinstance(named, (str, Mapping)) else named:
@@ -364,7 +364,7 @@ def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
 
 def check_residual(residual: str) -> None:
     if residual not in get_args(Residual):
-        raise RecipeError(f"residual is {shown(residual)}; it must be 'match', 'identity' or 'orthogonal'.")
+        raise RecipeError(f"residual is {brief(residual)}; it must be 'match', 'identity' or 'orthogonal'.")
 
 
 def _is_number(value: Any) -> bool:

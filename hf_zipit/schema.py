@@ -7,6 +7,7 @@ asked for, and strings as paths; nothing else is converted, for a wrong type in 
 from __future__ import annotations
 
 import math
+import reprlib
 import types
 from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -22,8 +23,9 @@ T = TypeVar("T")
 
 LARGEST = 2**63 - 1
 
-LONGEST = 120
-"""Characters of a value that an error shows."""
+BRIEF = reprlib.Repr()
+BRIEF.maxstring = BRIEF.maxother = 120
+BRIEF.maxlevel = 3
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
 
@@ -190,25 +192,20 @@ def _wrong(hint: Any, value: Any, where: str) -> RecipeError:
 
 
 def shown(value: Any) -> str:
-    """A value in an error's sentence: in a few words, however large it is."""
+    """A value of a file in an error's sentence: in a few words, however large it is."""
     if value is None:
         return "empty"
     if isinstance(value, Mapping):
         return "a mapping"
-    if isinstance(value, (list, tuple)):
-        return f"the list [{', '.join(map(brief, value[:5]))}{', ...' if len(value) > 5 else ''}]"
-    return brief(value)
+    return f"the list {brief(list(value))}" if isinstance(value, (list, tuple)) else brief(value)
 
 
 def brief(value: Any) -> str:
-    """The start of what a value looks like."""
-    if isinstance(value, (list, tuple, Mapping, set)):
-        return f"a {type(value).__name__}"
+    """What a value looks like, or the start of it."""
     try:
-        text = repr(value)
+        return BRIEF.repr(value)
     except ValueError:  # a number of more than 4,300 digits
         return "a number of very many digits"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _under(where: str, key: Any) -> str:
