@@ -26,6 +26,8 @@ from .test_kills import content, same
 
 NOTES = "thesis.tex"
 
+slow = pytest.mark.skipif(not EVERYTHING, reason="takes minutes; what they write is killed in test_kills.py")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -85,7 +87,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(params=["merge", "run"] if EVERYTHING else ["merge"])
+@pytest.fixture(params=["merge", "run"])
 def command(request: pytest.FixtureRequest, root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     monkeypatch.setattr(sys, "argv", sys.argv)
     if request.param == "run":
@@ -119,15 +121,16 @@ def check(command: Command, kill: Callable[[int], object], times: Iterator[int])
     print(f"killed {sum(found.values())} times: {found}")
 
 
-@pytest.mark.skipif(not EVERYTHING, reason="what they write is killed so in test_kills.py")
+@slow
 def test_killed_at_a_file_event(command: Command, root: Path) -> None:
     count = run(lambda: command.work(0.5), command.out)
     assert count
     check(command, lambda point: run(lambda: command.work(0.5), command.out, point), points(count, count))
 
 
+@slow
 def test_killed_at_a_random_moment(command: Command) -> None:
     seconds = run_for(lambda: command.work(0.5))
     draw = random.Random(0)
     kill = lambda point: run_for(lambda: command.work(0.5), draw.uniform(0, seconds))  # noqa: E731
-    check(command, kill, iter(range(100 if EVERYTHING else 2)))
+    check(command, kill, iter(range(100)))

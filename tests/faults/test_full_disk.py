@@ -85,7 +85,7 @@ WORK: dict[str, Callable[[Path, float, Path], None]] = {"save": save, "moments":
 
 
 @pytest.mark.parametrize("kind", ["disk", "limit"])
-@pytest.mark.parametrize("name", WORK if EVERYTHING else ["save", "moments", "merge"])
+@pytest.mark.parametrize("name", WORK if EVERYTHING else ["save", "moments"])
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_result(
     kind: str,
     name: str,
