@@ -10,10 +10,15 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # the one it makes itself is shared with all forked processes, killed ones included
 
 EVERYTHING = bool(os.environ.get("HF_ZIPIT_FUZZ"))
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate")
