@@ -45,7 +45,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         content = yaml.load(text, Loader=_UniqueKeys)
     except RecursionError as error:
         raise RecipeError(f"The recipe {path} nests too deeply.") from error
-    except yaml.YAMLError as error:
+    except Exception as error:  # PyYAML raises more than its own errors
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place else ""
         raise RecipeError(f"The recipe {path}{line} is no valid YAML: {_problem(error)}.") from error
@@ -54,8 +54,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _problem(error: yaml.YAMLError) -> str:
-    return (getattr(error, "problem", None) or str(error)).splitlines()[0]
+def _problem(error: Exception) -> str:
+    lines = (getattr(error, "problem", None) or str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class _UniqueKeys(yaml.SafeLoader):
