@@ -57,6 +57,7 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "size 0": ({"patch_size": 0}, "could not be loaded"),
     "negative": ({"hidden_size": -1}, "could not be loaded"),
     "too large": ({"hidden_size": 10**12}, "could not be loaded"),
+    "huge": ({"image_size": 65535}, "makes 8,588,904,898 parameters, but its weights are only .* bytes"),
     "another size": ({"intermediate_size": 65}, "has another shape than its configuration says"),
     "fewer labels": ({"id2label": {"0": "a"}, "label2id": {"a": 0}}, "another shape .* in the tensor classifier"),
     "odd labels": ({"id2label": {"a": "b"}}, "could not be loaded"),

@@ -8,6 +8,7 @@ is a checkpoint whose every tensor belongs to its class.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -15,8 +16,10 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hf_zipit.errors import ExpertError
 from hf_zipit.files.places import folder_of
@@ -25,6 +28,9 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers wou
 
 PLAIN = {"trust_remote_code": False, "use_safetensors": True}
 """Arguments of `from_pretrained` by which loading runs no code that came with the weights."""
+
+SLACK = 10_000_000
+"""So many parameters may be missing without being told before anything is made: they are told by name afterwards."""
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -73,10 +79,12 @@ def read_weights(
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """A model, and what `from_pretrained` tells of its tensors: see `damage`. `loading` are more of its arguments.
 
-    Raises ExpertError if the folder's index of shards is odd or leads out of the folder.
+    Raises ExpertError if the folder's index of shards is odd or leads out of the folder, or its weights are far too
+    few for the configuration.
     """
     if folder := folder_of(source):
         check_index(folder, getattr(config, "transformers_weights", None))
+        check_size(model_class, folder, config)
     return model_class.from_pretrained(
         source, config=config, revision=revision, output_loading_info=True, **PLAIN, **loading,
         ignore_mismatched_sizes=True,  # `damage` tells them by name
@@ -100,6 +108,22 @@ def check_index(folder: Path, pointer: object = None) -> None:
             raise ExpertError(
                 f"{path} names the shard {shard!r}, which is no file in its folder; save the model again"
             )
+
+
+def check_size(model_class: Any, folder: Path, config: PreTrainedConfig) -> None:
+    """Raises ExpertError if a configuration makes many more parameters than a folder's weights have bytes.
+
+    They would be made before it turns out that they are missing: an odd number could take all memory.
+    """
+    build = getattr(model_class, "from_config", None) or model_class._from_config  # of Auto classes, of models
+    with torch.device("meta"), no_init_weights():
+        made = sum(parameter.numel() for parameter in build(copy.deepcopy(config)).parameters())
+    held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    if held and made > held + SLACK:
+        raise ExpertError(
+            f"the configuration in {folder} makes {made:,} parameters, but its weights are only {held:,} bytes; save "
+            "the model again from where it is whole"
+        )
 
 
 def damage(found: Mapping[str, Any]) -> str | None:
