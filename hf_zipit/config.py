@@ -41,11 +41,15 @@ Named = str | Mapping[str, Mapping[str, Any] | None] | Sequence[Any]
 
 
 def checked(settings: type[Section]) -> type[Section]:
-    """Decorator of a dataclass: a keyword that it does not have is a RecipeError that names the closest."""
+    """Decorator of a dataclass: what it does not take is a RecipeError, which names the closest keyword."""
     known, init = [f.name for f in fields(settings)], settings.__init__  # type: ignore[arg-type]
 
     @functools.wraps(init)
-    def told(self: Any, **given: Any) -> None:
+    def told(self: Any, *unnamed: Any, **given: Any) -> None:
+        if unnamed:
+            raise RecipeError(
+                f"Settings of a {settings.__name__} are given by name, as {known[0]}={brief(unnamed[0])}."
+            )
         check_known(given, known)
         init(self, **given)
 

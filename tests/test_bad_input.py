@@ -243,6 +243,8 @@ def test_a_setting_is_checked_where_it_is_made():
     for wrong, message in {"sead": "did you mean 'seed'", "metod": "did you mean 'method'"}.items():
         with pytest.raises(RecipeError, match=message):
             MergeConfig(**{wrong: 1})
+    with pytest.raises(RecipeError, match="given by name, as method='zip'"):
+        MergeConfig("zip")
     with pytest.raises(RecipeError, match="did you mean 'ridge'"):
         RefitConfig(rige=1)
     with pytest.raises(RecipeError, match="refit's ridge should be a number, but is 'x'"):
