@@ -12,7 +12,6 @@ import hashlib
 import multiprocessing
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
 import hf_zipit
+from benchmarks.memory import resident, restart_peak
 from benchmarks.zoo import Pair, load
 from hf_zipit.correct.sites import is_batch_norm
 from hf_zipit.merging import merge, plan
@@ -271,20 +271,6 @@ def ensemble(pair: Pair, **inputs: Any) -> ModelOutput:
 
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def restart_peak() -> float | None:
-    """The resident memory in MiB, from which the peak starts anew; None on systems that cannot tell (not Linux)."""
-    if not sys.platform.startswith("linux"):
-        return None
-    Path("/proc/self/clear_refs").write_text("5")  # see proc(5): resets VmHWM to the current size
-    return resident("VmRSS")
-
-
-def resident(name: str) -> float:
-    """A line of `/proc/self/status`, in MiB: `VmRSS` (now) or `VmHWM` (the peak)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) / 1024
 
 
 def sources() -> str:

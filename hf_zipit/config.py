@@ -8,16 +8,18 @@ How a merge is run (devices, progress bars, what is observed already) decides no
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
+from hf_zipit.files.places import folder_of
 from hf_zipit.registry import CORRECTIONS, METHODS, RULES, check_options, suggestion
-from hf_zipit.schema import build
+from hf_zipit.schema import brief, build, convert
 
 AUTO = "auto"
 """Chosen when the experts are known: see `hf_zipit.planning.auto`."""
@@ -38,6 +40,38 @@ Named = str | Mapping[str, Mapping[str, Any] | None] | Sequence[Any]
 """One name or several, with options: `"repair"`, `("a", "b")`, `{"a": {"x": 1}}` or `[{"a": {"x": 1}}, "b"]`."""
 
 
+def checked(settings: type[Section]) -> type[Section]:
+    """Decorator of a dataclass: what it does not take is a RecipeError, which names the closest keyword."""
+    known, init = [f.name for f in fields(settings)], settings.__init__  # type: ignore[arg-type]
+
+    @functools.wraps(init)
+    def told(self: Any, *unnamed: Any, **given: Any) -> None:
+        if unnamed:
+            raise RecipeError(
+                f"Settings of a {settings.__name__} are given by name, as {known[0]}={brief(unnamed[0])}."
+            )
+        check_known(given, known)
+        init(self, **given)
+
+    settings.__init__ = told  # type: ignore[misc]
+    return settings
+
+
+def check_known(given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise RecipeError(f"There is no setting {name!r} of a merge; {suggestion(name, known)}")
+
+
+def set_typed(settings: Any, where: str) -> None:
+    """Have every field be of its type; raises RecipeError for a value that cannot be."""
+    hints = get_type_hints(type(settings))
+    for f in fields(settings):
+        value = convert(hints[f.name], getattr(settings, f.name), f"{where}'s {f.name}")
+        object.__setattr__(settings, f.name, value)
+
+
+@checked
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
     """How modules are regressed on the experts' features; `benchmarks/` chose the defaults on validation data.
@@ -73,6 +107,7 @@ class RefitConfig:
     joint_heads: bool = False
 
     def __post_init__(self) -> None:
+        set_typed(self, "refit")
         if not 0 < self.own_task_weight <= 1:
             raise RecipeError(f"refit's own_task_weight is {self.own_task_weight}; it must be above 0 and at most 1")
         for name in ("readout_weight", "ridge", "memory_gb"):
@@ -82,6 +117,7 @@ class RefitConfig:
             raise RecipeError("refit's micro_batch must be at least 1 and rows_per_input at least 0")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class PolishConfig:
     """How a merged model is trained on what its experts compute, if it is; see `docs/polish.md` for the defaults.
@@ -116,6 +152,7 @@ class PolishConfig:
     checkpoint: str | None = None
 
     def __post_init__(self) -> None:
+        set_typed(self, "polish")
         for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"polish's {name} is {getattr(self, name)}; it must be at least 1")
@@ -132,6 +169,7 @@ class PolishConfig:
             )
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class ResidueConfig:
     """How much of what the tasks' own weights are more than the merged ones is kept, task by task.
@@ -203,7 +241,7 @@ class MergeConfig:
         own = self.method != AUTO
         for name in ("options", "combine_options"):
             if not isinstance(getattr(self, name) or {}, Mapping):
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be a mapping of names to values.")
+                raise RecipeError(f"{name} is {brief(getattr(self, name))}; it must be a mapping of names to values.")
             self._set(name, dict(getattr(self, name) or {}))
         self._set("overrides", in_order(self.overrides or {}))
         if own:
@@ -224,14 +262,14 @@ class MergeConfig:
                 "other and are no sum of that kind, so leave refit or residues out."
             )
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
-            raise RecipeError(f"depth is {self.depth!r}; it must be a share from 0 to 1 or the path of a block.")
+            raise RecipeError(f"depth is {brief(self.depth)}; it must be a share from 0 to 1 or the path of a block.")
         check_residual(self.residual)
         if self.row_fraction != AUTO and not (_is_number(self.row_fraction) and 0 < self.row_fraction <= 1):
             raise RecipeError(
-                f"row_fraction is {self.row_fraction!r}; it must be 'auto' or a number above 0 and at most 1."
+                f"row_fraction is {brief(self.row_fraction)}; it must be 'auto' or a number above 0 and at most 1."
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < SEEDS:
-            raise RecipeError(f"seed is {self.seed!r}; it must be a whole number from 0 to {SEEDS - 1}.")
+            raise RecipeError(f"seed is {brief(self.seed)}; it must be a whole number from 0 to {SEEDS - 1}.")
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # frozen from here on, not while it is made
@@ -255,9 +293,7 @@ class MergeConfig:
             )
         known = [f.name for f in fields(cls)]
         given = config if isinstance(config, Mapping) else {}
-        for name in (*given, *settings):
-            if name not in known:
-                raise RecipeError(f"There is no setting {name!r} of a merge; {suggestion(name, known)}")
+        check_known((*given, *settings), known)
         settings = {**given, **settings}
         if not isinstance(config, MergeConfig):
             return cls(**settings)
@@ -303,9 +339,9 @@ class MergeConfig:
             RecipeError: the model does not say how it was made.
         """
         if isinstance(source, (str, Path)):
-            own = Path(source).expanduser() / FILE
-            if own.is_file():
-                return cls.from_dict(json.loads(own.read_text(encoding="utf-8")))
+            folder = folder_of(source)
+            if folder is not None and (folder / FILE).is_file():
+                return cls.from_dict(json.loads((folder / FILE).read_text(encoding="utf-8")))
             from transformers import PreTrainedConfig  # takes seconds
 
             content = PreTrainedConfig.get_config_dict(str(source), **loading)[0].get("method") or {}
@@ -347,7 +383,9 @@ def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
         RecipeError: a name is given twice, or it is none of these ways.
     """
     if not isinstance(named, (Mapping, Sequence)):
-        raise RecipeError(f"{what} is {named!r}; it must be a name, a list of names or a mapping of names to options.")
+        raise RecipeError(
+            f"{what} is {brief(named)}; it must be a name, a list of names or a mapping of names to options."
+        )
     found: dict[str, Any] = {}
     for item in (named,) if isinstance(named, (str, Mapping)) else named:
         pairs = item.items() if isinstance(item, Mapping) else ((item, None),)
@@ -362,7 +400,7 @@ def in_order(named: Named, what: str = "overrides") -> dict[str, Any]:
 
 def check_residual(residual: str) -> None:
     if residual not in get_args(Residual):
-        raise RecipeError(f"residual is {residual!r}; it must be 'match', 'identity' or 'orthogonal'.")
+        raise RecipeError(f"residual is {brief(residual)}; it must be 'match', 'identity' or 'orthogonal'.")
 
 
 def _is_number(value: Any) -> bool:

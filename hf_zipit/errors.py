@@ -29,3 +29,17 @@ class OutputError(ZipItError):
 
 class NameTakenError(ZipItError):
     """Two methods, rules, corrections or adapters have the same name."""
+
+
+class OutOfMemoryError(ZipItError, MemoryError):
+    """There is not enough memory, of the computer or of an accelerator."""
+
+
+TOO_LARGE = "it ran out of memory; merge fewer or smaller experts, lower batch_size, or use a larger machine"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch says so for CPUs in the text of a RuntimeError alone."""
+    if isinstance(error, RuntimeError):
+        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError)

@@ -7,8 +7,9 @@ asked for, and strings as paths; nothing else is converted, for a wrong type in 
 from __future__ import annotations
 
 import math
+import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,6 +20,12 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.registry import suggestion
 
 T = TypeVar("T")
+
+LARGEST = 2**63 - 1
+
+BRIEF = reprlib.Repr()
+BRIEF.maxstring = BRIEF.maxother = 120
+BRIEF.maxlevel = 3
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", Path: "a path"}
 
@@ -36,23 +43,40 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"The recipe {path} cannot be read: {error}.") from error
     try:
         content = yaml.load(text, Loader=_UniqueKeys)
-    except yaml.YAMLError as error:
+    except RecursionError as error:
+        raise RecipeError(f"The recipe {path} nests too deeply.") from error
+    except Exception as error:  # PyYAML raises more than its own errors
         place = getattr(error, "problem_mark", None)
         line = f", line {place.line + 1}" if place else ""
-        raise RecipeError(f"The recipe {path}{line} is no valid YAML: {getattr(error, 'problem', error)}.") from error
+        raise RecipeError(f"The recipe {path}{line} is no valid YAML: {_problem(error)}.") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"The recipe {path} holds {_shown(content)}, but a recipe is a mapping of keys to values.")
+        raise RecipeError(f"The recipe {path} holds {shown(content)}, but a recipe is a mapping of keys to values.")
     return content
 
 
+def _problem(error: Exception) -> str:
+    lines = (getattr(error, "problem", None) or str(error)).splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML in which a repeated key is an error."""
+    """Safe YAML in which a repeated key is an error, and one that is a list; values that are none are told by line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # month 13, 5,000 digits, !!int of a text
+            told = f"{shown(node.value)} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, told, node.start_mark) from error
 
 
 def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
+        if not isinstance(key, Hashable):
+            told = "a key is a list or a mapping, but must be a word"
+            raise yaml.constructor.ConstructorError(None, None, told, key_node.start_mark)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", key_node.start_mark)
         seen.add(key)
@@ -68,7 +92,7 @@ def build(schema: type[T], content: Any, where: str = "") -> T:
     Raises RecipeError for an unknown key, a missing one or a value of a wrong type.
     """
     if not isinstance(content, Mapping):
-        raise RecipeError(f"{where or 'the recipe'} should be a mapping of keys to values, but is {_shown(content)}.")
+        raise RecipeError(f"{where or 'the recipe'} should be a mapping of keys to values, but is {shown(content)}.")
     hints = get_type_hints(schema)
     known = {field.name: field for field in fields(schema) if field.init}
     for key in content:
@@ -100,12 +124,17 @@ def convert(hint: Any, value: Any, where: str) -> Any:
             for key, item in value.items()
         }
     if hint is Path and isinstance(value, str) and value:
-        return Path(value).expanduser()
+        try:
+            return Path(value).expanduser()
+        except RuntimeError:  # the home of nobody
+            raise _wrong(hint, value, where) from None
     if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads 1e-3 as a text
-        except ValueError:
+        except (ValueError, OverflowError):
             raise _wrong(hint, value, where) from None
+    if hint is int and isinstance(value, int) and abs(value) > LARGEST:
+        raise _wrong(hint, value, where)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
     raise _wrong(hint, value, where)
@@ -160,16 +189,26 @@ def plain(value: Any) -> Any:
 
 
 def _wrong(hint: Any, value: Any, where: str) -> RecipeError:
-    return RecipeError(f"{where} should be {describe(hint)}, but is {_shown(value)}.")
+    return RecipeError(f"{where} should be {describe(hint)}, but is {shown(value)}.")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a file in an error's sentence: in a few words, however large it is."""
     if value is None:
         return "empty"
     if isinstance(value, Mapping):
         return "a mapping"
-    return f"the list {list(value)!r}" if isinstance(value, (list, tuple)) else repr(value)
+    return f"the list {brief(list(value))}" if isinstance(value, (list, tuple)) else brief(value)
+
+
+def brief(value: Any) -> str:
+    """What a value looks like, or the start of it."""
+    try:
+        return BRIEF.repr(value)
+    except ValueError:  # a number of more than 4,300 digits
+        return "a number of very many digits"
 
 
 def _under(where: str, key: Any) -> str:
-    return f"{where}.{key}" if where else str(key)
+    name = key if isinstance(key, str) else brief(key)
+    return f"{where}.{name}" if where else name

@@ -3,7 +3,7 @@
 Under `torch.autocast`, another default dtype or device, or `inference_mode`, the same code computes something else;
 `torch.export`, the initialisation of empty models and the number of threads belong to the process, so that two merges
 at once would disturb each other. Everything public that computes runs inside `steady`, which one thread holds at a
-time.
+time. Memory that runs out there is told in one sentence.
 
 Invariants: the result does not depend on the ambient settings, and the global random states of torch, numpy and Python
 are afterwards what they were.
@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+from hf_zipit.errors import TOO_LARGE, OutOfMemoryError, is_out_of_memory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -63,7 +65,12 @@ def steady_state() -> Iterator[None]:
         if torch.get_default_device().type != "cpu":  # the context costs a little in every call of torch
             stack.enter_context(torch.device("cpu"))
         torch.set_default_dtype(torch.float32)
-        yield
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, OutOfMemoryError) or not is_out_of_memory(error):
+                raise
+            raise OutOfMemoryError(f"The work was stopped: {TOO_LARGE}.") from error
 
 
 def steady(function: Function) -> Function:

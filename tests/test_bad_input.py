@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from hf_zipit import merge, observe, plan
+from hf_zipit import MergeConfig, RefitConfig, merge, observe, plan
 from hf_zipit.errors import DataError, ExpertError, OutputError, RecipeError, SpecError, ZipItError
 
 from . import tiny
@@ -203,3 +203,49 @@ def test_all_errors_have_one_base():
         issubclass(error, ZipItError) for error in (DataError, ExpertError, OutputError, RecipeError, SpecError)
     )
     assert re.match("hf_zipit", ZipItError.__module__)
+
+
+def of_one_number(value: float) -> dict[str, PreTrainedModel]:
+    models = {"clothes": vit(0), "shoes": vit(1)}
+    with torch.no_grad():
+        for parameter in (p for model in models.values() for p in model.parameters()):
+            parameter.fill_(value)
+    return models
+
+
+@pytest.mark.parametrize("settings", [{"method": "zip", "refit": True}, {}])
+def test_weights_that_are_all_equal_are_merged(settings: Arguments):
+    merged = merge(of_one_number(0.01), torch.randn(8, 3, 16, 16), **settings)
+    assert merged(torch.randn(2, 3, 16, 16)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "identity", "refit": True}, r"'clothes' computes NaN .*vit\.layers\.0"),
+        ({"method": "weights"}, "weights are too large to be compared"),
+    ],
+)
+def test_weights_that_overflow_are_told(settings: Arguments, message: str):
+    with pytest.raises(ExpertError, match=message) as raised:
+        merge(of_one_number(1e20), torch.randn(8, 3, 16, 16), **settings)
+    assert_one_sentence(raised.value)
+
+
+@pytest.mark.parametrize("data", [torch.zeros(4, 3, 16, 16, device="meta"), torch.ones(4, 3, 16, 16) * 1j])
+def test_data_without_real_values(data: torch.Tensor):
+    with pytest.raises(DataError, match="give real numbers") as raised:
+        merge(calibration=data, method="zip", **two())
+    assert_one_sentence(raised.value)
+
+
+def test_a_setting_is_checked_where_it_is_made():
+    for wrong, message in {"sead": "did you mean 'seed'", "metod": "did you mean 'method'"}.items():
+        with pytest.raises(RecipeError, match=message):
+            MergeConfig(**{wrong: 1})
+    with pytest.raises(RecipeError, match="given by name, as method='zip'"):
+        MergeConfig("zip")
+    with pytest.raises(RecipeError, match="did you mean 'ridge'"):
+        RefitConfig(rige=1)
+    with pytest.raises(RecipeError, match="refit's ridge should be a number, but is 'x'"):
+        RefitConfig(ridge="x")

@@ -96,8 +96,13 @@ def experts(name: str, count: int = 2) -> tuple[PreTrainedModel, ...]:
 
 
 def in_general_position(model: PreTrainedModel, generator: torch.Generator) -> PreTrainedModel:
-    """Fresh models have zero biases and unit norms, by which units cannot be told apart."""
-    return with_tensors(model, perturb(model_tensors(model), generator))
+    """Fresh models have zero biases and unit norms, by which units cannot be told apart.
+
+    Buffers that no file holds (rotary frequencies) stay what the configuration makes them.
+    """
+    saved, tensors = model.state_dict().keys(), model_tensors(model)
+    perturbed = perturb(tensors, generator)
+    return with_tensors(model, {name: perturbed[name] if name in saved else tensors[name] for name in tensors})
 
 
 @torch.no_grad()

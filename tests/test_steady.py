@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import hf_zipit
+from benchmarks.memory import resident
 from hf_zipit.experts.fingerprint import fingerprint_experts
 
+from .faults.killing import EVERYTHING
 from .tiny import pair
 
 
@@ -112,10 +115,50 @@ def test_experts_come_back_bit_for_bit() -> None:
 
 def test_merges_in_threads_are_right_and_leave_initialisation_alone() -> None:
     before, threads = expected(), torch.get_num_threads()
+    count = 32 if EVERYTHING else 8
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: merged_hash(), range(8)))
-    assert found == [before] * 8
+        found = list(pool.map(lambda _: merged_hash(), range(count)))
+    assert found == [before] * count
     assert torch.get_num_threads() == threads
     weight = torch.zeros(4, 4)
     torch.nn.init.normal_(weight)
     assert weight.abs().sum() > 0
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="takes a minute")
+def test_fifty_merges_hold_no_more_memory_than_ten() -> None:
+    held = []
+    for _ in range(50):
+        merged_hash()
+        gc.collect()
+        tensors = sum(isinstance(each, Tensor) for each in gc.get_objects())
+        held.append((resident("VmRSS"), tensors))
+    print(f"MiB after 10 and 50 merges: {held[9][0]:.0f}, {held[49][0]:.0f}; tensors {held[9][1]}, {held[49][1]}")
+    assert held[49][1] <= held[9][1]
+    assert held[49][0] < held[9][0] + 16
+
+
+@contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not EVERYTHING, reason="two threads each in two processes wait for each other")
+@pytest.mark.parametrize("settings", [{"method": "zip"}, {}], ids=["zip", "auto"])
+def test_a_number_of_threads_gives_one_model_and_another_nearly_the_same(settings: dict[str, str]) -> None:
+    """A regression's sums are cut up by threads; without one even the bits are the same."""
+    found, outputs = [], []
+    for count in (1, 2):
+        with threads(count):
+            models = [hf_zipit.merge(experts(), inputs(), **settings) for _ in range(2)]
+        hashes = [fingerprint_experts({"": model})[""] for model in models]
+        assert hashes[0] == hashes[1]
+        found.append(hashes[0])
+        outputs.append(models[0](inputs()).logits.detach())
+    assert found[0] == found[1] or settings != {"method": "zip"}
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-5 * float(outputs[0].abs().max()))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from hf_zipit.errors import ExpertError
 from hf_zipit.symmetry.spec import MergeSpec
 
 RELATIVE_GAIN = 1e-7
@@ -158,7 +159,9 @@ def _take(block: Tensor, names: Sequence[str], orders: Inside) -> Tensor:
 
 def _assign(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
     """The column for each row, so that the sum is largest; among equals the same index. (Works in place: scipy would
-    copy a matrix that it has to maximise.)"""
+    copy a matrix that it has to maximise.) Raises ExpertError where similarities are not finite."""
+    if not np.isfinite(similarity).all():
+        raise ExpertError("the experts' weights are too large to be compared: similarities are not finite; check them")
     bonus = SAME_INDEX_BONUS * max(similarity.max(initial=0.0), -similarity.min(initial=0.0)) or 1.0
     similarity[np.diag_indices(len(similarity))] += bonus
     np.negative(similarity, out=similarity)

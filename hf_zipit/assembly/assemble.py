@@ -15,6 +15,7 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, build
 from hf_zipit.modeling.head_dims import HeadCut
+from hf_zipit.planning.compatible import CLASSIFIERS
 from hf_zipit.planning.cut import Cut, ReadPoint, towers
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
@@ -78,8 +79,7 @@ def first_own_block(spec: MergeSpec, cut: Cut) -> str | None:
 
 def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str]]:
     """Every task's own classes; empty for models whose output has none."""
-    kinds = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
-    if not type(next(iter(experts.values()))).__name__.endswith(kinds):
+    if not type(next(iter(experts.values()))).__name__.endswith(CLASSIFIERS):
         return {}
     return {task: dict(model.config.id2label) for task, model in experts.items()}
 
@@ -102,6 +102,10 @@ def fill(merged: nn.Module, sources: Mapping[str, Mapping[str, Tensor]], trunk: 
         for name, tensor in model_tensors(merged.branch(task)).items():
             # A tensor of the trunk that hangs beside blocks, in no module of its own, is held by every branch.
             source = trunk[name] if name in trunk else own.get(name)
-            if source is None:
-                raise ExpertError(f"the tensor {name} of the merged model is missing in the expert {task!r}")
+            if source is None or source.shape != tensor.shape:
+                found = "missing" if source is None else f"of shape {tuple(source.shape)}"
+                raise ExpertError(
+                    f"the tensor {name} is {found} in the expert {task!r}, but its configuration makes one of shape "
+                    f"{tuple(tensor.shape)}"
+                )
             tensor.copy_(source)

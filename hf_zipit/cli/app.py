@@ -15,9 +15,7 @@ from rich.text import Text
 
 from hf_zipit.cli.house import Commands
 from hf_zipit.cli.printing import silence, stderr
-from hf_zipit.errors import ZipItError
-
-OUT_OF = {MemoryError: "memory; merge fewer or smaller experts, or lower batch_size", RecursionError: "nesting depth"}
+from hf_zipit.errors import TOO_LARGE, ZipItError, is_out_of_memory
 
 app = Commands(
     help="Merge Hugging Face models of different tasks and initialisations into one model, without training.",
@@ -34,12 +32,11 @@ def main() -> None:
     try:
         with nullcontext() if int(os.environ.get("RANK", "0")) == 0 else silence():
             app("hf-zipit")
-    except ZipItError as error:
-        stderr().print(Text(f"Error: {' '.join(str(error).split())}", style="red"), soft_wrap=True)
-        sys.exit(1)
-    except (MemoryError, RecursionError, OSError) as error:  # what no stage has a better sentence for
-        reason = str(error) if isinstance(error, OSError) else f"it ran out of {OUT_OF[type(error)]}"
-        stderr().print(Text(f"Error: {' '.join(reason.split())}.", style="red"), soft_wrap=True)
+    except (ZipItError, MemoryError, RuntimeError, OSError) as error:
+        if not (isinstance(error, (ZipItError, RecursionError, OSError)) or is_out_of_memory(error)):
+            raise  # a mistake of ours, whose traceback is wanted
+        told = TOO_LARGE if is_out_of_memory(error) and not isinstance(error, ZipItError) else str(error)
+        stderr().print(Text(f"Error: {' '.join(told.split())}", style="red"), soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
         stderr().print("Stopped.", style="red")

@@ -314,6 +314,11 @@ def load_batch(load: Callable[[], Columns], inputs: ModelInputs, processor: Any,
 def check_values(inputs: Mapping[str, Tensor], where: str) -> None:
     """Raise DataError for numbers that no model can compute with: one would make all of the merged model NaN."""
     for name, tensor in inputs.items():
+        if tensor.is_meta or tensor.is_complex():
+            raise DataError(
+                f"The calibration data{where} has values of type {tensor.dtype} on the device {tensor.device} in "
+                f"{name!r}; give real numbers."
+            )
         if tensor.is_floating_point() and not bool((tensor.abs() <= LARGEST).all()):
             wrong = ~(tensor.abs() <= LARGEST).reshape(len(tensor), -1)
             sample = int(wrong.any(1).nonzero()[0])

@@ -133,7 +133,7 @@ def tensor_of(values: Any, pad: int) -> tuple[Tensor, list[int] | None]:
     """Values as one tensor; sequences of different length are padded, and their lengths are told."""
     lengths = None
     if isinstance(values, Tensor):
-        tensor = values
+        tensor = values.detach() if values.requires_grad else values
     elif isinstance(values, np.ndarray) and values.dtype != object:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
     else:

@@ -97,6 +97,7 @@ def raw_batches(
     if isinstance(data, (Tensor, np.ndarray)):
         data = {main: data}
     if isinstance(data, Mapping):
+        data = {column: x.to_dense() if isinstance(x, Tensor) and x.is_sparse else x for column, x in data.items()}
         return _slices(partial(rows_of, dict(data)), _column_length(data, name), size)
     if is_from_datasets(data, "Dataset"):
         return _slices(lambda start, stop: data[start:stop], len(data), size)

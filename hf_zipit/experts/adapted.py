@@ -17,12 +17,18 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_zipit.errors import ExpertError
+from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.reasons import told
+
+ADAPTER = "adapter_model.safetensors"
 
 HEADS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -43,7 +49,12 @@ def is_adapted(model: nn.Module) -> bool:
 def adapter_config(source: str, revision: str | None = None) -> dict[str, Any] | None:
     """The configuration of the adapter in a folder or repo; None where there is no adapter."""
     found = find_adapter_config_file(source, revision=revision)
-    return json.loads(Path(found).read_text(encoding="utf-8")) if found else None
+    if not found:
+        return None
+    settings = json.loads(Path(found).read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ExpertError(f"the adapter_config.json of {source} holds no mapping of settings; save the adapter again")
+    return settings
 
 
 def plain(task: str, model: nn.Module) -> PreTrainedModel:
@@ -66,10 +77,17 @@ def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str
             f"the expert {task!r} ({source}) is an adapter, and PEFT is not installed; install it with "
             "`pip install 'hf-zipit[peft]'`"
         ) from error
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # what this version of PEFT knows
+
+    if (kind := settings.get("peft_type")) not in [each.value for each in PEFT_TYPE_TO_CONFIG_MAPPING]:
+        raise ExpertError(
+            f"the adapter of the expert {task!r} ({source}) has the peft_type {kind!r}, which the installed PEFT does "
+            "not have; update PEFT, or give an adapter such as LoRA"
+        )
     base_source = settings.get("base_model_name_or_path")
-    if not base_source:
+    if not base_source or not isinstance(base_source, str):
         raise ExpertError(f"the adapter of the expert {task!r} ({source}) names no base model; merge it first")
-    saved = _saved_shapes(source, revision)
+    saved = _saved_shapes(task, source, revision)
     what = f"the base {base_source} of the expert {task!r} could not be loaded"
     with told(what, base_source, settings.get("revision")):
         base = _load_base(task, source, settings, saved)
@@ -80,18 +98,11 @@ def load_adapted(task: str, source: str, settings: dict[str, Any], revision: str
 def _load_base(task: str, source: str, settings: dict[str, Any], saved: Mapping[str, list[int]]) -> PreTrainedModel:
     """The base, with a head of the adapter's size."""
     base_source, base_revision = settings["base_model_name_or_path"], settings.get("revision")
-    own = AutoConfig.from_pretrained(base_source, revision=base_revision, trust_remote_code=False)
+    own = read_config(base_source, base_revision)
     model_class = base_class(task, settings, own)
-    base, report = model_class.from_pretrained(
-        base_source,
-        config=_labelled(model_class, own, source, saved),
-        revision=base_revision,
-        trust_remote_code=False,
-        use_safetensors=True,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # the base's classifier, which the adapter brings its own for
-        output_loading_info=True,
-    )
+    labelled = _labelled(model_class, own, source, saved)
+    # The base's classifier may have another size: the adapter brings its own.
+    base, report = read_weights(model_class, base_source, labelled, base_revision, dtype=torch.float32)
     drawn = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])} - saved.keys()
     if drawn:
         raise ExpertError(
@@ -101,17 +112,13 @@ def _load_base(task: str, source: str, settings: dict[str, Any], saved: Mapping[
     return base
 
 
-def base_class(task: str, settings: dict[str, Any], config: PreTrainedConfig) -> Any:
-    """The class of the base with the head that the adapter was trained for."""
-    named = (settings.get("auto_mapping") or {}).get("base_model_class")
-    name = named or HEADS.get(settings.get("task_type") or "") or (config.architectures or [""])[0]
-    found = getattr(transformers, name, None)
-    if found is None:
-        raise ExpertError(
-            f"the adapter of the expert {task!r} is for the class {name or 'nothing'!r}, which transformers does not "
-            "have; load it with PEFT yourself and pass the model"
-        )
-    return found
+def base_class(task: str, settings: Mapping[str, Any], config: PreTrainedConfig) -> Any:
+    """The class of the base with the head that the adapter was trained for, or an Auto class that finds it."""
+    mapping = settings.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    if not named and (auto := HEADS.get(str(settings.get("task_type")))):
+        return getattr(transformers, auto)
+    return class_of(config, f"the {'adapter' if named else 'base'} of the expert {task!r}", named=named)
 
 
 def _labelled(
@@ -122,8 +129,11 @@ def _labelled(
     An adapter does not say how many labels its classifier has. So the classifier's shape in the base is compared with
     that in the adapter's file.
     """
-    beside = Path(source).expanduser() / "config.json"
-    if beside.is_file() and (labels := json.loads(beside.read_text(encoding="utf-8")).get("id2label")):
+    beside = (folder_of(source) or Path("none")) / "config.json"
+    content = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
+    if labels := content.get("id2label") if isinstance(content, dict) else None:
+        if not isinstance(labels, dict) or not all(key.isdecimal() for key in labels):
+            raise ExpertError(f"the id2label in {beside} does not name labels by number; save the adapter again")
         config.id2label = {int(key): name for key, name in labels.items()}
         config.label2id = {name: key for key, name in config.id2label.items()}
         return config
@@ -137,13 +147,16 @@ def _labelled(
     return config
 
 
-def _saved_shapes(source: str, revision: str | None) -> dict[str, list[int]]:
+def _saved_shapes(task: str, source: str, revision: str | None) -> dict[str, list[int]]:
     """Shapes of the tensors in an adapter's file, by their names in the base model."""
-    from peft.utils.save_and_load import load_peft_weights
-
-    prefix = "base_model.model."
-    weights = load_peft_weights(source, device="cpu", **({"revision": revision} if revision else {}))
-    return {name.removeprefix(prefix): list(tensor.shape) for name, tensor in weights.items()}
+    found = cached_file(source, ADAPTER, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if found is None:
+        raise ExpertError(
+            f"the adapter of the expert {task!r} ({source}) has no {ADAPTER}; other weights are not read, for a "
+            "pickle can run code: save it again"
+        )
+    with safe_open(found, "pt") as file:
+        return {name.removeprefix("base_model.model."): file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
 def _merged(task: str, model: nn.Module, source: str) -> PreTrainedModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,21 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
+from hf_zipit.experts.checkpoints import PLAIN, class_of, damage, read_config, read_weights
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.cache import commit_of, looks_local
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
 
 Expert = PreTrainedModel | nn.Module | str | Path
-
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a server to convert a pickle
-
-PLAIN = {"trust_remote_code": False, "use_safetensors": True}
-"""Arguments of `from_pretrained` by which loading runs no code that came with the weights."""
 
 Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
 """By task; without names, an expert is named like its folder or repo."""
@@ -44,6 +40,11 @@ def load_experts(
     Raises:
         ExpertError: for fewer experts than `least`, an empty or repeated task name, or a model that cannot be loaded.
     """
+    if isinstance(experts, (str, nn.Module)) or not isinstance(experts, Iterable):
+        raise ExpertError(
+            f"the experts are given as {type(experts).__name__}; give a mapping of task names to models, repo ids or "
+            "folders, or a list of them"
+        )
     pairs = list(experts.items() if isinstance(experts, Mapping) else map(named, experts))
     names = [name for name, _ in pairs]
     if not pairs:
@@ -72,10 +73,11 @@ def named(expert: Expert | tuple[str, Expert]) -> tuple[str, Expert]:
 
     Raises ExpertError where there is none.
     """
-    if not isinstance(expert, (str, Path, nn.Module)):
+    if isinstance(expert, tuple) and len(expert) == 2:
         return expert
+    check_kind("", expert)
     source = getattr(expert, "name_or_path", "") if isinstance(expert, nn.Module) else expert
-    if not (name := Path(str(source)).expanduser().name):
+    if not (name := Path(str(source)).name):
         raise ExpertError(
             f"a {type(expert).__name__} that was not loaded from a folder or repo has no name; name the experts' "
             "tasks: merge({'clothes': model_a, 'shoes': model_b}, ...)"
@@ -130,22 +132,32 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
     With a repo id its image processor or tokenizer and its card come along into the cache, for the merged model's.
     Raises ExpertError if it cannot be loaded, in one sentence that says why.
     """
+    check_kind(f" {task!r}", expert)
     if isinstance(expert, nn.Module):
         return as_expert(task, expert)
     source = str(expert)
-    folder = Path(source).expanduser()
-    if (isinstance(expert, Path) or looks_local(source)) and not folder.is_dir():
+    folder = folder_of(source)
+    if (isinstance(expert, Path) or looks_local(source)) and not folder:
         raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
-    source = str(folder) if folder.is_dir() else source
-    recover(folder)
+    if folder:
+        recover(folder)
+        source = str(folder)
     with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
         settings = adapter_config(source, revision)
         model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
-    if not folder.is_dir():
+    if not folder:
         commit = commit_of(source, revision or "main")
         processor_files(source, commit, fetch=True)
         model.config._commit_hash = commit
     return model.eval()
+
+
+def check_kind(which: str, expert: object) -> None:
+    """Raises ExpertError for what is no model of transformers, and does not name one."""
+    if not isinstance(expert, (str, Path, nn.Module)):
+        raise ExpertError(
+            f"the expert{which} is of type {type(expert).__name__}; give a loaded model, a repo id or a folder"
+        )
 
 
 def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
@@ -161,6 +173,10 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
         )
     if is_adapted(model):
         return plain(task, model)
+    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+        raise ExpertError(
+            f"the expert {task!r} is a {type(model).__name__} without a configuration; give a model of transformers"
+        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ExpertError(
             f"the expert {task!r} carries adapters beside its weights; give the adapter's folder or repo id instead, "
@@ -171,51 +187,12 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
 
 def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
     config = read_config(source, revision)
-    architecture = str((config.architectures or [""])[0] or "")
-    model_class = getattr(modeling if isinstance(config, ZipItConfig) else transformers, architecture, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
-        raise ExpertError(
-            f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, "
-            "which transformers does not have; load the model yourself and pass it"
-        )
-    model, found = model_class.from_pretrained(
-        source, config=config, revision=revision, dtype=torch.float32, output_loading_info=True, **PLAIN,
-        ignore_mismatched_sizes=True,  # told below, by name
-    )  # fmt: skip
+    home = modeling if isinstance(config, ZipItConfig) else transformers
+    model_class = class_of(config, f"the configuration of the expert {task!r} ({source})", home)
+    model, found = read_weights(model_class, source, config, revision, dtype=torch.float32)
     if wrong := damage(found):
         raise ExpertError(
             f"the expert {task!r} is damaged: {source} {wrong}, so that it would not compute what was trained; "
             "save it again from where it is whole"
         )
     return model
-
-
-def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a model in a folder or repo, which cannot name code that is fetched and run.
-
-    Raises ExpertError for quantised weights, which cannot be averaged.
-    """
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    if "/" in str(getattr(config, "_attn_implementation", None)):  # a repo of kernels
-        config._attn_implementation = None
-    if (quantised := getattr(config, "quantization_config", None)) is not None:
-        kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
-        raise ExpertError(
-            f"the weights in {source} are quantised ({kind}); save what `model.dequantize()` gives, and merge that"
-        )
-    return config
-
-
-def damage(found: Mapping[str, Any]) -> str | None:
-    """What is wrong with a checkpoint, of the loading info of `from_pretrained`; None where every tensor was found."""
-    kinds = {
-        "missing_keys": "lacks {}",
-        "unexpected_keys": "has {}, which its class does not know",
-        "mismatched_keys": "has another shape than its configuration says in {}",
-    }
-    for kind, text in kinds.items():
-        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return text.format(f"the tensor {names[0]}{more}")
-    return None

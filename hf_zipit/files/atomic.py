@@ -152,6 +152,6 @@ def told(target: Path) -> Iterator[None]:
         raise unwritable(target, error) from error
 
 
-def unwritable(target: Path, error: OSError | ValueError) -> OutputError:
+def unwritable(target: Path, error: Exception) -> OutputError:
     reason = getattr(error, "strerror", None) or str(error)
     return OutputError(f"{target} cannot be written ({reason}); name another place or make room there.")

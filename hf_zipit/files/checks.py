@@ -10,6 +10,7 @@ from hf_zipit.errors import OutputError
 from hf_zipit.files.atomic import unwritable
 from hf_zipit.files.folder import ROOM, check_not_foreign, recover
 from hf_zipit.files.known import is_ours
+from hf_zipit.files.places import folder_of
 
 LONGEST = 255
 """Bytes that file systems allow a name."""
@@ -22,10 +23,11 @@ def check_writable(folder: str | Path) -> Path:
     """
     folder = Path(folder)
     try:
+        folder.resolve()
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):  # asking for the mode bits is wrong for root and mounts
             return folder
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise unwritable(folder, error) from error
 
 
@@ -42,8 +44,8 @@ def check_result_folder(folder: str | Path, inputs: Iterable[str | Path] = ()) -
     folder = check_writable(folder)
     own = folder.resolve()
     for source in inputs:
-        read = Path(source).expanduser()
-        if read.is_dir() and (own == read.resolve() or own in read.resolve().parents):
+        read = folder_of(source)
+        if read and (own == read.resolve() or own in read.resolve().parents):
             raise OutputError(f"The folder {folder} is or holds {source}, which is to be read; name another folder.")
     recover(folder)
     check_not_foreign(folder)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download, try_to_load_from_cache
 
+from hf_zipit.files.places import folder_of
+
 CONFIGS = ("config.json", "adapter_config.json")
 """One of them is there wherever a model was loaded."""
 
@@ -19,11 +21,10 @@ def local_folder(source: str | Path | None, revision: str | None = None, fetch: 
 
     `fetch` names patterns of the files to download first.
     """
+    if (folder := folder_of(source)) is not None:
+        return folder
     if not source:
         return None
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
     try:
         if fetch:
             return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(fetch)))
@@ -40,7 +41,7 @@ def commit_of(source: str | None, revision: str | None = None) -> str | None:
     Without a revision it is only told where there is no doubt, the cache holding a single commit of the repo: a loaded
     model does not say which one it came from.
     """
-    if not source or Path(source).expanduser().is_dir():
+    if not source or folder_of(source) is not None:
         return None
     folder = local_folder(source, revision)
     if folder is None or (revision is None and len(list(folder.parent.iterdir())) > 1):
@@ -55,4 +56,4 @@ def looks_local(source: str) -> bool:
 
 def is_repo(source: str) -> bool:
     """Whether a source is a repo id and no folder."""
-    return not looks_local(source) and not Path(source).expanduser().exists()
+    return not looks_local(source) and folder_of(source) is None

@@ -24,20 +24,26 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from hf_zipit.errors import ExpertError, ZipItError
+from hf_zipit.errors import TOO_LARGE, ExpertError, OutOfMemoryError, ZipItError, is_out_of_memory
+from hf_zipit.files.places import folder_of
 
 LOG_IN = "log in with `hf auth login`"
 
 
 @contextmanager
-def told(what: str, source: str, revision: str | None = None) -> Iterator[None]:
-    """Loads a model of `source` inside: a failure becomes an ExpertError that begins with `what` and says why."""
+def told(what: str, source: str, revision: str | None = None, kind: type[ZipItError] = ExpertError) -> Iterator[None]:
+    """Loads something of `source` inside: a failure becomes an error that begins with `what` and says why.
+
+    It is of the given kind; what was raised is its cause. Memory that ran out is an `OutOfMemoryError`.
+    """
     try:
         yield
     except ZipItError:
         raise
     except Exception as error:  # transformers raises whatever a damaged file makes it stumble over
-        raise ExpertError(f"{what}: {why(error, source, revision)}") from error
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(f"{what}: {TOO_LARGE}") from error
+        raise kind(f"{what}: {why(error, source, revision)}") from error
 
 
 def why(error: BaseException, source: str, revision: str | None = None) -> str:
@@ -51,9 +57,12 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
         return "its config.json is missing, or names no kind of model that transformers knows"
     if "no file named model.safetensors" in str(error) or "`use_safetensors=True`" in str(error):
         return "it has no model.safetensors; other weights are not read, for a pickle can run code: save it again"
-    if Path(source).expanduser().is_dir():
-        named = "" if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: "
-        return named + first_line(error)
+    if "Dataset scripts" in str(error):
+        return "it is a loading script, which is code and is not run; give a folder that `save_to_disk` wrote"
+    if folder_of(source) is not None:
+        if isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+            return first_line(error)
+        return f"its files are not what its class expects ({type(error).__name__}: {first_line(error)})"
     if is_a(OfflineModeIsEnabled) or constants.is_offline_mode():
         return "HF_HUB_OFFLINE is set, and it was not downloaded before; unset it, or name a folder"
     if is_a(GatedRepoError):
@@ -80,8 +89,9 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text without its full stop; its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    """The first line of an error's text without its full stop, and what it announces; its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return (" ".join(lines[:2]) if lines[0].endswith(":") else lines[0]).rstrip(".")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -43,9 +43,9 @@ def reading(path: str | Path, what: str, form: str) -> Iterator[tuple[Header, di
         DataError: if there is no such file, or it has another format or is not whole or was changed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"There is no {what} file at {path}.")
     try:
+        if not path.is_file():
+            raise DataError(f"There is no {what} file at {path}.")
         with safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})["hf_zipit"])
             if header["format"] != form:
@@ -56,7 +56,7 @@ def reading(path: str | Path, what: str, form: str) -> Iterator[tuple[Header, di
         yield header, tensors
     except DataError:
         raise
-    except (OSError, SafetensorError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # whatever its readers stumble over in a file that is none
         raise DataError(f"{path} is not a complete {what} file: {first_line(error)}.") from error
 
 

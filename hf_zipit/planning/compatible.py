@@ -26,6 +26,10 @@ BOOKKEEPING = {
 }  # fmt: skip
 
 
+CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
+"""How the names of classes of models end whose outputs are classes of their own."""
+
+
 def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) -> None:
     """Experts must be copies of one architecture in everything but the head, with finite weights.
 
@@ -55,7 +59,7 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
             )
         mine, theirs = model_tensors(first), model_tensors(other)
         for name in (*mine, *(n for n in theirs if n not in mine)):
-            if any(name == prefix or name.startswith(f"{prefix}.") for prefix in head):
+            if _is_in(head, name):
                 continue
             left, right = (tuple(t[name].shape) if name in t else "missing" for t in (mine, theirs))
             if left != right:
@@ -64,11 +68,29 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
                     "experts must have the same sizes in everything but the task head"
                 )
     for task, model in experts.items():
+        check_labels(task, model, head)
         for name, tensor in model_tensors(model).items():
             if tensor.is_floating_point() and tensor.device.type != "meta" and not bool(torch.isfinite(tensor).all()):
                 raise ExpertError(
                     f"the tensor {name} of the expert {task!r} holds NaN or infinite values; check its training"
                 )
+
+
+def check_labels(task: str, model: nn.Module, head: tuple[str, ...]) -> None:
+    """The classes of a classifier must be named 0, 1, ..., and be as many as its head has; raises ExpertError."""
+    if not type(model).__name__.endswith(CLASSIFIERS):
+        return
+    classes = sorted(model.config.id2label)
+    lengths = {len(tensor) for name, tensor in model_tensors(model).items() if _is_in(head, name) and tensor.ndim}
+    if classes != list(range(len(classes))) or (lengths and len(classes) not in lengths):
+        raise ExpertError(
+            f"the configuration of the expert {task!r} names the {len(classes)} classes {classes[:9]} (id2label), but "
+            f"its head is {', '.join(head)} of length {sorted(lengths)}; name the classes of the head, from 0"
+        )
+
+
+def _is_in(prefixes: tuple[str, ...], name: str) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from hf_zipit.config import AUTO, SEEDS, MergeConfig
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.files import check_result_folder, check_writable
 from hf_zipit.files.checks import unfit, unprintable
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.sections import REFIT, Data, Recipe
 from hf_zipit.recipe.sources import BUILT_IN, check_source
@@ -85,10 +86,12 @@ def _check_experts(recipe: Recipe) -> None:
 
 def _check_model(source: str, task: str) -> None:
     """A model given as a folder must be there; a repo id is taken on trust."""
-    folder = Path(source).expanduser()
-    if looks_local(source) and not folder.is_dir():
+    folder = folder_of(source)
+    if not source.strip():
+        raise RecipeError(f"experts.{task}.model is empty; give a repo id or a folder.")
+    if looks_local(source) and folder is None:
         raise RecipeError(f"The expert {task!r} is to come from the folder {source}, which does not exist.")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder and not (folder / "config.json").is_file():
         raise RecipeError(
             f"The folder {source} of the expert {task!r} has no config.json; name the folder of a saved model."
         )

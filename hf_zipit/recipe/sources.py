@@ -20,8 +20,9 @@ from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, first_of, process
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.cache import looks_local
-from hf_zipit.hub.reasons import first_line, why
+from hf_zipit.hub.reasons import told
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:
@@ -97,9 +98,9 @@ def check_source(name: str, folder: Path | None = None) -> None:
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist.")
-    if looks_local(name) and not Path(name).expanduser().is_dir():
+    if looks_local(name) and folder_of(name) is None:
         raise DataError(f"The data set folder {name} does not exist.")
-    if name not in BUILT_IN and not looks_local(name) and "/" not in name and not Path(name).is_dir():
+    if name not in BUILT_IN and not looks_local(name) and "/" not in name and folder_of(name) is None:
         raise DataError(f"There is no data set {name!r}; {suggestion(name, BUILT_IN)}")
 
 
@@ -157,23 +158,17 @@ def _from_datasets(name: str, split: str, config: str | None, streaming: bool = 
     """One split of a folder that `save_to_disk` wrote, or of what `datasets.load_dataset` finds."""
     import datasets
 
-    folder = Path(name).expanduser()
-    try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "dataset_info.json").is_file():
+    folder = folder_of(name)
+    source = str(folder) if folder else f"datasets/{name}"
+    ways = ", neither as what `save_to_disk` wrote nor by `load_dataset`" if folder else ""
+    with told(f"The data set {name!r} (split {split!r}) cannot be loaded{ways}", source, kind=DataError):
+        if folder and any((folder / f"dataset_{what}.json").is_file() for what in ("dict", "info")):
             saved = datasets.load_from_disk(str(folder))
             if not isinstance(saved, datasets.Dataset):
                 saved = saved[_split({key: key for key in saved}, split, name)]
             return saved.to_iterable_dataset() if streaming else saved
-        path = str(folder) if folder.is_dir() else name
+        path = str(folder) if folder else name
         return datasets.load_dataset(path, config, split=split, streaming=streaming)
-    except DataError:
-        raise
-    except (OSError, ValueError) as error:  # not found, offline, a damaged file, an unknown split or configuration
-        if folder.is_dir():
-            reason = f"{first_line(error)}; a folder should be one that `save_to_disk` wrote or `load_dataset` reads"
-        else:
-            reason = why(error, f"datasets/{name}")
-        raise DataError(f"The data set {name!r} (split {split!r}) cannot be loaded: {reason}.") from error
 
 
 def _split(splits: dict[str, Any], split: str, name: str, known: Sequence[str] = ()) -> Any:

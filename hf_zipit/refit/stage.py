@@ -15,8 +15,10 @@ from transformers import PreTrainedModel
 from hf_zipit.adapters import adapter_for
 from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.data.calibration import Calibration, MicroBatch
-from hf_zipit.errors import DataError
+from hf_zipit.errors import DataError, ExpertError
+from hf_zipit.hub.reasons import first_line
 from hf_zipit.maps.space_map import Alignment, LinearMap
+from hf_zipit.observation.observe import gather_moments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.asked import asked_token
 from hf_zipit.refit.positions import Positions, Rows
@@ -52,13 +54,33 @@ def refit_trunk(
 
     Raises:
         DataError: without calibration data, or with less of it than there are processes.
+        ExpertError: what an expert computes, or a solution, is not finite.
     """
     config = planned.config.refit
     if config is None or not planned.cut.trunk:
         return Refitted(dict(trunk))
     if calibration is None:
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
-    model = planned.model
+    remedy = "check the experts' weights and the calibration data"
+    try:
+        refitted = _refit(planned, trunk, maps, calibration, combine or partial(combine_trunk, planned))
+    except torch.linalg.LinAlgError as error:
+        gather_moments(planned.spec, planned.folded, calibration)  # raises what names the expert and the module
+        raise ExpertError(f"a regression of the refit has no solution ({first_line(error)}); {remedy}") from error
+    for name, tensor in refitted.tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ExpertError(f"the refit leaves numbers that are not finite in {name}; {remedy}")
+    return refitted
+
+
+def _refit(
+    planned: Plan,
+    trunk: Mapping[str, Tensor],
+    maps: Alignment,
+    calibration: Calibration,
+    combine: Callable[[Alignment], Mapping[str, Tensor]],
+) -> Refitted:
+    model, config = planned.model, planned.config.refit
     batches = calibration.micro_batches(config.micro_batch)
     if len(batches) < calibration.processes:
         raise DataError(
@@ -76,7 +98,7 @@ def refit_trunk(
     bases = _stream_bases(planned, traced, experts, maps, calibration, batches, positions)
     if bases:
         maps = {**maps, **bases}
-        moved = combine(maps) if combine is not None else combine_trunk(planned, maps)
+        moved = combine(maps)
         # A norm's scale is no vector of the stream; it keeps the alignment's, and its readers make up for that.
         trunk = {name: moved[name] if tensor.dim() > 1 else tensor for name, tensor in trunk.items()}
     walk = Walk(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError, OutputError
-from hf_zipit.experts.loading import PLAIN, damage
+from hf_zipit.experts.checkpoints import class_of, damage, read_config, read_weights
 from hf_zipit.files import recover
+from hf_zipit.files.places import folder_of
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder
@@ -27,16 +28,16 @@ def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:
     Raises ExpertError if it cannot be loaded, or is not a merged model.
     """
     with told(f"The merged model {source} cannot be loaded", source, revision):
-        recover(Path(source).expanduser())
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        if (folder := folder_of(source)) is not None:
+            recover(folder)
+            source = str(folder)
+        config = read_config(source, revision)
         if not isinstance(config, modeling.ZipItConfig):
             raise ExpertError(
                 f"{source} holds a model of type {config.model_type!r}, not a merged model; merge some first."
             )
-        model_class = getattr(modeling, str((config.architectures or [""])[0]), modeling.ZipItModel)
-        model, found = model_class.from_pretrained(
-            source, config=config, revision=revision, output_loading_info=True, **PLAIN
-        )
+        model_class = class_of(config, f"the configuration of {source}", modeling)
+        model, found = read_weights(model_class, source, config, revision)
         if wrong := damage(found):
             raise ExpertError(f"The merged model {source} is damaged: it {wrong}; save it again, or merge again.")
         return model.eval()

@@ -1,4 +1,4 @@
-"""Runs work in a forked process that is killed at a chosen file event: opening, renaming, linking, removing, making.
+"""Runs work in a forked process that is killed at a chosen file event (opening, renaming, linking, ...) or moment.
 
 Python reports each of these to its audit hooks, whoever calls it; killed before every one of them, the work passes
 through every state that the folder has between two events. `HF_ZIPIT_FUZZ` asks for all of them.
@@ -6,12 +6,19 @@ through every state that the folder has between two events. `HF_ZIPIT_FUZZ` asks
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
+
+tqdm.set_lock(threading.RLock())  # the one it makes itself is shared with all forked processes, killed ones included
 
 EVERYTHING = bool(os.environ.get("HF_ZIPIT_FUZZ"))
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate")
@@ -48,6 +55,51 @@ def run(work: Callable[[], object], root: Path, kill_at: int | None = None) -> i
         return None
     assert told, "the work itself failed"
     return int(told)
+
+
+def told_by(work: Callable[[], Any]) -> Any:
+    """What the work gives in a process of its own, as plain values; None if it fails."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, json.dumps(work()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        return json.loads(pipe.read() or "null")
+
+
+def started(work: Callable[[], object]) -> int:
+    """The id of a process that does the work and says nothing."""
+    child = os.fork()
+    if child == 0:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return child
+
+
+def run_for(work: Callable[[], object], seconds: float | None = None) -> float | None:
+    """How long the work took in a process of its own; None if it was killed after so many `seconds`."""
+    start, child = time.monotonic(), started(work)
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            assert status == 0, "the work itself failed"
+            return time.monotonic() - start
+        if seconds is not None and time.monotonic() - start >= seconds:
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            return None if os.WIFSIGNALED(status) else time.monotonic() - start
+        time.sleep(0.002)
 
 
 def points(count: int, some: int) -> Iterator[int]:

@@ -1,7 +1,10 @@
-"""Odd recipes, cards and moments files are one sentence or right; `HF_ZIPIT_FUZZ` asks for many more of them."""
+"""Odd recipes, configurations, cards and moments files are one sentence or right; `HF_ZIPIT_FUZZ` asks for more."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hf_zipit.errors import DataError, ZipItError
+import hf_zipit
+from hf_zipit.errors import DataError, RecipeError, ZipItError
+from hf_zipit.experts.loading import load_expert
 from hf_zipit.observation.moments import Moments
 from hf_zipit.recipe.loading import check_recipe
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.card import escaped
+from hf_zipit.running.saved import load_merged
+from hf_zipit.schema import read_yaml
 
+from ..tiny import pair
 from .killing import EVERYTHING
 
 fuzz = settings(
@@ -23,27 +31,11 @@ fuzz = settings(
 )
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=300) | st.dates()
 VALUES = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(PLAIN, v, max_size=3), max_leaves=6)
-KEYS = st.sampled_from(
-    [
-        "name",
-        "depth",
-        "method",
-        "refit",
-        "output",
-        "threads",
-        "seed",
-        "options",
-        "corrections",
-        "overrides",
-        "combine",
-        "calibration",
-        "evaluation",
-        "save",
-        "push",
-        "train",
-        "base",
-    ]
-)
+KEYS = st.sampled_from([
+    "name", "depth", "method", "refit", "output", "threads", "seed", "options", "corrections", "overrides", "combine",
+    "calibration", "evaluation", "save", "push", "train", "base", "polish", "residual", "search",
+])  # fmt: skip
+SIZES = st.integers(-5, 300) | st.sampled_from([0, 0.5, 10**12, 10**400]) | st.none()
 NAMES = st.sampled_from(["..", "../../victim", "/etc", "a\0b", "x" * 300, "a/b", "\n", "\ud800"]) | st.text(max_size=9)
 
 
@@ -55,6 +47,48 @@ def test_an_odd_recipe_is_one_sentence(content: dict[str, Any], name: str) -> No
         check_recipe(Recipe.from_dict({**good, **content}))
     except ZipItError as error:
         assert str(error)
+
+
+PIECES = [*"[]{}:,-?&*!|>%@`'\"#\n  ", "a", "name", "depth", "1", "9" * 5000, "2020-13-45", "<<", "!!int "]
+
+
+@fuzz
+@given(st.lists(st.sampled_from(PIECES)))
+def test_an_odd_yaml_file_is_one_sentence(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+    path = tmp_path_factory.getbasetemp() / "odd.yaml"
+    path.write_text("name: x\n" + "".join(parts))
+    try:
+        read_yaml(path)
+    except RecipeError as error:
+        assert "\n" not in str(error) and str(path) in str(error)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    first, second = pair("vit")
+    first.save_pretrained(root / "expert")
+    merged = hf_zipit.merge({"a": first, "b": second}, method="identity", depth=0.5)
+    merged.save_pretrained(root / "merged")
+    return root
+
+
+@pytest.mark.parametrize(("name", "load"), [("expert", partial(load_expert, "a")), ("merged", load_merged)])
+@settings(fuzz, max_examples=2000 if EVERYTHING else 15)
+@given(data=st.data())
+def test_an_odd_configuration_is_one_sentence(
+    models: Path, name: str, load: Callable[[str], Any], data: st.DataObject
+) -> None:
+    path = models / name / "config.json"
+    whole = json.loads(path.read_text())
+    odd = data.draw(st.dictionaries(st.sampled_from(sorted(whole)), SIZES | VALUES, min_size=1, max_size=2))
+    try:
+        path.write_text(json.dumps({**whole, **odd}, default=str, skipkeys=True))
+        load(str(models / name))
+    except ZipItError as error:
+        assert "\n" not in str(error)
+    finally:
+        path.write_text(json.dumps(whole))
 
 
 @fuzz

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import hf_zipit
+from hf_zipit.errors import ZipItError
 from hf_zipit.files import recover
+from hf_zipit.modeling import hub
 from hf_zipit.observation.moments import Moments
+from hf_zipit.running.saved import push_saved
 
 from ..tiny import pair
-from .killing import points, run
+from .killing import EVERYTHING, points, run, started
 
 
 def merged(depth: float) -> PreTrainedModel:
@@ -50,7 +59,7 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: d
     folder = start()
     count = run(lambda: new.save_pretrained(folder, **shards), tmp_path)
     assert count and content(folder) == wanted["new"]
-    for point in points(count, 6):
+    for point in points(count, 4):
         start()
         assert run(lambda: new.save_pretrained(folder, **shards), tmp_path, point) is None
         loaded = dict(type(new).from_pretrained(folder).state_dict())  # by transformers, which repairs nothing
@@ -66,6 +75,68 @@ def test_a_killed_save_leaves_the_old_or_the_new_model(tmp_path: Path, shards: d
     print(f"killed at {sum(found.values())} of {count} file events: {found}")
 
 
+def test_two_writers_never_mix(tmp_path: Path) -> None:
+    """Whoever looks while two processes save again and again finds one of the models, whole.
+
+    A look counts if `config.json` is the same file before and after: transformers opens it and the weights in turn.
+    """
+    models, folder = (merged(1.0), merged(0.5)), tmp_path / "out"
+    states = [dict(model.state_dict()) for model in models]
+    models[0].save_pretrained(folder)
+
+    def write(model: PreTrainedModel) -> None:
+        while True:
+            model.save_pretrained(folder)
+
+    def seen() -> tuple[int, int]:
+        found = (folder / "config.json").stat()
+        return found.st_ino, found.st_mtime_ns
+
+    writers = [started(lambda model=model: write(model)) for model in models]
+    counts, wanted, deadline = [0, 0], 3000 if EVERYTHING else 5, time.monotonic() + 600
+    try:
+        while sum(counts) < wanted and time.monotonic() < deadline:
+            before, loaded = seen(), None
+            try:
+                loaded = dict(type(models[0]).from_pretrained(folder).state_dict())
+            except (OSError, ZipItError, RuntimeError, ValueError, SafetensorError):
+                assert seen() != before, "what does not load stays"
+            if seen() == before:
+                matching = [same(state, loaded) for state in states]
+                assert any(matching), "a look finds neither model"
+                counts[matching.index(True)] += 1
+    finally:
+        for writer in writers:
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+    print(f"{sum(counts)} looks while two processes saved: {counts}")
+    assert sum(counts)
+
+
+def test_a_killed_push_leaves_the_folder_and_the_repo_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit of the Hub is whole or nothing; all that is written before lies in a folder of its own."""
+    repo, model = tmp_path / "repo", merged(1.0)
+    model.save_pretrained(tmp_path / "out")
+    before = content(tmp_path / "out")
+    api = SimpleNamespace(
+        create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=repo_id),
+        list_repo_files=lambda *_, **__: [],
+        create_commit=lambda _, changes, **__: repo.write_text(str(len(changes))),
+    )
+    monkeypatch.setattr(hub, "_api", lambda token: api)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    for push in (lambda: push_saved(tmp_path / "out", "me/x"), lambda: model.push_to_hub("me/x")):
+        count = run(push, tmp_path)
+        assert count and repo.read_text()
+        for point in points(count, 2):
+            repo.unlink(missing_ok=True)
+            assert run(push, tmp_path, point) is None
+            assert content(tmp_path / "out") == before and not repo.exists()
+
+
 def test_a_killed_save_of_moments_leaves_the_old_or_the_new(tmp_path: Path) -> None:
     def moments(rows: int) -> Moments:
         made = Moments(("a", "b"), fingerprint={"experts": {"a": "1", "b": "2"}})
@@ -75,7 +146,7 @@ def test_a_killed_save_of_moments_leaves_the_old_or_the_new(tmp_path: Path) -> N
     old, new, path = moments(5), moments(9), tmp_path / "moments.safetensors"
     count = run(lambda: new.save(path), tmp_path)
     assert count
-    for point in points(count, 6):
+    for point in points(count, 4):
         old.save(path)
         run(lambda: new.save(path), tmp_path, point)
         assert Moments.load(path).count(("space",)) in (5, 9)

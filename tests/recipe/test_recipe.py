@@ -173,6 +173,39 @@ def test_a_recipe_survives_being_written_and_read(tmp_path):
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
 
 
+ODD = {
+    "a list as key": ("? [a, b]\n: 1", "line 2 .*a key is a list or a mapping"),
+    "a date as key": ("2020-01-01: 1", "2020-01-01 is not a known key"),
+    "no date": ("depth: 2020-13-45", "line 2 .*'2020-13-45' is no timestamp"),
+    "5,000 digits": (f"threads: {'9' * 5000}", "line 2 .* is no int"),
+    "400 digits": (f"depth: {'9' * 400}", "depth.* should be a number or a text"),
+    "too many threads": ("threads: 100000000", "threads should be a number from 1 to 1024, but is 100000000"),
+    "nobody's home": ("output: ~nobody-is-here/x", "output should be a path"),
+    "NUL in a path": ('output: "a\\0b"', "cannot be written"),
+    "a name that leads up": ('push: {repo_id: "../x"}', "push.repo_id should be user/name"),
+    "deep": ("depth: " + "[" * 1000, "nests too deeply"),
+    "code": ("depth: !!python/object/apply:os.system [x]", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_an_odd_file_is_one_sentence(tmp_path, case):
+    text, message = ODD[case]
+    experts = "experts: {a: {model: me/a}, b: {model: me/b}}\nmethod: average\n"
+    with pytest.raises(ZipItError, match=message) as told:
+        load_recipe(written(tmp_path, f"name: x\n{text}\n{experts}"))
+    assert "\n" not in str(told.value) and len(str(told.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a/b", "/etc", "a\0b", "x" * 300, " "])
+def test_a_name_that_cannot_be_a_folders_is_refused(tmp_path, name):
+    with pytest.raises(RecipeError, match="name should be a word that can name a folder"):
+        load_recipe(written(tmp_path, {**TINY, "name": name}))
+    victims = {name: {"classes": [0, 1]}, "b": {"classes": [2, 3]}}
+    with pytest.raises(RecipeError, match="The task name"):
+        load_recipe(written(tmp_path, {**TINY, "experts": victims}))
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_that_we_ship_are_right_but_for_what_they_name(path, tmp_path, monkeypatch):
     """All of a recipe is checked, where the folders that it names are there (here empty ones)."""
