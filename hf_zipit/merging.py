@@ -20,6 +20,7 @@ from hf_zipit.align.align import check_settings, wants_folding
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.record import record
+from hf_zipit.assembly.to_disk import write_merged
 from hf_zipit.assembly.widening import widenable_spaces
 from hf_zipit.combine.combine import check_base, check_rule, combine_trunk
 from hf_zipit.config import AUTO, MergeConfig
@@ -27,6 +28,7 @@ from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
+from hf_zipit.files import check_result_folder
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
 from hf_zipit.planning.auto import choose, without_refit
@@ -65,7 +67,8 @@ def plan(
         DataError: the settings need data, and there will be none.
     """
     config = MergeConfig.of(config, **settings)
-    loaded = load_experts(experts)
+    as_stored = not (data or observed)  # nothing is computed with them
+    loaded = load_experts(experts, as_stored=as_stored)
     first = next(iter(loaded.values()))
     config = choose(config, first, data=data, observed=observed)
     if not data and (missing := _needs_data(config)):
@@ -75,7 +78,7 @@ def plan(
         loaded,
         config,
         folding=wants_folding(config.method, config.residual, config.overrides),
-        bases=load_bases(base, loaded),
+        bases=load_bases(base, loaded, as_stored=as_stored),
     )
     check_rule(planned)
     wide = cache(lambda: widenable_spaces(first, planned.spec))
@@ -101,6 +104,7 @@ def merge(
     base: Any = None,
     moments: Moments | str | Path | None = None,
     accelerator: Accelerator | None = None,
+    output_dir: str | Path | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
@@ -120,6 +124,8 @@ def merge(
         moments: moments of an earlier merge of the same experts (with several bases, of the bases), or their file:
             they are not observed then.
         accelerator: where to run; one with default settings is made if none is given.
+        output_dir: a folder to save the merged model in. Without data it is written there tensor by tensor as it is
+            merged, and neither it nor experts that are given as folders are held in memory: they may be larger.
         settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
     Returns:
@@ -131,7 +137,10 @@ def merge(
         DataError: if the calibration data cannot be used.
         RecipeError: if a setting is wrong.
         SpecError: if the architecture cannot be traced or cut.
+        OutputError: if the folder cannot be written, or the disk is full.
     """
+    if output_dir is not None:
+        output_dir = check_result_folder(output_dir)
     reading, settings = split_settings(settings)
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
@@ -140,6 +149,8 @@ def merge(
         calibration.read(planned.experts)  # before the work starts; observing reads it, too
     found = moments_for(planned.matched, calibration, moments)
     maps = align_trunk(planned, found)
+    if output_dir is not None and calibration is None:
+        return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
     trunk = combine_trunk(planned, maps)
     try:
         refitted = refit_trunk(planned, trunk, maps, calibration)
@@ -155,4 +166,7 @@ def merge(
     polished = polish(merged, planned, calibration)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
-    return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+    record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+    if output_dir is not None:
+        merged.save_pretrained(output_dir)
+    return merged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
-from hf_zipit.hub.cache import commit_of, looks_local
+from hf_zipit.files.tensors import half_precision
+from hf_zipit.hub.cache import commit_of, local_folder, looks_local
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
@@ -33,8 +35,13 @@ Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
 """By task; without names, an expert is named like its folder or repo."""
 
 
-def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None) -> dict[str, PreTrainedModel]:
+def load_experts(
+    experts: Experts, *, revisions: Mapping[str, str] | None = None, as_stored: bool = False
+) -> dict[str, PreTrainedModel]:
     """The experts by task name: repo ids and folders loaded in float32 and eval mode, models as they are.
+
+    `as_stored`: folders and repos whose weights are in half precision are left in it. Their tensors are then the pages
+    of their files (as those of float32 are anyway), which the system reads when they are used and may forget again.
 
     A LoRA adapter becomes the model that it makes of its base. A merged model becomes several experts, one for each of
     its tasks, named `NAME/TASK`.
@@ -55,7 +62,7 @@ def load_experts(experts: Experts, *, revisions: Mapping[str, str] | None = None
             raise ExpertError(f"the task name {name!r} is given to {count} experts; task names must differ")
     found: dict[str, PreTrainedModel] = {}
     for name, expert in pairs:
-        loaded = load_expert(name, expert, (revisions or {}).get(name))
+        loaded = load_expert(name, expert, (revisions or {}).get(name), as_stored)
         parts = by_task(name, loaded) if isinstance(loaded, ZipItPreTrainedModel) else {name: loaded}
         if twice := next((task for task in parts if task in found), None):
             raise ExpertError(f"the task name {twice!r} is given to 2 experts; task names must differ")
@@ -81,11 +88,14 @@ def named(expert: Expert | tuple[str, Expert]) -> tuple[str, Expert]:
     return name, expert
 
 
-def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+def load_bases(
+    base: Any, experts: Mapping[str, PreTrainedModel], *, as_stored: bool = False
+) -> dict[str, PreTrainedModel]:
     """By task the model that each expert started from; empty where none is given.
 
     It is one model for all experts, or one for each by task: loaded, or a repo id or folder, which is loaded with the
-    experts' class. A head that it lacks is left as it is initialised, for heads are never merged.
+    experts' class. A head that it lacks is left as it is initialised, for heads are never merged. `as_stored` is as
+    for `load_experts`.
 
     Raises:
         ExpertError: a base cannot be loaded, or there is not one for every expert.
@@ -98,17 +108,17 @@ def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, P
     loaded: dict[Any, PreTrainedModel] = {}  # a module is its own key
     for task, source in given.items():
         if source not in loaded:
-            loaded[source] = _load_base(task, source, experts[task])
+            loaded[source] = _load_base(task, source, experts[task], as_stored)
     return {task: loaded[source] for task, source in given.items()}
 
 
-def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedModel:
+def _load_base(task: str, source: Any, expert: PreTrainedModel, as_stored: bool) -> PreTrainedModel:
     if isinstance(source, nn.Module):
         return source.eval()
     what = f"the base of {task!r} could not be loaded from {source}"
-    loading = {**PLAIN, "config": expert.config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    loading = {"config": expert.config, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
-        return type(expert).from_pretrained(source, **loading).eval()
+        return _from_files(type(expert), str(source), as_stored, **loading).eval()
 
 
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:
@@ -122,8 +132,10 @@ def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedMode
         raise ExpertError(f"the expert {name!r} is a merged model that cannot be merged again: {error}") from error
 
 
-def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTrainedModel:
+def load_expert(task: str, expert: Expert, revision: str | None = None, as_stored: bool = False) -> PreTrainedModel:
     """One expert; a repo id or a folder is loaded in float32 with the class that its configuration names.
+
+    `as_stored` is as for `load_experts`.
 
     With a repo id its image processor or tokenizer and its card come along into the cache, for the merged model's.
     Raises ExpertError if it cannot be loaded, in one sentence that says why.
@@ -138,7 +150,9 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
     recover(folder)
     with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
         settings = adapter_config(source, revision)
-        model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
+        model = (
+            load_adapted(task, source, settings, revision) if settings else _load(task, source, revision, as_stored)
+        )
     if not folder.is_dir():
         commit = commit_of(source, revision or "main")
         processor_files(source, commit, fetch=True)
@@ -167,7 +181,7 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
     return model  # type: ignore[return-value]
 
 
-def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
+def _load(task: str, source: str, revision: str | None, as_stored: bool) -> PreTrainedModel:
     config = read_config(source, revision)
     architecture = str((config.architectures or [""])[0] or "")
     model_class = getattr(modeling if isinstance(config, ZipItConfig) else transformers, architecture, None)
@@ -176,8 +190,8 @@ def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
             f"the configuration of the expert {task!r} ({source}) names the class {architecture or 'nothing'!r}, "
             "which transformers does not have; load the model yourself and pass it"
         )
-    model, found = model_class.from_pretrained(
-        source, config=config, revision=revision, dtype=torch.float32, output_loading_info=True, **PLAIN,
+    model, found = _from_files(
+        model_class, source, as_stored, config=config, revision=revision, output_loading_info=True,
         ignore_mismatched_sizes=True,  # told below, by name
     )  # fmt: skip
     if wrong := damage(found):
@@ -186,6 +200,16 @@ def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
             "save it again from where it is whole"
         )
     return model
+
+
+def _from_files(model_class: type[PreTrainedModel], source: str, as_stored: bool, **loading: Any) -> Any:
+    """What `from_pretrained` gives, in float32; `as_stored` in the half precision that all of its files have."""
+    load = partial(model_class.from_pretrained, source, **PLAIN, **loading)
+    revision = loading.get("revision")
+    if as_stored and local_folder(source, revision) is None:
+        load(dtype="auto")  # brings the files of a repo here
+    folder = local_folder(source, revision) if as_stored else None
+    return load(dtype=(half_precision(folder) if folder else None) or torch.float32)
 
 
 def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
