@@ -52,7 +52,7 @@ def write_merged(
         write_shards(beside, empty, MergedTensors(planned, trunk, maps, empty), shard)
         empty.write_configuration(beside)
         merged = type(empty).from_pretrained(beside, dtype=torch.float32)
-        merged.name_or_path = str(folder)
+        merged.name_or_path, merged.config = str(folder), empty.config  # loading writes into a configuration
         record(merged.eval(), planned, None, None, processor)
         merged.write_about(beside, Path(folder).absolute().name)
     return merged
