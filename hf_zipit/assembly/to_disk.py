@@ -11,11 +11,14 @@ all are complete.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from hf_zipit.assembly.assemble import MergedTensors, configured
 from hf_zipit.assembly.record import record
@@ -30,16 +33,13 @@ SHARD = "50GB"
 """Largest size of a file with weights: that of transformers' `save_pretrained`."""
 
 
-def write_merged(
-    planned: Plan, maps: Alignment, folder: str | Path, *, processor: Any = None, shard: str | int = SHARD
-) -> ZipItPreTrainedModel:
+def write_merged(planned: Plan, maps: Alignment, folder: str | Path, *, processor: Any = None) -> ZipItPreTrainedModel:
     """The merged model of a merge without data, saved in a folder; its tensors are the pages of its files there.
 
     Args:
         planned, maps: of the merge.
         folder: for the model; see `files.adding_to`.
         processor: as for `record`.
-        shard: largest size of a file with weights.
 
     Raises:
         SpecError, ExpertError: as `CombinedTrunk` and `MergedTensors` do.
@@ -49,7 +49,7 @@ def write_merged(
     with torch.device("meta"):
         empty = build(configured(planned, trunk.shapes, maps))
     with adding_to(folder) as beside:
-        write_shards(beside, empty, MergedTensors(planned, trunk, maps, empty), shard)
+        write_shards(beside, empty, MergedTensors(planned, trunk, maps, empty), SHARD)
         empty.write_configuration(beside)
         merged = type(empty).from_pretrained(beside, dtype=torch.float32)
         merged.name_or_path, merged.config = str(folder), empty.config  # loading writes into a configuration
@@ -59,7 +59,7 @@ def write_merged(
 
 
 @torch.no_grad()
-def write_shards(folder: Path, empty: ZipItPreTrainedModel, values: MergedTensors, shard: str | int) -> None:
+def write_shards(folder: Path, empty: PreTrainedModel, values: Mapping[str, Tensor], shard: str | int) -> None:
     """Write a model's weights under the names of transformers, one file or several with an index.
 
     Args:

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-"""The format's names of dtypes, in the order in which it puts the tensors of one size."""
+"""The format's names of dtypes, in the order in which their tensors stand in a file."""
 
 ALIGNMENT = 8
 """The header is filled up with spaces, so that the tensors start at a multiple of this."""
@@ -48,7 +48,7 @@ def write_tensors(path: Path, like: Mapping[str, Tensor], value: Callable[[str],
         ValueError: a tensor has another shape than was announced.
     """
     kinds = list(NAMES)
-    order = sorted(like, key=lambda name: (-like[name].element_size(), kinds.index(like[name].dtype), name))
+    order = sorted(like, key=lambda name: (kinds.index(like[name].dtype), name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
