@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
+from hf_zipit.experts.offloaded import is_placed, plain_copy
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
 from hf_zipit.files.tensors import half_precision
@@ -114,7 +115,7 @@ def load_bases(
 
 def _load_base(task: str, source: Any, expert: PreTrainedModel, as_stored: bool) -> PreTrainedModel:
     if isinstance(source, nn.Module):
-        return source.eval()
+        return as_expert(task, source).eval()
     what = f"the base of {task!r} could not be loaded from {source}"
     loading = {"config": expert.config, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
@@ -161,13 +162,14 @@ def load_expert(task: str, expert: Expert, revision: str | None = None, as_store
 
 
 def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
-    """A loaded model as an expert: itself, or what an adapter makes of its base."""
+    """A loaded model as an expert: itself without hooks that place it, or what an adapter makes of its base."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ExpertError(
             f"the expert {task!r} is wrapped in {type(model).__name__}; give what is in it, model.module"
         )
-    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_placed(model):
+        model = plain_copy(model)
+    if empty := next((n for n, p in model.named_parameters() if p.is_meta), None):
         raise ExpertError(
             f"the tensor {empty} of the expert {task!r} has no values (device meta); load its weights first"
         )

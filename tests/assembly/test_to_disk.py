@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,6 +68,17 @@ def test_loaded_experts_are_written_in_shards_with_an_index(tmp_path, monkeypatc
     }
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, found.state_dict()[name])
+
+
+def test_offloaded_experts_are_read_where_their_weights_are_kept(tmp_path):
+    experts = saved(tmp_path, "llama")
+    expected = merge(experts, method="weights").state_dict()
+    in_memory, on_disk = (LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in experts.values())
+    accelerate.cpu_offload(in_memory, execution_device=torch.device("cpu"))
+    accelerate.disk_offload(on_disk, tmp_path / "kept", execution_device=torch.device("cpu"))
+    found = merge({"a": in_memory, "b": on_disk}, method="weights").state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert all(parameter.is_meta for parameter in (*in_memory.parameters(), *on_disk.parameters()))
 
 
 def anonymous() -> int:
