@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import torch
@@ -19,13 +20,18 @@ PART = 1 << 20
 """Entries that are hashed at a time."""
 
 
+TOGETHER = 2
+"""Models that are hashed at a time, each by a thread of its own."""
+
+
 def fingerprint_experts(experts: Mapping[str, nn.Module]) -> dict[str, str]:
     """The sha256 of every expert's parameters and persistent buffers, by task.
 
-    One module is read at a time, so that a model with offloaded weights (`device_map`) is never loaded as a whole.
+    Of a model one module is read at a time, so that one with offloaded weights (`device_map`) is never loaded as a whole.
     """
     once = {id(expert): expert for expert in experts.values()}
-    prints = {key: _fingerprint_module(expert) for key, expert in once.items()}
+    with ThreadPoolExecutor(TOGETHER) as pool:
+        prints = dict(zip(once, pool.map(_fingerprint_module, once.values()), strict=True))
     return {task: prints[id(expert)] for task, expert in experts.items()}
 
 
