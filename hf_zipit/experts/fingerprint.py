@@ -27,7 +27,7 @@ TOGETHER = 2
 def fingerprint_experts(experts: Mapping[str, nn.Module]) -> dict[str, str]:
     """The sha256 of every expert's parameters and persistent buffers, by task.
 
-    Of a model one module is read at a time, so that one with offloaded weights (`device_map`) is never loaded as a whole.
+    Of a model one module is read at a time: one with offloaded weights (`device_map`) is never loaded as a whole.
     """
     once = {id(expert): expert for expert in experts.values()}
     with ThreadPoolExecutor(TOGETHER) as pool:
