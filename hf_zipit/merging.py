@@ -20,6 +20,7 @@ from hf_zipit.align.align import check_settings, wants_folding
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.assembly.assemble import assemble
 from hf_zipit.assembly.record import record
+from hf_zipit.assembly.to_disk import write_merged
 from hf_zipit.assembly.widening import widenable_spaces
 from hf_zipit.combine.combine import check_base, check_rule
 from hf_zipit.config import AUTO, MergeConfig
@@ -27,6 +28,7 @@ from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
+from hf_zipit.files import check_result_folder
 from hf_zipit.layerwise.stage import combined_trunk
 from hf_zipit.observation.gather import statistics_for
 from hf_zipit.observation.moments import Moments
@@ -70,7 +72,8 @@ def plan(
         DataError: the settings need data, and there will be none.
     """
     config = MergeConfig.of(config, **settings)
-    loaded = load_experts(experts)
+    as_stored = not (data or observed)  # nothing is computed with them
+    loaded = load_experts(experts, as_stored=as_stored)
     first = next(iter(loaded.values()))
     config = choose(config, first, data=data, observed=observed)
     if not data and (missing := _needs_data(config)):
@@ -80,7 +83,7 @@ def plan(
         loaded,
         config,
         folding=wants_folding(config.method, config.residual, config.overrides),
-        bases=load_bases(base, loaded),
+        bases=load_bases(base, loaded, as_stored=as_stored),
     )
     check_rule(planned)
     wide = cache(lambda: widenable_spaces(first, planned.spec))
@@ -109,6 +112,7 @@ def merge(
     moments: Moments | str | Path | None = None,
     statistics: Known | None = None,
     accelerator: Accelerator | None = None,
+    output_dir: str | Path | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
@@ -130,6 +134,8 @@ def merge(
         statistics: for rules that read some (`combine="regmean"`): what `gather_statistics` returned, or its file, or
             several of them, by whoever has data; nothing is gathered then.
         accelerator: where to run; one with default settings is made if none is given.
+        output_dir: a folder to save the merged model in. Without data it is written there tensor by tensor as it is
+            merged, and neither it nor experts that are given as folders are held in memory: they may be larger.
         settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
     Returns:
@@ -141,7 +147,10 @@ def merge(
         DataError: if the calibration data cannot be used.
         RecipeError: if a setting is wrong.
         SpecError: if the architecture cannot be traced or cut.
+        OutputError: if the folder cannot be written, or the disk is full.
     """
+    if output_dir is not None:
+        output_dir = check_result_folder(output_dir)
     reading, settings = split_settings(settings)
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
@@ -151,6 +160,8 @@ def merge(
     found = moments_for(planned.matched, calibration, moments)
     maps = align_trunk(planned, found)
     read = statistics_for(planned, calibration, statistics)
+    if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
+        return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
     combine = partial(combined_trunk, planned, calibration=calibration, statistics=read)
     trunk = combine(maps)
     try:
@@ -168,4 +179,7 @@ def merge(
     add_residues(merged, planned, maps, read)
     calibrate_joint(merged, planned, calibration)
     errors = refitted.report.to_dict() if refitted.report else None
-    return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+    record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+    if output_dir is not None:
+        merged.save_pretrained(output_dir)
+    return merged

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
-from hf_zipit.modeling import ZipItConfig, build
+from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel, build
 from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.compatible import CLASSIFIERS
 from hf_zipit.planning.cut import Cut, ReadPoint, towers
@@ -39,10 +39,23 @@ def assemble(
     take the place of U_t; `head_cuts` is by path what attention layers have whose heads are more and narrower than an
     expert's.
     """
+    shapes = {name: tensor.shape for name, tensor in trunk.items()}
+    merged = build(configured(planned, shapes, maps, readouts, head_cuts))
+    fill(merged, MergedTensors(planned, trunk, maps, merged, readouts))
+    return merged.eval()
+
+
+def configured(
+    planned: Plan,
+    shapes: Mapping[str, Sequence[int]],
+    maps: Alignment,
+    readouts: Readouts | None = None,
+    head_cuts: Mapping[str, HeadCut] | None = None,
+) -> ZipItConfig:
+    """The merged model's configuration; `shapes` are those of the trunk's tensors, the rest is as for `assemble`."""
     spec, cut, experts = planned.spec, planned.cut, planned.folded
-    sources = {task: model_tensors(model) for task, model in experts.items()}
-    first = sources[planned.tasks[0]]
-    config = ZipItConfig(
+    first = model_tensors(planned.model)
+    return ZipItConfig(
         source_architecture=type(planned.model).__name__,
         source_config=planned.model.config,
         tasks=list(experts),
@@ -50,25 +63,12 @@ def assemble(
         shared=list(cut.shared),
         entries=[_setting("module", entry, spec, maps, readouts) for entry in cut.entries],
         exits=[_setting("field", exit_, spec, maps, readouts) for exit_ in cut.exits],
-        trunk_shapes={name: list(t.shape) for name, t in trunk.items() if t.shape != first[name].shape},
+        trunk_shapes={name: list(shape) for name, shape in shapes.items() if tuple(shape) != first[name].shape},
         head_dims={path: cut.width for path, cut in (head_cuts or {}).items()},
         rotary_pairs={path: cut.pairs for path, cut in (head_cuts or {}).items() if cut.pairs is not None},
         depth=cut.depth,
         cut=first_own_block(spec, cut),
     )
-    merged = build(config)
-    fill(merged, sources, trunk)
-    for number, task in enumerate(experts):
-        key = merged.branch_names[task]
-        modules = (*merged.entries[key], *merged.exits[key])
-        for entry, module in zip((*cut.entries, *cut.exits), modules, strict=True):
-            if readouts is not None:
-                module.load_state_dict(dict(zip(("weight", "bias"), readouts[entry][number], strict=True)))
-            elif only_groups(maps, entry.key):
-                module.index.copy_(unmerge_index(maps, entry.label, number, spec))
-            else:
-                module.weight.data.copy_(unmerge_matrix(maps, entry.label, number, spec))
-    return merged.eval()
 
 
 def first_own_block(spec: MergeSpec, cut: Cut) -> str | None:
@@ -93,19 +93,73 @@ def _setting(
     return {where: entry.target, "axis": entry.axis, "units": units, "size": size, "kind": kind}
 
 
+class MergedTensors(Mapping[str, Tensor]):
+    """Every tensor of a merged model by its name there, made or read when it is asked for.
+
+    Args:
+        planned, trunk, maps, readouts: as for `assemble`.
+        merged: the model, which may be on the meta device.
+
+    Raises:
+        ExpertError: an expert lacks a tensor.
+    """
+
+    def __init__(
+        self,
+        planned: Plan,
+        trunk: Mapping[str, Tensor],
+        maps: Alignment,
+        merged: ZipItPreTrainedModel,
+        readouts: Readouts | None = None,
+    ) -> None:
+        self.spec, self.trunk, self.maps, self.readouts = planned.spec, trunk, maps, readouts
+        self.sources = {task: model_tensors(model) for task, model in planned.folded.items()}
+        self.places = {"entries": planned.cut.entries, "exits": planned.cut.exits}
+        self.tasks = {key: task for task, key in merged.branch_names.items()}
+        self.names = tuple(model_tensors(merged))
+
+    def __getitem__(self, name: str) -> Tensor:
+        part, _, rest = name.partition(".")
+        if part == "trunk":
+            return self.trunk[rest]
+        key, _, own = rest.partition(".")
+        task = self.tasks[key]
+        if part in self.places:
+            number, _, leaf = own.partition(".")
+            return self._readout(self.places[part][int(number)], task, leaf)
+        # A tensor of the trunk that hangs beside blocks, in no module of its own, is held by every branch.
+        source = self.trunk[own] if own in self.trunk else self.sources[task].get(own)
+        if source is None:
+            raise ExpertError(f"the tensor {own} of the merged model is missing in the expert {task!r}")
+        return source
+
+    def _readout(self, place: ReadPoint, task: str, leaf: str) -> Tensor:
+        number = list(self.sources).index(task)
+        if self.readouts is not None:
+            return self.readouts[place][number][leaf == "bias"]
+        if leaf == "index":
+            return unmerge_index(self.maps, place.label, number, self.spec)
+        matrix = unmerge_matrix(self.maps, place.label, number, self.spec)
+        return matrix if leaf == "weight" else matrix.new_zeros(len(matrix))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 @torch.no_grad()
-def fill(merged: nn.Module, sources: Mapping[str, Mapping[str, Tensor]], trunk: Mapping[str, Tensor]) -> None:
-    """Copy the merged tensors into the trunk and the experts' own into the branches, each tensor exactly once."""
-    for name, tensor in model_tensors(merged.trunk).items():
-        tensor.copy_(trunk[name])
-    for task, own in sources.items():
-        for name, tensor in model_tensors(merged.branch(task)).items():
-            # A tensor of the trunk that hangs beside blocks, in no module of its own, is held by every branch.
-            source = trunk[name] if name in trunk else own.get(name)
-            if source is None or source.shape != tensor.shape:
-                found = "missing" if source is None else f"of shape {tuple(source.shape)}"
-                raise ExpertError(
-                    f"the tensor {name} is {found} in the expert {task!r}, but its configuration makes one of shape "
-                    f"{tuple(tensor.shape)}"
-                )
-            tensor.copy_(source)
+def fill(merged: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy the values into a model's tensors, each exactly once.
+
+    Raises ExpertError for a value that has another shape than the model's configuration says.
+    """
+    for name, tensor in model_tensors(merged).items():
+        value = values[name]
+        if value.shape != tensor.shape:
+            raise ExpertError(
+                f"the tensor {name} of the merged model would be of shape {tuple(value.shape)}, but the experts' "
+                f"configuration makes one of shape {tuple(tensor.shape)}"
+            )
+        tensor.copy_(value)

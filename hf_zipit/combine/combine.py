@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from hashlib import sha256
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from hf_zipit.combine.layers import Layer, merged_fisher, merged_grams
 from hf_zipit.combine.rule import task_vectors
 from hf_zipit.config import MergeConfig
 from hf_zipit.errors import ExpertError, RecipeError, SpecError
+from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import to_merged
 from hf_zipit.observation.statistics import LayerStatistics
+from hf_zipit.planning.compatible import all_finite
 from hf_zipit.planning.plan import Plan
 from hf_zipit.registry import RULES
 from hf_zipit.symmetry.proof import model_tensors
@@ -27,6 +29,9 @@ from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
 Combine = Callable[..., Tensor]
 """A rule with its options: from the experts' tensors in merged units, their labels and `base=` to the merged one."""
+
+PART = 1 << 20
+"""Entries that are combined at a time where a rule combines every entry by itself: what fits in a CPU's cache."""
 
 
 def check_base(config: MergeConfig, base: Any) -> None:
@@ -50,80 +55,31 @@ def check_rule(planned: Plan) -> None:
 
 
 def combine_trunk(planned: Plan, maps: Alignment, statistics: LayerStatistics | None = None) -> dict[str, Tensor]:
-    """The merged tensors of the trunk, by their names in the source model.
-
-    `statistics` are for rules that read some (`statistics_for`).
-
-    Raises:
-        SpecError: a tensor does not have the shape that its labels say, or integers that cannot be combined differ.
-        ExpertError: a merged tensor is not finite.
-    """
-    combiner = Combiner(planned, maps, statistics)
-    return {name: combiner.tensor(name) for name in sorted(planned.cut.trunk)}
-
-
-class Combiner:
-    """The rule of a plan, applied to tensors of the trunk one by one."""
-
-    def __init__(self, planned: Plan, maps: Alignment, statistics: LayerStatistics | None = None) -> None:
-        self.planned, self.maps, self.statistics = planned, maps, statistics
-        self.rule, self.options = RULES.get(planned.config.combine), planned.config.combine_options
-        self.trunk = Trunk(planned, maps)
-        self.whole = self.rule.survey_of(self.trunk, self.options)
-
-    def tensor(self, name: str, layer: Layer | None = None) -> Tensor:
-        """The merged tensor, in the experts' dtype; `layer` is what a layerwise rule is given. Raises as above."""
-        own, bases = self.trunk.read(name)
-        planned, combine = self.planned, mean
-        try:
-            if name in self.trunk.trained:
-                given = {"whole": self.whole, "generator": generator_of(planned.config.seed, name), "layer": layer}
-                combine = partial(
-                    self.rule.combine, plan=planned, options=self.options, **given, **self._read(name, own[0])
-                )
-            merged = combine_tensor(
-                own, self.trunk.labels(name), self.maps, planned.spec, combine, bases, planned.base_shares
-            )
-        except SpecError as error:
-            raise SpecError(f"the tensor {name} cannot be merged: {error}") from error
-        if merged.is_floating_point() and not bool(torch.isfinite(merged).all()):
-            raise ExpertError(
-                f"the merged tensor {name} is not finite; check the experts' weights and the options of "
-                f"combine={planned.config.combine!r}"
-            )
-        return merged
-
-    def _read(self, name: str, tensor: Tensor) -> dict[str, Any]:
-        """What is known of a parameter from data, as far as the rule wants it."""
-        if self.statistics is None:
-            return {}
-        labels, found = self.trunk.labels(name), {}
-        where = (self.statistics, self.planned.tasks, name)
-        if "grams" in self.rule.wants:
-            found["grams"] = merged_grams(*where, tensor, labels, self.maps, self.planned.spec)
-        if "fisher" in self.rule.wants:
-            found["fisher"] = merged_fisher(*where, labels, self.maps, self.planned.spec)
-        return found
+    """The merged tensors of the trunk, by their names in the source model; as `CombinedTrunk`, all at once."""
+    return dict(CombinedTrunk(planned, maps, statistics))
 
 
 class Trunk:
     """The tensors of a plan's trunk. As an iterable, `Vectors`: task vectors in merged units, made as they are read.
 
     Attributes:
+        maps: those that change anything.
         trained: the parameters among the tensors, which rules combine; what was only counted is averaged.
     """
 
     def __init__(self, planned: Plan, maps: Alignment) -> None:
-        self.planned, self.maps = planned, maps
-        self.experts = [model_tensors(model) for model in planned.folded.values()]
-        self.bases = [model_tensors(model) for model in planned.bases.values()]
+        self.planned = planned
+        self.maps = {name: found for name, found in maps.items() if not found.is_identity}
+        by_model = {id(model): model_tensors(model) for model in (*planned.folded.values(), *planned.bases.values())}
+        self.experts = [by_model[id(model)] for model in planned.folded.values()]
+        self.bases = [by_model[id(model)] for model in planned.bases.values()]
         parameters = dict(planned.model.named_parameters(remove_duplicate=False))
         self.trained = {name for name in planned.cut.trunk if name in parameters}
+        self.elementwise = RULES.get(planned.config.combine).elementwise
 
     def read(self, name: str) -> tuple[list[Tensor], list[Tensor]]:
         """The experts' tensors and their bases', in their own units."""
-        own, bases = ([in_float32(model[name]) for model in models] for models in (self.experts, self.bases))
-        return own, bases
+        return [own[name] for own in self.experts], [own[name] for own in self.bases]
 
     def moved(self, name: str) -> tuple[list[Tensor], Tensor | None]:
         """The experts' tensors in merged units, and the origin of their task vectors: see `in_merged_units`."""
@@ -137,9 +93,85 @@ class Trunk:
     def __iter__(self) -> Iterator[list[Tensor]]:
         # Tied parameters are one.
         once = {name for name, _ in self.planned.model.named_parameters()}
+        spec, shares = self.planned.spec, self.planned.base_shares
         for name in sorted(once & self.trained):
-            moved, origin = self.moved(name)
-            yield moved if origin is None else task_vectors(moved, origin)
+            own, bases = self.read(name)
+            for _, part in parts(own, self.labels(name), self.maps, spec, bases, self.elementwise):
+                moved, origin = in_merged_units(part.tensors, part.labels, self.maps, spec, part.bases, shares)
+                yield moved if origin is None else task_vectors(moved, origin)
+
+
+class CombinedTrunk(Mapping[str, Tensor]):
+    """The merged tensors of the trunk, by their names in the source model. Each is combined when it is asked for.
+
+    `statistics` are for rules that read some (`statistics_for`).
+
+    Raises:
+        SpecError: a tensor does not have the shape that its labels say, or integers that cannot be combined differ.
+        ExpertError: a merged tensor is not finite.
+    """
+
+    def __init__(self, planned: Plan, maps: Alignment, statistics: LayerStatistics | None = None) -> None:
+        self.planned, self.trunk, self.statistics = planned, Trunk(planned, maps), statistics
+        self.rule, self.options = RULES.get(planned.config.combine), planned.config.combine_options
+        self.whole = self.rule.survey_of(self.trunk, self.options)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of all tensors; none is combined for it."""
+        maps, spec, first = self.trunk.maps, self.planned.spec, self.trunk.experts[0]
+        return {
+            name: tuple(merged_length(label, maps, spec) for label in labels)
+            if (labels := self.trunk.labels(name))
+            else tuple(first[name].shape)
+            for name in self
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.planned.cut.trunk:
+            raise KeyError(name)
+        return self.tensor(name)
+
+    def tensor(self, name: str, layer: Layer | None = None) -> Tensor:
+        """The merged tensor; `layer` is what a layerwise rule is given."""
+        trunk, planned = self.trunk, self.planned
+        own, bases = trunk.read(name)
+        combine, elementwise = mean, True
+        if name in trunk.trained:
+            given = {"whole": self.whole, "generator": generator_of(planned.config.seed, name), "layer": layer}
+            known = self._read(name, own[0])
+            combine = partial(self.rule.combine, plan=planned, options=self.options, **given, **known)
+            elementwise = self.rule.elementwise
+        try:
+            merged = combine_tensor(
+                own, trunk.labels(name), trunk.maps, planned.spec, combine, bases, planned.base_shares, elementwise
+            )
+        except SpecError as error:
+            raise SpecError(f"the tensor {name} cannot be merged: {error}") from error
+        if merged.is_floating_point() and not all_finite(merged):
+            raise ExpertError(
+                f"the merged tensor {name} is not finite; check the experts' weights and the options of "
+                f"combine={planned.config.combine!r}"
+            )
+        return merged
+
+    def _read(self, name: str, tensor: Tensor) -> dict[str, Any]:
+        """What is known of a parameter from data, as far as the rule wants it."""
+        if self.statistics is None:
+            return {}
+        labels, found = self.trunk.labels(name), {}
+        where = (self.statistics, self.planned.tasks, name)
+        if "grams" in self.rule.wants:
+            found["grams"] = merged_grams(*where, tensor, labels, self.trunk.maps, self.planned.spec)
+        if "fisher" in self.rule.wants:
+            found["fisher"] = merged_fisher(*where, labels, self.trunk.maps, self.planned.spec)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.planned.cut.trunk))
+
+    def __len__(self) -> int:
+        return len(self.planned.cut.trunk)
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -156,8 +188,9 @@ def combine_tensor(
     combine: Combine,
     bases: Sequence[Tensor] = (),
     base_shares: Sequence[float] | None = None,
+    elementwise: bool = False,
 ) -> Tensor:
-    """The merged tensor, in the experts' dtype.
+    """The merged tensor, in the experts' dtype, or in float32 where that is coarser: nothing merged is rounded to it.
 
     Args:
         tensors: the experts' tensors, of one shape and dtype.
@@ -165,14 +198,69 @@ def combine_tensor(
         maps, spec: the map of every movable space, and the sizes of all.
         combine: the rule.
         bases, base_shares: for rules that need them, as for `in_merged_units`.
+        elementwise: the rule combines every entry by itself: a large tensor is then combined in parts.
 
     Raises:
-        SpecError: as `combine_trunk` does.
+        SpecError: as `CombinedTrunk` does.
     """
     if not tensors[0].is_floating_point():
         return _agreed(tensors, labels, maps)
-    moved, origin = in_merged_units(tensors, labels, maps, spec, bases, base_shares)
-    return combine(moved, labels, **({} if origin is None else {"base": origin})).to(tensors[0].dtype)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    merged = None
+    for at, part in parts(tensors, labels, maps, spec, bases, elementwise):
+        moved, origin = in_merged_units(part.tensors, part.labels, maps, spec, part.bases, base_shares)
+        found = combine(moved, part.labels, **({} if origin is None else {"base": origin}))
+        if at is None:
+            return found.to(dtype)
+        axis, start, size = at
+        if merged is None:
+            merged = found.new_empty([*found.shape[:axis], size, *found.shape[axis + 1 :]], dtype=dtype)
+        merged.narrow(axis, start, found.shape[axis]).copy_(found)
+    return merged
+
+
+class Part(NamedTuple):
+    """The same part of the experts' and the bases' tensors, with the labels of its axes."""
+
+    tensors: Sequence[Tensor]
+    labels: Sequence[AxisLabel]
+    bases: Sequence[Tensor]
+
+
+def parts(
+    tensors: Sequence[Tensor],
+    labels: Sequence[AxisLabel],
+    maps: Alignment,
+    spec: MergeSpec,
+    bases: Sequence[Tensor] = (),
+    elementwise: bool = True,
+) -> Iterator[tuple[tuple[int, int, int] | None, Part]]:
+    """Tensors in parts of about `PART` entries, with the axis, the place and the axis's length; else whole, with None.
+
+    They are divided along the first axis on which no map depends.
+    """
+    shape = tensors[0].shape
+    names = {name for label in labels for name in product_key(label) if name in maps}
+    names |= {outer for name in names for outer in spec.spaces[name].within}
+    free = (i for i, n in enumerate(shape) if n > 1 and not (labels and names.intersection(product_key(labels[i]))))
+    axis = next(free, None) if elementwise and shape.numel() > PART else None
+    if axis is None:
+        yield None, Part(tensors, labels, bases)
+        return
+    step = max(PART * shape[axis] // shape.numel(), 1)
+    own = (*labels[:axis], (), *labels[axis + 1 :]) if labels else ()
+    for start in range(0, shape[axis], step):
+        cut = partial(torch.narrow, dim=axis, start=start, length=min(step, shape[axis] - start))
+        yield (axis, start, shape[axis]), Part(_once(cut, tensors), own, _once(cut, bases))
+
+
+def _once(function: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A function of every tensor; where two are the same object, so are the results."""
+    done: dict[int, Tensor] = {}
+    for tensor in tensors:
+        if id(tensor) not in done:
+            done[id(tensor)] = function(tensor)
+    return [done[id(tensor)] for tensor in tensors]
 
 
 def in_merged_units(
@@ -190,14 +278,18 @@ def in_merged_units(
             the origin (arXiv 2410.12766), to which every expert's own task vector is added. Without any there is none.
         base_shares: how much each of them counts in that mean; all the same by default.
     """
-    own, started = (
-        [to_merged(x.double(), labels, maps, spec, t) if labels else x.double() for t, x in enumerate(xs)]
-        for xs in (tensors, bases)
-    )
+    mapped = any(name in maps for label in labels for name in product_key(label))
+
+    def moved(xs: Sequence[Tensor]) -> list[Tensor]:
+        if mapped:
+            return [to_merged(x.double(), labels, maps, spec, t) for t, x in enumerate(xs)]
+        return _once(lambda x: to_merged(x.double(), labels, maps, spec, 0) if labels else x.double(), xs)
+
+    own, started = moved(tensors), moved(bases)
     if not started:
         return own, None
     shares = base_shares or [1 / len(started)] * len(started)
-    if all(torch.equal(start, started[0]) for start in started):
+    if all(start is started[0] or torch.equal(start, started[0]) for start in started):
         return own, started[0]
     origin = sum(share * start for share, start in zip(shares, started, strict=True))
     return [origin + (tensor - start) for tensor, start in zip(own, started, strict=True)], origin
@@ -211,11 +303,6 @@ def mean(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], *, base: Tensor
 def merge_tensor(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) -> Tensor:
     """The mean of the experts' tensors in merged units, sum_t M_t W_t U_t; see `combine_tensor`."""
     return combine_tensor(tensors, labels, maps, spec, mean)
-
-
-def in_float32(tensor: Tensor) -> Tensor:
-    """What is merged is not rounded to the experts' dtype, which may be coarse."""
-    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _agreed(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Mapping[str, Any]) -> Tensor:

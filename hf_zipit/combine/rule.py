@@ -43,7 +43,8 @@ BASE = "base"
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 Vectors = Iterable[Sequence[Tensor]]
-"""The experts' task vectors (without a base their weights), parameter by parameter; may be read more than once."""
+"""The experts' task vectors (without a base their weights), parameter by parameter, of elementwise rules part by part;
+may be read more than once."""
 
 Survey = Callable[..., Any]
 """`survey(vectors, **options)`, all of the rule's options: what it wants to know of all `Vectors` beforehand."""
@@ -51,11 +52,15 @@ Survey = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule: its name in recipes, its function, and its survey if it has one."""
+    """A registered rule: its name in recipes, its function, and its survey if it has one.
+
+    `elementwise`: after the survey it combines every entry by itself, so that it may be given a part of a tensor.
+    """
 
     name: str
     function: Callable[..., Tensor]
     survey: Survey | None = None
+    elementwise: bool = False
 
     @cached_property
     def wants(self) -> frozenset[str]:
@@ -92,11 +97,11 @@ class Rule:
         return self.function(tensors, labels, plan, **wanted, **options)
 
 
-def register(name: str, *, survey: Survey | None = None) -> Callable[[Function], Function]:
-    """Decorator that makes a function a rule."""
+def register(name: str, *, survey: Survey | None = None, elementwise: bool = False) -> Callable[[Function], Function]:
+    """Decorator that makes a function a rule; see `Rule`."""
 
     def decorate(function: Function) -> Function:
-        RULES.add(name, Rule(name, function, survey))
+        RULES.add(name, Rule(name, function, survey, elementwise))
         return function
 
     return decorate

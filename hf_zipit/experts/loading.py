@@ -14,11 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
-from hf_zipit.experts.checkpoints import PLAIN, class_of, damage, read_config, read_weights
+from hf_zipit.experts.checkpoints import class_of, damage, read_config, read_weights
+from hf_zipit.experts.offloaded import is_placed, plain_copy
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
 from hf_zipit.files.places import folder_of
-from hf_zipit.hub.cache import commit_of, looks_local
+from hf_zipit.files.tensors import half_precision
+from hf_zipit.hub.cache import commit_of, local_folder, looks_local
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
@@ -30,9 +32,12 @@ Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
 
 
 def load_experts(
-    experts: Experts, *, revisions: Mapping[str, str] | None = None, least: int = 2
+    experts: Experts, *, revisions: Mapping[str, str] | None = None, least: int = 2, as_stored: bool = False
 ) -> dict[str, PreTrainedModel]:
     """The experts by task name: repo ids and folders loaded in float32 and eval mode, models as they are.
+
+    `as_stored`: folders and repos whose weights are in half precision are left in it. Their tensors are then the pages
+    of their files (as those of float32 are anyway), which the system reads when they are used and may forget again.
 
     A LoRA adapter becomes the model that it makes of its base. A merged model becomes several experts, one for each of
     its tasks, named `NAME/TASK`.
@@ -58,7 +63,7 @@ def load_experts(
             raise ExpertError(f"the task name {name!r} is given to {count} experts; task names must differ")
     found: dict[str, PreTrainedModel] = {}
     for name, expert in pairs:
-        loaded = load_expert(name, expert, (revisions or {}).get(name))
+        loaded = load_expert(name, expert, (revisions or {}).get(name), as_stored)
         parts = by_task(name, loaded) if isinstance(loaded, ZipItPreTrainedModel) else {name: loaded}
         if twice := next((task for task in parts if task in found), None):
             raise ExpertError(f"the task name {twice!r} is given to 2 experts; task names must differ")
@@ -85,11 +90,14 @@ def named(expert: Expert | tuple[str, Expert]) -> tuple[str, Expert]:
     return name, expert
 
 
-def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+def load_bases(
+    base: Any, experts: Mapping[str, PreTrainedModel], *, as_stored: bool = False
+) -> dict[str, PreTrainedModel]:
     """By task the model that each expert started from; empty where none is given.
 
     It is one model for all experts, or one for each by task: loaded, or a repo id or folder, which is loaded with the
-    experts' class. A head that it lacks is left as it is initialised, for heads are never merged.
+    experts' class. A head that it lacks is left as it is initialised, for heads are never merged. `as_stored` is as
+    for `load_experts`.
 
     Raises:
         ExpertError: a base cannot be loaded, or there is not one for every expert.
@@ -102,17 +110,16 @@ def load_bases(base: Any, experts: Mapping[str, PreTrainedModel]) -> dict[str, P
     loaded: dict[Any, PreTrainedModel] = {}  # a module is its own key
     for task, source in given.items():
         if source not in loaded:
-            loaded[source] = _load_base(task, source, experts[task])
+            loaded[source] = _load_base(task, source, experts[task], as_stored)
     return {task: loaded[source] for task, source in given.items()}
 
 
-def _load_base(task: str, source: Any, expert: PreTrainedModel) -> PreTrainedModel:
+def _load_base(task: str, source: Any, expert: PreTrainedModel, as_stored: bool) -> PreTrainedModel:
     if isinstance(source, nn.Module):
-        return source.eval()
+        return as_expert(task, source).eval()
     what = f"the base of {task!r} could not be loaded from {source}"
-    loading = {**PLAIN, "config": expert.config, "dtype": torch.float32, "ignore_mismatched_sizes": True}
     with torch.random.fork_rng(devices=[]), told(what, str(source)):  # a head that is missing is initialised
-        return type(expert).from_pretrained(source, **loading).eval()
+        return _read(type(expert), str(source), expert.config, None, as_stored)[0].eval()
 
 
 def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedModel]:
@@ -126,8 +133,10 @@ def by_task(name: str, merged: ZipItPreTrainedModel) -> dict[str, PreTrainedMode
         raise ExpertError(f"the expert {name!r} is a merged model that cannot be merged again: {error}") from error
 
 
-def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTrainedModel:
+def load_expert(task: str, expert: Expert, revision: str | None = None, as_stored: bool = False) -> PreTrainedModel:
     """One expert; a repo id or a folder is loaded in float32 with the class that its configuration names.
+
+    `as_stored` is as for `load_experts`.
 
     With a repo id its image processor or tokenizer and its card come along into the cache, for the merged model's.
     Raises ExpertError if it cannot be loaded, in one sentence that says why.
@@ -144,7 +153,9 @@ def load_expert(task: str, expert: Expert, revision: str | None = None) -> PreTr
         source = str(folder)
     with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
         settings = adapter_config(source, revision)
-        model = load_adapted(task, source, settings, revision) if settings else _load(task, source, revision)
+        model = (
+            load_adapted(task, source, settings, revision) if settings else _load(task, source, revision, as_stored)
+        )
     if not folder:
         commit = commit_of(source, revision or "main")
         processor_files(source, commit, fetch=True)
@@ -161,13 +172,14 @@ def check_kind(which: str, expert: object) -> None:
 
 
 def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
-    """A loaded model as an expert: itself, or what an adapter makes of its base."""
+    """A loaded model as an expert: itself without hooks that place it, or what an adapter makes of its base."""
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ExpertError(
             f"the expert {task!r} is wrapped in {type(model).__name__}; give what is in it, model.module"
         )
-    empty = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if empty and not any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_placed(model):
+        model = plain_copy(model)
+    if empty := next((n for n, p in model.named_parameters() if p.is_meta), None):
         raise ExpertError(
             f"the tensor {empty} of the expert {task!r} has no values (device meta); load its weights first"
         )
@@ -185,14 +197,25 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
     return model  # type: ignore[return-value]
 
 
-def _load(task: str, source: str, revision: str | None) -> PreTrainedModel:
+def _load(task: str, source: str, revision: str | None, as_stored: bool) -> PreTrainedModel:
     config = read_config(source, revision)
     home = modeling if isinstance(config, ZipItConfig) else transformers
     model_class = class_of(config, f"the configuration of the expert {task!r} ({source})", home)
-    model, found = read_weights(model_class, source, config, revision, dtype=torch.float32)
+    model, found = _read(model_class, source, config, revision, as_stored)
     if wrong := damage(found):
         raise ExpertError(
             f"the expert {task!r} is damaged: {source} {wrong}, so that it would not compute what was trained; "
             "save it again from where it is whole"
         )
     return model
+
+
+def _read(
+    model_class: type[PreTrainedModel], source: str, config: PreTrainedConfig, revision: str | None, as_stored: bool
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """What `read_weights` gives, in float32; `as_stored` in the half precision that all of its files have."""
+    if as_stored and local_folder(source, revision) is None:
+        read_weights(model_class, source, config, revision, dtype="auto")  # brings the files of a repo here
+    folder = local_folder(source, revision) if as_stored else None
+    dtype = (half_precision(folder) if folder else None) or torch.float32
+    return read_weights(model_class, source, config, revision, dtype=dtype)

@@ -89,7 +89,7 @@ def _commit(folder: Path, place: Path) -> None:
     files = sorted(path.relative_to(new).as_posix() for path in new.rglob("*") if path.is_file())
     old = written_files(folder) if is_ours(folder) else []
     for name in files:
-        if (folder / name).is_dir() or _behind_link(folder, name):
+        if (folder / name).is_dir() or _behindlink(folder, name):
             raise OutputError(
                 f"{folder / name} is a folder or behind a link, where a file of the model goes; move it."
             )
@@ -129,7 +129,7 @@ def _journal(place: Path) -> tuple[list[str], list[str]] | None:
     root = place.resolve() / NEW
     for name in files:
         path = (root / name).resolve()
-        if path != root / name or root not in path.parents or not path.is_file() or _behind_link(place.parent, name):
+        if path != root / name or root not in path.parents or not path.is_file() or _behindlink(place.parent, name):
             return None
     return files, [name for name in stale if belongs(name)]
 
@@ -144,7 +144,7 @@ def _put(folder: Path, place: Path, files: list[str], stale: list[str]) -> None:
             for gone in stale:
                 _remove(folder, gone)
             to_disk(folder)
-        _link(place / NEW / name, place / NEXT)
+        link(place / NEW / name, place / NEXT)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(place / NEXT, folder / name)
         (place / NEXT).unlink(missing_ok=True)  # renaming a link over another one of the same file does nothing
@@ -178,7 +178,8 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     to_disk(path)
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
+    """Have a file under another name, too, in place of what is there: as a link, or copied where there are none."""
     target.unlink(missing_ok=True)
     try:
         os.link(source, target)
@@ -189,7 +190,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _remove(folder: Path, name: str) -> None:
     """Remove a file, and the folders that are empty then; nothing behind a link."""
-    if _behind_link(folder, name):
+    if _behindlink(folder, name):
         return
     (folder / name).unlink(missing_ok=True)
     for part in Path(name).parents:
@@ -198,6 +199,6 @@ def _remove(folder: Path, name: str) -> None:
                 (folder / part).rmdir()
 
 
-def _behind_link(folder: Path, name: str) -> bool:
+def _behindlink(folder: Path, name: str) -> bool:
     """Whether a link stands between a folder, which may be one itself, and a file in it."""
     return any((folder / part).is_symlink() for part in Path(name).parents if part != Path("."))

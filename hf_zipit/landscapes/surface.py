@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_zipit.combine.combine import in_float32
 from hf_zipit.errors import ExpertError
 from hf_zipit.maps.space_map import Alignment, SpaceMap
 from hf_zipit.maps.transform import to_merged, unmerge_matrix
@@ -129,7 +128,7 @@ def _trunk(planned: Plan, alignment: Alignment, merged: PreTrainedModel, pair: t
         # A tensor of the trunk that hangs beside blocks, in no module of its own, is held by every branch.
         targets = [trunk[name]] if name in trunk else [branch[name] for branch in branches]
         ends = (
-            to_merged(in_float32(source[name]), labels, alignment, spec, number).to(targets[0])
+            to_merged(source[name].float(), labels, alignment, spec, number).to(targets[0])
             for source, number in zip(sources, numbers, strict=True)
         )
         yield Move.between(targets, *ends, counts=name in parameters)

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.adapters import adapter_for
-from hf_zipit.combine.combine import Combiner
+from hf_zipit.combine.combine import CombinedTrunk
 from hf_zipit.combine.layers import Layer
 from hf_zipit.combine.matrices import view_of
 from hf_zipit.config import RefitConfig
@@ -66,7 +66,7 @@ class LayerwiseWalk:
             device=calibration.device,
         )  # fmt: skip
         self.program = export(model)
-        self.combiner = Combiner(planned, maps)
+        self.combiner = CombinedTrunk(planned, maps)
         merged = {name: self.combiner.tensor(name) for name in sorted(cut.trunk)}
         experts = [model_tensors(expert) for expert in planned.folded.values()]
         if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
@@ -97,7 +97,7 @@ class LayerwiseWalk:
         """Whether rules can be given what a site is fed: the kernel of one input channel reads no space."""
         weight = self.values.solved[site.weight]
         matrix = view_of(weight, self.combiner.trunk.labels(site.weight)) is not None
-        return site.kind in LAYERS and (matrix or weight.dim() == 1)
+        return site.kind in LAYERS and not site.turned and (matrix or weight.dim() == 1)
 
     def _compute(self, node: fx.Node) -> None:
         """Run one op of the merged model on all batches, and of every expert on those of its own task."""

@@ -42,6 +42,12 @@ class SpaceMap:
     def experts(self) -> int:
         return self.labels.shape[0]
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether every unit stays where it is."""
+        units = self.labels.shape[-1]
+        return self.size == units and bool((self.labels == torch.arange(units).to(self.labels)).all())
+
     def equals(self, other: Map) -> bool:
         return isinstance(other, SpaceMap) and self.size == other.size and torch.equal(self.labels, other.labels)
 
@@ -93,6 +99,11 @@ class LinearMap:
         """Whether one expert's units stay as they are."""
         own = self.matrices[expert]
         return torch.equal(own, torch.eye(own.shape[-1]).to(own).expand_as(own))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every unit stays what it is."""
+        return all(map(self.unchanged, range(self.experts)))
 
     @property
     def size(self) -> int:

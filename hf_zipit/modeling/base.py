@@ -28,6 +28,8 @@ from transformers.utils import ModelOutput, logging
 
 from ..errors import ZipItError
 from ..files import adding_to
+from ..files.folder import link
+from ..files.known import WEIGHTS
 from ..hub.processors import Files, processor_files, write_files
 from ..registry import CONVERSIONS
 from .configuration import ZipItConfig
@@ -328,6 +330,31 @@ class ZipItPreTrainedModel(PreTrainedModel):
                 elif sums is not None:
                     sums.save(folder / name)
             return push_folder(folder, repo_id, token=token, **commit)
+
+    def save_about(self, folder: str | Path) -> None:
+        """Write again what stands beside this model's weights in a folder that holds them: configuration and card.
+
+        Raises OutputError as `save_pretrained` does.
+        """
+        folder = Path(folder)
+        with adding_to(folder) as beside:
+            for path in (path for pattern in WEIGHTS for path in folder.glob(pattern)):
+                link(path, beside / path.name)
+            self.write_about(beside, folder.absolute().name)
+
+    def write_about(self, folder: Path, name: str) -> None:
+        """Write all but the weights into a folder that is not in its place yet; `name` is the model's."""
+        self.write_configuration(folder)
+        self._write_companions(folder, name)
+
+    def write_configuration(self, folder: Path) -> None:
+        """Write the configurations, as `save_pretrained` does."""
+        self.config.auto_map = auto_map(self.auto_class, type(self).__name__)
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = str(self.dtype).removeprefix("torch.")
+        self.config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
 
     def _write(self, folder: str | Path, **kwargs: Any) -> None:
         self.config.auto_map = auto_map(self.auto_class, type(self).__name__)

@@ -233,6 +233,11 @@ class Recipe:
         """Which merge is kept."""
         return self.save or Save(self.method[0], self.depth[0])
 
+    @property
+    def runs_nothing(self) -> bool:
+        """Whether no model is run, neither for calibration nor to be measured: weights may stay in their files."""
+        return self.calibration is None and self.evaluation is None
+
     @classmethod
     def from_dict(cls, content: Any) -> Recipe:
         """The recipe of plain values, as a YAML file holds them.

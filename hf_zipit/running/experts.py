@@ -19,8 +19,8 @@ Say = Callable[[str], None]
 """Is told in a few words what is being done."""
 
 
-def recipe_experts(recipe: Recipe, say: Say, *, train: bool) -> dict[str, PreTrainedModel]:
-    """The experts, loaded or trained; without `train` those to be trained are as initialised."""
+def recipe_experts(recipe: Recipe, say: Say, *, train: bool, as_stored: bool = False) -> dict[str, PreTrainedModel]:
+    """The experts, loaded (`as_stored` as for `load_experts`) or trained; without `train` those are as initialised."""
     given = {task: entry for task, entry in recipe.experts.items() if entry.model is not None}
     made = {}
     for position, (task, entry) in enumerate(recipe.experts.items()):
@@ -44,7 +44,7 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool) -> dict[str, PreTra
             raise ExpertError(f"experts.{task} asks for the task {entry.task!r}, but its model is not a merged one.")
         sources[task] = merged.expert(entry.task)
     revisions = {task: entry.revision for task, entry in given.items() if entry.revision}
-    loaded = load_experts(sources, revisions=revisions)
+    loaded = load_experts(sources, revisions=revisions, as_stored=as_stored)
     _check_weights({task: entry.sha256 for task, entry in given.items() if entry.sha256}, loaded)
     return loaded
 

@@ -32,7 +32,7 @@ Save = Literal["all", "model", "nothing"]
 
 def plan_recipe(recipe: Recipe, say: Say = lambda _: None) -> dict[tuple[str, float | str], Plan]:
     """What a run would do, by method and depth. Experts that it would train are made, but not trained."""
-    return _plans(recipe, recipe_experts(recipe, say, train=False))
+    return _plans(recipe, recipe_experts(recipe, say, train=False, as_stored=True))
 
 
 def _plans(recipe: Recipe, experts: Mapping[str, PreTrainedModel]) -> dict[tuple[str, float | str], Plan]:
@@ -68,7 +68,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
-    experts = recipe_experts(recipe, say, train=True)
+    experts = recipe_experts(recipe, say, train=True, as_stored=recipe.runs_nothing)
     calibration = None
     if recipe.calibration:
         data = recipe_data(recipe, recipe.calibration, experts)
@@ -90,21 +90,27 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
         say("measuring the experts")
     beside = measured(experts)
     rows, kept_row, kept_model = [], None, None
+    writes = save != "nothing" and PartialState().is_main_process  # all processes have the same result
+    folder = recipe.folder if save == "model" else recipe.folder / "model"
     for (method, depth), config in recipe.configs.items():
         say(f"merging: {method}, depth {depth}")
         started = time.perf_counter()
-        merged = merge(experts, calibration, config, base=recipe.base, moments=moments[method, depth])
+        kept = (method, depth) == (recipe.kept.method, recipe.kept.depth)
+        merged = merge(
+            experts, calibration, config, base=recipe.base, moments=moments[method, depth],
+            output_dir=folder if writes and kept and recipe.runs_nothing else None,
+        )  # fmt: skip
         seconds = time.perf_counter() - started
         found = measured(merged)
         share = depth if merged.config.depth is None else merged.config.depth
         rows.append(Measurement(method, share, merged.num_parameters(), found.model, seconds, found.scores))
-        if (method, depth) == (recipe.kept.method, recipe.kept.depth):
+        if kept:
             kept_row, kept_model = rows[-1], merged
     total = sum(expert.num_parameters() for expert in experts.values())
     result = RunResult(recipe, beside.model, total, tuple(rows), kept_row, beside.scores)
-    if save == "nothing" or not PartialState().is_main_process:  # all processes have the same result
+    if not writes:
         return result
     say(f"writing to {recipe.folder}")
     if save == "model":
-        return write_model(result, kept_model, recipe.folder)
+        return write_model(result, kept_model, folder)
     return write_all(result, kept_model, experts, say)

@@ -47,7 +47,10 @@ def write_model(result: RunResult, model: PreTrainedModel, folder: Path) -> RunR
     """Save the kept model with its card and recipe."""
     model.config.method["recipe"] = replace(result.recipe, output=None, push=None).to_dict()
     remember(model, _card_result(result))
-    model.save_pretrained(folder)
+    if result.recipe.runs_nothing:  # it was merged into the folder
+        model.save_about(folder)
+    else:
+        model.save_pretrained(folder)
     return replace(result, model=folder, refit=RefitReport.of(model))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_zipit import merge, plan
 from hf_zipit.align.stage import align_trunk
+from hf_zipit.combine import combine
 from hf_zipit.combine.combine import Trunk, combine_trunk
 from hf_zipit.config import MergeConfig
 from hf_zipit.data.calibration import Calibration
@@ -87,6 +88,16 @@ def test_what_is_drawn_follows_the_seed(rule: str):
     twin = "vit.layers.1.mlp.fc1.weight"  # every parameter has draws of its own
     base = model_tensors(family()["base"])
     assert not torch.equal(first[name] == base[name], first[twin] == base[twin])
+
+
+@pytest.mark.parametrize("rule", [name for name in RULES if RULES.get(name).elementwise])
+def test_elementwise_rules_combine_large_tensors_in_parts(rule: str, monkeypatch: pytest.MonkeyPatch):
+    its = [planned(False), planned(True)]
+    expected = [trunk_of(it, rule) for it in its]
+    monkeypatch.setattr(combine, "PART", 100)
+    for it, whole in zip(its, expected, strict=True):
+        found = trunk_of(it, rule)
+        assert all(torch.equal(found[name], tensor) for name, tensor in whole.items())
 
 
 def test_ties_trims_over_the_whole_model():

@@ -17,7 +17,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
 
 
-@register("average")
+@register("average", elementwise=True)
 def average(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], plan: Plan) -> Tensor:
     """The mean of the experts' tensors."""
     return sum(tensors) / len(tensors)

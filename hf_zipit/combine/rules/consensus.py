@@ -18,7 +18,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
 
 
-@register("consensus")
+@register("consensus", elementwise=True)
 def consensus(
     tensors: Sequence[Tensor],
     labels: Sequence[AxisLabel],

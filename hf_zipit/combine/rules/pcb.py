@@ -52,7 +52,7 @@ def normalised(values: Tensor, low: float, high: float) -> Tensor:
     return ((values - low) / (high - low)).clamp(0, 1) if high > low else torch.zeros_like(values)
 
 
-@register("pcb", survey=ranges)
+@register("pcb", survey=ranges, elementwise=True)
 def pcb(
     tensors: Sequence[Tensor],
     labels: Sequence[AxisLabel],

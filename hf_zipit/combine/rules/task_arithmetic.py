@@ -12,7 +12,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
 
 
-@register("task-arithmetic")
+@register("task-arithmetic", elementwise=True)
 def task_arithmetic(
     tensors: Sequence[Tensor], labels: Sequence[AxisLabel], plan: Plan, *, base: Tensor, scale: float = 0.4
 ) -> Tensor:

@@ -34,7 +34,7 @@ def elected_mean(vectors: Sequence[Tensor]) -> Tensor:
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp_min(1)
 
 
-@register("ties", survey=thresholds)
+@register("ties", survey=thresholds, elementwise=True)
 def ties(
     tensors: Sequence[Tensor],
     labels: Sequence[AxisLabel],

@@ -12,7 +12,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.spec import AxisLabel
 
 
-@register("weighted")
+@register("weighted", elementwise=True)
 def weighted(
     tensors: Sequence[Tensor],
     labels: Sequence[AxisLabel],

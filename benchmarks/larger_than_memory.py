@@ -1,0 +1,153 @@
+"""Merges from files to files: seconds and anonymous memory, for models that are larger than the memory they are given.
+
+    python -m benchmarks.larger_than_memory                      # all of it, about 10 GB of disk
+    python -m benchmarks.larger_than_memory bert-linear          # one row
+
+Every merge runs in a process of its own. Its anonymous memory (`RssAnon`: what cannot be dropped and read again from a
+file) is sampled from outside, every few milliseconds; what the imports hold is told beside it. The experts are random
+and written without ever being held: sharded safetensors files, the Llama-shaped ones in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from hf_zipit.assembly.to_disk import write_shards
+
+LLAMA = LlamaConfig(
+    hidden_size=2048, intermediate_size=5632, num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=4,
+    vocab_size=32000, max_position_embeddings=2048,
+)  # fmt: skip
+SHAPES: dict[str, tuple[type[PreTrainedModel], Any, torch.dtype]] = {
+    "bert": (BertForSequenceClassification, BertConfig(), torch.float32),
+    "llama": (LlamaForCausalLM, LLAMA, torch.bfloat16),
+}
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert-linear": ("bert", {"method": "identity", "combine": "task-arithmetic"}),
+    "bert-ties": ("bert", {"method": "identity", "combine": "ties"}),
+    "llama-average": ("llama", {"method": "identity"}),
+    "llama-linear": ("llama", {"method": "identity", "combine": "task-arithmetic"}),
+    "llama-weights": ("llama", {"method": "weights", "options": {"sweeps": 1}}),
+}
+"""By name the shape of the experts and the settings of the merge. Rules on task vectors get a base."""
+
+MIB = 2**20
+
+CHILD = """
+import json, os, resource, sys, time
+settings = json.loads(sys.argv[1])
+started = time.perf_counter()
+import torch, transformers
+from hf_zipit.merging import merge
+import hf_zipit.modeling.heads, hf_zipit.combine.rules, hf_zipit.align.methods
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
+imported, cpu = time.perf_counter(), time.process_time()
+merge(**settings)
+print(json.dumps({
+    "import_seconds": imported - started, "import_mib": anonymous,
+    "seconds": time.perf_counter() - imported, "cpu_seconds": time.process_time() - cpu,
+}))
+"""
+
+
+class Noise(Mapping[str, Tensor]):
+    """Random tensors of a model by name, the same whenever they are asked for."""
+
+    def __init__(self, like: PreTrainedModel, seed: int) -> None:
+        self.like, self.seed = like.state_dict(), seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        like = self.like[name]
+        if not like.is_floating_point():
+            return torch.arange(like.numel()).reshape(like.shape)
+        generator = torch.Generator().manual_seed(self.seed + 1000 * list(self.like).index(name))
+        noise = torch.randn(like.shape, generator=generator) * 0.02
+        return noise if like.dim() > 1 else 1 + noise
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+
+def write_expert(folder: Path, shape: str, seed: int) -> None:
+    """Write a random model of a shape, in files of at most 500 MB."""
+    model_class, config, dtype = SHAPES[shape]
+    with torch.device("meta"):
+        empty = model_class(config).to(dtype)
+    config.architectures, config.dtype = [model_class.__name__], str(dtype).removeprefix("torch.")
+    folder.mkdir()
+    config.save_pretrained(folder)
+    write_shards(folder, empty, Noise(empty, seed), "500MB")
+
+
+def measured(settings: Mapping[str, Any]) -> dict[str, float]:
+    """What a merge in a process of its own takes: seconds, and MiB of anonymous memory at its peak."""
+    child = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", CHILD, json.dumps(settings)], stdout=subprocess.PIPE, text=True
+    )
+    peak = 0
+    while child.poll() is None:
+        try:
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+        except OSError:
+            break
+        peak = max([peak, *(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.005)
+    told = child.communicate()[0]
+    if child.returncode:
+        raise SystemExit(f"the merge {dict(settings)} failed")
+    return {**json.loads(told.splitlines()[-1]), "peak_mib": peak}
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // MIB
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}; all by default")
+    parser.add_argument("--folder", type=Path, help="where the models go, and stay; a temporary folder by default")
+    given = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as room:
+        root = given.folder or Path(room)
+        root.mkdir(exist_ok=True)
+        print(
+            "| merge | experts + base, MiB | merged, MiB | seconds | CPU seconds | peak, MiB | beyond imports, MiB |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for row in given.rows:
+            shape, settings = ROWS[row]
+            names = ("a", "b", "base") if "combine" in settings else ("a", "b")
+            for seed, name in enumerate(names):
+                if not (root / f"{shape}-{name}").is_dir():
+                    write_expert(root / f"{shape}-{name}", shape, seed)
+            experts = {name: str(root / f"{shape}-{name}") for name in names}
+            base = {"base": experts.pop("base")} if "base" in experts else {}
+            out = root / f"merged-{row}"
+            found = measured({"experts": experts, "output_dir": str(out), **base, **settings})
+            read = sum(size(root / f"{shape}-{name}") for name in names)
+            cells = [row, f"{read:,}", f"{size(out):,}", f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"]
+            cells += [f"{found['peak_mib']:,}", f"{found['peak_mib'] - found['import_mib']:,}"]
+            print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Tensors in safetensors files: what is in one, told by its header, and a file written tensor by tensor.
+
+`safetensors` itself writes what it holds in memory at once. The format is plain: the length of a header in eight
+bytes, the header as JSON (dtype, shape and place of every tensor), and the tensors' bytes one after the other.
+
+Invariants: a file has the bytes that `safetensors.torch.save_file` would write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+NAMES = {
+    torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16",
+    torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+"""The format's names of dtypes, in the order in which their tensors stand in a file."""
+
+ALIGNMENT = 8
+"""The header is filled up with spaces, so that the tensors start at a multiple of this."""
+
+
+def half_precision(folder: Path) -> torch.dtype | None:
+    """The half precision of all weights in a model's folder; None where some are of another. Reads headers only."""
+    found = set()
+    for path in folder.glob("model*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+    kinds = {dtype for dtype, name in NAMES.items() if name in found and dtype.is_floating_point}
+    return kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else None
+
+
+def write_tensors(path: Path, like: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
+    """Write a safetensors file, holding one tensor at a time.
+
+    Args:
+        path: the file.
+        like: tensors with the dtypes and shapes of those to be written, by name; they may be on the meta device.
+        value: gives the tensors, one by one; its results are cast to the dtype that was announced.
+
+    Raises:
+        ValueError: a tensor has another shape than was announced.
+    """
+    kinds = list(NAMES)
+    order = sorted(like, key=lambda name: (kinds.index(like[name].dtype), name))
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + like[name].numel() * like[name].element_size()
+        entries[name] = {
+            "dtype": NAMES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in order:
+            tensor = value(name)
+            if tensor.shape != like[name].shape:
+                raise ValueError(
+                    f"the tensor {name} is {list(tensor.shape)}, but {list(like[name].shape)} was announced"
+                )
+            tensor = tensor.detach().to("cpu", like[name].dtype).contiguous()
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
