@@ -202,7 +202,7 @@ def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Ov
 
 def _keeps_units(choice: Choice, space: Space) -> bool:
     """Whether a method is not for a space that allows rotations of its pairs and nothing else."""
-    return space.symmetry is Symmetry.ROTARY and space.symmetry < choice.method.least
+    return space.symmetry.in_pairs and space.symmetry < choice.method.least
 
 
 def _fitting(choice: Choice, space: Space) -> Choice:

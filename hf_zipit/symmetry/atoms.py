@@ -154,7 +154,7 @@ class Atoms:
     def _pieces(self, ref: Ref, sizes: Sequence[int]) -> tuple[Axis, ...]:
         """New atoms with what they inherit of an atom's symmetry: a part of a rotary one does not have its pairs."""
         symmetry, reason = self._symmetry[ref.atom], self._reason[ref.atom]
-        symmetry = Symmetry.FIXED if symmetry is Symmetry.ROTARY else symmetry
+        symmetry = Symmetry.FIXED if symmetry.in_pairs else symmetry
         return tuple(self.fresh(size, symmetry, reason) for size in sizes)
 
     def _leaves(self, axis: Axis) -> set[Ref]:
@@ -192,7 +192,7 @@ class Atoms:
 
     def _lower(self, atom: int, symmetry: Symmetry, reason: str | None) -> None:
         """What an atom allows, and `symmetry` as well; of a sum, all its terms."""
-        if atom in self._terms and symmetry is Symmetry.ROTARY:  # its pairs would stand in different terms
+        if atom in self._terms and symmetry.in_pairs:  # its pairs would stand in different terms
             symmetry = Symmetry.FIXED
         for term in self._terms.get(atom, ()):
             self.restrict(term, symmetry, reason)

@@ -31,7 +31,8 @@ from hf_zipit.symmetry.atoms import Axis
 from hf_zipit.symmetry.spaces import Symmetry
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
-ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
+ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+HALF_TURNS, ROTARY, NEIGHBOURS = Symmetry.HALF_TURNS, Symmetry.ROTARY, Symmetry.ROTARY_NEIGHBOURS
 
 
 class Value:

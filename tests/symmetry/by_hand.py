@@ -13,7 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from hf_zipit.symmetry.spec import Symmetry
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
-ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
+ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+HALF_TURNS, ROTARY, NEIGHBOURS = Symmetry.HALF_TURNS, Symmetry.ROTARY, Symmetry.ROTARY_NEIGHBOURS
 
 WIDTH = 8
 HEADS, HEAD_DIM, GROUPS = 4, 3, 2
@@ -293,7 +294,17 @@ CASES: dict[str, Case] = {
     "rotary embedding and one half": Case(rotary_and_half, FIXED),
     "rotary embedding and layer norm": Case(lambda x: F.layer_norm(rotary(x), (WIDTH,)), FIXED),
     "rotary embedding and nonlinearity": Case(lambda x: rotary(x).relu(), FIXED),
-    "rotary embedding after a scale": Case(lambda x, v: rotary(x * v), FIXED, extra={"v": vector()}),
+    "rotary embedding after a scale": Case(lambda x, v: rotary(x * v), HALF_TURNS, extra={"v": vector()}),
+    "rotary embedding after a scaled RMS norm": Case(
+        lambda x, v: rotary(F.rms_norm(x, (WIDTH,), v)), HALF_TURNS, extra={"v": vector()}
+    ),
+    "rotary embedding before a scale": Case(
+        lambda x, v: (rotary(x).clone() * v).softmax(1), FIXED, extra={"v": vector()}
+    ),
+    "rotary embedding of neighbours": Case(neighbours_rotated, NEIGHBOURS),
+    "rotary embedding of neighbours after a scale": Case(
+        lambda x, v: neighbours_rotated(x * v), FIXED, extra={"v": vector()}, tight=False
+    ),
     "rotated by angles that differ in a pair": Case(
         lambda x: x * torch.linspace(0, 3, WIDTH).cos() + quarter_rotated(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
     ),

@@ -37,7 +37,6 @@ from tests.symmetry.by_hand import (
     ResidualStream,
     Routed,
     TwoCuts,
-    neighbours_rotated,
     rotary_cut_after,
     rotary_cut_before,
     scaled_and_rotated_by_head,
@@ -194,7 +193,7 @@ def test_cuts_that_do_not_nest_fix_the_axis():
     assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}
 
 
-@pytest.mark.parametrize("function", [neighbours_rotated, rotary_cut_before, rotary_cut_after])
+@pytest.mark.parametrize("function", [rotary_cut_before, rotary_cut_after])
 def test_rotary_embeddings_whose_pairs_are_torn_apart_fix_the_axis(function):
     _, spec, _ = seeded(lambda: Between(Case(function, FIXED)), (2, 5, 6))
     assert {space.symmetry for space in spaces_of(spec, "first.weight", 0)} == {FIXED}

@@ -56,7 +56,8 @@ def copy(run: Interpreter, node: fx.Node, x: Value, source: Value, *_: Any) -> V
 @rule("relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "hardswish", "hardtanh",
       "leaky_relu", "elu", "selu", "mish", "softplus", "erf", "sin", "cos", "reciprocal", "relu6", "hardsigmoid",
       "logical_not", "bitwise_not", "isnan", "isinf", "celu", "floor", "ceil", "round", "sign", "log1p", "expm1",
-      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink")  # fmt: skip
+      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink", "acos", "asin", "atan",
+      "tan", "sinh", "cosh", "erfc", "exp2", "log2", "log10", "softsign", "trunc", "sgn", "angle")  # fmt: skip
 def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     run.restrict_all(x, PERMUTATION)
     return Value(x.axes)
@@ -65,7 +66,7 @@ def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> 
 @rule("where", "eq", "ne", "ge", "gt", "le", "lt", "logical_and", "logical_or", "logical_xor", "__and__", "__or__",
       "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "masked_fill", "clamp", "clamp_min", "clamp_max",
       "maximum", "minimum", "floor_divide", "remainder", "fmod", "atan2", "addcmul", "addcdiv", "lerp", "copysign",
-      "xlogy")  # fmt: skip
+      "xlogy", "polar")  # fmt: skip
 def pointwise(run: Interpreter, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     values = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     for value in values:

@@ -154,6 +154,8 @@ def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
 @rule("cat", "concat", "concatenate", "stack")
 def join(run: Interpreter, node: fx.Node, values: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(shape_of(node))
+    rank = max(len(value.axes) for value in values)
+    values = [value for value in values if len(value.axes) == rank]  # those left out are empty: a new cache
     kept, joined = (
         [list(value.axes) for value in values],
         run.atoms.fresh(shape_of(node)[dim], FIXED, "a concatenation"),
