@@ -51,6 +51,10 @@ class Adapter:
         limit = getattr(config, "max_position_embeddings", None) or TOKENS
         tokens = max(1, min(TOKENS, limit - 2))
         ids = torch.randint(3, max(config.vocab_size, 4), (BATCH, tokens), generator=generator)
+        end = getattr(config, "eos_token_id", None)
+        if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) and end < config.vocab_size:
+            ids[ids == end] = 3 if end != 3 else 4  # one end in every text: some classifiers read there
+            ids[:, -1] = end
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def image_inputs(self, config: object, generator: torch.Generator) -> dict[str, Tensor]:

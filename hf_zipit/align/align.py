@@ -24,7 +24,7 @@ from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Map
 from hf_zipit.planning.cut import NOT_IN_TRUNK
 from hf_zipit.registry import METHODS
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry, factors
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, factors
 from hf_zipit.symmetry.sums import without_sums
 
 logger = logging.getLogger(__name__)

@@ -449,8 +449,11 @@ class Fused(nn.Module):
             q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)) for t in y.chunk(3, -1))
         elif self.by == "inner chunk":
             q, k, v = y.unflatten(-1, (HEADS, 3 * HEAD_DIM)).chunk(3, -1)
-        else:
+        elif self.by == "unbind":
             q, k, v = y.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
+        else:
+            y = y.view(2, 5, HEADS, 3, HEAD_DIM).transpose(1, 3)
+            q, k, v = (y[:, i].transpose(1, 2) for i in range(3))
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return self.out(y.transpose(1, 2).flatten(2))
 

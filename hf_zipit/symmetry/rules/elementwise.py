@@ -17,6 +17,7 @@ from hf_zipit.symmetry.ops import (
     dims,
     input_shape,
     is_in_place,
+    known_size,
     op_name,
     overload,
     rule,
@@ -153,9 +154,19 @@ def ramp(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
     return run.fresh_like(node, FIXED, "a constant")
 
 
-@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_size")
+@rule(
+    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"
+)
 def nothing(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> None:
     return None
+
+
+@rule("sym_size", "sym_numel", "item", "_local_scalar_dense")
+def number(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Any:
+    """A size, or what is in a tensor, as a number."""
+    if "sym" not in op_name(node):
+        run.restrict_all(x, FIXED, "it is read as a number")
+    return known_size(node.meta["val"])
 
 
 @rule("max", "min")

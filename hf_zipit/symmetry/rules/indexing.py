@@ -87,7 +87,7 @@ def scatter(run: Interpreter, node: fx.Node, x: Value, dim: int, numbers: Value,
 def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> Any:
     used = [i for i, index in enumerate(indices) if isinstance(index, Value)]
     if any(node.args[1][i].meta["val"].dtype in (torch.bool, torch.uint8) for i in used):  # type: ignore[index, union-attr]
-        return run.unknown(node, x, indices)  # a mask selects along as many axes as it has itself
+        return masked(run, node, x, used, indices)
     run.fix_numbers(x, LOOKED_UP)
     if len(used) == 1 and indices[used[0]].names:
         (at,) = used
@@ -107,6 +107,27 @@ def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> 
     start = used[0] if adjacent else 0
     new = [run.atoms.fresh(n, FIXED, LOOKED_UP) for n in shape[start : start + len(shape) - len(kept)]]
     return Value([*kept[:start], *new, *kept[start:]])
+
+
+def masked(run: Interpreter, node: fx.Node, x: Value, used: Sequence[int], indices: Sequence[Any]) -> Any:
+    """What a mask selects along as many axes as it has itself."""
+    if len(used) != 1:
+        return run.unknown(node, x, indices)
+    (start,), mask = used, indices[used[0]]
+    run.fix_numbers([x, mask], LOOKED_UP)
+    along = range(start, start + len(mask.axes))
+    for axis in (*mask.axes, *(x.axes[i] for i in along)):
+        run.atoms.restrict(axis, FIXED, "a mask selects from it")
+    kept = without(x, along)
+    run.parted(kept)
+    new = run.atoms.fresh(shape_of(node)[start], FIXED, "a mask selects from it")
+    return Value([*kept[:start], new, *kept[start:]])
+
+
+@rule("nonzero")
+def nonzero(run: Interpreter, node: fx.Node, x: Value) -> Value:
+    run.restrict_all(x, FIXED, "a mask selects from it")
+    return run.fresh_like(node, FIXED, "a mask selects from it")
 
 
 @rule("gather", numbered=True)

@@ -15,6 +15,7 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     input_shape,
+    known_size,
     op_name,
     overload,
     rule,
@@ -113,7 +114,7 @@ def cut_out(run: Interpreter, node: fx.Node, x: Value, dim: int = 0, start: Any 
         axes = list(x.axes)
         axes[dim] = run.atoms.fresh(0)
         return Value(axes)
-    if end_and_step[1:] not in ((), (1,)):
+    if end_and_step[1:] not in ((), (1,)) or any(isinstance(at, fx.Node) for at in node.args[2:]):
         return replaced(run, node, x, dim, "a part of it is sliced off")
     sizes = [n for n in (start, kept, size - start - kept) if n]
     axes = list(x.axes)
@@ -143,7 +144,9 @@ def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
         return tuple(Value(rest) for _ in results)
     out: list[Any] = [None] * len(results)
     read = sorted({user.args[1] for user in node.users})  # type: ignore[type-var]
-    parts = run.atoms.take(x.axes[dim], [result.shape[dim] for result in results], read, "it is split in pieces")
+    parts = run.atoms.take(
+        x.axes[dim], [known_size(result.shape[dim]) for result in results], read, "it is split in pieces"
+    )
     for i, part in zip(read, parts, strict=True):
         axes = list(x.axes)
         axes[dim] = part
