@@ -359,6 +359,16 @@ CASES: dict[str, Case] = {
     "index select": Case(lambda x, i: x.index_select(-1, i), FIXED, extra={"i": ORDER}),
     "gather": Case(lambda x: x.gather(-1, ORDER.expand(2, 5, WIDTH)), FIXED),
     "chunks": Case(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), LINEAR),
+    "gated linear units": Case(lambda x: F.glu(x, -1).repeat(1, 1, 2), PERMUTATION, tight=False),
+    "every second unit": Case(
+        lambda x: torch.cat([x[..., ::2].relu(), x[..., 1::2].tanh()], -1), (PERMUTATION, FIXED), tight=False
+    ),
+    "tiled": Case(lambda x: x.tile(1, 1, 2)[..., :WIDTH], LINEAR, tight=False),
+    "differences of rows": Case(lambda x: x.diff(dim=1), LINEAR),
+    "windows of rows": Case(lambda x: x.unfold(1, 2, 1).sum(-1), LINEAR),
+    "windows of channels, put back": Case(
+        lambda x: F.fold(F.unfold(x.mT[..., None], (2, 1)), (5, 1), (2, 1))[..., 0].mT, LINEAR
+    ),
     "unbound": Case(lambda x: torch.stack(x.unbind(-1)[::-1], -1), FIXED),
     "concatenated": Case(lambda x: torch.cat([x, x], -1), FIXED),
     "shifted by padding": Case(lambda x: F.pad(x, (1, -1)), FIXED),

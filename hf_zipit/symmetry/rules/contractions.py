@@ -80,6 +80,25 @@ def conv(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = N
     return Value([samples, out, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
 
 
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = None, *args: Any) -> Any:
+    if len(x.axes) != len(weight.axes) or (len(args) > 3 and args[3] != 1):
+        return run.unknown(node, x, weight, bias)
+    samples, channels = x.axes[:2]
+    inner, out = weight.axes[:2]
+    run.atoms.tie(channels, dual(inner), "a convolution's input does not fit its weight")
+    if isinstance(bias, Value):
+        run.atoms.tie(out, bias.axes[0], "a convolution's bias does not fit its weight")
+        run.atoms.restrict(samples, ONES)
+    for axis in weight.axes[2:]:
+        run.atoms.restrict(axis, FIXED, "a kernel's place")
+    for axis in x.axes[2:]:
+        run.atoms.restrict(axis, FIXED, "a convolution slides over it")
+    run.parted([inner], [out], [samples])
+    run.count_macs(node, prod(input_shape(node)) * prod(input_shape(node, 1)[1:]))
+    return Value([samples, out, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
+
+
 @rule("embedding")
 def embedding(run: Interpreter, node: fx.Node, weight: Value, indices: Value, *_: Any, **__: Any) -> Value:
     rows, out = weight.axes

@@ -21,6 +21,7 @@ from hf_zipit.symmetry.ops import (
     op_name,
     overload,
     rule,
+    shape_of,
 )
 
 
@@ -135,6 +136,18 @@ def summed_axes(node: fx.Node) -> set[int]:
     return set(dims(node.args[1] if len(node.args) > 1 else None, len(input_shape(node))))  # type: ignore[arg-type]
 
 
+@rule("glu")
+def glu(run: Interpreter, node: fx.Node, x: Value, dim: int = -1) -> Value:
+    """The first half of an axis, times the sigmoid of the second."""
+    half = shape_of(node)[dim]
+    run.restrict_all(x, PERMUTATION)
+    first, second = run.atoms.take(x.axes[dim], [half, half], [0, 1], "a gate does not fit what it gates")
+    run.atoms.tie(first, second, "a gate does not fit what it gates")
+    axes = list(x.axes)
+    axes[dim] = first
+    return Value(axes)
+
+
 @rule("prelu")
 def prelu(run: Interpreter, node: fx.Node, x: Value, weight: Value) -> Value:
     run.restrict_all(x, PERMUTATION)
@@ -149,7 +162,7 @@ def constant(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
     return run.fresh_like(node, PERMUTATION)
 
 
-@rule("arange", "linspace", "eye")
+@rule("arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices")
 def ramp(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
     return run.fresh_like(node, FIXED, "a constant")
 

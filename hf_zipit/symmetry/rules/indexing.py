@@ -19,6 +19,7 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     input_shape,
+    op_name,
     rule,
     shape_of,
     without,
@@ -122,6 +123,23 @@ def masked(run: Interpreter, node: fx.Node, x: Value, used: Sequence[int], indic
     run.parted(kept)
     new = run.atoms.fresh(shape_of(node)[start], FIXED, "a mask selects from it")
     return Value([*kept[:start], new, *kept[start:]])
+
+
+@rule("masked_scatter")
+def masked_scatter(run: Interpreter, node: fx.Node, x: Value, mask: Value, source: Value) -> Any:
+    """Vectors written where a mask is true; known where the mask is the same for all of a vector's units."""
+    wide = node.args[1]
+    while isinstance(wide, fx.Node) and op_name(wide) in ("to", "clone", "contiguous", "detach"):
+        wide = wide.args[0]  # type: ignore[assignment]
+    spread = isinstance(wide, fx.Node) and op_name(wide) in ("expand", "expand_as") and input_shape(wide)[-1] == 1
+    narrow = input_shape(node, 1)[-1] == 1
+    if not (spread or narrow) or input_shape(node)[-1] != input_shape(node, 2)[-1]:
+        return run.unknown(node, x, mask, source)
+    for value in (x, mask, source):
+        for axis in value.axes[:-1]:
+            run.atoms.restrict(axis, FIXED, "a mask selects from it")
+    run.atoms.tie(x.axes[-1], source.axes[-1], "what is written does not fit")
+    return Value(x.axes)
 
 
 @rule("nonzero")
