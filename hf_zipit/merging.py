@@ -16,9 +16,10 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from hf_zipit.adapters import given_inputs
 from hf_zipit.align.align import check_settings, wants_folding
 from hf_zipit.align.stage import align_trunk
-from hf_zipit.assembly.assemble import assemble
+from hf_zipit.assembly.assemble import assemble, plain_module
 from hf_zipit.assembly.record import record
 from hf_zipit.assembly.widening import widenable_spaces
 from hf_zipit.combine.combine import check_base, check_rule, combine_trunk
@@ -52,12 +53,13 @@ def plan(
     base: Any = None,
     data: bool = True,
     observed: bool = False,
+    example_inputs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Plan:
     """What a merge will do; touches no data, and finds every mistake that can be found without it.
 
     Args:
-        experts, config, base, settings: as for `merge`.
+        experts, config, base, example_inputs, settings: as for `merge`.
         data, observed: whether there will be calibration data, or moments, which an automatic method depends on.
 
     Raises:
@@ -71,16 +73,17 @@ def plan(
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
     check_base(config, base)
-    planned = make_plan(
-        loaded,
-        config,
-        folding=wants_folding(config.method, config.residual, config.overrides),
-        bases=load_bases(base, loaded),
-    )
-    check_rule(planned)
-    wide = cache(lambda: widenable_spaces(first, planned.spec))
-    needs = check_settings(planned.spec, len(loaded), config, wide)
-    return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
+    with given_inputs(example_inputs):
+        planned = make_plan(
+            loaded,
+            config,
+            folding=wants_folding(config.method, config.residual, config.overrides),
+            bases=load_bases(base, loaded),
+        )
+        check_rule(planned)
+        wide = cache(lambda: widenable_spaces(first, planned.spec))
+        needs = check_settings(planned.spec, len(loaded), config, wide)
+        return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
 
 
 def _needs_data(config: MergeConfig) -> str | None:
@@ -101,6 +104,7 @@ def merge(
     base: Any = None,
     moments: Moments | str | Path | None = None,
     accelerator: Accelerator | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
@@ -120,11 +124,14 @@ def merge(
         moments: moments of an earlier merge of the same experts (with several bases, of the bases), or their file:
             they are not observed then.
         accelerator: where to run; one with default settings is made if none is given.
+        example_inputs: keyword arguments of a forward pass, two samples or more, for families for which none can be
+            made up from the configuration. They are traced only; their values do not matter.
         settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
     Returns:
         A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32.
-        Called as it is, it answers for all tasks; with `task="name"` for one.
+        Called as it is, it answers for all tasks; with `task="name"` for one. Of plain torch modules, for which
+        `example_inputs` are needed, one more of their class, merged as a whole, neither refitted nor corrected.
 
     Raises:
         ExpertError: if the experts do not fit each other, or one holds NaN.
@@ -135,24 +142,27 @@ def merge(
     reading, settings = split_settings(settings)
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
-    planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
-    if calibration is not None and _needs_data(planned.config):
-        calibration.read(planned.experts)  # before the work starts; observing reads it, too
-    found = moments_for(planned.matched, calibration, moments)
-    maps = align_trunk(planned, found)
-    trunk = combine_trunk(planned, maps)
-    try:
-        refitted = refit_trunk(planned, trunk, maps, calibration)
-    except SpecError as error:
-        if config.refit != AUTO:
-            raise
-        planned = without_refit(planned, error)
-        refitted = refit_trunk(planned, trunk, maps)
-    maps = {**maps, **refitted.maps}
-    merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
-    known = found if planned.matched is planned else None  # those of the bases are no expert's
-    correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
-    polished = polish(merged, planned, calibration)
-    calibrate_joint(merged, planned, calibration)
-    errors = refitted.report.to_dict() if refitted.report else None
-    return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+    with given_inputs(example_inputs):
+        planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
+        if calibration is not None and _needs_data(planned.config):
+            calibration.read(planned.experts)  # before the work starts; observing reads it, too
+        found = moments_for(planned.matched, calibration, moments)
+        maps = align_trunk(planned, found)
+        trunk = combine_trunk(planned, maps)
+        try:
+            refitted = refit_trunk(planned, trunk, maps, calibration)
+        except SpecError as error:
+            if config.refit != AUTO:
+                raise
+            planned = without_refit(planned, error)
+            refitted = refit_trunk(planned, trunk, maps)
+        if not isinstance(planned.model, PreTrainedModel):
+            return plain_module(planned, refitted.tensors)
+        maps = {**maps, **refitted.maps}
+        merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_dims=refitted.head_dims)
+        known = found if planned.matched is planned else None  # those of the bases are no expert's
+        correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
+        polished = polish(merged, planned, calibration)
+        calibrate_joint(merged, planned, calibration)
+        errors = refitted.report.to_dict() if refitted.report else None
+        return record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_zipit.adapters import adapter_for
+from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.errors import SpecError
 from hf_zipit.steady import steady
 from hf_zipit.symmetry.group import apply_element, random_element, transform
@@ -88,7 +88,7 @@ def prove(
         SpecError: if an output is not finite, so that nothing can be said.
     """
     adapter = adapter_for(model)
-    inputs = {name: _in_float32(x) for name, x in (inputs or adapter.inputs(model)).items()}
+    inputs = {name: _in_float32(x) for name, x in (inputs or example_inputs(model)).items()}
     generator = torch.Generator().manual_seed(seed)
     tensors = perturb(model_tensors(model), generator)
     tensors |= {norm.weight: torch.ones_like(tensors[norm.weight]) for norm in spec.folds}  # what it is a spec of
