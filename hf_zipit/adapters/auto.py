@@ -12,6 +12,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_zipit.adapters.signature import BATCH, GRIDS, TOKENS, boxes, image_tokens, images, series, sound, videos
 from hf_zipit.registry import ADAPTERS
@@ -89,7 +90,7 @@ class Adapter:
     def head(self, model: nn.Module) -> tuple[str, ...]:
         """Path prefixes of the task head: whatever stands beside the base model."""
         base = getattr(model, "base_model_prefix", "")
-        if not base or not hasattr(model, base) or getattr(model, base) is model:
+        if not base or not hasattr(model, base) or getattr(model, base) is model or is_base_model(type(model)):
             return ()
         named = [*model.named_children(), *model.named_parameters(recurse=False)]
         return tuple(name for name, _ in named if name != base)
@@ -120,6 +121,12 @@ def text_config(config: object) -> object:
     if own is None and not hasattr(config, "vocab_size") and hasattr(config, "get_text_config"):
         return config.get_text_config(decoder=True)
     return config if own is None else own
+
+
+def is_base_model(model_class: type[nn.Module]) -> bool:
+    """Whether a class is its family's base model. One may call a part of itself by the name of that (DINOv3's)."""
+    named = (names if isinstance(names, tuple) else (names,) for names in MODEL_MAPPING_NAMES.values())
+    return any(model_class.__name__ in names for names in named)
 
 
 def with_images(text: Mapping[str, Tensor], seen: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
