@@ -170,13 +170,16 @@ def samples(model: PreTrainedModel) -> dict[str, Tensor]:
     """More of the adapter's example inputs, drawn at random where they are."""
     generator = torch.Generator().manual_seed(3)
     inputs: dict[str, Tensor] = {}
-    for name, example in adapter_for(model).inputs(model).items():
+    examples = adapter_for(model).inputs(model)
+    for name, example in examples.items():
         if not isinstance(example, Tensor):
             continue
         shape = (SAMPLES, *example.shape[1:])
         few = example.unique()
         if example.is_floating_point() and len(few) > 1:
             inputs[name] = torch.randn(shape, generator=generator)
+        elif name.endswith("input_ids") and "pixel_values" in examples:
+            inputs[name] = example[:1].expand(shape)  # its image tokens have to stay
         elif name.endswith("input_ids"):
             inputs[name] = few[torch.randint(len(few), shape, generator=generator)]
         else:

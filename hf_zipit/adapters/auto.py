@@ -36,7 +36,7 @@ class Adapter:
         if "input_ids" in names:
             inputs |= self.text_inputs(text_config(config), generator)
             inputs |= boxes(accepted, inputs["input_ids"].shape[1])
-        if "pixel_values" in names and not GRIDS & set(accepted):
+        if "pixel_values" in names:
             seen = self.image_inputs(getattr(config, "vision_config", None) or config, generator)
             inputs = with_images(inputs, seen, model) if "input_ids" in inputs else seen
         inputs |= videos(config, accepted, generator) | sound(config, accepted, generator)
@@ -137,7 +137,7 @@ def with_images(text: Mapping[str, Tensor], seen: Mapping[str, Tensor], model: n
     token = getattr(model.config, "image_token_id", None)
     token = getattr(model.config, "image_token_index", None) if token is None else token
     if token is None:
-        return {**text, **seen}
+        return dict(text) if GRIDS & {*forward_names(model)} else {**text, **seen}
     count = image_tokens(model, seen["pixel_values"])
     if count is None:
         return dict(text)

@@ -18,6 +18,9 @@ TOKENS = 7  # a prime, unlike any width: easy to recognise in an error
 FRAMES = 64
 """Length of spectrograms whose configuration gives none."""
 
+SAMPLES = 1920
+"""Length of waveforms whose configuration gives none."""
+
 GRIDS = {"image_grid_thw", "grid_thw", "image_sizes", "tgt_sizes", "pixel_attention_mask", "image_position_ids"}
 """Inputs that say how images were cut into patches; without them `pixel_values` of such a model mean nothing."""
 
@@ -46,8 +49,10 @@ def sound(config: Any, accepted: Collection[str], generator: torch.Generator) ->
             inputs["input_values"] = _random(
                 first_of(configs, "max_length", default=FRAMES), mels, generator=generator
             )
-        elif (channels := first_of(configs, "audio_channels", "num_channels", default=1)) and not kernels:
-            inputs["input_values"] = _random(channels, 1920, generator=generator)
+        elif (channels := first_of(configs, "audio_channels")) is not None:
+            inputs["input_values"] = _random(channels, SAMPLES, generator=generator)
+        else:
+            inputs["input_values"] = _random(SAMPLES, generator=generator)
     if "input_features" in accepted:
         stacked = first_of(configs, "input_feat_per_channel")
         length = first_of(configs, "max_source_positions")
