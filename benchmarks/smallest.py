@@ -102,7 +102,8 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), FORECAST),
     **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), SWIN),
     **dict.fromkeys(
-        ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"), GRID_ROPE
+        ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"),
+        GRID_ROPE,
     ),
     **dict.fromkeys(("layoutlmv2", "layoutlmv3"), PAGE),
     "bit": {"num_groups": 4},

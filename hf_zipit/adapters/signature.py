@@ -1,4 +1,4 @@
-"""Example inputs that are told from a model's signature and the sizes in its configuration: sound, video, series, boxes.
+"""Example inputs told from a model's signature and the sizes in its configuration: sound, video, series, boxes.
 
 Each function returns the inputs of one kind, batch first, none where the model takes none of the kind.
 """
@@ -129,7 +129,7 @@ def boxes(accepted: Collection[str], tokens: int) -> dict[str, Tensor]:
 
 
 def image_tokens(model: nn.Module, pixel_values: Tensor) -> int | None:
-    """How many image tokens a text needs for one image, None where the model does not tell. Computes on fake tensors."""
+    """How many image tokens a text needs for one image, None where the model does not tell; on fake tensors."""
     if not hasattr(model, "get_image_features"):
         return None
     try:

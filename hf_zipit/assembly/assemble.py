@@ -71,7 +71,7 @@ def assemble(
 
 @torch.no_grad()
 def plain_module(planned: Plan, trunk: Mapping[str, Tensor]) -> nn.Module:
-    """A module of the experts' own class with the merged tensors, in eval mode: experts that are no Hugging Face models.
+    """A module of the class of experts that are no Hugging Face models with the merged tensors, in eval mode.
 
     It has no tasks, because a plain module has no configuration that could say so, and no head of its own.
 
@@ -85,8 +85,8 @@ def plain_module(planned: Plan, trunk: Mapping[str, Tensor]) -> nn.Module:
     if apart or resized or planned.cut.exits or planned.cut.entries:
         found = (*apart, *resized, *(place.target for place in (*planned.cut.exits, *planned.cut.entries)))[0]
         raise SpecError(
-            f"{planned.architecture} is a plain torch module, which is merged as a whole or not at all, and {found} would "
-            "be a task's own or of another size; merge it with depth=1 and a method that keeps sizes"
+            f"{planned.architecture} is a plain torch module, which is merged as a whole or not at all, and {found} "
+            "would be a task's own or of another size; merge it with depth=1 and a method that keeps sizes"
         )
     for name, tensor in trunk.items():
         tensors[name].copy_(tensor)

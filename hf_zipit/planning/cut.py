@@ -235,8 +235,8 @@ def _points(
 ) -> Iterator[ReadPoint]:
     """Where the module `path` reads the values that cross into it: through its first argument, if it is one value.
 
-    A head that reads several (those of every stage) hands each of them to a module of its own, which is entered instead;
-    or they are one sequence of values in the same units.
+    A head that reads several (those of every stage) hands each of them to a module of its own, which is entered
+    instead; or they are one sequence of values in the same units.
     """
     moving = {
         crossing.value: [(axis, label) for axis, label in enumerate(crossing.axes) if _moves(label, spec)]

@@ -220,8 +220,8 @@ def warn_of_unread(spec: MergeSpec, cut: Cut, model: nn.Module) -> None:
     unread = {name: size for name, size in sizes.items() if name in spec.unused}
     if sum(unread.values()) > UNREAD * sum(sizes.values()):
         logger.warning(
-            "Nothing of the example inputs of %s reaches %s (and %d tensors more): what is not reached is not aligned, "
-            "only combined as it is; pass example_inputs that use it.",
+            "Nothing of the example inputs of %s reaches %s (and %d tensors more): what is not reached is not aligned "
+            "but combined as it is; pass example_inputs that use it.",
             spec.architecture, next(iter(unread)), len(unread) - 1,
         )  # fmt: skip
 

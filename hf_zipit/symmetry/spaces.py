@@ -19,7 +19,7 @@ from typing import TypeVar
 class Symmetry(enum.IntEnum):
     """Which changes of basis of a space leave the function as it is; a larger value allows more of them.
 
-    But for those of pairs of units (`in_pairs`), which stand beside the permutations: neither allows the other (`meet`).
+    But for those of pairs of units (`in_pairs`), which stand beside the permutations: neither allows the other.
     """
 
     FIXED = 0

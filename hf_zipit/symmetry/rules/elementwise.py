@@ -58,8 +58,8 @@ def copy(run: Interpreter, node: fx.Node, x: Value, source: Value, *_: Any) -> V
 @rule("relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "hardswish", "hardtanh",
       "leaky_relu", "elu", "selu", "mish", "softplus", "erf", "sin", "cos", "reciprocal", "relu6", "hardsigmoid",
       "logical_not", "bitwise_not", "isnan", "isinf", "celu", "floor", "ceil", "round", "sign", "log1p", "expm1",
-      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink", "acos", "asin", "atan",
-      "tan", "sinh", "cosh", "erfc", "exp2", "log2", "log10", "softsign", "trunc", "sgn", "angle")  # fmt: skip
+      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink", "acos", "asin",
+      "atan", "tan", "sinh", "cosh", "erfc", "exp2", "log2", "log10", "softsign", "trunc", "sgn", "angle")  # fmt: skip
 def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     run.restrict_all(x, PERMUTATION)
     return Value(x.axes)

@@ -220,7 +220,7 @@ def _equal_in_pairs(node: fx.Node, x: fx.Node, turns: Symmetry) -> bool:
 
 @dataclass(frozen=True)
 class Span:
-    """A node whose last axis is a number of heads of `width` units, of which those from `start` to `stop` are rotated."""
+    """A node whose last axis is heads of `width` units each, of which those from `start` to `stop` are rotated."""
 
     node: fx.Node
     width: int

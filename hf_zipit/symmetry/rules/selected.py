@@ -1,8 +1,8 @@
 """Parts of a fused projection that are selected: `qkv.view(..., heads, 3, dim)[..., 0, :]`.
 
-Op by op, an axis of three would be selected from that all of its entries share: queries, keys and values would have one
-basis. So a view is followed to what is selected from it: where nothing else happens to one of its new axes, what that
-axis counts are the terms of a direct sum.
+Op by op, queries, keys and values would be entries along an axis of three, and have one basis. So a view is followed
+to what is selected from it: where nothing else happens to one of its new axes, what that axis counts are the terms of
+a direct sum.
 """
 
 from __future__ import annotations

@@ -23,7 +23,6 @@ from hf_zipit.symmetry.ops import (
     without,
 )
 
-
 EVERY_FEW = "one of every few units is taken"
 
 
@@ -202,7 +201,8 @@ def pad(run: Interpreter, node: fx.Node, x: Value, amounts: Sequence[int], *_: A
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
       "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_linear1d", "upsample_nearest1d", "upsample_nearest3d",
-      "upsample_trilinear3d", "_upsample_nearest_exact2d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
+      "upsample_trilinear3d", "_upsample_nearest_exact2d", "upsample_nearest2d", "upsample_bilinear2d",
+      "upsample_bicubic2d",
       "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa")  # fmt: skip
 def resample(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     spatial = int(re.search(r"([123])d", op_name(node))[1])  # type: ignore[index]
