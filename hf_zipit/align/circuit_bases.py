@@ -124,8 +124,8 @@ def sign_similarity(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor
 def sign_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
     """The sign of every pair that brings b's circuit nearest to a's, and the same, float64 `[d, d]`."""
     product = sum((a * b).sum(-1).unflatten(0, (2, -1)).sum(0) for a, b in ((write_a, write_b), (read_a, read_b)))
-    turned = pair_rotations(torch.where(product < 0, torch.pi, 0.0).double())
-    return turned, turned
+    signs = torch.where(product < 0, -torch.ones_like(product), torch.ones_like(product)).repeat(2).diag()
+    return signs, signs
 
 
 def neighbour_similarity(*sides: Tensor) -> Tensor:
