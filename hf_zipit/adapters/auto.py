@@ -56,8 +56,8 @@ class Adapter:
         return tuple(name for name in ("input_ids", "pixel_values") if name in accepted)
 
     def text_inputs(self, config: object, generator: torch.Generator) -> dict[str, Tensor]:
-        limit = getattr(config, "max_position_embeddings", None) or TOKENS
-        tokens = max(1, min(TOKENS, limit - 2))
+        limit = getattr(config, "max_position_embeddings", None) or 0
+        tokens = max(1, min(TOKENS, limit - 2)) if limit > 0 else TOKENS  # XLNet says -1: any length
         words = getattr(config, "vocab_size", None) or SOME_WORDS
         ids = torch.randint(3, max(words, 4), (BATCH, tokens), generator=generator)
         end = getattr(config, "eos_token_id", None)
