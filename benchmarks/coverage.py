@@ -197,7 +197,11 @@ def samples(model: PreTrainedModel) -> dict[str, Tensor]:
         elif name.endswith("input_ids") and "pixel_values" in examples:
             inputs[name] = example[:1].expand(shape)  # its image tokens have to stay
         elif name.endswith("input_ids"):
-            inputs[name] = few[torch.randint(len(few), shape, generator=generator)]
+            ends = example[:1, -1:]  # where every text has one end, it stays the only one
+            ended = bool((example == ends).sum(1).eq(1).all())
+            few = few[few != ends.item()] if ended and len(few) > 1 else few
+            drawn = few[torch.randint(len(few), shape, generator=generator)]
+            inputs[name] = torch.cat([drawn[:, :-1], ends.expand(SAMPLES, 1)], 1) if ended else drawn
         else:
             inputs[name] = example[:1].expand(shape)
     return inputs
