@@ -84,7 +84,10 @@ RESNET = {"use_timm_backbone": False, "backbone": None, "backbone_config": {
     "model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1],
     "layer_type": "basic", "out_features": ["stage4"]}}  # fmt: skip
 FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]}
-SWIN = {"num_heads": [2, 4, 8, 8], "depths": [1, 1, 1, 1], "embed_dim": 16}
+SWIN = {"num_heads": [2, 4, 8, 8], "depths": [1, 1, 1, 1], "embed_dim": 16, "window_size": 2}
+PAGE = {"coordinate_size": 6, "shape_size": 4, "input_size": 64}
+GRID_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+DPT = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16]}
 
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -97,10 +100,18 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), ROPE),
     **dict.fromkeys(("detr", "conditional_detr", "deformable_detr", "dab-detr", "table-transformer"), RESNET),
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), FORECAST),
-    **dict.fromkeys(("swinv2", "donut-swin", "maskformer-swin"), SWIN),
+    **dict.fromkeys(("swin", "swinv2", "donut-swin", "maskformer-swin"), SWIN),
+    **dict.fromkeys(
+        ("qwen2_vl_text", "qwen2_5_vl_text", "glm4v_text", "glm4v_moe_text", "glm_image_text", "glm_ocr_text"),
+        GRID_ROPE,
+    ),
+    **dict.fromkeys(("layoutlmv2", "layoutlmv3"), PAGE),
     "bit": {"num_groups": 4},
+    "dpt": DPT,
+    "lilt": {"hidden_size": 48},
+    "zamba2": {"attention_hidden_size": 64},
     "swin2sr": {"num_heads": [2, 2], "depths": [1, 1], "embed_dim": 16},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 64},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 2},
     "esmc": {"num_key_value_heads": 4},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
@@ -132,12 +143,19 @@ def small(config: PreTrainedConfig) -> dict[str, Any]:
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
             settings[name] = {**small(value), "model_type": value.model_type}
+            if getattr(value, "out_features", None) and "depths" in settings[name]:  # which stages a backbone puts out
+                settings[name].setdefault("out_features", value.out_features)
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             settings[name] = min(SIZES[name], value) if value > 0 else value
         elif name in LISTS and isinstance(value, (list, tuple)):
             settings[name] = [LISTS[name](i) for i in range(len(value))]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:
             settings[name] = VOCABULARY - 1 - sum(key in settings for key in list(settings) if "_token_" in key) % 9
+    if "kv_lora_rank" in settings and "num_key_value_heads" in settings:  # latent attention has no groups
+        settings["num_key_value_heads"] = settings.get("num_attention_heads", HEADS)
+    rotary = getattr(config, "rope_parameters", None)
+    if isinstance(rotary, dict) and "mrope_section" in rotary:
+        settings["rope_parameters"] = {**rotary, "mrope_section": [2, 1, 1]}
     layers = next((settings[name] for name in ("num_hidden_layers", "n_layer") if name in settings), LAYERS)
     for name, value in vars(config).items():
         if name.endswith(("layer_types", "layers_block_type")) and isinstance(value, (list, tuple)) and layers:

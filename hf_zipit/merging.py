@@ -16,9 +16,10 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
+from hf_zipit.adapters import given_inputs
 from hf_zipit.align.align import check_settings, wants_folding
 from hf_zipit.align.stage import align_trunk
-from hf_zipit.assembly.assemble import assemble
+from hf_zipit.assembly.assemble import assemble, plain_module
 from hf_zipit.assembly.record import record
 from hf_zipit.assembly.to_disk import write_merged
 from hf_zipit.assembly.widening import widenable_spaces
@@ -59,12 +60,13 @@ def plan(
     base: Any = None,
     data: bool = True,
     observed: bool = False,
+    example_inputs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Plan:
     """What a merge will do; touches no data, and finds every mistake that can be found without it.
 
     Args:
-        experts, config, base, settings: as for `merge`.
+        experts, config, base, example_inputs, settings: as for `merge`.
         data, observed: whether there will be calibration data, or moments, which an automatic method depends on.
 
     Raises:
@@ -79,16 +81,17 @@ def plan(
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
     check_base(config, base)
-    planned = make_plan(
-        loaded,
-        config,
-        folding=wants_folding(config.method, config.residual, config.overrides),
-        bases=load_bases(base, loaded, as_stored=as_stored),
-    )
-    check_rule(planned)
-    wide = cache(lambda: widenable_spaces(first, planned.spec))
-    needs = check_settings(planned.spec, len(loaded), config, wide)
-    return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
+    with given_inputs(example_inputs):
+        planned = make_plan(
+            loaded,
+            config,
+            folding=wants_folding(config.method, config.residual, config.overrides),
+            bases=load_bases(base, loaded, as_stored=as_stored),
+        )
+        check_rule(planned)
+        wide = cache(lambda: widenable_spaces(first, planned.spec))
+        needs = check_settings(planned.spec, len(loaded), config, wide)
+        return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
 
 
 def _needs_data(config: MergeConfig) -> str | None:
@@ -113,6 +116,7 @@ def merge(
     statistics: Known | None = None,
     accelerator: Accelerator | None = None,
     output_dir: str | Path | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
@@ -136,11 +140,14 @@ def merge(
         accelerator: where to run; one with default settings is made if none is given.
         output_dir: a folder to save the merged model in. Without data it is written there tensor by tensor as it is
             merged, and neither it nor experts that are given as folders are held in memory: they may be larger.
+        example_inputs: keyword arguments of a forward pass, two samples or more, for families for which none can be
+            made up from the configuration. They are traced only; their values do not matter.
         settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
 
     Returns:
         A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32.
-        Called as it is, it answers for all tasks; with `task="name"` for one.
+        Called as it is, it answers for all tasks; with `task="name"` for one. Of plain torch modules, for which
+        `example_inputs` are needed, one more of their class, merged as a whole, neither refitted nor corrected.
 
     Raises:
         ExpertError: if the experts do not fit each other, or one holds NaN.
@@ -154,32 +161,40 @@ def merge(
     reading, settings = split_settings(settings)
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)
-    planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
-    if calibration is not None and _needs_data(planned.config):
-        calibration.read(planned.experts)  # before the work starts; observing reads it, too
-    found = moments_for(planned.matched, calibration, moments)
-    maps = align_trunk(planned, found)
-    read = statistics_for(planned, calibration, statistics)
-    if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
-        return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
-    combine = partial(combined_trunk, planned, calibration=calibration, statistics=read)
-    trunk = combine(maps)
-    try:
-        refitted = refit_trunk(planned, trunk, maps, calibration, combine)
-    except SpecError as error:
-        if config.refit != AUTO:
-            raise
-        planned = without_refit(planned, error)
-        refitted = refit_trunk(planned, trunk, maps)
-    maps = {**maps, **refitted.maps}
-    merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_cuts=refitted.head_cuts)
-    known = found if planned.matched is planned else None  # those of the bases are no expert's
-    correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
-    polished = polish(merged, planned, calibration)
-    add_residues(merged, planned, maps, read)
-    calibrate_joint(merged, planned, calibration)
-    errors = refitted.report.to_dict() if refitted.report else None
-    record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
-    if output_dir is not None:
-        merged.save_pretrained(output_dir)
-    return merged
+    with given_inputs(example_inputs):
+        planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
+        if calibration is not None and _needs_data(planned.config):
+            calibration.read(planned.experts)  # before the work starts; observing reads it, too
+        is_plain = not isinstance(planned.model, PreTrainedModel)
+        if is_plain and output_dir is not None:
+            raise SpecError(
+                f"{planned.architecture} is a plain torch module, which cannot be saved; leave output_dir out"
+            )
+        found = moments_for(planned.matched, calibration, moments)
+        maps = align_trunk(planned, found)
+        read = statistics_for(planned, calibration, statistics)
+        if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
+            return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
+        combine = partial(combined_trunk, planned, calibration=calibration, statistics=read)
+        trunk = combine(maps)
+        try:
+            refitted = refit_trunk(planned, trunk, maps, calibration, combine)
+        except SpecError as error:
+            if config.refit != AUTO:
+                raise
+            planned = without_refit(planned, error)
+            refitted = refit_trunk(planned, trunk, maps)
+        if is_plain:
+            return plain_module(planned, refitted.tensors)
+        maps = {**maps, **refitted.maps}
+        merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_cuts=refitted.head_cuts)
+        known = found if planned.matched is planned else None  # those of the bases are no expert's
+        correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
+        polished = polish(merged, planned, calibration)
+        add_residues(merged, planned, maps, read)
+        calibrate_joint(merged, planned, calibration)
+        errors = refitted.report.to_dict() if refitted.report else None
+        record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+        if output_dir is not None:
+            merged.save_pretrained(output_dir)
+        return merged

@@ -7,15 +7,18 @@ else is inferred from the traced forward pass. It works on live modules, never o
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
+from hf_zipit.adapters.signature import BATCH, GRIDS, TOKENS, boxes, image_tokens, images, series, sound, videos
 from hf_zipit.registry import ADAPTERS
 
-BATCH = 2  # larger than one: an axis of size one cannot be told from no axis
-TOKENS = 7  # a prime, unlike any width: easy to recognise in an error
+SOME_WORDS = 90
+"""Size of a vocabulary whose configuration gives none."""
 
 
 class Adapter:
@@ -27,43 +30,44 @@ class Adapter:
         """Small example inputs, on the CPU, batch first."""
         config = model.config
         generator = torch.Generator().manual_seed(0)
-        names = self.input_names(model)
+        names, accepted = self.input_names(model), forward_names(model)
+        decoding = "decoder_input_ids" in accepted and getattr(config, "is_encoder_decoder", False)
         inputs: dict[str, Tensor] = {}
         if "input_ids" in names:
-            inputs |= self.text_inputs(getattr(config, "text_config", None) or config, generator)
-            if "decoder_input_ids" in forward_names(model) and getattr(config, "is_encoder_decoder", False):
-                inputs["decoder_input_ids"] = inputs["input_ids"].flip(1)
+            inputs |= self.text_inputs(text_config(config), generator)
+            inputs |= boxes(accepted, inputs["input_ids"].shape[1])
         if "pixel_values" in names:
-            inputs |= self.image_inputs(getattr(config, "vision_config", None) or config, generator)
-        if "input_values" in names:
-            inputs["input_values"] = self.waveforms(config, generator)
-        if getattr(config, "use_cache", False) and "use_cache" in forward_names(model):
+            seen = self.image_inputs(getattr(config, "vision_config", None) or config, generator)
+            inputs = with_images(inputs, seen, model) if "input_ids" in inputs else seen
+        inputs |= videos(config, accepted, generator) | sound(config, accepted, generator)
+        inputs |= series(config, accepted, generator)
+        if decoding:
+            text = inputs.get("input_ids")
+            if text is None:
+                text = self.text_inputs(text_config(config), generator)["input_ids"]
+            inputs["decoder_input_ids"] = text.flip(1)
+        if getattr(config, "use_cache", False) and "use_cache" in accepted:
             inputs["use_cache"] = False  # a cache object among the outputs cannot be exported
         return inputs
 
     def input_names(self, model: nn.Module) -> tuple[str, ...]:
-        """Which of `input_ids`, `pixel_values` and `input_values` (if those are waveforms) the model takes."""
-        known = ("input_ids", "pixel_values", *(("input_values",) if hasattr(model.config, "conv_stride") else ()))
+        """Which of `input_ids` and `pixel_values` the model takes."""
         accepted = forward_names(model)
-        return tuple(name for name in known if name in accepted)
+        return tuple(name for name in ("input_ids", "pixel_values") if name in accepted)
 
     def text_inputs(self, config: object, generator: torch.Generator) -> dict[str, Tensor]:
-        limit = getattr(config, "max_position_embeddings", None) or TOKENS
-        tokens = max(1, min(TOKENS, limit - 2))
-        ids = torch.randint(3, max(config.vocab_size, 4), (BATCH, tokens), generator=generator)
+        limit = getattr(config, "max_position_embeddings", None) or 0
+        tokens = max(1, min(TOKENS, limit - 2)) if limit > 0 else TOKENS  # XLNet says -1: any length
+        words = getattr(config, "vocab_size", None) or SOME_WORDS
+        ids = torch.randint(3, max(words, 4), (BATCH, tokens), generator=generator)
+        end = getattr(config, "eos_token_id", None)
+        if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) and end < words:
+            ids[ids == end] = 3 if end != 3 else 4  # one end in every text: some classifiers read there
+            ids[:, -1] = end
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def image_inputs(self, config: object, generator: torch.Generator) -> dict[str, Tensor]:
-        size = getattr(config, "image_size", None) or 64
-        height, width = (size, size) if isinstance(size, int) else tuple(size)
-        channels = getattr(config, "num_channels", 3)
-        return {"pixel_values": torch.randn(BATCH, channels, height, width, generator=generator)}
-
-    def waveforms(self, config: object, generator: torch.Generator) -> Tensor:
-        samples = TOKENS  # after the convolutions
-        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
-            samples = (samples - 1) * stride + kernel
-        return torch.randn(BATCH, samples, generator=generator)
+        return images(config, generator)
 
     def towers(self, model: nn.Module) -> list[list[str]]:
         """Chains of block paths: the longest list of equal modules in every part of the model that has one."""
@@ -86,7 +90,7 @@ class Adapter:
     def head(self, model: nn.Module) -> tuple[str, ...]:
         """Path prefixes of the task head: whatever stands beside the base model."""
         base = getattr(model, "base_model_prefix", "")
-        if not base or not hasattr(model, base) or getattr(model, base) is model:
+        if not base or not hasattr(model, base) or getattr(model, base) is model or is_base_model(type(model)):
             return ()
         named = [*model.named_children(), *model.named_parameters(recurse=False)]
         return tuple(name for name, _ in named if name != base)
@@ -109,6 +113,37 @@ def register(adapter: type[Adapter]) -> type[Adapter]:
     for model_type in adapter.model_types:
         ADAPTERS.add(model_type, adapter())
     return adapter
+
+
+def text_config(config: object) -> object:
+    """The part of a configuration that has the vocabulary."""
+    own = getattr(config, "text_config", None)
+    if own is None and not hasattr(config, "vocab_size") and hasattr(config, "get_text_config"):
+        return config.get_text_config(decoder=True)
+    return config if own is None else own
+
+
+def is_base_model(model_class: type[nn.Module]) -> bool:
+    """Whether a class is its family's base model. One may call a part of itself by the name of that (DINOv3's)."""
+    named = (names if isinstance(names, tuple) else (names,) for names in MODEL_MAPPING_NAMES.values())
+    return any(model_class.__name__ in names for names in named)
+
+
+def with_images(text: Mapping[str, Tensor], seen: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Text and images together; with as many image tokens in the text as the images need, where they stand in it.
+
+    Where a model wants image tokens and does not tell how many, it gets the text alone.
+    """
+    token = getattr(model.config, "image_token_id", None)
+    token = getattr(model.config, "image_token_index", None) if token is None else token
+    if token is None:
+        return dict(text) if GRIDS & {*forward_names(model)} else {**text, **seen}
+    count = image_tokens(model, seen["pixel_values"])
+    if count is None:
+        return dict(text)
+    ids = text["input_ids"].masked_fill(text["input_ids"] == token, 3 if token != 3 else 4)
+    ids = torch.cat([ids[:, :1], torch.full((len(ids), count), token), ids[:, 1:]], 1)
+    return {**text, **seen, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Map
 from hf_zipit.planning.cut import NOT_IN_TRUNK
 from hf_zipit.registry import METHODS
-from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, Symmetry, factors
+from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Space, factors
 from hf_zipit.symmetry.sums import without_sums
 
 logger = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ def _choices(spec: MergeSpec, default: Choice, residual: Residual, overrides: Ov
 
 def _keeps_units(choice: Choice, space: Space) -> bool:
     """Whether a method is not for a space that allows rotations of its pairs and nothing else."""
-    return space.symmetry is Symmetry.ROTARY and space.symmetry < choice.method.least
+    return space.symmetry.in_pairs and space.symmetry < choice.method.least
 
 
 def _fitting(choice: Choice, space: Space) -> Choice:

@@ -10,6 +10,8 @@ A holds all that writes the space and B all that reads it, both `[d, everything 
   one complex unit, a its row of A and b its row of B; the embedding multiplies it by a number that depends on
   positions, so that every pair has a circuit a b^H of its own, compared by Re <a, a'> <b', b>. The best rotation is
   the one by the argument of <a', a> + <b', b>.
+- Where a scale of every unit stands there, too, only half turns of the pairs are left: their signs, for which the real
+  parts count alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.procrustes import rotation
-from hf_zipit.symmetry.group import pair_rotations
+from hf_zipit.symmetry.group import of_neighbours, pair_rotations
 from hf_zipit.symmetry.spec import Symmetry
 
 SMALLEST = 1e-12
@@ -110,6 +112,38 @@ def pair_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor)
     return rotated, rotated.mT
 
 
+def sign_similarity(write: Tensor, read: Tensor, write_b: Tensor, read_b: Tensor) -> Tensor:
+    """The sum over pairs of Re <a, a'> Re <b', b>; see `Bases`."""
+    writing, reading = (
+        torch.einsum("hcpnr,kmpnr->hckmn", x.unflatten(2, (2, -1)), y.unflatten(2, (2, -1)))
+        for x, y in ((write, write_b), (read, read_b))
+    )
+    return (writing * reading).sum(-1)
+
+
+def sign_basis(write_a: Tensor, read_a: Tensor, write_b: Tensor, read_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The sign of every pair that brings b's circuit nearest to a's, and the same, float64 `[d, d]`."""
+    product = sum((a * b).sum(-1).unflatten(0, (2, -1)).sum(0) for a, b in ((write_a, write_b), (read_a, read_b)))
+    signs = torch.where(product < 0, -torch.ones_like(product), torch.ones_like(product)).repeat(2).diag()
+    return signs, signs
+
+
+def neighbour_similarity(*sides: Tensor) -> Tensor:
+    """As `pair_similarity`, the pairs being unit 2 i and unit 2 i + 1."""
+    return pair_similarity(*map(_in_halves, sides))
+
+
+def neighbour_basis(*sides: Tensor) -> tuple[Tensor, Tensor]:
+    """As `pair_basis`, the pairs being unit 2 i and unit 2 i + 1."""
+    rotated, back = pair_basis(*map(_in_halves, sides))
+    return of_neighbours(rotated), of_neighbours(back)
+
+
+def _in_halves(x: Tensor) -> Tensor:
+    """Unit 2 i and unit 2 i + 1 of the axis before the last as unit i and unit i + n."""
+    return x.unflatten(-2, (-1, 2)).transpose(-3, -2).flatten(-3, -2)
+
+
 def as_pairs(x: Tensor) -> Tensor:
     """Unit i and unit i + n of the axis before the last as one complex unit: `[..., 2 n, r]` to `[..., n, r]`."""
     first, second = x.chunk(2, -2)
@@ -119,5 +153,7 @@ def as_pairs(x: Tensor) -> Tensor:
 FREE: Mapping[Symmetry, Bases] = {
     Symmetry.LINEAR: Bases(circuit_similarity, basis),
     Symmetry.ROTARY: Bases(pair_similarity, pair_basis),
+    Symmetry.ROTARY_NEIGHBOURS: Bases(neighbour_similarity, neighbour_basis),
+    Symmetry.HALF_TURNS: Bases(sign_similarity, sign_basis),
 }
 """By symmetry; spaces of others are matched unit by unit."""

@@ -74,7 +74,7 @@ def circuits_of(network: Network) -> tuple[Network, list[CircuitFamily]]:
     """
     families = circuit_families(network.spec, network.fixed_maps)
     inside = {name for family in families for name in family.inner}
-    rotary = (name for name, space in network.spec.spaces.items() if space.symmetry is Symmetry.ROTARY)
+    rotary = (name for name, space in network.spec.spaces.items() if space.symmetry.in_pairs)
     spec = network.spec.with_fixed(set(rotary) - inside, "its heads are not matched by circuits")
     return replace(network, spec=spec), families
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_zipit.errors import ExpertError
+from hf_zipit.errors import ExpertError, SpecError
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
@@ -69,6 +70,30 @@ def configured(
         depth=cut.depth,
         cut=first_own_block(spec, cut),
     )
+
+
+@torch.no_grad()
+def plain_module(planned: Plan, trunk: Mapping[str, Tensor]) -> nn.Module:
+    """A module of the class of experts that are no Hugging Face models with the merged tensors, in eval mode.
+
+    It has no tasks, because a plain module has no configuration that could say so, and no head of its own.
+
+    Raises:
+        SpecError: if something of the experts is not merged, or is not of the experts' size.
+    """
+    merged = copy.deepcopy(planned.model).eval()
+    tensors = model_tensors(merged)
+    apart = [name for name in tensors if name not in trunk]
+    resized = [name for name, tensor in trunk.items() if tensor.shape != tensors[name].shape]
+    if apart or resized or planned.cut.exits or planned.cut.entries:
+        found = (*apart, *resized, *(place.target for place in (*planned.cut.exits, *planned.cut.entries)))[0]
+        raise SpecError(
+            f"{planned.architecture} is a plain torch module, which is merged as a whole or not at all, and {found} "
+            "would be a task's own or of another size; merge it with depth=1 and a method that keeps sizes"
+        )
+    for name, tensor in trunk.items():
+        tensors[name].copy_(tensor)
+    return merged
 
 
 def first_own_block(spec: MergeSpec, cut: Cut) -> str | None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_zipit.adapters import adapter_for
+from hf_zipit.adapters import example_inputs
 from hf_zipit.errors import ExpertError
 from hf_zipit.modeling.base import ZipItPreTrainedModel
 from hf_zipit.modeling.configuration import ZipItConfig
@@ -196,7 +196,7 @@ def as_matrix(entry: Entry) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def difference(merged: ZipItPreTrainedModel, model: PreTrainedModel, task: str) -> float:
     """The largest relative difference of the outputs' own tensors, on the adapter's example inputs."""
-    inputs = adapter_for(model).inputs(model)
+    inputs = example_inputs(model)
     mode = merged.training
     expected, got = merged.eval()(**fitted(inputs, merged), task=task), model(**inputs)
     merged.train(mode)

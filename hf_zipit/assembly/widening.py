@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_zipit.adapters import adapter_for
+from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.combine.combine import merge_tensor
 from hf_zipit.errors import RecipeError
 from hf_zipit.maps.products import merged_index
@@ -90,7 +90,7 @@ class _Trial:
         adapter = adapter_for(model)
         tensors = perturb(model_tensors(model), torch.Generator().manual_seed(seed))
         empty = without_weights(model)
-        inputs = fitted(adapter.inputs(model) if inputs is None else inputs, nn.Linear(1, 1))
+        inputs = fitted(example_inputs(model) if inputs is None else inputs, nn.Linear(1, 1))
         fields = adapter.outputs(model)
         outputs = run_with(empty, tensors, inputs, fields)
         return cls((empty, *with_eager_attention(empty)), spec, tensors, inputs, fields, outputs)

@@ -29,14 +29,26 @@ class Entry(nn.Module):
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         """Forward pre-hook: map the module's first argument, however it was passed."""
         if args:
-            return (self(args[0]), *args[1:]), kwargs
+            return (self.entered(args[0]), *args[1:]), kwargs
         name = first_argument(type(module))
         if name not in kwargs:
             raise ZipItError(
                 f"{type(module).__name__} reads the trunk through its argument '{name}', but was called with "
                 f"{sorted(kwargs)} only."
             )
-        return args, {**kwargs, name: self(kwargs[name])}
+        return args, {**kwargs, name: self.entered(kwargs[name])}
+
+    def entered(self, x: Any) -> Any:
+        """A tensor in the task's units; of a sequence, those tensors that have as many units as the merged model.
+
+        A head may read one of them only (the last stage's): the others do not matter then.
+        """
+        if isinstance(x, (list, tuple)):
+            return type(x)([self(item) if self._fits(item) else item for item in x])
+        return self(x)
+
+    def _fits(self, x: Any) -> bool:
+        return isinstance(x, Tensor) and x.ndim > self.axis and x.shape[self.axis] == self.size
 
     def reset(self) -> None:
         """Fill a map that no file gave: the identity, repeated where d > k."""

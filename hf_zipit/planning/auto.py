@@ -20,8 +20,10 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_zipit.config import AUTO, MergeConfig, RefitConfig
+from hf_zipit.errors import RecipeError
 from hf_zipit.planning.plan import Plan
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ def choose(config: MergeConfig, model: nn.Module, *, data: bool, observed: bool 
     Args:
         data, observed: whether there is calibration data, or moments of an earlier merge.
     """
+    if not isinstance(model, PreTrainedModel):
+        config = _for_plain_module(config, model)
     if not config.automatic:
         return config
     method = config.method if config.method != AUTO else WITH_DATA if data or observed else WITHOUT_DATA
@@ -51,6 +55,20 @@ def choose(config: MergeConfig, model: nn.Module, *, data: bool, observed: bool 
         " + refit" if chosen.refit else "", "".join(f" + {name}" for name in chosen.corrections),
     )  # fmt: skip
     return chosen
+
+
+def _for_plain_module(config: MergeConfig, model: nn.Module) -> MergeConfig:
+    """Nothing is measured on a merged module without a configuration, so that it is neither refitted nor corrected.
+
+    Raises RecipeError where that is asked for.
+    """
+    asked = {"refit": config.refit, "corrections": config.corrections, "polish": config.polish}
+    for name, setting in asked.items():
+        if setting and setting != AUTO:
+            raise RecipeError(
+                f"{name} is for Hugging Face models, and {type(model).__name__} is a plain torch module; leave it out"
+            )
+    return replace(config, refit=None, corrections={})
 
 
 def needed_corrections(model: nn.Module) -> dict[str, dict[str, Any]]:

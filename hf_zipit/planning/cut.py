@@ -8,14 +8,16 @@ shared.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from hf_zipit.errors import RecipeError, SpecError
 from hf_zipit.symmetry.proof import model_tensors
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Place, Probe, ProductKey, product_key
+from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, product_key
 
 NOT_IN_TRUNK = "it is not in the trunk"
 """What fixes a space that only branches have."""
@@ -148,7 +150,7 @@ def cut_model(model: nn.Module, spec: MergeSpec, depth: float | str) -> Cut:
         depth=sum(counts) / total if total else float(not nothing),
         trunk=trunk,
         shared=_shared_modules(model, trunk),
-        entries=_entries(spec, in_trunk, _readouts(spec, counts)),
+        entries=_entries(model, spec, in_trunk, _readouts(spec, counts)),
         exits=_exits(spec, in_trunk),
     )
 
@@ -206,32 +208,65 @@ def _readouts(spec: MergeSpec, counts: Sequence[int]) -> frozenset[str]:
     return frozenset({*spec.head, *first})
 
 
-def _entries(spec: MergeSpec, in_trunk: InTrunk, readouts: frozenset[str]) -> tuple[ReadPoint, ...]:
+def _entries(model: nn.Module, spec: MergeSpec, in_trunk: InTrunk, readouts: frozenset[str]) -> tuple[ReadPoint, ...]:
     """Where a branch takes over a value that moves.
 
     Raises:
-        SpecError: if it does so elsewhere than at a readout, or takes two values through one readout.
+        SpecError: if it does so elsewhere than at a readout, or one module takes two values.
     """
-    entries: dict[ReadPoint, None] = {}
-    taken: dict[str, str] = {}
+    through: dict[str, list[tuple[Crossing, int]]] = {}
     for crossing in spec.crossings:
-        moving = [axis for axis, label in enumerate(crossing.axes) if _moves(label, spec)]
+        moving = any(_moves(label, spec) for label in crossing.axes)
         if not moving or not in_trunk(crossing.made) or in_trunk(crossing.read):
             continue
-        readout = next((path for path in crossing.stack if path in readouts), None)
-        if readout is None:
+        depth = next((i for i, path in enumerate(crossing.stack) if path in readouts), None)
+        if depth is None:
             reader = crossing.stack[-1] if crossing.stack and crossing.stack[-1] else "the model itself"
             raise SpecError(
                 f"{spec.architecture} cannot be cut here: {reader} reads a value of the trunk beside the cut; choose "
                 "another depth, or declare it as part of the head in an adapter"
             )
-        if taken.setdefault(readout, crossing.value) != crossing.value or len(moving) > 1:
+        through.setdefault(crossing.stack[depth], []).append((crossing, depth))
+    return tuple(dict.fromkeys(point for path in through for point in _points(model, spec, path, through[path])))
+
+
+def _points(
+    model: nn.Module, spec: MergeSpec, path: str, found: Sequence[tuple[Crossing, int]]
+) -> Iterator[ReadPoint]:
+    """Where the module `path` reads the values that cross into it: through its first argument, if it is one value.
+
+    A head that reads several (those of every stage) hands each of them to a module of its own, which is entered
+    instead; or they are one sequence of values in the same units.
+    """
+    moving = {
+        crossing.value: [(axis, label) for axis, label in enumerate(crossing.axes) if _moves(label, spec)]
+        for crossing, _ in found
+    }
+    if len(moving) == 1 and all(len(axes) == 1 for axes in moving.values()):
+        yield from (ReadPoint(path, *axes[0]) for axes in moving.values())
+        return
+    inner: dict[str, list[tuple[Crossing, int]]] = {}
+    points = {ReadPoint(path, *place) for places in moving.values() for place in places}
+    for crossing, depth in found:
+        if depth + 1 == len(crossing.stack):
+            if len(points) == 1 and _takes_a_sequence(model.get_submodule(path)):
+                yield points.pop()
+                return
             raise SpecError(
-                f"{spec.architecture} cannot be cut before {readout}: it reads more than one value of the trunk; "
-                "choose another depth"
+                f"{spec.architecture} cannot be cut before {path}: it reads more than one value of the trunk; choose "
+                "another depth"
             )
-        entries[ReadPoint(readout, moving[0], crossing.axes[moving[0]])] = None
-    return tuple(entries)
+        inner.setdefault(crossing.stack[depth + 1], []).append((crossing, depth + 1))
+    for deeper, own in inner.items():
+        yield from _points(model, spec, deeper, own)
+
+
+def _takes_a_sequence(module: nn.Module) -> bool:
+    """Whether the first argument of a module is declared to be a list or a tuple."""
+    first = next(iter([*inspect.signature(type(module).forward).parameters.values()][1:]), None)
+    return (
+        first is not None and re.match(r"(typing\.)?(list|tuple|sequence)\b", str(first.annotation), re.I) is not None
+    )
 
 
 def _exits(spec: MergeSpec, in_trunk: InTrunk) -> tuple[ReadPoint, ...]:

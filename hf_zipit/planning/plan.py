@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +19,11 @@ from hf_zipit.symmetry.folding import fold
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 from hf_zipit.symmetry.summary import coverage
+
+logger = logging.getLogger(__name__)
+
+UNREAD = 0.02
+"""The share of the trunk's elements that may be read by no example input without a word."""
 
 BYTES_PER_MOMENT = 8
 """Second moments are accumulated in float64."""
@@ -148,6 +154,7 @@ def make_plan(
     tensors = model_tensors(first)
     spec = cut.trunk_spec(spec)
     check_coverage(spec, cut)
+    warn_of_unread(spec, cut, first)
     check_bases(bases or {}, tensors, cut)
     trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
 
@@ -205,6 +212,18 @@ def check_bases(bases: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], c
                     f"the tensor {name} is {found} in the base of {task!r}, but {tuple(tensors[name].shape)} in the "
                     "experts; give the model that they were trained from, loaded with their class"
                 )
+
+
+def warn_of_unread(spec: MergeSpec, cut: Cut, model: nn.Module) -> None:
+    """Warn where a good part of the trunk is read by no example input, such as a vision tower by a text alone."""
+    sizes = {name: p.numel() for name, p in model.named_parameters() if name in cut.trunk}
+    unread = {name: size for name, size in sizes.items() if name in spec.unused}
+    if sum(unread.values()) > UNREAD * sum(sizes.values()):
+        logger.warning(
+            "Nothing of the example inputs of %s reaches %s (and %d tensors more): what is not reached is not aligned "
+            "but combined as it is; pass example_inputs that use it.",
+            spec.architecture, next(iter(unread)), len(unread) - 1,
+        )  # fmt: skip
 
 
 def check_coverage(spec: MergeSpec, cut: Cut) -> None:

@@ -154,7 +154,7 @@ class Atoms:
     def _pieces(self, ref: Ref, sizes: Sequence[int]) -> tuple[Axis, ...]:
         """New atoms with what they inherit of an atom's symmetry: a part of a rotary one does not have its pairs."""
         symmetry, reason = self._symmetry[ref.atom], self._reason[ref.atom]
-        symmetry = Symmetry.FIXED if symmetry is Symmetry.ROTARY else symmetry
+        symmetry = Symmetry.FIXED if symmetry.in_pairs else symmetry
         return tuple(self.fresh(size, symmetry, reason) for size in sizes)
 
     def _leaves(self, axis: Axis) -> set[Ref]:
@@ -192,7 +192,7 @@ class Atoms:
 
     def _lower(self, atom: int, symmetry: Symmetry, reason: str | None) -> None:
         """What an atom allows, and `symmetry` as well; of a sum, all its terms."""
-        if atom in self._terms and symmetry is Symmetry.ROTARY:  # its pairs would stand in different terms
+        if atom in self._terms and symmetry.in_pairs:  # its pairs would stand in different terms
             symmetry = Symmetry.FIXED
         for term in self._terms.get(atom, ()):
             self.restrict(term, symmetry, reason)
@@ -261,8 +261,28 @@ class Atoms:
         for left, right in zip(self._cut(x, sizes, why), self._cut(y, sizes, why), strict=True):
             self.tie(left, right, why)
 
-    def regroup(self, axes: list[Axis], shape: list[int], reason: str) -> list[Axis]:
-        """The axes of a tensor after a reshape to `shape`: atoms are split where an output axis ends inside one."""
+    def regroup(self, axes: Sequence[Axis], shape: Sequence[int], reason: str) -> list[Axis]:
+        """The axes of a tensor after a reshape to `shape`: atoms are split where an output axis ends inside one.
+
+        Axes that do not fit are fixed, those before and after them are not.
+        """
+        out: list[Axis] = []
+        start = begin = 0
+        while start < len(axes) or begin < len(shape):
+            stop, end = min(start + 1, len(axes)), min(begin + 1, len(shape))
+            while (have := prod(map(self.size, axes[start:stop]))) != (need := prod(shape[begin:end])):
+                if (have < need or end == len(shape)) and stop < len(axes):
+                    stop += 1
+                elif end < len(shape):
+                    end += 1
+                else:
+                    break
+            out += self._regroup(axes[start:stop], shape[begin:end], reason)
+            start, begin = stop, end
+        return out
+
+    def _regroup(self, axes: Sequence[Axis], shape: Sequence[int], reason: str) -> list[Axis]:
+        """As `regroup`, of axes of which no fewer become axes of their own."""
         refs = [ref for axis in axes for ref in self.resolve(axis)]
         out: list[Axis] = []
         for size in shape:

@@ -27,7 +27,7 @@ def random_element(spec: Trace, generator: torch.Generator, permutations_only: b
     prove."""
     element = {}
     for space in spec.spaces.values():
-        if space.symmetry is Symmetry.FIXED or (permutations_only and space.symmetry is Symmetry.ROTARY):
+        if space.symmetry is Symmetry.FIXED or (permutations_only and space.symmetry.in_pairs):
             continue
         lead = [spec.spaces[name].size for name in space.within]
         symmetry = Symmetry.PERMUTATION if permutations_only else space.symmetry
@@ -39,8 +39,11 @@ def random_element(spec: Trace, generator: torch.Generator, permutations_only: b
 def _random_map(size: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
     if symmetry is Symmetry.PERMUTATION:
         return torch.randperm(size, generator=generator)
-    if symmetry is Symmetry.ROTARY:
-        return pair_rotations(2 * pi * torch.rand(size // 2, generator=generator, dtype=torch.float64))
+    if symmetry is Symmetry.HALF_TURNS:
+        return pair_rotations(pi * torch.randint(2, (size // 2,), generator=generator).double())
+    if symmetry.in_pairs:
+        turns = pair_rotations(2 * pi * torch.rand(size // 2, generator=generator, dtype=torch.float64))
+        return turns if symmetry is Symmetry.ROTARY else of_neighbours(turns)
     if symmetry is Symmetry.LINEAR:
         scales = torch.rand(size, generator=generator, dtype=torch.float64) * 1.5 + 0.5
         return _random_orthogonal(size, generator) * scales @ _random_orthogonal(size, generator)
@@ -66,6 +69,11 @@ def pair_rotations(angles: Tensor) -> Tensor:
     """
     cos, sin = torch.diag_embed(angles.cos()), torch.diag_embed(angles.sin())
     return torch.cat([torch.cat([cos, -sin], -1), torch.cat([sin, cos], -1)], -2)
+
+
+def of_neighbours(matrices: Tensor) -> Tensor:
+    """Matrices `[..., 2 n, 2 n]` that mix unit i and i + n, as those that mix 2 i and 2 i + 1 in the same way."""
+    return matrices.unflatten(-1, (2, -1)).mT.flatten(-2).unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2)
 
 
 def _random_orthogonal(size: int, generator: torch.Generator) -> Tensor:

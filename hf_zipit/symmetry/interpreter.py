@@ -23,6 +23,7 @@ from hf_zipit.symmetry.ops import (
     Rule,
     Value,
     is_within,
+    known_size,
     module_of,
     module_stack,
     op_name,
@@ -158,7 +159,7 @@ class Interpreter:
             if isinstance(meta, (list, tuple)):
                 return tuple(result(item) for item in meta)
             if hasattr(meta, "shape"):
-                return Value(self.atoms.fresh(n, Symmetry.FIXED, reason) for n in meta.shape)
+                return Value(self.atoms.fresh(known_size(n), Symmetry.FIXED, reason) for n in meta.shape)
             return meta
 
         freeze([*args, *kwargs.values()])
@@ -269,7 +270,7 @@ class Interpreter:
                         self._tensor_of[placeholder] = self._tensor_of[outer]
             return tuple(self.run(inner, args[at + 1 :], args[at]))
         if not _touches_tensor(args, kwargs) and not hasattr(node.meta.get("val"), "shape"):
-            return node.meta.get("val")  # arithmetic on sizes
+            return known_size(node.meta.get("val"))  # arithmetic on sizes
         rule = self.rules.get(op_name(node), Interpreter.unknown)
         if op_name(node) not in NUMBERED:
             self.fix_numbers([*args, *kwargs.values()], f"the op {op_name(node)} reads the numbers of its units")

@@ -101,12 +101,14 @@ class Naming:
             for axis in chain(*map(self.atoms.products, self.labels[name])):
                 for i, ref in enumerate(axis):
                     self._note_within(within, ref, axis[:i], company)
-        for name in self.sorted:  # a stack of matrices, such as those of experts, is numbered by its first axis
-            first, *others = self.labels[name] or [()]
-            if len(others) > 1 and not self._is_convolution(name.rpartition(".")[0]):
-                for ref in chain(*chain(*map(self.atoms.products, others))):
-                    if not within[ref.atom]:
-                        self._note_within(within, ref, self.atoms.resolve(first), company)
+        for name in self.sorted:  # stacks of matrices, such as those of experts or heads, are numbered by earlier axes
+            axes = self.labels[name]
+            if len(axes) > 2 and not self._is_convolution(name.rpartition(".")[0]):
+                for i, axis in enumerate(axes):
+                    majors = tuple(chain(*map(self.atoms.resolve, axes[:i])))
+                    for ref in chain(*self.atoms.products(axis)):
+                        if not within[ref.atom]:
+                            self._note_within(within, ref, majors, company)
         return within
 
     def _note_within(

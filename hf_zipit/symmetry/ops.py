@@ -23,15 +23,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import torch
 from torch import fx
 
 from hf_zipit.symmetry.atoms import Axis
 from hf_zipit.symmetry.spaces import Symmetry
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
-ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
+ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+HALF_TURNS, ROTARY, NEIGHBOURS = Symmetry.HALF_TURNS, Symmetry.ROTARY, Symmetry.ROTARY_NEIGHBOURS
 
 
 class Value:
@@ -121,8 +124,26 @@ def _packet(node: fx.Node) -> str:
     return str(node.target).removeprefix("aten.").split(".")[0]
 
 
+DATA_DEPENDENT = 840
+"""Stands for every size that depends on what is in a tensor (the number of true elements of a mask): it is divided by
+what such sizes are divided by, and no parameter has such an axis."""
+
+
+def known_size(size: Any) -> Any:
+    """An integer, where a size is one or depends on data; else the same."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, DATA_DEPENDENT)))
+
+
 def shape_of(node: fx.Node) -> list[int]:
-    return list(node.meta["val"].shape)
+    return [known_size(size) for size in node.meta["val"].shape]
+
+
+def count_of(node: fx.Node) -> int:
+    """How many numbers a node puts out."""
+    return prod(shape_of(node))
 
 
 def input_shape(node: fx.Node, argument: int = 0) -> list[int]:

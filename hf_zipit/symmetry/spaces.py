@@ -19,27 +19,32 @@ from typing import TypeVar
 class Symmetry(enum.IntEnum):
     """Which changes of basis of a space leave the function as it is; a larger value allows more of them.
 
-    But for `ROTARY`, which stands beside the permutations: neither allows the other (`meet`).
+    But for those of pairs of units (`in_pairs`), which stand beside the permutations: neither allows the other.
     """
 
     FIXED = 0
-    ROTARY = (
-        1  # a rotation of every pair of units, i and i + d/2, by an angle of its own (what rotary embeddings allow)
-    )
-    PERMUTATION = 2
-    ORTHOGONAL_ONES = 3  # orthogonal maps that keep the vector of ones (what LayerNorm without affine part allows)
-    ORTHOGONAL = 4
-    LINEAR = 5
+    HALF_TURNS = 1  # new signs for any pairs of units, i and i + d/2 (what a scale beside a rotary embedding leaves)
+    ROTARY = 2  # a rotation of every such pair by an angle of its own (what rotary embeddings allow)
+    ROTARY_NEIGHBOURS = 3  # the same of units 2 i and 2 i + 1
+    PERMUTATION = 4
+    ORTHOGONAL_ONES = 5  # orthogonal maps that keep the vector of ones (what LayerNorm without affine part allows)
+    ORTHOGONAL = 6
+    LINEAR = 7
 
     def __str__(self) -> str:
-        return {"ORTHOGONAL_ONES": "orthogonal, keeps ones"}.get(self.name, self.name.lower())
+        return {"ORTHOGONAL_ONES": "orthogonal, keeps ones"}.get(self.name, self.name.lower().replace("_", " "))
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether it is about pairs of units, each of which is turned by itself."""
+        return Symmetry.FIXED < self < Symmetry.PERMUTATION
 
     def meet(self, other: Symmetry) -> Symmetry:
         """What both allow."""
         least, most = sorted((self, other))
-        if least is Symmetry.ROTARY and most in (Symmetry.PERMUTATION, Symmetry.ORTHOGONAL_ONES):
-            return Symmetry.FIXED
-        return least
+        if not least.in_pairs or most in (least, Symmetry.ORTHOGONAL, Symmetry.LINEAR):
+            return least
+        return least if (least, most) == (Symmetry.HALF_TURNS, Symmetry.ROTARY) else Symmetry.FIXED
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from hf_zipit.adapters import Adapter, adapter_for
+from hf_zipit.adapters import Adapter, adapter_for, example_inputs, inputs_are_given
+from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
@@ -72,7 +73,7 @@ class MergeSpec(Trace):
         Raises:
             SpecError: if the forward pass cannot be traced.
         """
-        if inputs is not None or adapter is not None:
+        if inputs is not None or adapter is not None or inputs_are_given():
             return cls._traced(model, inputs, adapter or adapter_for(model), folding)
         return TRACES.get(trace_key(model, folding), lambda: cls._traced(model, None, adapter_for(model), folding))
 
@@ -80,9 +81,11 @@ class MergeSpec(Trace):
     def _traced(
         cls, model: nn.Module, inputs: Mapping[str, Tensor] | None, adapter: Adapter, folding: bool
     ) -> MergeSpec:
+        if inputs is None:
+            inputs = example_inputs(model) if inputs_are_given() else _made_up(model, adapter)
         found = trace(
             model,
-            fitted(adapter.inputs(model) if inputs is None else inputs, model),
+            fitted(inputs, model),
             towers=adapter.towers(model),
             head=adapter.head(model),
             fields=adapter.outputs(model),
@@ -90,6 +93,17 @@ class MergeSpec(Trace):
             folding=folding,
         )
         return cls(**{field.name: getattr(found, field.name) for field in fields(found)})
+
+
+def _made_up(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's example inputs; raises SpecError where it does not know how."""
+    try:
+        return adapter.inputs(model)
+    except Exception as error:  # whatever the configuration of an unknown family lacks
+        raise SpecError(
+            f"no example inputs can be made up for {type(model).__name__} ({error}); pass keyword arguments that its "
+            "forward accepts, two samples or more, merge(..., example_inputs={...})"
+        ) from error
 
 
 TRACES: Memory[MergeSpec] = Memory()

@@ -67,11 +67,11 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SpecError(
             f"{type(model).__name__} could not be traced with inputs {sorted(inputs)} ({first}); "
-            "pass example inputs that its forward accepts: MergeSpec.from_model(model, inputs={...})"
+            "pass example inputs that its forward accepts, merge(..., example_inputs={...})"
         ) from error
     finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
+        for name, module in model.named_modules():  # some models exchange modules while they run (BigBird)
+            module.training = training.get(name, module.training)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_zipit.align.circuit_bases import balance, basis, pair_basis, pair_similarity
+from hf_zipit.align.circuit_bases import FREE, balance, basis, pair_basis, pair_similarity
 from hf_zipit.align.circuit_pairs import CircuitFamily, circuits_of, match_family
 from hf_zipit.align.method import Network
 from hf_zipit.align.methods.cca import canonical_correlations
@@ -152,7 +152,18 @@ def test_turns_of_pairs_pass_through_a_rotary_embedding_and_nothing_else_does():
             g = drawn(6, symmetry)
             g = torch.eye(6).double()[g] if symmetry is Symmetry.PERMUTATION else g
             same = torch.allclose(g @ rotary(x, 1.7), rotary(g @ x, 1.7))
-            assert same == (symmetry is Symmetry.ROTARY), symmetry
+            assert same == (symmetry in (Symmetry.ROTARY, Symmetry.HALF_TURNS)), symmetry
+
+
+@pytest.mark.parametrize("symmetry", [symmetry for symmetry in Symmetry if symmetry.in_pairs])
+def test_circuits_find_the_turns_of_pairs_of_every_kind(symmetry):
+    bases, write, read, g = FREE[symmetry], random(6, 20), random(6, 30, seed=1), drawn(6, symmetry)
+    matrix, inverse = bases.matrices(write, read, g @ write, g @ read)
+    near(matrix @ g, torch.eye(6).double())
+    near(matrix @ inverse, torch.eye(6).double())
+    sides = [side[None, None] for side in (write, read)]
+    moved = [(g @ side)[None, None] for side in (write, read)]
+    near(bases.similarity(*sides, *moved), bases.similarity(*sides, *sides))
 
 
 def test_a_circuit_with_turned_pairs_is_turned_back():

@@ -249,7 +249,7 @@ def test_a_block_that_reads_two_values_of_the_trunk_is_refused():
     torch.manual_seed(0)
     model = TwoInputs()
     spec = MergeSpec.from_model(model, {"x": torch.randn(2, 6)})
-    with pytest.raises(SpecError, match=r"cannot be cut before blocks\.2: it reads more than one value of the trunk"):
+    with pytest.raises(SpecError, match=r"TwoInputs cannot be cut"):
         cut_model(model, spec, "blocks.2")
 
 

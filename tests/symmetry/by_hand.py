@@ -13,7 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from hf_zipit.symmetry.spec import Symmetry
 
 FIXED, PERMUTATION, LINEAR = Symmetry.FIXED, Symmetry.PERMUTATION, Symmetry.LINEAR
-ONES, ORTHOGONAL, ROTARY = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL, Symmetry.ROTARY
+ONES, ORTHOGONAL = Symmetry.ORTHOGONAL_ONES, Symmetry.ORTHOGONAL
+HALF_TURNS, ROTARY, NEIGHBOURS = Symmetry.HALF_TURNS, Symmetry.ROTARY, Symmetry.ROTARY_NEIGHBOURS
 
 WIDTH = 8
 HEADS, HEAD_DIM, GROUPS = 4, 3, 2
@@ -293,7 +294,17 @@ CASES: dict[str, Case] = {
     "rotary embedding and one half": Case(rotary_and_half, FIXED),
     "rotary embedding and layer norm": Case(lambda x: F.layer_norm(rotary(x), (WIDTH,)), FIXED),
     "rotary embedding and nonlinearity": Case(lambda x: rotary(x).relu(), FIXED),
-    "rotary embedding after a scale": Case(lambda x, v: rotary(x * v), FIXED, extra={"v": vector()}),
+    "rotary embedding after a scale": Case(lambda x, v: rotary(x * v), HALF_TURNS, extra={"v": vector()}),
+    "rotary embedding after a scaled RMS norm": Case(
+        lambda x, v: rotary(F.rms_norm(x, (WIDTH,), v)), HALF_TURNS, extra={"v": vector()}
+    ),
+    "rotary embedding before a scale": Case(
+        lambda x, v: (rotary(x).clone() * v).softmax(1), FIXED, extra={"v": vector()}
+    ),
+    "rotary embedding of neighbours": Case(neighbours_rotated, NEIGHBOURS),
+    "rotary embedding of neighbours after a scale": Case(
+        lambda x, v: neighbours_rotated(x * v), FIXED, extra={"v": vector()}, tight=False
+    ),
     "rotated by angles that differ in a pair": Case(
         lambda x: x * torch.linspace(0, 3, WIDTH).cos() + quarter_rotated(x) * torch.linspace(0, 3, WIDTH).sin(), FIXED
     ),
@@ -348,6 +359,16 @@ CASES: dict[str, Case] = {
     "index select": Case(lambda x, i: x.index_select(-1, i), FIXED, extra={"i": ORDER}),
     "gather": Case(lambda x: x.gather(-1, ORDER.expand(2, 5, WIDTH)), FIXED),
     "chunks": Case(lambda x: torch.cat(x.chunk(2, -1)[::-1], -1), LINEAR),
+    "gated linear units": Case(lambda x: F.glu(x, -1).repeat(1, 1, 2), PERMUTATION, tight=False),
+    "every second unit": Case(
+        lambda x: torch.cat([x[..., ::2].relu(), x[..., 1::2].tanh()], -1), (PERMUTATION, FIXED), tight=False
+    ),
+    "tiled": Case(lambda x: x.tile(1, 1, 2)[..., :WIDTH], LINEAR, tight=False),
+    "differences of rows": Case(lambda x: x.diff(dim=1), LINEAR),
+    "windows of rows": Case(lambda x: x.unfold(1, 2, 1).sum(-1), LINEAR),
+    "windows of channels, put back": Case(
+        lambda x: F.fold(F.unfold(x.mT[..., None], (2, 1)), (5, 1), (2, 1))[..., 0].mT, LINEAR
+    ),
     "unbound": Case(lambda x: torch.stack(x.unbind(-1)[::-1], -1), FIXED),
     "concatenated": Case(lambda x: torch.cat([x, x], -1), FIXED),
     "shifted by padding": Case(lambda x: F.pad(x, (1, -1)), FIXED),
@@ -438,8 +459,11 @@ class Fused(nn.Module):
             q, k, v = (t.unflatten(-1, (HEADS, HEAD_DIM)) for t in y.chunk(3, -1))
         elif self.by == "inner chunk":
             q, k, v = y.unflatten(-1, (HEADS, 3 * HEAD_DIM)).chunk(3, -1)
-        else:
+        elif self.by == "unbind":
             q, k, v = y.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
+        else:
+            y = y.view(2, 5, HEADS, 3, HEAD_DIM).transpose(1, 3)
+            q, k, v = (y[:, i].transpose(1, 2) for i in range(3))
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return self.out(y.transpose(1, 2).flatten(2))
 

@@ -31,6 +31,12 @@ def with_symmetry(spec: MergeSpec, name: str, symmetry: Symmetry) -> MergeSpec:
 
 
 def next_symmetries(space: Space) -> tuple[Symmetry, ...]:
-    """The smallest symmetries that allow more than a space's own."""
+    """The smallest symmetries that allow more than a space's own.
+
+    Of a fixed space not the half turns, which are looked for only beside rotary embeddings.
+    """
     more = [symmetry for symmetry in Symmetry if symmetry.meet(space.symmetry) is space.symmetry is not symmetry]
+    more = [
+        symmetry for symmetry in more if space.symmetry is not Symmetry.FIXED or symmetry is not Symmetry.HALF_TURNS
+    ]
     return tuple(one for one in more if not any(one.meet(other) is other is not one for other in more))

@@ -140,9 +140,8 @@ def test_grouped_query_heads_move_with_their_key(name):
     assert spaces_of(spec, f"{prefix}.v_proj.weight", 0)[0] == groups
     assert (groups.size, copies.size, copies.within) == (2, 2, (groups.name,))
     # Qwen3 scales every unit of a query before it is rotated.
-    assert inner.symmetry is (Symmetry.ROTARY if name == "llama" else Symmetry.FIXED)
-    assert inner.within == ((groups.name,) if name == "llama" else ())
-    assert (inner.frozen_by is None) == (name == "llama")
+    assert inner.symmetry is (Symmetry.ROTARY if name == "llama" else Symmetry.HALF_TURNS)
+    assert inner.within == (groups.name,)
     assert spaces_of(spec, f"{prefix}.v_proj.weight", 0)[1].symmetry is Symmetry.LINEAR
 
 

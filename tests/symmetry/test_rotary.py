@@ -33,8 +33,16 @@ PARTLY_ROTATED = {
     "gpt-neox, fused": tiny.EVERYTHING["gpt-neox"],
     "phi": tiny.of(T.PhiForCausalLM, T.PhiConfig, **tiny.TEXT),
 }
-FIXED = {
-    "cohere, neighbours": tiny.of(T.CohereForCausalLM, T.CohereConfig, **tiny.DECODER),
+NEIGHBOURS = {
+    "cohere": tiny.of(T.CohereForCausalLM, T.CohereConfig, **tiny.DECODER),
+    "glm, partial": tiny.of(T.GlmForCausalLM, T.GlmConfig, **tiny.DECODER, head_dim=8, pad_token_id=0),
+    "llama4, complex": tiny.of(T.Llama4ForCausalLM, T.Llama4TextConfig, **tiny.DECODER, pad_token_id=0),
+}
+SCALED = {
+    "qwen3": tiny.of(T.Qwen3ForCausalLM, T.Qwen3Config, **tiny.DECODER, head_dim=8),
+    "gemma3, one more": tiny.of(T.Gemma3ForCausalLM, T.Gemma3TextConfig, **tiny.DECODER, head_dim=8),
+    "olmo2, all heads": tiny.of(T.Olmo2ForCausalLM, T.Olmo2Config, **tiny.DECODER),
+    "hunyuan, after": tiny.of(T.HunYuanDenseV1ForCausalLM, T.HunYuanDenseV1Config, **tiny.DECODER, head_dim=8),
 }
 
 
@@ -71,8 +79,13 @@ def test_what_is_left_beside_the_pairs_of_a_head_is_free(name):
         assert worst_error(model, with_symmetry(spec, first.name, more)) > BROKEN
 
 
-@pytest.mark.parametrize("name", FIXED)
-def test_what_is_not_known_is_fixed(name):
-    model, spec = traced(FIXED[name])
-    assert rotary_spaces(spec) == []
+@pytest.mark.parametrize("name", [*NEIGHBOURS, *SCALED])
+def test_neighbours_are_rotated_and_scaled_pairs_change_their_signs(name):
+    model, spec = traced((NEIGHBOURS | SCALED)[name])
+    expected = Symmetry.ROTARY_NEIGHBOURS if name in NEIGHBOURS else Symmetry.HALF_TURNS
+    turned = [space for space in spec.spaces.values() if space.symmetry.in_pairs]
+    assert {space.symmetry for space in turned} == {expected}
+    assert len(turned) == model.config.num_hidden_layers and all(len(space.within) == 1 for space in turned)
     assert worst_error(model, spec) <= TOLERANCE
+    for more in next_symmetries(turned[0]):
+        assert worst_error(model, with_symmetry(spec, turned[0].name, more)) > BROKEN

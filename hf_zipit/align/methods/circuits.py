@@ -30,7 +30,7 @@ from hf_zipit.symmetry.spec import Symmetry
 LEAST_IMPROVEMENT = 1e-7
 
 
-@register("circuits", needs={"weights"}, scope="network", least=Symmetry.ROTARY, folds=True)
+@register("circuits", needs={"weights"}, scope="network", least=Symmetry.HALF_TURNS, folds=True)
 def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
     """Maps from the weights: streams by rotations, heads by circuits, the rest by `weights`.
 

@@ -22,7 +22,7 @@ from hf_zipit.symmetry.spec import Symmetry
 
 
 @register(
-    "orthogonal", needs={"moments", "covariances", "weights"}, scope="network", least=Symmetry.ROTARY, folds=True
+    "orthogonal", needs={"moments", "covariances", "weights"}, scope="network", least=Symmetry.HALF_TURNS, folds=True
 )
 def match_orthogonal(network: Network) -> dict[str, Map]:
     """Streams by Procrustes, heads by circuits, the rest by `permute`."""

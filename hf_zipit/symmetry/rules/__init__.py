@@ -3,6 +3,17 @@
 from __future__ import annotations
 
 from hf_zipit.symmetry.ops import PATTERNS, RULES
-from hf_zipit.symmetry.rules import contractions, elementwise, indexing, norms, reductions, rotary, shapes
+from hf_zipit.symmetry.rules import contractions, elementwise, indexing, norms, reductions, rotary, selected, shapes
 
-__all__ = ["PATTERNS", "RULES", "contractions", "elementwise", "indexing", "norms", "reductions", "rotary", "shapes"]
+__all__ = [
+    "PATTERNS",
+    "RULES",
+    "contractions",
+    "elementwise",
+    "indexing",
+    "norms",
+    "reductions",
+    "rotary",
+    "selected",
+    "shapes",
+]

@@ -21,6 +21,7 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     common,
+    count_of,
     input_shape,
     rule,
     shape_of,
@@ -37,7 +38,7 @@ def linear(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any =
         for axis in lead:  # one bias for all of them
             run.atoms.restrict(axis, ONES)
     run.parted([inner], [out], lead)
-    run.count_macs(node, node.meta["val"].numel() * input_shape(node, 1)[1])
+    run.count_macs(node, count_of(node) * input_shape(node, 1)[1])
     run.reads(node, x.axes[-1], -1)
     run.writes(node, out, -1)
     return Value([*lead, out])
@@ -48,7 +49,7 @@ def addmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, weight: Value,
     inner, out = weight.axes
     run.atoms.tie(x.axes[1], dual(inner), "a product's inner axes do not fit")
     run.parted([inner], [out], [x.axes[0]])
-    run.count_macs(node, node.meta["val"].numel() * input_shape(node, 2)[0])
+    run.count_macs(node, count_of(node) * input_shape(node, 2)[0])
     run.reads(node, x.axes[1], -1, argument=1)
     run.writes(node, out, -1)
     return run.broadcast(node, [Value([x.axes[0], out]), bias], ONES)
@@ -73,9 +74,28 @@ def conv(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = N
     for axis in x.axes[2:]:
         run.atoms.restrict(axis, FIXED, "a convolution slides over it")
     run.parted([group, inner], [out], [samples])
-    run.count_macs(node, node.meta["val"].numel() * prod(input_shape(node, 1)[1:]))
+    run.count_macs(node, count_of(node) * prod(input_shape(node, 1)[1:]))
     run.reads(node, channels, 1)
     run.writes(node, out, 1)
+    return Value([samples, out, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = None, *args: Any) -> Any:
+    if len(x.axes) != len(weight.axes) or (len(args) > 3 and args[3] != 1):
+        return run.unknown(node, x, weight, bias)
+    samples, channels = x.axes[:2]
+    inner, out = weight.axes[:2]
+    run.atoms.tie(channels, dual(inner), "a convolution's input does not fit its weight")
+    if isinstance(bias, Value):
+        run.atoms.tie(out, bias.axes[0], "a convolution's bias does not fit its weight")
+        run.atoms.restrict(samples, ONES)
+    for axis in weight.axes[2:]:
+        run.atoms.restrict(axis, FIXED, "a kernel's place")
+    for axis in x.axes[2:]:
+        run.atoms.restrict(axis, FIXED, "a convolution slides over it")
+    run.parted([inner], [out], [samples])
+    run.count_macs(node, prod(input_shape(node)) * prod(input_shape(node, 1)[1:]))
     return Value([samples, out, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
 
 
@@ -98,7 +118,7 @@ def matmul(run: Interpreter, node: fx.Node, x: Value, y: Value) -> Any:
     run.restrict_all(lead, PERMUTATION)
     both = common(Value(left_lead), Value(right_lead))
     run.parted([*both, inner], [*both, left], [*both, right])
-    run.count_macs(node, node.meta["val"].numel() * input_shape(node)[-1])
+    run.count_macs(node, count_of(node) * input_shape(node)[-1])
     return Value([*lead.axes, left, right])
 
 
@@ -109,7 +129,7 @@ def baddbmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, y: Value, **
     run.atoms.tie(x.axes[0], y.axes[0], "a product's batch axes do not fit")
     run.atoms.tie(x.axes[2], dual(y.axes[1]), "a product's inner axes do not fit")
     run.parted([*lead, x.axes[2]], [*lead, x.axes[1]], [*lead, y.axes[2]])
-    run.count_macs(node, node.meta["val"].numel() * input_shape(node, 1)[-1])
+    run.count_macs(node, count_of(node) * input_shape(node, 1)[-1])
     return run.broadcast(node, [Value([*lead, x.axes[1], y.axes[2]]), bias], ONES)
 
 
@@ -170,6 +190,6 @@ def attention(
         run.broadcast(node, [Value([*lead.axes, queries, keys]), mask], PERMUTATION)
     for inner in (query, keys, queries, value):
         run.parted([*shared, inner])
-    scores = node.meta["val"].numel() // shape_of(node)[-1] * input_shape(node, 1)[-2]
+    scores = count_of(node) // shape_of(node)[-1] * input_shape(node, 1)[-2]
     run.count_macs(node, scores * (input_shape(node)[-1] + shape_of(node)[-1]))
     return Value([*lead.axes, queries, value])

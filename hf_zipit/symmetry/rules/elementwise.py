@@ -17,9 +17,11 @@ from hf_zipit.symmetry.ops import (
     dims,
     input_shape,
     is_in_place,
+    known_size,
     op_name,
     overload,
     rule,
+    shape_of,
 )
 
 
@@ -56,7 +58,8 @@ def copy(run: Interpreter, node: fx.Node, x: Value, source: Value, *_: Any) -> V
 @rule("relu", "gelu", "silu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "abs", "hardswish", "hardtanh",
       "leaky_relu", "elu", "selu", "mish", "softplus", "erf", "sin", "cos", "reciprocal", "relu6", "hardsigmoid",
       "logical_not", "bitwise_not", "isnan", "isinf", "celu", "floor", "ceil", "round", "sign", "log1p", "expm1",
-      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink")  # fmt: skip
+      "log_sigmoid", "logit", "threshold", "nan_to_num", "isfinite", "softshrink", "hardshrink", "acos", "asin",
+      "atan", "tan", "sinh", "cosh", "erfc", "exp2", "log2", "log10", "softsign", "trunc", "sgn", "angle")  # fmt: skip
 def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     run.restrict_all(x, PERMUTATION)
     return Value(x.axes)
@@ -65,7 +68,7 @@ def nonlinear(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> 
 @rule("where", "eq", "ne", "ge", "gt", "le", "lt", "logical_and", "logical_or", "logical_xor", "__and__", "__or__",
       "__xor__", "bitwise_and", "bitwise_or", "bitwise_xor", "masked_fill", "clamp", "clamp_min", "clamp_max",
       "maximum", "minimum", "floor_divide", "remainder", "fmod", "atan2", "addcmul", "addcdiv", "lerp", "copysign",
-      "xlogy")  # fmt: skip
+      "xlogy", "polar")  # fmt: skip
 def pointwise(run: Interpreter, node: fx.Node, *args: Any, **kwargs: Any) -> Value:
     values = [a for a in (*args, *kwargs.values()) if isinstance(a, Value)]
     for value in values:
@@ -133,6 +136,18 @@ def summed_axes(node: fx.Node) -> set[int]:
     return set(dims(node.args[1] if len(node.args) > 1 else None, len(input_shape(node))))  # type: ignore[arg-type]
 
 
+@rule("glu")
+def glu(run: Interpreter, node: fx.Node, x: Value, dim: int = -1) -> Value:
+    """The first half of an axis, times the sigmoid of the second."""
+    half = shape_of(node)[dim]
+    run.restrict_all(x, PERMUTATION)
+    first, second = run.atoms.take(x.axes[dim], [half, half], [0, 1], "a gate does not fit what it gates")
+    run.atoms.tie(first, second, "a gate does not fit what it gates")
+    axes = list(x.axes)
+    axes[dim] = first
+    return Value(axes)
+
+
 @rule("prelu")
 def prelu(run: Interpreter, node: fx.Node, x: Value, weight: Value) -> Value:
     run.restrict_all(x, PERMUTATION)
@@ -147,14 +162,24 @@ def constant(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
     return run.fresh_like(node, PERMUTATION)
 
 
-@rule("arange", "linspace", "eye")
+@rule("arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices")
 def ramp(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
     return run.fresh_like(node, FIXED, "a constant")
 
 
-@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_size")
+@rule(
+    "_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size"
+)
 def nothing(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> None:
     return None
+
+
+@rule("sym_size", "sym_numel", "item", "_local_scalar_dense")
+def number(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Any:
+    """A size, or what is in a tensor, as a number."""
+    if "sym" not in op_name(node):
+        run.restrict_all(x, FIXED, "it is read as a number")
+    return known_size(node.meta["val"])
 
 
 @rule("max", "min")

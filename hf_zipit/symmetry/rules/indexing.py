@@ -19,6 +19,7 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     input_shape,
+    op_name,
     rule,
     shape_of,
     without,
@@ -87,7 +88,7 @@ def scatter(run: Interpreter, node: fx.Node, x: Value, dim: int, numbers: Value,
 def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> Any:
     used = [i for i, index in enumerate(indices) if isinstance(index, Value)]
     if any(node.args[1][i].meta["val"].dtype in (torch.bool, torch.uint8) for i in used):  # type: ignore[index, union-attr]
-        return run.unknown(node, x, indices)  # a mask selects along as many axes as it has itself
+        return masked(run, node, x, used, indices)
     run.fix_numbers(x, LOOKED_UP)
     if len(used) == 1 and indices[used[0]].names:
         (at,) = used
@@ -107,6 +108,44 @@ def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> 
     start = used[0] if adjacent else 0
     new = [run.atoms.fresh(n, FIXED, LOOKED_UP) for n in shape[start : start + len(shape) - len(kept)]]
     return Value([*kept[:start], *new, *kept[start:]])
+
+
+def masked(run: Interpreter, node: fx.Node, x: Value, used: Sequence[int], indices: Sequence[Any]) -> Any:
+    """What a mask selects along as many axes as it has itself."""
+    if len(used) != 1:
+        return run.unknown(node, x, indices)
+    (start,), mask = used, indices[used[0]]
+    run.fix_numbers([x, mask], LOOKED_UP)
+    along = range(start, start + len(mask.axes))
+    for axis in (*mask.axes, *(x.axes[i] for i in along)):
+        run.atoms.restrict(axis, FIXED, "a mask selects from it")
+    kept = without(x, along)
+    run.parted(kept)
+    new = run.atoms.fresh(shape_of(node)[start], FIXED, "a mask selects from it")
+    return Value([*kept[:start], new, *kept[start:]])
+
+
+@rule("masked_scatter")
+def masked_scatter(run: Interpreter, node: fx.Node, x: Value, mask: Value, source: Value) -> Any:
+    """Vectors written where a mask is true; known where the mask is the same for all of a vector's units."""
+    wide = node.args[1]
+    while isinstance(wide, fx.Node) and op_name(wide) in ("to", "clone", "contiguous", "detach"):
+        wide = wide.args[0]  # type: ignore[assignment]
+    spread = isinstance(wide, fx.Node) and op_name(wide) in ("expand", "expand_as") and input_shape(wide)[-1] == 1
+    narrow = input_shape(node, 1)[-1] == 1
+    if not (spread or narrow) or input_shape(node)[-1] != input_shape(node, 2)[-1]:
+        return run.unknown(node, x, mask, source)
+    for value in (x, mask, source):
+        for axis in value.axes[:-1]:
+            run.atoms.restrict(axis, FIXED, "a mask selects from it")
+    run.atoms.tie(x.axes[-1], source.axes[-1], "what is written does not fit")
+    return Value(x.axes)
+
+
+@rule("nonzero")
+def nonzero(run: Interpreter, node: fx.Node, x: Value) -> Value:
+    run.restrict_all(x, FIXED, "a mask selects from it")
+    return run.fresh_like(node, FIXED, "a mask selects from it")
 
 
 @rule("gather", numbered=True)

@@ -82,6 +82,17 @@ def ordered(run: Interpreter, node: fx.Node, x: Value, *args: Any, **__: Any) ->
     return Value(x.axes)
 
 
+@rule("diff")
+def differences(run: Interpreter, node: fx.Node, x: Value, n: int = 1, dim: int = -1, *others: Any) -> Any:
+    if others:
+        return run.unknown(node, x, *others)
+    axes = list(x.axes)
+    run.atoms.restrict(axes[dim], FIXED, "the op diff depends on its order")
+    run.parted(without(x, dims(dim, len(axes))))
+    axes[dim] = run.atoms.fresh(shape_of(node)[dim], FIXED, "the op diff depends on its order")
+    return Value(axes)
+
+
 @rule("softmax", "log_softmax")
 def softmax(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any, **__: Any) -> Value:
     run.restrict_all(x, PERMUTATION)  # reordering the entries reorders their probabilities, nothing else survives

@@ -15,12 +15,15 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     input_shape,
+    known_size,
     op_name,
     overload,
     rule,
     shape_of,
     without,
 )
+
+EVERY_FEW = "one of every few units is taken"
 
 
 @rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "squeeze", "unsqueeze", numbered=True)
@@ -79,6 +82,11 @@ def repeat(run: Interpreter, node: fx.Node, x: Value, repeats: Sequence[int]) ->
     return Value(run.atoms.fresh(n, PERMUTATION) + axis for axis, n in zip(padded, repeats, strict=True))
 
 
+@rule("tile")
+def tile(run: Interpreter, node: fx.Node, x: Value, repeats: Sequence[int]) -> Value:
+    return repeat(run, node, x, [1] * (len(x.axes) - len(repeats)) + list(repeats))
+
+
 @rule("repeat_interleave")
 def repeat_interleave(run: Interpreter, node: fx.Node, x: Value, repeats: Any, dim: Any = None, **__: Any) -> Any:
     if not isinstance(repeats, int) or dim is None:
@@ -113,7 +121,15 @@ def cut_out(run: Interpreter, node: fx.Node, x: Value, dim: int = 0, start: Any 
         axes = list(x.axes)
         axes[dim] = run.atoms.fresh(0)
         return Value(axes)
-    if end_and_step[1:] not in ((), (1,)):
+    step = end_and_step[1] if len(end_and_step) > 1 else 1
+    constant = not any(isinstance(at, fx.Node) for at in node.args[2:])
+    if constant and step > 1 and start < step and size % step == 0 and kept == size // step:
+        each = run.atoms.fresh(kept)  # one unit of every `step`: what is numbered is which of them
+        run.atoms.tie(x.axes[dim], each + run.atoms.fresh(step, FIXED, EVERY_FEW), EVERY_FEW)
+        axes = list(x.axes)
+        axes[dim] = run.atoms.resolve(each)
+        return Value(axes)
+    if step != 1 or not constant:
         return replaced(run, node, x, dim, "a part of it is sliced off")
     sizes = [n for n in (start, kept, size - start - kept) if n]
     axes = list(x.axes)
@@ -143,7 +159,9 @@ def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
         return tuple(Value(rest) for _ in results)
     out: list[Any] = [None] * len(results)
     read = sorted({user.args[1] for user in node.users})  # type: ignore[type-var]
-    parts = run.atoms.take(x.axes[dim], [result.shape[dim] for result in results], read, "it is split in pieces")
+    parts = run.atoms.take(
+        x.axes[dim], [known_size(result.shape[dim]) for result in results], read, "it is split in pieces"
+    )
     for i, part in zip(read, parts, strict=True):
         axes = list(x.axes)
         axes[dim] = part
@@ -154,6 +172,8 @@ def pieces(run: Interpreter, node: fx.Node, x: Value, *args: Any) -> Any:
 @rule("cat", "concat", "concatenate", "stack")
 def join(run: Interpreter, node: fx.Node, values: Sequence[Value], dim: int = 0) -> Value:
     dim %= len(shape_of(node))
+    rank = max(len(value.axes) for value in values)
+    values = [value for value in values if len(value.axes) == rank]  # those left out are empty: a new cache
     kept, joined = (
         [list(value.axes) for value in values],
         run.atoms.fresh(shape_of(node)[dim], FIXED, "a concatenation"),
@@ -180,7 +200,9 @@ def pad(run: Interpreter, node: fx.Node, x: Value, amounts: Sequence[int], *_: A
 
 
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-      "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d",
+      "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_linear1d", "upsample_nearest1d", "upsample_nearest3d",
+      "upsample_trilinear3d", "_upsample_nearest_exact2d", "upsample_nearest2d", "upsample_bilinear2d",
+      "upsample_bicubic2d",
       "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa")  # fmt: skip
 def resample(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     spatial = int(re.search(r"([123])d", op_name(node))[1])  # type: ignore[index]
@@ -192,3 +214,57 @@ def resample(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> V
             run.atoms.restrict(axis, PERMUTATION)
     run.parted(lead)
     return Value([*lead, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[-spatial:])])
+
+
+@rule("im2col")
+def windows(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
+    """The windows of a convolution, side by side: `[samples, channels x places of a kernel, windows]`."""
+    samples, channels, *places = x.axes
+    for axis in places:
+        run.atoms.restrict(axis, FIXED, "a window slides over it")
+    run.parted([samples, channels])
+    kernel = shape_of(node)[1] // run.atoms.size(channels)
+    inside = run.atoms.fresh(kernel, FIXED, "a kernel's place")
+    return Value([samples, channels + inside, run.atoms.fresh(shape_of(node)[2], FIXED, "positions")])
+
+
+@rule("col2im")
+def folded(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
+    """The inverse of `im2col`, overlapping windows added up."""
+    samples, channels, places = x.axes
+    kept = run.atoms.fresh(shape_of(node)[1])
+    kernel = run.atoms.size(channels) // run.atoms.size(kept)
+    run.atoms.tie(channels, kept + run.atoms.fresh(kernel, FIXED, "a kernel's place"), "channels do not fit")
+    run.atoms.restrict(places, FIXED, "a window slides over it")
+    run.parted([samples, kept])
+    return Value([samples, kept, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
+
+
+@rule("unfold")
+def unfold(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any) -> Value:
+    """Windows of an axis, whose places stand on a new last axis."""
+    moved = replaced(run, node, x, dim, "a window slides over it")
+    return Value([*moved.axes, run.atoms.fresh(shape_of(node)[-1], FIXED, "a window's place")])
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(run: Interpreter, node: fx.Node, x: Value, factor: int) -> Value:
+    """Channels of one place become neighbouring places: `[..., channels x places, height, width]`."""
+    *lead, channels, height, width = x.axes
+    kept = run.atoms.fresh(shape_of(node)[-3])
+    run.atoms.tie(channels, kept + run.atoms.fresh(factor * factor, FIXED, "places"), "channels do not fit")
+    for axis in (height, width):
+        run.atoms.restrict(axis, FIXED, "it is resampled")
+    run.parted([*lead, kept])
+    return Value([*lead, kept, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[-2:])])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(run: Interpreter, node: fx.Node, x: Value, factor: int) -> Value:
+    """The inverse of `pixel_shuffle`."""
+    *lead, channels, height, width = x.axes
+    for axis in (height, width):
+        run.atoms.restrict(axis, FIXED, "it is resampled")
+    run.parted([*lead, channels])
+    places = run.atoms.fresh(factor * factor, FIXED, "places")
+    return Value([*lead, channels + places, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[-2:])])
