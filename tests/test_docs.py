@@ -23,7 +23,8 @@ import pytest
 import yaml
 
 import hf_zipit
-from hf_zipit.cli.app import app, main
+from hf_zipit.cli import main
+from hf_zipit.cli.commands import app
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.loading import check_recipe
 from hf_zipit.recipe.sections import Recipe

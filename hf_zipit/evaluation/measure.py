@@ -13,13 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
 
 from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.data.processes import modes_kept
-from hf_zipit.errors import DataError
+from hf_zipit.errors import DataError, ZipItError
 from hf_zipit.evaluation.batches import Collate, Reading, Subject
 from hf_zipit.evaluation.results import Accuracies, Evaluation
 from hf_zipit.experts.loading import Expert, Experts, load_experts
+from hf_zipit.hub.reasons import first_line
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:  # a Trainer takes seconds to import
@@ -169,13 +171,21 @@ def _predict(
                 report_to=[],
                 disable_tqdm=True,
                 # A Trainer makes Accelerate's state again, which without this forgets other processes on CPUs.
-                use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+                use_cpu=PartialState().device.type == "cpu",
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             data_collator=collate,
             preprocess_logits_for_metrics=_ahead(keep) if subject.causal else keep,
         )
-        found = trainer.predict(data, ignore_keys=["past_key_values"] if subject.causal else None)
+        try:
+            found = trainer.predict(data, ignore_keys=["past_key_values"] if subject.causal else None)
+        except ZipItError:
+            raise
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            raise DataError(
+                f"{subject.inputs[task].architecture} cannot run on the evaluation data of the task {task!r}: "
+                f"{first_line(error)}; give data that were prepared as the experts' own."
+            ) from error
     labels = found.label_ids[:, 1:] if subject.causal else found.label_ids
     return EvalPrediction(found.predictions, labels)
 

@@ -42,6 +42,13 @@ class Accuracies(Plain):
             return None
         return float(np.average(list(self.joint_per_task.values()), weights=list(self.samples.values())))
 
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % interval of `mean`, as of independent answers (Agresti and Coull, 1998)."""
+        counts = np.array([self.samples[task] for task in self.per_task], dtype=float)
+        shares = (np.array(list(self.per_task.values())) * counts + 2) / (counts + 4)
+        return float(1.96 * np.sqrt((shares * (1 - shares) / (counts + 4)).sum()) / len(counts))
+
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "mean": self.mean, "joint": self.joint}
 
@@ -57,6 +64,7 @@ class Measurement(Plain):
         accuracy: None where nothing was evaluated, or the model has no classes.
         seconds: that merging took, the observation not counted.
         scores: further metrics.
+        agreement: the shares of samples that it answers as the experts do, where there were no labels to measure on.
     """
 
     method: str
@@ -65,6 +73,7 @@ class Measurement(Plain):
     accuracy: Accuracies | None
     seconds: float = 0.0
     scores: Scores = field(default_factory=dict)
+    agreement: Accuracies | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "seconds": round(self.seconds, 3)}

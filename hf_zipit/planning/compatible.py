@@ -36,13 +36,9 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
     Raises:
         ExpertError: naming the expert, the configuration field or the tensor, and both values.
     """
+    check_classes(experts)
     (first_task, first), *others = experts.items()
     for task, other in others:
-        if type(other) is not type(first):
-            raise ExpertError(
-                f"the expert {task!r} is a {type(other).__name__}, but {first_task!r} is a {type(first).__name__}; "
-                "experts must have the same architecture"
-            )
         difference = first_difference(_config(first), _config(other))
         if difference:
             field, left, right = difference
@@ -69,6 +65,17 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
                 raise ExpertError(
                     f"the tensor {name} of the expert {task!r} holds NaN or infinite values; check its training"
                 )
+
+
+def check_classes(experts: Mapping[str, nn.Module]) -> None:
+    """Experts must be of one class; raises ExpertError that names two that are not."""
+    (first_task, first), *others = experts.items()
+    for task, other in others:
+        if type(other) is not type(first):
+            raise ExpertError(
+                f"the expert {task!r} is a {type(other).__name__}, but {first_task!r} is a {type(first).__name__}; "
+                "experts must have the same architecture"
+            )
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -42,20 +42,56 @@ def accuracies(found: Accuracies) -> list[str]:
 def results_table(
     rows: Iterable[Measurement], experts: Accuracies | None, expert_parameters: int, title: str = ""
 ) -> Table:
-    """A line for every merge, below a line for the experts."""
+    """A line for every merge, below a line for the experts; of several merges the best is marked."""
+    rows = list(rows)
     tasks = list(experts.per_task) if experts else []
-    measures = [*tasks, "mean", "joint"] if experts else []
-    table = new_table(title, ["method"], ["depth", *measures, "parameters", "seconds"])
+    measures = [*tasks, "mean", "joint", "of experts"] if experts else []
+    best = best_row(rows)
+    table = new_table(title, ["", "method"], ["depth", *measures, "parameters", "seconds"])
     if experts:
-        table.add_row(EXPERTS, "-", *accuracies(experts), f"{expert_parameters:,}", "-", style="dim", end_section=True)
+        beside = [*accuracies(experts), "100.0 %"]
+        table.add_row("", EXPERTS, "-", *beside, f"{expert_parameters:,}", "-", style="dim", end_section=True)
     last = None
     for row in rows:
         if last not in (None, row.method):
             table.add_section()
         last = row.method
-        measured = accuracies(row.accuracy) if row.accuracy else []
-        table.add_row(row.method, f"{row.depth:.2f}", *measured, f"{row.parameters:,}", f"{row.seconds:.1f}")
+        measured = [*accuracies(row.accuracy), kept_share(row.accuracy, experts)] if row.accuracy and experts else []
+        mark, style = ("best", "bold") if row is best else ("", None)
+        numbers = (f"{row.depth:.2f}", *measured, f"{row.parameters:,}", f"{row.seconds:.1f}")
+        table.add_row(mark, row.method, *numbers, style=style)
     return table
+
+
+def best_row(rows: Sequence[Measurement]) -> Measurement | None:
+    """The merge with the highest mean accuracy, among equals the smallest; None where there is nothing to compare.
+
+    At depth 0 nothing is merged, so that such a row is none.
+    """
+    measured = [row for row in rows if row.accuracy is not None and row.depth != 0]
+    if len(measured) < 2:
+        return None
+    return min(measured, key=lambda row: (-row.accuracy.mean, row.parameters))
+
+
+def kept_share(found: Accuracies, experts: Accuracies) -> str:
+    """A model's mean accuracy as a share of its experts': `98.1 %`."""
+    return f"{found.mean / experts.mean:.1%}".replace("%", " %") if experts.mean else "-"
+
+
+def summary(kept: Measurement, experts: Accuracies | None) -> str | None:
+    """What a merge kept of its experts, in one sentence; None where nothing was measured."""
+    if kept.accuracy is not None and experts is not None:
+        return f"{kept_share(kept.accuracy, experts)} of the experts' mean accuracy ({accuracy_words(kept.accuracy)})"
+    if kept.agreement is None:
+        return None
+    told = f"answers as its experts do on {share(kept.agreement.mean)} of {sum(kept.agreement.samples.values()):,}"
+    return f"{told} samples without labels ({accuracy_words(kept.agreement)})"
+
+
+def accuracy_words(found: Accuracies) -> str:
+    """The accuracy of every task in words: `clothes .957, shoes .931`."""
+    return ", ".join(f"{task} {share(value)}" for task, value in found.per_task.items())
 
 
 def accuracy_table(models: Mapping[str, Accuracies], title: str = "") -> Table:
