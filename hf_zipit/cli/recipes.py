@@ -12,6 +12,7 @@ from hf_zipit.cli.app import app
 from hf_zipit.cli.options import Device, DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
+from hf_zipit.extras import require
 
 
 @app.command(
@@ -72,6 +73,7 @@ def sweep(
         if plot is not None:
             from hf_zipit.report.plots import picture_kind
 
+            require("matplotlib")
             picture_kind(plot)
             check_writable(plot.parent)
         loaded = read_recipe(recipe, None, say)

@@ -26,6 +26,7 @@ from transformers import EvalPrediction
 
 from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.extras import require
 from hf_zipit.registry import suggestion
 
 IDS = {"predictions": Value("int64"), "references": Value("int64")}
@@ -86,6 +87,7 @@ class F1(AnswerMetric):
     description = "F1 score; labels of -100 do not count. `average` as in scikit-learn, 'macro' by default."
 
     def _compute(self, predictions: Any, references: Any, average: str = "macro") -> dict[str, float]:
+        require("sklearn")
         from sklearn.metrics import f1_score
 
         predictions, references = counted(predictions, references)

@@ -21,6 +21,7 @@ from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, first_of, process
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
+from hf_zipit.extras import require
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.hub.reasons import first_line, why
 from hf_zipit.registry import suggestion
@@ -116,6 +117,7 @@ def check_source(name: str, folder: Path | None = None) -> None:
 
 def digits(split: str, folder: Path | None = None) -> Dataset:
     """1,797 handwritten digits of 8 x 8 pixels, standardised: `[1, 8, 8]`; 60 % train, 15 % validation, 25 % test."""
+    require("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.origins import common_licence
+from hf_zipit.extras import installed
 from hf_zipit.files import write_text
 from hf_zipit.hub.cache import is_repo
 from hf_zipit.hub.processors import FOLDER
@@ -234,7 +235,7 @@ def card_text(
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=PolishReport.of(model),
         refit=None if result.changed else RefitReport.of(model),
-        refit_picture=REFIT_PICTURE,
+        refit_picture=REFIT_PICTURE if installed("matplotlib") else None,
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -248,9 +249,9 @@ def escaped(text: object) -> str:
 
 
 def draws_curve(result: Result) -> bool:
-    """Whether there are several depths to draw."""
+    """Whether there are several depths to draw, and something that draws."""
     measured = [point for point in result.curve if point.accuracy is not None]
-    return result.experts is not None and len({point.depth for point in measured}) > 1
+    return installed("matplotlib") and result.experts is not None and len({point.depth for point in measured}) > 1
 
 
 def processor_folders(model: PreTrainedModel) -> dict[str, str]:
@@ -268,7 +269,7 @@ def write_card(
     title = name if repo_id else model.config.method.get("recipe", {}).get("name", name)
     result, recipe = Result.of(model, title), recipe_text(model, title)
     report = None if result.changed else RefitReport.of(model)
-    if report:
+    if report and installed("matplotlib"):
         save_picture(refit_picture(report, f"{title}: error of the refit, by module"), folder / REFIT_PICTURE)
     if draws_curve(result):
         save_picture(accuracy_over_depth(result.curve, result.experts, title=title), folder / DEPTH_PICTURE)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from hf_zipit.extras import installed
 from hf_zipit.files import write_json, write_text
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.plots import add_legend, add_title, drawing, look, save_picture, wrapped
@@ -36,7 +37,8 @@ def save_search(result: SearchResult, folder: str | Path, *, recipe: Recipe | No
     """
     folder = Path(folder)
     write_json(folder / RESULTS, result.to_dict())
-    save_picture(frontier_picture(result, title=title), folder / PICTURE)
+    if installed("matplotlib"):
+        save_picture(frontier_picture(result, title=title), folder / PICTURE)
     if recipe is not None:
         write_text(folder / BEST, with_setting(recipe, result.best.setting).to_yaml())
     return folder

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_zipit.errors import OutputError
 from hf_zipit.evaluation.results import Accuracies, Measurement
+from hf_zipit.extras import require
 from hf_zipit.files import replacing
 from hf_zipit.refit import RefitReport
 
@@ -57,6 +58,7 @@ LINE = 1.6 / 72
 @contextmanager
 def drawing(width: float, height: float, **style: Any) -> Iterator[Figure]:
     """An empty figure, in inches, and the style that is drawn in; `style` is what differs from `STYLE`."""
+    require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # a figure of its own: no display, no global state
 
