@@ -6,6 +6,7 @@ asked for, and strings as paths; nothing else is converted, for a wrong type in 
 
 from __future__ import annotations
 
+import json
 import math
 import types
 from collections.abc import Mapping
@@ -173,3 +174,13 @@ def _shown(value: Any) -> str:
 
 def _under(where: str, key: Any) -> str:
     return f"{where}.{key}" if where else str(key)
+
+
+def packed(value: Any) -> str:
+    """Plain values as one line of text: a configuration file puts every number of a list on a line of its own."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def unpacked(text: Any) -> Any:
+    """The values of `packed`; values that were never packed as they are."""
+    return json.loads(text) if isinstance(text, str) else text

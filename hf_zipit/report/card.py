@@ -29,7 +29,7 @@ from hf_zipit.refit import RefitReport
 from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
 from hf_zipit.report.tables import EXPERTS, accuracies, score_lines
-from hf_zipit.schema import plain
+from hf_zipit.schema import packed, plain, unpacked
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -115,7 +115,7 @@ class Result:
             calibration=measured.get("calibration"),
             curve=[
                 Measurement(**{**point, "accuracy": _accuracy(point["accuracy"], tasks)})
-                for point in found.get("curve", [])
+                for point in unpacked(found.get("curve", []))
             ],
             licence=common_licence(experts) if len(experts) == len(tasks) else {},
             datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
@@ -130,7 +130,7 @@ def remember(model: PreTrainedModel, result: Result) -> None:
     model.config.method["results"] = {
         **{name: plain(getattr(result, name)) for name in plainly},
         **{name: _entries(getattr(result, name)) for name in ("scores", "expert_scores")},
-        "curve": [{name: plain(getattr(row, name)) for name in point} for row in result.curve],
+        "curve": packed([{name: plain(getattr(row, name)) for name in point} for row in result.curve]),
     }
 
 
