@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,7 +54,7 @@ def evaluate(
         experts: the experts by task, as `merge` takes them.
         metrics: of `hf_zipit.metrics`, by name; modules of `evaluate`; or functions of an `EvalPrediction`, such as a
             Trainer takes for `compute_metrics`. One or several.
-        processor: image processor, tokenizer or both in one, for raw images and texts.
+        processor: image processor, tokenizer or both in one, for raw images and texts; the model's own by default.
         columns: names in the data -> names of the model's inputs, `image`, `text` or `labels`.
         batch_size: samples per forward pass and device.
 
@@ -159,6 +160,8 @@ def _predict(
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
     offset = subject.offsets[task] if jointly else 0
+    if reading.processor is None:
+        reading = replace(reading, processor=subject.processor(task))
     collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.answers)
     with tempfile.TemporaryDirectory() as folder, modes_kept([subject.model]):  # a Trainer puts it into eval mode
         trainer = Trainer(

@@ -11,8 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import DataError, ExpertError
-from hf_zipit.hub.processors import FOLDER as PROCESSORS
-from hf_zipit.hub.processors import processor_files
+from hf_zipit.hub.processors import load_processor
 from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.recipe.sources import (
@@ -169,23 +168,3 @@ def unlabelled(data: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset] | Da
     if isinstance(data, Mapping):
         return {task: unlabelled(part) for task, part in data.items()}
     return data.remove_columns([name for name in LABEL_COLUMNS if name in data.column_names])
-
-
-def load_processor(source: str | None, task: str | None = None) -> Any:
-    """The processor, image processor or tokenizer that was saved with a model; None if there is none.
-
-    `task` is the module name of a task of a merged model whose tasks have processors of their own.
-    """
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-
-    files = processor_files(source, fetch=True)
-    if not files:  # without this, a tokenizer would be made of a configuration alone
-        return None
-    own = f"{PROCESSORS}/{task}"
-    where = {"subfolder": own} if any(name.startswith(f"{own}/") for name in files) else {}
-    for auto in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
-        try:
-            return auto.from_pretrained(source, trust_remote_code=False, **where)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):  # each family in its own way
-            continue
-    return None
