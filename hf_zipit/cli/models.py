@@ -229,7 +229,9 @@ def evaluate(
         say("measuring")
         found = measured(merged, data, metrics=metric or (), batch_size=batch_size)
     if as_json:
-        print_json({**(found.model.to_dict() if found.model else {}), "scores": found.to_dict()["scores"]})
+        plain = found.to_dict()
+        scores = {name: plain[name] for name in ("scores", "score_intervals")}
+        print_json({**(found.model.to_dict() if found.model else {}), **scores})
         return
     from hf_zipit.report.tables import accuracy_table, scores_table
 
@@ -238,6 +240,56 @@ def evaluate(
         console.print(accuracy_table({model: found.model}, title=f"accuracy on {dataset}, split {split}"))
     if found.scores:
         console.print(scores_table({model: found.scores}, title=f"metrics on {dataset}, split {split}"))
+
+
+@app.command("hf-zipit compare out/merged me/other-merge --dataset me/pictures")
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A merged model: a repo id or a folder.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one of the same tasks.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A data set: a name on the Hub, a folder or sklearn-digits.")
+    ],
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    column: ColumnNames = None,
+    classes: Classes = None,
+    samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which of two merged models is better, and how sure.
+
+    Both are measured on the same samples: the difference has its own interval, narrower than those of the two.
+    """
+    with working(quiet, device) as say:
+        from hf_zipit.evaluation.measure import evaluate as measured
+        from hf_zipit.recipe.sections import Data
+        from hf_zipit.recipe.sources import check_source
+        from hf_zipit.running.data import merged_task_data
+        from hf_zipit.running.saved import load_merged
+
+        check_source(dataset)
+        source = Data(dataset, split, columns=parse_columns(column), samples=samples)
+        models = {name: load_merged(name) for name in (first, second)}
+        tasks = [task for task in models[first].config.tasks if task in models[second].config.tasks]
+        if not tasks:
+            raise RecipeError(f"{first} and {second} have no task in common; compare models of the same tasks.")
+        found = {}
+        for name, model in models.items():
+            say(f"measuring {name}")
+            data = merged_task_data(model, name, source, tasks, parse_classes(classes), say)
+            found[name] = measured(model, data, batch_size=batch_size)
+        comparison = found[first].compared(found[second])
+    if as_json:
+        accuracies = {name: each.model.to_dict() for name, each in found.items()}
+        print_json({"models": accuracies, "comparison": comparison.to_dict()})
+        return
+    from hf_zipit.report.tables import accuracy_table, comparison_table
+
+    console = stdout()
+    console.print(accuracy_table({name: each.model for name, each in found.items()}, title=f"accuracy on {dataset}"))
+    console.print(comparison_table(comparison, ("A", "B"), title=f"A: {first}, B: {second}"))
 
 
 @app.command("hf-zipit push out/merged me/vit-clothes-shoes --private", topic="publishing")

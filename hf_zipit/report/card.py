@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_zipit.evaluation.intervals import Interval
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.origins import common_licence
@@ -139,7 +140,11 @@ def _accuracy(saved: Mapping[str, Any] | None, tasks: Sequence[str]) -> Accuraci
     if not saved:
         return None
     parts = ("per_task", "joint_per_task", "samples")
-    return Accuracies(*({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts))
+    intervals = ("intervals", "joint_intervals", "calibration_error")
+    return Accuracies(
+        *({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts),
+        *({t: Interval(**saved[part][t]) for t in tasks if t in saved.get(part, ())} for part in intervals),
+    )
 
 
 def _entries(scores: Scores) -> list[list[Any]]:

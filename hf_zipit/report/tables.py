@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from hf_zipit.evaluation.intervals import Comparison, Interval
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.planning.plan import Plan
 
@@ -82,7 +83,10 @@ def kept_share(found: Accuracies, experts: Accuracies) -> str:
 def summary(kept: Measurement, experts: Accuracies | None) -> str | None:
     """What a merge kept of its experts, in one sentence; None where nothing was measured."""
     if kept.accuracy is not None and experts is not None:
-        return f"{kept_share(kept.accuracy, experts)} of the experts' mean accuracy ({accuracy_words(kept.accuracy)})"
+        told = f"{kept_share(kept.accuracy, experts)} of the experts' mean accuracy ({accuracy_words(kept.accuracy)})"
+        if kept.comparison is None:
+            return told
+        return f"{told}; difference {kept.comparison.mean.value:+.3f}, 95 % {signed_ends(kept.comparison.mean)}"
     if kept.agreement is None:
         return None
     told = f"answers as its experts do on {share(kept.agreement.mean)} of {sum(kept.agreement.samples.values()):,}"
@@ -95,12 +99,40 @@ def accuracy_words(found: Accuracies) -> str:
 
 
 def accuracy_table(models: Mapping[str, Accuracies], title: str = "") -> Table:
-    """A line for every model."""
+    """A line for every model; below it the 95 % intervals and the calibration error, where they are known."""
     tasks = list(next(iter(models.values())).per_task)
     table = new_table(title, ["model"], [*tasks, "mean", "joint"])
     for name, found in models.items():
         table.add_row(name, *accuracies(found))
+        if found.intervals:
+            table.add_row("  95 % interval", *(ends(found.intervals[task]) for task in tasks), "", "", style="dim")
+        if found.calibration_error:
+            errors = (share(found.calibration_error[task].value) for task in tasks)
+            table.add_row("  calibration error", *errors, "", "", style="dim")
     return table
+
+
+def comparison_table(found: Comparison, names: tuple[str, str], title: str = "") -> Table:
+    """How two models differ: a column for every task."""
+    tasks = list(found.difference)
+    table = new_table(title, ["on the same samples"], [*tasks, "mean"])
+    each = [found.difference[task] for task in tasks]
+    table.add_row(f"{names[0]} less {names[1]}", *(f"{one.value:+.3f}" for one in each), f"{found.mean.value:+.3f}")
+    table.add_row("  95 % interval", *map(signed_ends, each), signed_ends(found.mean), style="dim")
+    same = [found.agreement[task] for task in tasks]
+    table.add_row("same answer", *(share(one.value) for one in same), "")
+    table.add_row("  95 % interval", *map(ends, same), "", style="dim")
+    return table
+
+
+def ends(interval: Interval) -> str:
+    """The ends of the interval of a share: `.931-.978`."""
+    return f"{share(interval.low)}-{share(interval.high)}"
+
+
+def signed_ends(interval: Interval) -> str:
+    """The ends of the interval of a difference: `-.021 to +.004`."""
+    return f"{interval.low:+.3f} to {interval.high:+.3f}"
 
 
 def scores_table(models: Mapping[str, Scores], title: str = "") -> Table:

@@ -99,7 +99,18 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
         found = measured(merged)
         share = depth if merged.config.depth is None else merged.config.depth
         agreement = accuracy(merged, checks.tasks) if checks else None
-        rows.append(Measurement(method, share, merged.num_parameters(), found.model, seconds, found.scores, agreement))
+        rows.append(
+            Measurement(
+                method,
+                share,
+                merged.num_parameters(),
+                found.model,
+                seconds,
+                found.scores,
+                agreement,
+                found.compared(beside),
+            )
+        )
         if (method, depth) == (recipe.kept.method, recipe.kept.depth):
             kept_row, kept_model = rows[-1], merged
     total = sum(expert.num_parameters() for expert in experts.values())

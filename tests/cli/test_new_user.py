@@ -12,8 +12,11 @@ import time
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, Features, Value
 from transformers import ResNetConfig, ResNetForImageClassification
+
+import hf_zipit
 
 from .conftest import save_vit
 
@@ -104,8 +107,6 @@ def test_two_architectures_are_told_before_their_labels(call, vits, tmp_path):
 @pytest.fixture(scope="module")
 def merged(vits, tmp_path_factory):
     """A merged model in a folder."""
-    import hf_zipit
-
     folder = tmp_path_factory.mktemp("merged") / "digits"
     hf_zipit.merge([vits / "low", vits / "high"], method="weights").save_pretrained(folder)
     return folder
@@ -197,8 +198,30 @@ def test_the_table_marks_the_best_merge_and_says_what_was_kept(call, recipe):
     (best,) = [line for line in lines if line.strip().startswith("best ")]
     assert re.search(r"\d %", best) and " 1.00 " in best
     (kept,) = [line for line in lines if line.startswith("kept ")]
-    assert re.fullmatch(r"kept +[\d.]+ % of the experts' mean accuracy \(low \S+, high \S+\)", kept)
+    told = r"kept +[\d.]+ % of the experts' mean accuracy \(low \S+, high \S+\); difference \S+, 95 % \S+ to \S+"
+    assert re.fullmatch(told, kept)
     assert head.index("joint") < head.index("of experts")
+
+
+def test_two_merges_are_compared_on_the_same_samples(call, vits, merged, tmp_path):
+    call("merge", vits / "low", vits / "high", "-m", "average", "-o", tmp_path / "other")
+    comparing = ("compare", merged, tmp_path / "other", "--dataset", "sklearn-digits", "--samples", 40)
+    code, out, _ = call(*comparing, "--json")
+    found = json.loads(out)
+    assert code == 0 and set(found["models"]) == {str(merged), str(tmp_path / "other")}
+    one, other = (found["models"][str(path)]["per_task"] for path in (merged, tmp_path / "other"))
+    for task, difference in found["comparison"]["difference"].items():
+        assert difference["value"] == pytest.approx(one[task] - other[task])
+        assert difference["low"] <= difference["value"] <= difference["high"]
+    code, out, _ = call(*comparing)
+    assert code == 0 and all(words in out for words in ("A less B", "same answer", "95 % interval", "calibration"))
+    code, out, _ = call("compare", merged, merged, "--dataset", "sklearn-digits", "--samples", 40, "--json")
+    assert json.loads(out)["comparison"]["mean"] == {"value": 0, "low": 0, "high": 0}
+    loaded = transformers.AutoModelForImageClassification.from_pretrained(merged)
+    renamed = {task.upper(): loaded.expert(task) for task in loaded.config.tasks}
+    hf_zipit.merge(renamed, method="weights").save_pretrained(tmp_path / "upper")
+    told = error(call("compare", merged, tmp_path / "upper", "--dataset", "sklearn-digits"))
+    assert "no task in common" in told
 
 
 SLOW = """
