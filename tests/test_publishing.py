@@ -1,4 +1,4 @@
-"""What is published: extras that bring what they promise, links that lead somewhere from PyPI, files that are whole."""
+"""What is published: extras that bring what they promise, links that lead somewhere, files that are whole."""
 
 from __future__ import annotations
 
