@@ -29,7 +29,7 @@ from hf_zipit.polish.report import PolishReport
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
-from hf_zipit.report.tables import EXPERTS, accuracies, score_lines
+from hf_zipit.report.tables import EXPERTS, accuracies, accuracy_words, ends, score_lines
 from hf_zipit.schema import packed, plain, unpacked
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Result:
         licence: of all experts, as metadata; empty if they do not agree.
         datasets: that the experts' cards name.
         changed: whether the weights are not those that were measured.
+        agreement: how often it answers as the experts do, where there were no labels to measure on.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Result:
     licence: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     changed: bool = False
+    agreement: Accuracies | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, name: str) -> Result:
@@ -121,12 +123,13 @@ class Result:
             licence=common_licence(experts) if len(experts) == len(tasks) else {},
             datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
             changed=changed,
+            agreement=_accuracy(found.get("agreement"), tasks),
         )
 
 
 def remember(model: PreTrainedModel, result: Result) -> None:
     """Write measurements into the model's configuration, from where every later card takes them."""
-    plainly = ("dataset", "split", "merged", "experts", "calibration")
+    plainly = ("dataset", "split", "merged", "experts", "calibration", "agreement")
     point = ("method", "depth", "parameters", "accuracy")  # seconds are others in every run
     model.config.method["results"] = {
         **{name: plain(getattr(result, name)) for name in plainly},
@@ -237,6 +240,8 @@ def card_text(
         recipe=recipe.strip(),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         accuracies=accuracies,
+        accuracy_words=accuracy_words,
+        ends=ends,
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=PolishReport.of(model),
         refit=None if result.changed else RefitReport.of(model),

@@ -72,4 +72,5 @@ def _card_result(result: RunResult) -> Result:
         scores=result.kept.scores if result.kept else {},
         expert_scores=result.expert_scores,
         curve=result.rows,
+        agreement=result.kept.agreement if result.kept else None,
     )

@@ -49,6 +49,7 @@ def test_data_without_labels_is_calibration_data_for_all_tasks(call, vits, tmp_p
     )
     assert kept and int(kept[1]) == 2 * (40 - 16)  # each expert on what the merge has not read
     assert "calibration" in (out / "recipe.yaml").read_text()
+    assert "samples it answers as the task's expert does in" in (out / "README.md").read_text()
 
 
 def test_classes_are_matched_by_an_option_where_labels_have_no_names(call, tmp_path, vits):
