@@ -89,8 +89,9 @@ def summary(kept: Measurement, experts: Accuracies | None) -> str | None:
         return f"{told}; difference {kept.comparison.mean.value:+.3f}, 95 % {signed_ends(kept.comparison.mean)}"
     if kept.agreement is None:
         return None
-    told = f"answers as its experts do on {share(kept.agreement.mean)} of {sum(kept.agreement.samples.values()):,}"
-    return f"{told} samples without labels ({accuracy_words(kept.agreement)})"
+    count = sum(kept.agreement.samples.values())
+    told = f"answers as its experts do on {100 * kept.agreement.mean:.1f} % of {count:,} samples"
+    return f"{told} ({accuracy_words(kept.agreement)}); labels were not read"
 
 
 def accuracy_words(found: Accuracies) -> str:
