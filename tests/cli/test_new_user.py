@@ -44,9 +44,7 @@ def test_data_without_labels_is_calibration_data_for_all_tasks(call, vits, tmp_p
     code, printed, err = call("merge", vits / "low", vits / "high", "-c", data, "--samples", 8, "-o", out)
     assert code == 0
     assert "does not tell which samples are of low or high: all are taken" in err
-    kept = re.search(
-        r"kept +answers as its experts do on [\d.]+ % of (\d+) samples \(low .+, high ", printed
-    )
+    kept = re.search(r"kept +answers as its experts do on [\d.]+ % of (\d+) samples \(low .+, high ", printed)
     assert kept and int(kept[1]) == 2 * (40 - 16)  # each expert on what the merge has not read
     assert "calibration" in (out / "recipe.yaml").read_text()
     assert "samples it answers as the task's expert does in" in (out / "README.md").read_text()
