@@ -1,5 +1,7 @@
 # A fresh machine needs Python (3.10 to 3.13) and make; everything else is installed into .venv on first use.
 PYTHON ?= python3
+# The account that the repository is under, for the links in what is published.
+OWNER ?= OWNER
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -11,7 +13,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test fuzz lint format benchmarks docs coverage clean
+.PHONY: help venv quickstart test fuzz lint format benchmarks docs coverage dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
@@ -22,7 +24,7 @@ venv: $(INSTALLED) ## create .venv and install the package in it
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt $(TORCH)
-	$(PIP) install -c constraints.txt -e '.[test,lint,peft,search]'
+	$(PIP) install -c constraints.txt -e '.[test,lint]'
 	touch $@
 
 quickstart: $(INSTALLED) ## train two small experts, merge them, print the table (no download)
@@ -54,6 +56,17 @@ docs: $(DOCUMENTED) ## build the documentation into site/
 $(DOCUMENTED): $(INSTALLED)
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
+
+dist: $(INSTALLED) ## build sdist and wheel into dist/, check them, try the wheel in a bare environment
+	$(PIP) install -c constraints.txt build twine
+	$(BIN)/python .ci/publishable.py --owner $(OWNER) --out build/tree
+	rm -rf dist build/bare
+	$(BIN)/python -m build --outdir dist build/tree
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv build/bare
+	build/bare/bin/python -m pip install --quiet -c constraints.txt $(TORCH)
+	build/bare/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build && bare/bin/python ../.ci/try_wheel.py
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) build dist site out *.egg-info .pytest_cache .ruff_cache

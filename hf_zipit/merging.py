@@ -29,6 +29,7 @@ from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
+from hf_zipit.experts.sentences import Sentences
 from hf_zipit.files import check_result_folder
 from hf_zipit.layerwise.stage import combined_trunk
 from hf_zipit.observation.gather import statistics_for
@@ -125,7 +126,7 @@ def merge(
         experts: the models by task name: loaded ones, repo ids or folders; in a list, each is named like its folder
             or repo. They may come from different
             initialisations and may have different numbers of labels. A LoRA adapter is the model it makes of its base;
-            a merged model is its tasks, named `NAME/TASK`.
+            a merged model is its tasks, named `NAME/TASK`. Models of sentence-transformers come back as such.
         calibration: a little unlabelled data, by task or for all tasks: a `datasets.Dataset`, a `DataLoader`, tensors,
             any iterable of batches, or a `Calibration`. Not needed by methods that read the weights only.
         config: how the experts are merged; or the fields of `MergeConfig` as keywords, `method="zip", depth=0.5`,
@@ -158,6 +159,17 @@ def merge(
     """
     if output_dir is not None:
         output_dir = check_result_folder(output_dir)
+    if (sentences := Sentences.of(experts)) is not None:
+        if not isinstance(calibration, Calibration):
+            settings.setdefault("processor", sentences.processor)
+        merged = merge(
+            sentences.transformers, calibration, config, base=base, moments=moments, statistics=statistics,
+            accelerator=accelerator, example_inputs=example_inputs, **settings,
+        )  # fmt: skip
+        whole = sentences.around(merged)
+        if output_dir is not None:
+            whole.save_pretrained(str(output_dir))
+        return whole
     reading, settings = split_settings(settings)
     calibration = Calibration.of(calibration, accelerator=accelerator, **reading)
     config = MergeConfig.of(config, **settings)

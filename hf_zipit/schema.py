@@ -6,6 +6,7 @@ asked for, and strings as paths; nothing else is converted, for a wrong type in 
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 import types
@@ -212,3 +213,13 @@ def brief(value: Any) -> str:
 def _under(where: str, key: Any) -> str:
     name = key if isinstance(key, str) else brief(key)
     return f"{where}.{name}" if where else name
+
+
+def packed(value: Any) -> str:
+    """Plain values as one line of text: a configuration file puts every number of a list on a line of its own."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+def unpacked(text: Any) -> Any:
+    """The values of `packed`; values that were never packed as they are."""
+    return json.loads(text) if isinstance(text, str) else text

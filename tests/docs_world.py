@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -84,11 +83,3 @@ def prepared() -> dict[str, torch.Tensor]:
     """Unlabelled inputs of both tasks, ready for the models."""
     generator = torch.Generator().manual_seed(0)
     return {task: torch.randn(24, 3, 16, 16, generator=generator) for task in CLASSES}
-
-
-def names_of(page: str, folder: Path) -> dict[str, Any]:
-    """What a page takes for granted: the experts by task, and calibration data."""
-    if page in ("README", "quickstart"):  # what is to be pasted must bring all that it needs
-        return {}
-    experts = {task: vit(task, seed) for seed, task in enumerate(CLASSES)}
-    return {"hf_zipit": hf_zipit, "experts": experts, "calibration": prepared(), **experts}

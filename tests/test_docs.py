@@ -23,13 +23,14 @@ import pytest
 import yaml
 
 import hf_zipit
-from hf_zipit.cli.app import app, main
+from hf_zipit.cli import main
+from hf_zipit.cli.commands import app
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.loading import check_recipe
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.registry import ADAPTERS, CORRECTIONS, METHODS, RULES
 
-from .docs_world import make_world, names_of
+from .docs_world import make_world
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,7 +91,7 @@ def test_the_blocks_of_a_page_run(page: Path, world: Path, done: set[str], monke
     for registry in (METHODS, RULES, CORRECTIONS, ADAPTERS):  # what a page registers is for that page alone
         registry.names()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
-    namespace: dict[str, Any] = {"__name__": "docs", **names_of(page.stem, world)}
+    namespace: dict[str, Any] = {"__name__": "docs"}  # a page defines every name that it uses
     if page.name == "README.md":  # what `make quickstart` does after installing
         run_once("hf-zipit run recipes/quickstart.yaml", done, monkeypatch)
     for block in blocks:

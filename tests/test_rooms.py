@@ -14,7 +14,7 @@ from pathlib import Path
 import hf_zipit
 
 ROOMS = (
-    "errors", "registry", "files", "schema", "config", "steady", "lazy", "factorise",  # tools
+    "errors", "extras", "registry", "files", "schema", "config", "steady", "lazy", "factorise",  # tools
     "adapters", "symmetry", "maps", "planning",  # what a model is, and what merging it would mean
     "hub", "modeling", "experts",  # models: merged ones, and those they are made of
     "data", "observation", "align", "combine", "assembly", "refit", "layerwise",  # the stages

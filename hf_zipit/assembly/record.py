@@ -16,6 +16,7 @@ from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.origins import origins, versions
 from hf_zipit.experts.processors import processors_of
 from hf_zipit.planning.plan import Plan
+from hf_zipit.schema import packed
 
 
 def record(
@@ -40,7 +41,7 @@ def record(
     if calibration is not None:
         found["batch_size"] = calibration.batch_size
     if refit_errors is not None:
-        found["refit_errors"] = refit_errors
+        found["refit_errors"] = packed(refit_errors)
     if polished is not None:
         found["polished"] = polished
     if planned.bases:

@@ -1,6 +1,13 @@
-"""The command line: `app.py` is the script, `models.py` and `recipes.py` are its commands."""
+"""The command line: `main` is the script, `models.py` and `recipes.py` are its commands."""
 
-from hf_zipit.cli import models, recipes  # noqa: F401 - they register their commands
-from hf_zipit.cli.app import app, main
+from hf_zipit.cli.stopping import stoppable
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
+
+
+def main() -> None:
+    """The console script; nothing that takes time is imported before it can be stopped."""
+    with stoppable():
+        from hf_zipit.cli.commands import start
+
+        start()

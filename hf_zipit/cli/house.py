@@ -10,15 +10,29 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import click
 import typer
+from click.exceptions import NoArgsIsHelpError
 from huggingface_hub import typer_factory
+
+from hf_zipit import __version__
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Format = Annotated[Literal["table", "json"], typer.Option("--format", help="How results are printed.")]
+
+
+class CommandGroup(type(typer_factory(help=""))):  # type: ignore[misc] - the class is private, what it makes is not
+    """A group whose commands end with 2 where their arguments are missing, as every wrong use does."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[Any, ...]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if not rest and any(isinstance(p, click.Argument) and p.required for p in command.params):
+            raise NoArgsIsHelpError(command.context_class(command, info_name=name, parent=ctx))
+        return name, command, rest
 
 
 class Commands:
@@ -30,17 +44,27 @@ class Commands:
     """
 
     def __init__(self, help: str, epilog: str) -> None:
-        self.group = typer_factory(help=help, epilog=epilog)
+        self.group = typer_factory(help=help, epilog=epilog, cls=CommandGroup)
+        click.version_option(__version__, message="%(prog)s %(version)s")(self.group)
 
     def __call__(self, name: str) -> None:
-        """Run the command that the script's arguments name."""
-        self.group(prog_name=name)
+        """Run the command that the script's arguments name. Raises KeyboardInterrupt and what commands raise."""
+        try:
+            code = self.group(prog_name=name, standalone_mode=False)
+        except click.Abort as error:  # what click makes of a KeyboardInterrupt
+            raise KeyboardInterrupt from error
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        if code:
+            sys.exit(code)
 
-    def command(self, *examples: str) -> Callable[[Command], Command]:
+    def command(self, *examples: str, topic: str = "main") -> Callable[[Command], Command]:
         """Register a function as a command; its keyword `as_json` is set by `--json` and by `--format json`.
 
         Args:
             examples: calls, for the end of its help.
+            topic: under which head it stands in the list of commands.
         """
 
         def register(function: Command) -> Command:
@@ -58,7 +82,7 @@ class Commands:
 
             run.__signature__ = signature  # type: ignore[attr-defined]
             lines = "\n".join(("Examples", *(f"  $ {example}" for example in examples)))
-            self.group.command(function.__name__, epilog=lines if examples else None)(run)
+            self.group.command(function.__name__, topic=topic, epilog=lines if examples else None)(run)
             return function
 
         return register

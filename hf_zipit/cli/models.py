@@ -9,9 +9,30 @@ from typing import Annotated
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import ColumnNames, DryRun, Json, Quiet, Streaming, parse_columns, parse_depth, parse_experts
-from hf_zipit.cli.printing import print_json, print_plans, print_result, print_unknown_ops, stdout, working
+from hf_zipit.cli.options import (
+    Classes,
+    ColumnNames,
+    Device,
+    DryRun,
+    Json,
+    Quiet,
+    Streaming,
+    parse_classes,
+    parse_columns,
+    parse_depth,
+    parse_experts,
+)  # fmt: skip
+from hf_zipit.cli.printing import (
+    print_json,
+    print_lines,
+    print_plans,
+    print_result,
+    print_unknown_ops,
+    stdout,
+    working,
+)
 from hf_zipit.errors import RecipeError
+from hf_zipit.registry import suggestion
 
 
 @app.command(
@@ -26,11 +47,14 @@ def merge(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     calibration: Annotated[
         str | None,
-        typer.Option("--calibration", "-c", help="Unlabelled data: a name on the Hub, a folder or sklearn-digits."),
+        typer.Option(
+            "--calibration", "-c", help="Unlabelled data: a name on the Hub, a folder, a file or sklearn-digits."
+        ),
     ] = None,
     split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
     column: ColumnNames = None,
+    classes: Classes = None,
     streaming: Streaming = False,
     method: Annotated[
         str, typer.Option("--method", "-m", help="How units are matched: auto (the best known), zip, permute, ...")
@@ -50,6 +74,7 @@ def merge(
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
     seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    device: Device = None,
     dry_run: DryRun = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -57,14 +82,18 @@ def merge(
     """Merge two or more experts into one model.
 
     It is saved with its card and with the recipe that makes it again; `run` does the same for a recipe of your own.
+    At the end stands how often it answers as its experts do, on samples that the merge has not read.
     """
-    with working(quiet) as say:
+    with working(quiet, device) as say:
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT, CalibrationData, ExpertEntry, Recipe
         from hf_zipit.running.run import run_recipe
 
         say("checking")
-        entries = {task: ExpertEntry(model=source) for task, source in parse_experts(experts).items()}
+        named, own = parse_experts(experts), parse_classes(classes)
+        if unknown := next((task for task in own if task not in named), None):
+            raise RecipeError(f"--classes names the task {unknown!r}; {suggestion(unknown, named)}")
+        entries = {task: ExpertEntry(model=source, classes=own.get(task, ())) for task, source in named.items()}
         columns = parse_columns(column)
         data = None
         if calibration:
@@ -83,9 +112,17 @@ def merge(
     print_result(result, as_json)
 
 
-@app.command("hf-zipit inspect google/vit-base-patch16-224")
+@app.command(
+    "hf-zipit inspect google/vit-base-patch16-224",
+    "hf-zipit inspect out/merged",
+    "hf-zipit inspect out/merged --task shoes",
+    topic="looking",
+)
 def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A repo id or folder.")],
+    task: Annotated[
+        str | None, typer.Option("--task", help="Of a merged model this task, as the plain model that it can become.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the random transformation in the proof.", min=0)] = 0,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -93,21 +130,38 @@ def inspect(
     """Show which units of a model may move, and prove it.
 
     Prints every set of units that may be reordered or rotated without changing what the model computes, and the error
-    of the outputs after a random such change.
+    of the outputs after a random such change. Of a merged model it shows the tasks, what they share and how it was
+    made.
     """
     with working(quiet) as say:
         from hf_zipit.experts.loading import load_expert
+        from hf_zipit.modeling import ZipItPreTrainedModel
+        from hf_zipit.report.merged import merged_parts
         from hf_zipit.symmetry import MergeSpec, prove
         from hf_zipit.symmetry.proof import TOLERANCE
         from hf_zipit.symmetry.summary import space_rows
 
         say(f"loading {model}")
         loaded = load_expert(model, model)
-        say("tracing")
-        spec = MergeSpec.from_model(loaded)
-        say("proving")
-        error = prove(loaded, spec, seed=seed)
-        rows = space_rows(spec, loaded)
+        parts = None
+        if isinstance(loaded, ZipItPreTrainedModel):
+            parts = merged_parts(loaded) if task is None else None
+            loaded = loaded if task is None else loaded.expert(task)
+        elif task is not None:
+            raise RecipeError(f"--task names {task!r}, but {model} is not a merged model; leave it out.")
+        if parts is None:
+            say("tracing")
+            spec = MergeSpec.from_model(loaded)
+            say("proving")
+            error = prove(loaded, spec, seed=seed)
+            rows = space_rows(spec, loaded)
+    if parts is not None:
+        from hf_zipit.report.merged import parts_table
+
+        print_json(parts.to_dict()) if as_json else stdout().print(parts_table(parts, title=model))
+        if not as_json:
+            print_lines(parts.lines())
+        return
     if as_json:
         print_json(
             {
@@ -145,9 +199,11 @@ def evaluate(
         list[str] | None, typer.Option("--task", help="Only this task; may be repeated. All of them by default.")
     ] = None,
     column: ColumnNames = None,
+    classes: Classes = None,
     samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
     streaming: Streaming = False,
     batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -156,7 +212,7 @@ def evaluate(
     Prints the accuracy per task and jointly, and the metrics that are named. Classes are matched by their names.
     Models without classes, such as CLIP, have no accuracy and need a metric.
     """
-    with working(quiet) as say:
+    with working(quiet, device) as say:
         from hf_zipit.evaluation.measure import evaluate as measured
         from hf_zipit.recipe.sections import Data
         from hf_zipit.recipe.sources import check_source
@@ -169,11 +225,13 @@ def evaluate(
         source = Data(dataset, split, columns=parse_columns(column), streaming=streaming, samples=samples)
         say(f"loading {model}")
         merged = load_merged(model)
-        data = merged_task_data(merged, model, source, task)
+        data = merged_task_data(merged, model, source, task, parse_classes(classes), say)
         say("measuring")
         found = measured(merged, data, metrics=metric or (), batch_size=batch_size)
     if as_json:
-        print_json({**(found.model.to_dict() if found.model else {}), "scores": found.to_dict()["scores"]})
+        plain = found.to_dict()
+        scores = {name: plain[name] for name in ("scores", "score_intervals")}
+        print_json({**(found.model.to_dict() if found.model else {}), **scores})
         return
     from hf_zipit.report.tables import accuracy_table, scores_table
 
@@ -184,7 +242,57 @@ def evaluate(
         console.print(scores_table({model: found.scores}, title=f"metrics on {dataset}, split {split}"))
 
 
-@app.command("hf-zipit push out/merged me/vit-clothes-shoes --private")
+@app.command("hf-zipit compare out/merged me/other-merge --dataset me/pictures")
+def compare(
+    first: Annotated[str, typer.Argument(metavar="A", help="A merged model: a repo id or a folder.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Another one of the same tasks.")],
+    dataset: Annotated[
+        str, typer.Option("--dataset", help="A data set: a name on the Hub, a folder or sklearn-digits.")
+    ],
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    column: ColumnNames = None,
+    classes: Classes = None,
+    samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples per forward pass.", min=1)] = 64,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say which of two merged models is better, and how sure.
+
+    Both are measured on the same samples: the difference has its own interval, narrower than those of the two.
+    """
+    with working(quiet, device) as say:
+        from hf_zipit.evaluation.measure import evaluate as measured
+        from hf_zipit.recipe.sections import Data
+        from hf_zipit.recipe.sources import check_source
+        from hf_zipit.running.data import merged_task_data
+        from hf_zipit.running.saved import load_merged
+
+        check_source(dataset)
+        source = Data(dataset, split, columns=parse_columns(column), samples=samples)
+        models = {name: load_merged(name) for name in (first, second)}
+        tasks = [task for task in models[first].config.tasks if task in models[second].config.tasks]
+        if not tasks:
+            raise RecipeError(f"{first} and {second} have no task in common; compare models of the same tasks.")
+        found = {}
+        for name, model in models.items():
+            say(f"measuring {name}")
+            data = merged_task_data(model, name, source, tasks, parse_classes(classes), say)
+            found[name] = measured(model, data, batch_size=batch_size)
+        comparison = found[first].compared(found[second])
+    if as_json:
+        accuracies = {name: each.model.to_dict() for name, each in found.items()}
+        print_json({"models": accuracies, "comparison": comparison.to_dict()})
+        return
+    from hf_zipit.report.tables import accuracy_table, comparison_table
+
+    console = stdout()
+    console.print(accuracy_table({name: each.model for name, each in found.items()}, title=f"accuracy on {dataset}"))
+    console.print(comparison_table(comparison, ("A", "B"), title=f"A: {first}, B: {second}"))
+
+
+@app.command("hf-zipit push out/merged me/vit-clothes-shoes --private", topic="publishing")
 def push(
     source: Annotated[
         Path, typer.Argument(metavar="FOLDER|RECIPE", help="A merged model, or the recipe that made it.")
@@ -218,7 +326,7 @@ def push(
         print(pushed.pr_url or pushed.repo_url)
 
 
-@app.command("hf-zipit card out/merged")
+@app.command("hf-zipit card out/merged", topic="publishing")
 def card(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A merged model: repo id or folder.")],
     write: Annotated[
@@ -239,7 +347,7 @@ def card(
         print(path or text)
 
 
-@app.command("hf-zipit doctor")
+@app.command("hf-zipit doctor", topic="looking")
 def doctor(as_json: Json = False) -> None:
     """Say what works here, and how to fix what does not.
 

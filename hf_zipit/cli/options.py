@@ -25,6 +25,19 @@ ColumnNames = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="Short for --format json.")]
 
+Device = Annotated[
+    str | None,
+    typer.Option("--device", help="Where to run: cpu, cuda, cuda:1, mps; a GPU by default.", show_default=False),
+]
+
+Classes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--classes",
+        help="The data's classes of a task in the order of its labels, as TASK=A,B,C; may be repeated.",
+    ),
+]
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 
@@ -51,6 +64,15 @@ def parse_experts(arguments: list[str]) -> dict[str, str]:
 def parse_columns(arguments: list[str] | None) -> dict[str, str]:
     """`OLD=NEW` arguments as a mapping; raises RecipeError for one that is none."""
     return dict(_pair(a, f"The column {a!r} should be OLD=NEW, as in img=image.") for a in arguments or ())
+
+
+def parse_classes(arguments: list[str] | None) -> dict[str, tuple[int | str, ...]]:
+    """`TASK=A,B,C` arguments by task, numbers as numbers; raises RecipeError for one that is none."""
+    pairs = (_pair(a, f"The classes {a!r} should be TASK=A,B,C, as in digits=0,1,2.") for a in arguments or ())
+    return {
+        task: tuple(int(name) if name.strip().isdecimal() else name.strip() for name in names.split(","))
+        for task, names in pairs
+    }
 
 
 def _pair(argument: str, otherwise: str) -> tuple[str, str]:

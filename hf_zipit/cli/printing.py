@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from hf_zipit.errors import RecipeError
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.running.results import RunResult
 
@@ -44,7 +45,7 @@ def print_result(result: RunResult, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    from hf_zipit.report.tables import EXPERTS, results_table, scores_table
+    from hf_zipit.report.tables import EXPERTS, results_table, scores_table, summary
 
     console = stdout()
     console.print(results_table(result.rows, result.experts, result.expert_parameters, title=result.recipe.name))
@@ -53,6 +54,8 @@ def print_result(result: RunResult, as_json: bool) -> None:
         console.print(scores_table({EXPERTS: result.expert_scores, **rows}, title="metrics"))
     if result.kept and result.model:
         console.print(f"model    {result.model}  ({result.kept.method}, depth {result.kept.depth:g})", soft_wrap=True)
+    if result.kept and (kept := summary(result.kept, result.experts)):
+        console.print(f"kept     {kept}", soft_wrap=True)
     if result.refit:
         module, error = result.refit.worst(1)[0]
         told = f"relative error {result.refit.mean:.3f} on average, most in {module} ({error:.3f})"
@@ -61,6 +64,11 @@ def print_result(result: RunResult, as_json: bool) -> None:
         console.print(f"picture  {result.plot}", soft_wrap=True)
     if result.pushed:
         console.print(f"pushed   {result.pushed}", soft_wrap=True)
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        stdout().print(line, soft_wrap=True)
 
 
 def print_json(content: Any) -> None:
@@ -84,8 +92,11 @@ def silence() -> Iterator[None]:
 
 
 @contextmanager
-def working(quiet: bool) -> Iterator[Any]:
-    """Gives a function that says on stderr what is being done, and keeps other libraries' chatter away."""
+def working(quiet: bool, device: str | None = None) -> Iterator[Any]:
+    """Gives a function that says on stderr what is being done, and keeps other libraries' chatter away.
+
+    All of it runs on the `device`, or where Accelerate would. Raises RecipeError if there is no such device.
+    """
     console = stderr()
 
     def say(what: str) -> None:
@@ -102,5 +113,21 @@ def working(quiet: bool) -> Iterator[Any]:
     transformers.logging.set_verbosity_error()
     if quiet or not sys.stderr.isatty():  # in a log they are only noise
         transformers.logging.disable_progress_bar()
+    if device is not None:
+        check_device(device)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = device  # what every Accelerator and Trainer asks
     os.environ |= {"DATASETS_VERBOSITY": "error", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}  # read when it is imported
     yield say
+
+
+def check_device(device: str) -> None:
+    """Raise RecipeError for a device that torch does not know, or that is not here."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
+        raise RecipeError(
+            f"The device {device!r} cannot be used here ({str(error).strip().splitlines()[0].rstrip('.')}); name cpu, "
+            "cuda, cuda:1, mps or another that `hf-zipit doctor` shows."
+        ) from error

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
+from hf_zipit.cli.options import Device, DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
+from hf_zipit.extras import require
 
 
 @app.command(
@@ -22,6 +23,7 @@ def run(
     recipe: RecipePath,
     dry_run: DryRun = False,
     out: Out = None,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -29,7 +31,7 @@ def run(
 
     Every method is run at every depth; of the merged models the one under `save` is kept, with its card.
     """
-    with working(quiet) as say:
+    with working(quiet, device) as say:
         loaded = read_recipe(recipe, out, say)
         if dry_run:
             print_plans(loaded, as_json, say)
@@ -40,7 +42,9 @@ def run(
     print_result(result, as_json)
 
 
-@app.command("hf-zipit sweep recipes/quickstart.yaml -m permute -m zip+refit -d 1 -d 0.5 --plot depths.png")
+@app.command(
+    "hf-zipit sweep recipes/quickstart.yaml -m permute -m zip+refit -d 1 -d 0.5 --plot depths.png", topic="exploring"
+)
 def sweep(
     recipe: RecipePath,
     method: Annotated[
@@ -49,7 +53,10 @@ def sweep(
     depth: Annotated[
         list[str] | None, typer.Option("--depth", "-d", help="Instead of the recipe's depths; may be repeated.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw accuracy over depth into this PNG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw accuracy over depth into this file: .png, .svg or .pdf.")
+    ] = None,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -57,15 +64,18 @@ def sweep(
 
     Saves no model; the table, and the picture if one is asked for, are all that comes out.
     """
-    with working(quiet) as say:
+    with working(quiet, device) as say:
         from hf_zipit.files import check_writable
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT
         from hf_zipit.running.run import run_recipe
 
         if plot is not None:
-            check_writable(plot.parent)
+            from hf_zipit.report.plots import picture_kind
 
+            require("matplotlib")
+            picture_kind(plot)
+            check_writable(plot.parent)
         loaded = read_recipe(recipe, None, say)
         if loaded.evaluation is None:
             raise RecipeError(f"The recipe {recipe} has no evaluation section; a sweep needs something to measure on.")
@@ -87,7 +97,7 @@ def sweep(
     print_result(result, as_json)
 
 
-@app.command("hf-zipit search recipes/quickstart.yaml --trials 20")
+@app.command("hf-zipit search recipes/quickstart.yaml --trials 20", topic="exploring")
 def search(
     recipe: RecipePath,
     sampler: Annotated[str | None, typer.Option(help="grid or tpe, instead of the recipe's.")] = None,
@@ -96,6 +106,7 @@ def search(
         float | None, typer.Option(help="The best merge has at most this multiple of one expert's parameters.")
     ] = None,
     out: Out = None,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -107,7 +118,7 @@ def search(
     trials, the picture of the frontier and the best recipe into the folder `--out`; without it, into `search` in the
     recipe's output folder.
     """
-    with working(quiet) as say:
+    with working(quiet, device) as say:
         from hf_zipit.files import check_writable
         from hf_zipit.recipe.sections import Search
         from hf_zipit.report.frontier import save_search, search_notes, search_table
@@ -135,7 +146,7 @@ def search(
     console.print(f"written  {folder}  (hf-zipit run {folder / 'best.yaml'})", soft_wrap=True)
 
 
-@app.command("hf-zipit landscape recipes/quickstart.yaml -m permute -d 1")
+@app.command("hf-zipit landscape recipes/quickstart.yaml -m permute -d 1", topic="exploring")
 def landscape(
     recipe: RecipePath,
     method: Annotated[
@@ -149,6 +160,7 @@ def landscape(
     steps: Annotated[int, typer.Option(help="Points on the line between the experts.", min=3)] = 11,
     samples: Annotated[int, typer.Option(help="Held-out samples of each task.", min=1)] = 128,
     out: Out = None,
+    device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -159,7 +171,7 @@ def landscape(
     Writes the contours in the plane through them, the curves on the line between them and all numbers into the folder
     `--out`; without it, into `landscape` in the recipe's output folder.
     """
-    with working(quiet) as say:
+    with working(quiet, device) as say:
         from hf_zipit.files import check_writable
         from hf_zipit.report.landscape import barriers_table, save_landscape
         from hf_zipit.running.exploring import landscape_recipe

@@ -32,6 +32,7 @@ from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import all_reduce_sum
 from hf_zipit.data.sources import Columns, by_task, raw_batches, rows_of
 from hf_zipit.errors import DataError
+from hf_zipit.hub.processors import OwnProcessor
 
 Inputs = dict[str, Tensor]
 
@@ -99,7 +100,8 @@ class Calibration:
     Args:
         data: a little unlabelled data, by task or one collection for all tasks: a `datasets.Dataset` or
             `IterableDataset`, a `DataLoader`, tensors, samples, or any iterable of batches.
-        processor: image processor, tokenizer or processor, for raw images and texts.
+        processor: image processor, tokenizer or processor, for raw images and texts; the first expert's own where none
+            is given.
         columns: names in the data -> names of the model's inputs, `image` or `text`.
         batch_size: samples per forward pass. Larger batches of a `DataLoader` or iterable are split, smaller ones
             left.
@@ -153,10 +155,11 @@ class Calibration:
             )
         if not self._streams:
             keeper, streams, columns = Keeper(self.memory_gb), {}, self.columns or {}
+            processor = self.processor or OwnProcessor(next(iter(experts.values())))
             for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
                 where = where_of(task)
                 streams[task] = [
-                    CalibrationBatch(task, partial(load_batch, load, inputs, self.processor, where), keeper)
+                    CalibrationBatch(task, partial(load_batch, load, inputs, processor, where), keeper)
                     for load in raw_batches(part, inputs.main, self.batch_size, where, columns)
                 ]
                 if not streams[task]:

@@ -16,12 +16,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from hf_zipit.data.calibration import LABELS, Calibration, pieces, where_of
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import running
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.modeling import ZipItForCausalLM, merged_class
 
 Answers = Literal["auto", "labels", "experts"]
 
@@ -136,12 +138,19 @@ def held_out(
 
 
 def _answers(expert: PreTrainedModel, inputs: Mapping[str, Tensor], task: str, batch_size: int) -> Tensor:
-    """What an expert answers: the most likely class, at every position that is no padding where there are several."""
+    """What an expert answers: the most likely class, at every position that is no padding where there are several.
+
+    What a causal model answers at a position stands at the next one, where labels have the token itself.
+    """
+    ahead = merged_class(type(expert).__name__) is ZipItForCausalLM
     answers = []
     with running([expert], expert.device):
         for batch in pieces(inputs, batch_size):
             batch = {name: tensor.to(expert.device) for name, tensor in batch.items()}
-            out = expert(**batch)
+            try:
+                out = expert(**batch)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                raise DataError(f"The expert {task!r} cannot run on the samples that are held out: {error}") from error
             if "logits" not in out:
                 raise DataError(
                     f"The expert {task!r} is a {type(expert).__name__}, which answers with {list(out)} and no logits; "
@@ -150,5 +159,7 @@ def _answers(expert: PreTrainedModel, inputs: Mapping[str, Tensor], task: str, b
             answer = out["logits"].argmax(-1)
             if answer.ndim == 2 and "attention_mask" in batch:
                 answer = answer.masked_fill(batch["attention_mask"] == 0, IGNORED)
+            if ahead:
+                answer = functional.pad(answer[:, :-1], (1, 0), value=IGNORED)
             answers.append(answer.cpu())
     return torch.cat(answers)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit.errors import DataError
+from hf_zipit.hub.processors import OwnProcessor
 
 Columns = dict[str, Any]
 
@@ -74,6 +75,9 @@ def prepare(columns: Columns, inputs: ModelInputs, processor: Any, name: str) ->
     Raises DataError if the model's input is not among the columns and cannot be made of them.
     """
     ready = {column: values for column, values in columns.items() if inputs.takes(column)}
+    if isinstance(processor, OwnProcessor):
+        raw = inputs.main not in ready and first_of((*IMAGE_COLUMNS, *TEXT_COLUMNS), columns)
+        processor = processor.loaded if raw else None
     if inputs.main not in ready and processor is not None:
         try:
             processed = process(columns, processor, inputs.channels)

@@ -16,6 +16,7 @@ from hf_zipit.data.sources import rename
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.experts.loading import Expert, load_expert
+from hf_zipit.hub.processors import OwnProcessor
 from hf_zipit.modeling import ZipItForCausalLM, ZipItModel, ZipItPreTrainedModel
 from hf_zipit.modeling.empty_model import source_class
 
@@ -78,6 +79,12 @@ class Subject:
             whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs),
             not isinstance(whole, ZipItModel), isinstance(whole, ZipItForCausalLM),
         )  # fmt: skip
+
+    def processor(self, task: str) -> OwnProcessor:
+        """What belongs to a task's model."""
+        if isinstance(self.model, SideBySide):
+            return OwnProcessor(self.model.experts[self.model.tasks.index(task)])
+        return OwnProcessor(self.model, self.model.branch_names[task])
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import PartialState
+from torch import Tensor
 
-from hf_zipit.data.labels import IGNORED, first
+from hf_zipit.data.labels import first
 from hf_zipit.data.processes import modes_kept
-from hf_zipit.errors import DataError
+from hf_zipit.errors import DataError, ZipItError
 from hf_zipit.evaluation.batches import Collate, Reading, Subject
+from hf_zipit.evaluation.intervals import Answers, Interval, accuracy_interval, calibration_error
 from hf_zipit.evaluation.results import Accuracies, Evaluation
 from hf_zipit.experts.loading import Expert, Experts, load_experts
+from hf_zipit.hub.reasons import first_line
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:  # a Trainer takes seconds to import
@@ -41,6 +46,9 @@ def evaluate(
 ) -> Evaluation:
     """Per-task and joint accuracy of a merged model, and of its experts beside it; and further metrics per task.
 
+    Every share has its 95 % interval (bootstrap over samples); with experts, `comparison` has the paired differences
+    to them and how often the model answers as they do.
+
     Args:
         model: a merged model, or experts by task, which are then evaluated side by side; loaded ones, repo ids or
             folders.
@@ -51,7 +59,7 @@ def evaluate(
         experts: the experts by task, as `merge` takes them.
         metrics: of `hf_zipit.metrics`, by name; modules of `evaluate`; or functions of an `EvalPrediction`, such as a
             Trainer takes for `compute_metrics`. One or several.
-        processor: image processor, tokenizer or both in one, for raw images and texts.
+        processor: image processor, tokenizer or both in one, for raw images and texts; the model's own by default.
         columns: names in the data -> names of the model's inputs, `image`, `text` or `labels`.
         batch_size: samples per forward pass and device.
 
@@ -61,12 +69,12 @@ def evaluate(
     """
     wanted = _find_metrics(metrics)
     reading = Reading(processor, columns or {}, batch_size)
-    own, scores = _measured(Subject.of(model), datasets, wanted, reading)
+    own = _measured(Subject.of(model), datasets, wanted, reading)
     if not experts:
-        return Evaluation(own, None, scores, {})
+        return own
     side = Subject.of(experts if isinstance(experts, Mapping) else load_experts(experts))
-    beside, expert_scores = _measured(side, datasets, wanted, reading)
-    return Evaluation(own, beside, scores, expert_scores)
+    beside = _measured(side, datasets, wanted, reading)
+    return replace(own, experts=beside.model, expert_scores=beside.scores, comparison=own.compared(beside))
 
 
 def accuracy(
@@ -78,7 +86,7 @@ def accuracy(
     batch_size: int = 64,
 ) -> Accuracies:
     """The accuracies of one model; see `evaluate`."""
-    return _accuracy(Subject.of(model), datasets, Reading(processor, columns or {}, batch_size))
+    return _accuracy(Subject.of(model), datasets, Reading(processor, columns or {}, batch_size))[0]
 
 
 def _find_metrics(metrics: Any) -> list[Function]:
@@ -91,34 +99,43 @@ def _find_metrics(metrics: Any) -> list[Function]:
 
 def _measured(
     subject: Subject, datasets: Mapping[str, Any], metrics: Sequence[Function], reading: Reading
-) -> tuple[Accuracies | None, dict[str, dict[str, float]]]:
+) -> Evaluation:
     """The accuracies, where the model has classes, and the metrics by task."""
     if not subject.answers and not metrics:
         raise DataError("The model answers with no class, so it has no accuracy; name metrics that fit it.")
-    found = _accuracy(subject, datasets, reading) if subject.answers else None
+    found, answers = _accuracy(subject, datasets, reading) if subject.answers else (None, {})
     _check(datasets, list(subject.offsets))
     scores: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, Interval]] = {}
     for task, data in datasets.items() if metrics else ():
-        scores[task], passes = {}, {}
+        scores[task], intervals[task], passes = {}, {}, {}
         for metric in metrics:
             keep = getattr(metric, "preprocess", None)
             kept = getattr(keep, "__func__", keep)  # metrics that read the same thing share a pass
             if kept not in passes:
                 passes[kept] = _predict(subject, data, task, reading, keep)
             scores[task] |= metric(passes[kept])
-    return found, scores
+            if hasattr(metric, "intervals"):
+                intervals[task] |= metric.intervals(passes[kept])
+    return Evaluation(found, scores=scores, score_intervals=intervals, answers=answers)
 
 
-def _accuracy(subject: Subject, datasets: Mapping[str, Any], reading: Reading) -> Accuracies:
+def _accuracy(
+    subject: Subject, datasets: Mapping[str, Any], reading: Reading
+) -> tuple[Accuracies, dict[str, Answers]]:
     _check(datasets, list(subject.offsets))
     # One vocabulary, or classes that all tasks share: an answer does not tell a task, so there is nothing joint.
     shared = len(subject.offsets) > 1 and len(set(subject.offsets.values())) == 1
-    right, joint, counts = {}, {}, {}
-    for task, data in datasets.items():
-        right[task], counts[task] = _share_right(subject, data, task, reading)
-        if not shared:
-            joint[task], _ = _share_right(subject, data, task, reading, jointly=True)
-    return Accuracies(right, joint, counts)
+    answers = {task: _answers(subject, data, task, reading) for task, data in datasets.items()}
+    jointly = {} if shared else {t: _answers(subject, data, t, reading, jointly=True) for t, data in datasets.items()}
+    intervals, joint = ({task: accuracy_interval(a) for task, a in found.items()} for found in (answers, jointly))
+    found = Accuracies(
+        {task: interval.value for task, interval in intervals.items()},
+        {task: interval.value for task, interval in joint.items()},
+        {task: int(each.counted.sum()) for task, each in answers.items()},
+        intervals, joint, {task: calibration_error(each) for task, each in answers.items()},
+    )  # fmt: skip
+    return found, answers
 
 
 def _check(datasets: Mapping[str, Any], tasks: list[str]) -> None:
@@ -131,17 +148,20 @@ def _check(datasets: Mapping[str, Any], tasks: list[str]) -> None:
             raise DataError(f"The evaluation data of the task {task!r} is empty.")
 
 
-def _share_right(
-    subject: Subject, data: Any, task: str, reading: Reading, *, jointly: bool = False
-) -> tuple[float, int]:
-    """Share of right answers and their number, on the data of a task."""
-    # Keeps one number per position instead of a vocabulary's logits.
-    found = _predict(subject, data, task, reading, lambda logits, labels: first(logits).argmax(-1), jointly=jointly)
-    answers, labels = first(found.predictions), first(found.label_ids)
-    counted = labels != IGNORED
-    if not counted.any():
+def _answers(subject: Subject, data: Any, task: str, reading: Reading, *, jointly: bool = False) -> Answers:
+    """What the model answers on the data of a task; raises DataError if no label counts."""
+    found = _predict(subject, data, task, reading, _class_and_confidence, jointly=jointly)
+    given, confidence = found.predictions
+    answers = Answers(given, confidence, first(found.label_ids))
+    if not answers.counted.any():
         raise DataError(f"The evaluation data of the task {task!r} has no label that counts.")
-    return float((answers == labels)[counted].mean()), int(counted.sum())
+    return answers
+
+
+def _class_and_confidence(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
+    """Two numbers per position instead of a vocabulary's logits."""
+    best = first(logits).max(-1)
+    return best.indices, (best.values - first(logits).logsumexp(-1)).exp().float()
 
 
 def _predict(
@@ -157,6 +177,8 @@ def _predict(
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
     offset = subject.offsets[task] if jointly else 0
+    if reading.processor is None:
+        reading = replace(reading, processor=subject.processor(task))
     collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.answers)
     with tempfile.TemporaryDirectory() as folder, modes_kept([subject.model]):  # a Trainer puts it into eval mode
         trainer = Trainer(
@@ -169,13 +191,21 @@ def _predict(
                 report_to=[],
                 disable_tqdm=True,
                 # A Trainer makes Accelerate's state again, which without this forgets other processes on CPUs.
-                use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+                use_cpu=PartialState().device.type == "cpu",
                 dataloader_pin_memory=torch.cuda.is_available(),
             ),
             data_collator=collate,
             preprocess_logits_for_metrics=_ahead(keep) if subject.causal else keep,
         )
-        found = trainer.predict(data, ignore_keys=["past_key_values"] if subject.causal else None)
+        try:
+            found = trainer.predict(data, ignore_keys=["past_key_values"] if subject.causal else None)
+        except ZipItError:
+            raise
+        except (ValueError, RuntimeError, IndexError, TypeError) as error:
+            raise DataError(
+                f"{subject.inputs[task].architecture} cannot run on the evaluation data of the task {task!r}: "
+                f"{first_line(error)}; give data that were prepared as the experts' own."
+            ) from error
     labels = found.label_ids[:, 1:] if subject.causal else found.label_ids
     return EvalPrediction(found.predictions, labels)
 

@@ -26,7 +26,12 @@ from transformers import EvalPrediction
 
 from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.evaluation.intervals import Interval, resampled
+from hf_zipit.extras import require
 from hf_zipit.registry import suggestion
+
+DRAWS = 200
+"""Bootstrap draws of metrics that are computed anew for each."""
 
 IDS = {"predictions": Value("int64"), "references": Value("int64")}
 
@@ -58,13 +63,33 @@ class TrainerMetric(evaluate.Metric):
         """What the metric reads of a batch's outputs: a Trainer's `preprocess_logits_for_metrics`."""
         raise NotImplementedError
 
+    def intervals(self, found: EvalPrediction) -> dict[str, Interval]:
+        """The measures of a Trainer's predictions with their 95 % intervals (bootstrap over samples)."""
+        predictions, references = self.compared(found)
+        generator, size = np.random.default_rng(0), len(references)
+        values = self._compute(predictions.reshape(-1), references.reshape(-1))
+        draws: dict[str, list[float]] = {name: [] for name in values}
+        for _ in range(DRAWS):
+            rows = generator.integers(size, size=size)
+            if (references[rows] != IGNORED).any():
+                for name, value in self._compute(predictions[rows].reshape(-1), references[rows].reshape(-1)).items():
+                    draws[name].append(value)
+        return {name: Interval.of(value, np.array(draws[name])) for name, value in values.items()}
+
+    def compared(self, found: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        """Predictions and references, samples first."""
+        raise NotImplementedError
+
 
 class AnswerMetric(TrainerMetric):
     """Metrics of the most likely class: predictions and references are class ids."""
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
-        predictions, labels = class_ids(found)
+        predictions, labels = self.compared(found)
         return self.compute(predictions=predictions.reshape(-1), references=labels.reshape(-1))
+
+    def compared(self, found: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
+        return class_ids(found)
 
     def preprocess(self, logits: Any, labels: Any = None) -> Tensor:
         return answers(logits)
@@ -86,6 +111,7 @@ class F1(AnswerMetric):
     description = "F1 score; labels of -100 do not count. `average` as in scikit-learn, 'macro' by default."
 
     def _compute(self, predictions: Any, references: Any, average: str = "macro") -> dict[str, float]:
+        require("sklearn")
         from sklearn.metrics import f1_score
 
         predictions, references = counted(predictions, references)
@@ -99,10 +125,14 @@ class Perplexity(TrainerMetric):
     columns = {"predictions": Value("float32"), "references": Value("int64")}
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
+        predictions, labels = self.compared(found)
+        return self.compute(predictions=predictions.reshape(-1), references=labels.reshape(-1))
+
+    def compared(self, found: EvalPrediction) -> tuple[np.ndarray, np.ndarray]:
         predictions, labels = first(found.predictions), first(found.label_ids)
         if predictions.ndim > labels.ndim:
             predictions = self.preprocess(torch.from_numpy(predictions), torch.from_numpy(labels)).numpy()
-        return self.compute(predictions=predictions.reshape(-1), references=labels.reshape(-1))
+        return predictions, labels
 
     def preprocess(self, logits: Any, labels: Any = None) -> Tensor:
         """Log-probabilities of the labels, of their shape; 0 where they do not count."""
@@ -130,11 +160,23 @@ class RetrievalRecall(TrainerMetric):
     columns = {"predictions": SequenceOf(Value("float32")), "references": SequenceOf(Value("float32"))}
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
+        images, texts, ids = self._pairs(found)
+        return self.compute(predictions=images, references=texts, ids=ids)
+
+    def intervals(self, found: EvalPrediction) -> dict[str, Interval]:
+        """As for every metric; queries are drawn, and the candidates stay as they are."""
+        images, texts, ids = self._pairs(found)
+        hits = query_hits(images, texts, ids)
+        drawn = resampled(np.stack(list(hits.values()), axis=1), np.ones(len(images)))
+        return {name: Interval.of(hit.mean(), drawn[:, i]) for i, (name, hit) in enumerate(hits.items())}
+
+    def _pairs(self, found: EvalPrediction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image embeddings, text embeddings and ids of a Trainer's predictions."""
         texts, images = (np.asarray(part) for part in self.preprocess(found.predictions))
         ids = first(found.label_ids)
         if ids is not None and ids.ndim > 1:
             ids = np.unique(ids, axis=0, return_inverse=True)[1].reshape(-1)
-        return self.compute(predictions=images, references=texts, ids=ids)
+        return images, texts, np.arange(len(images)) if ids is None else ids
 
     def preprocess(self, logits: Any, labels: Any = None) -> Any:
         """Text and image embeddings: what stands behind the two similarity matrices in contrastive outputs."""
@@ -151,18 +193,24 @@ class RetrievalRecall(TrainerMetric):
         ids = np.arange(len(images)) if ids is None else np.asarray(ids)
         if not len(images) == len(texts) == len(ids):
             raise DataError(f"There are {len(images)} images, {len(texts)} texts and {len(ids)} ids; give pairs.")
-        similarity = images @ texts.T
-        found = {}
-        for top in (top for top in k if top < len(images) or top == min(k)):
-            there, back = recall_at(similarity, ids, top), recall_at(similarity.T, ids, top)
-            found |= {f"image_to_text@{top}": there, f"text_to_image@{top}": back, f"recall@{top}": (there + back) / 2}
-        return found
+        return {name: float(hit.mean()) for name, hit in query_hits(images, texts, ids, k).items()}
 
 
-def recall_at(similarity: np.ndarray, ids: np.ndarray, k: int) -> float:
-    """Share of the queries of a similarity `[queries, candidates]` with one of their own id among the k nearest."""
+def query_hits(
+    images: np.ndarray, texts: np.ndarray, ids: np.ndarray, k: Sequence[int] = (1, 5, 10)
+) -> dict[str, np.ndarray]:
+    """By measure, for every pair whether its queries find one of their own id among the k nearest: `[pairs]`."""
+    similarity, found = images @ texts.T, {}
+    for top in (top for top in k if top < len(images) or top == min(k)):
+        there, back = found_in(similarity, ids, top), found_in(similarity.T, ids, top)
+        found |= {f"image_to_text@{top}": there, f"text_to_image@{top}": back, f"recall@{top}": (there + back) / 2}
+    return found
+
+
+def found_in(similarity: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
+    """Whether each query of a similarity `[queries, candidates]` has one of its own id among the k nearest, 0 or 1."""
     nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
-    return float(np.mean((ids[nearest] == ids[:, None]).any(1)))
+    return (ids[nearest] == ids[:, None]).any(1).astype(np.float64)
 
 
 def counted(predictions: Any, references: Any) -> tuple[np.ndarray, np.ndarray]:

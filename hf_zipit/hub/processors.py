@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +98,47 @@ def write_files(folder: str | Path, files: Files) -> None:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+
+
+def load_processor(source: str | Path | None, task: str | None = None, revision: str | None = None) -> Any:
+    """The processor, image processor or tokenizer that was saved with a model; None if there is none.
+
+    `task` is the module name of a task of a merged model whose tasks have processors of their own.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    files = processor_files(source, revision, fetch=True)
+    if not files:  # without this, a tokenizer would be made of a configuration alone
+        return None
+    own = f"{FOLDER}/{task}"
+    where = {"subfolder": own} if any(name.startswith(f"{own}/") for name in files) else {}
+    for auto in (AutoProcessor, AutoImageProcessor, AutoTokenizer):
+        try:
+            return auto.from_pretrained(source, revision=revision, trust_remote_code=False, **where)
+        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError):  # each family in its own way
+            continue
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class OwnProcessor:
+    """The processor that belongs to a model, loaded when something is to be prepared.
+
+    Attributes:
+        model: an expert or a merged model.
+        task: of a merged model, as a module name.
+    """
+
+    model: Any
+    task: str | None = None
+
+    @cached_property
+    def loaded(self) -> Any:
+        """The processor; None where the model has none."""
+        files = getattr(self.model, "known_processor_files", None)
+        if files:  # a merged model that was not saved yet
+            with tempfile.TemporaryDirectory() as room:
+                write_files(room, files)
+                return load_processor(room, self.task)
+        commit = getattr(getattr(self.model, "config", None), "_commit_hash", None)
+        return load_processor(getattr(self.model, "name_or_path", None), self.task, commit)

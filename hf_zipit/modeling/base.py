@@ -16,6 +16,7 @@ import copy
 import re
 import shutil
 import tempfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -45,6 +46,10 @@ from .trunk import check_shared, make_branch, resize, run_together, take_trunk
 logger = logging.get_logger(__name__)
 
 Task = str | Sequence[str] | Tensor | None
+
+Outputs = OrderedDict[str, Any]
+"""A `ModelOutput` of the source class's own type; `forward` cannot say which, and `ModelOutput` itself has no fields,
+which sentence-transformers asks an annotation for."""
 
 PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
@@ -185,7 +190,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
         Where the caller names none, it is the one that this view answers for: see `for_task`. Raises ZipItError if a
         task is unknown.
         """
-        if task is None:
+        unnamed = task is None or (isinstance(task, str) and task in self.config.joint_names)
+        if unnamed and task not in self.config.tasks:
             task = self.config.task
         if task is None or isinstance(task, str):
             return task if task is None else self.known(task)

@@ -76,6 +76,7 @@ class ZipItConfig(PreTrainedConfig):
         joint: how the joint logits come from the tasks': `"concatenate"` them, or `"vote"` (log of the mean
             probability) when all tasks have the very same classes. Chosen from the labels when not given.
         task: the task that the model answers for when its caller names none; None is all of them, jointly.
+        joint_names: what callers may say in place of a task without meaning one.
     """
 
     model_type: ClassVar[str] = "zipit"
@@ -107,13 +108,14 @@ class ZipItConfig(PreTrainedConfig):
     method: dict[str, Any] | None = None
     joint: Literal["concatenate", "vote"] | None = None
     task: str | None = None
+    joint_names: list[str] | tuple[str, ...] = ()
 
     def __post_init__(self, **kwargs: Any) -> None:
         # The base class writes into sub-configurations, and this one may belong to an expert that is in use.
         self.source_config = copy.deepcopy(self.source_config)
         if SubConfigSpec is None and isinstance(self.source_config, dict):
             self.source_config = AutoConfig.for_model(**self.source_config)
-        for name in ("tasks", "shared", "entries", "exits", "residues"):
+        for name in ("tasks", "shared", "entries", "exits", "residues", "joint_names"):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
         self.head_dims = dict(self.head_dims or {})

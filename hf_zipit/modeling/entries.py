@@ -83,8 +83,9 @@ class DenseEntry(Entry):
         self.reset()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = nn.functional.linear(x.movedim(self.axis, -1), self.weight.to(x.device), self.bias.to(x.device))
-        return y.movedim(-1, self.axis)
+        last = x.dim() - 1  # a number: torch.onnx's older exporter writes -1 into the graph, which no runtime takes
+        y = nn.functional.linear(x.movedim(self.axis, last), self.weight.to(x.device), self.bias.to(x.device))
+        return y.movedim(last, self.axis)
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..errors import ZipItError
-from .base import Task, ZipItPreTrainedModel
+from .base import Outputs, Task, ZipItPreTrainedModel
 from .configuration import ZipItConfig
 from .empty_model import source_class
 from .joint import joint_embedding, mask_foreign, pick, side_by_side, vote
@@ -45,7 +45,7 @@ class ZipItModel(ZipItPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         task: Task = None,
         **kwargs: Any,
-    ) -> ModelOutput:
+    ) -> Outputs:
         return self.compute(
             task, None, pixel_values=pixel_values, input_ids=input_ids, attention_mask=attention_mask,
             token_type_ids=token_type_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs,
@@ -62,12 +62,12 @@ class ZipItModel(ZipItPreTrainedModel):
         return super().join(outputs)
 
     @can_return_tuple
-    def get_image_features(self, pixel_values: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:
+    def get_image_features(self, pixel_values: Tensor, task: Task = None, **kwargs: Any) -> Outputs:
         """Image embeddings as the source class returns them, or joint ones (unit vectors) in `pooler_output`."""
         return self.contrastive_features("get_image_features", task, pixel_values=pixel_values, **kwargs)
 
     @can_return_tuple
-    def get_text_features(self, input_ids: Tensor, task: Task = None, **kwargs: Any) -> ModelOutput:
+    def get_text_features(self, input_ids: Tensor, task: Task = None, **kwargs: Any) -> Outputs:
         """Text embeddings as the source class returns them, or joint ones (unit vectors) in `pooler_output`."""
         return self.contrastive_features("get_text_features", task, input_ids=input_ids, **kwargs)
 
@@ -133,7 +133,7 @@ class ZipItForImageClassification(ZipItLabelled):
     @can_return_tuple
     def forward(
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, task: Task = None, **kwargs: Any
-    ) -> ModelOutput:
+    ) -> Outputs:
         return self.compute(task, labels, pixel_values=pixel_values, **kwargs)
 
 
@@ -151,7 +151,7 @@ class ZipItForText(ZipItLabelled):
         labels: Tensor | None = None,
         task: Task = None,
         **kwargs: Any,
-    ) -> ModelOutput:
+    ) -> Outputs:
         return self.compute(
             task, labels, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
             position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs,

@@ -10,10 +10,10 @@ deep copy of the model reads the copy's trunk.
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -43,14 +43,14 @@ class Shared(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         target = self.target
-        memo = _memo.get()
-        if memo is not None:
-            return memo.recall(target, lambda: target(*args, **kwargs))
-        token = _task.set(self.task)
+        now = _now()
+        if now.memo is not None:
+            return now.memo.recall(target, lambda: target(*args, **kwargs))
+        before, now.task = now.task, self.task
         try:
             return target(*args, **kwargs)
         finally:
-            _task.reset(token)
+            now.task = before
 
     def __getattr__(self, name: str) -> Any:
         # Parents read attributes of their children, such as `self.embeddings.patch_embeddings`.
@@ -80,6 +80,10 @@ class Memo:
         key = (id(module), self.calls[id(module)])
         self.calls[id(module)] += 1
         known = self.outputs.get(key)
+        if torch.compiler.is_compiling():  # which knows no versions; it makes copies that nobody writes to vanish
+            if known is None:
+                known = self.outputs[key] = (compute(), [])
+            return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, known[0])
         # A branch may have written into the tensor it got (`x += residual`): then compute it again.
         if known is None or known[1] != versions(known[0]):
             output = compute()
@@ -101,30 +105,45 @@ def versions(output: Any) -> list[int]:
     return [x._version for x in tree_leaves(output) if isinstance(x, Tensor) and not x.is_inference()]
 
 
-# A ContextVar, so that threads that run the same model do not see each other's outputs.
-_memo: ContextVar[Memo | None] = ContextVar("hf_zipit_joint_forward", default=None)
-_task: ContextVar[str | None] = ContextVar("hf_zipit_task", default=None)
+class Now:
+    """What is running: the outputs of the joint forward pass, or inside the trunk the task that it runs for."""
+
+    def __init__(self) -> None:
+        self.memo: Memo | None = None
+        self.task: str | None = None
+
+
+class OfThread(threading.local, Now):
+    """The same for every thread of its own: threads that run one model do not see each other's outputs."""
+
+
+_of_thread, _compiling = OfThread(), Now()
+
+
+def _now() -> Now:
+    """What is running in this thread; torch.compile follows plain objects alone, and traces in one thread."""
+    return _compiling if torch.compiler.is_compiling() else _of_thread
 
 
 def running_jointly() -> bool:
     """Whether this is a joint forward pass, in which the trunk runs for all tasks."""
-    return _memo.get() is not None
+    return _now().memo is not None
 
 
 def running_task() -> str | None:
     """Inside the trunk, the module name of the task that it runs for; None in a joint forward pass."""
-    return _task.get()
+    return _now().task
 
 
 @contextmanager
 def run_together() -> Iterator[Memo]:
     """Inside, shared modules are computed once. Call `next_branch()` of the memo before every branch."""
-    memo = Memo()
-    token = _memo.set(memo)
+    now = _now()
+    before, now.memo = now.memo, Memo()
     try:
-        yield memo
+        yield now.memo
     finally:
-        _memo.reset(token)
+        now.memo = before
 
 
 def check_shared(model: nn.Module, shared: Sequence[str]) -> None:

@@ -40,13 +40,9 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
     Raises:
         ExpertError: naming the expert, the configuration field or the tensor, and both values.
     """
+    check_classes(experts)
     (first_task, first), *others = experts.items()
     for task, other in others:
-        if type(other) is not type(first):
-            raise ExpertError(
-                f"the expert {task!r} is a {type(other).__name__}, but {first_task!r} is a {type(first).__name__}; "
-                "experts must have the same architecture"
-            )
         difference = first_difference(_config(first), _config(other))
         if difference:
             field, left, right = difference
@@ -96,6 +92,17 @@ def _is_in(prefixes: tuple[str, ...], name: str) -> bool:
 def all_finite(tensor: Tensor) -> bool:
     """Whether no entry is NaN or infinite; makes no mask of the tensor's size, for it may be large."""
     return not tensor.numel() or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
+def check_classes(experts: Mapping[str, nn.Module]) -> None:
+    """Experts must be of one class; raises ExpertError that names two that are not."""
+    (first_task, first), *others = experts.items()
+    for task, other in others:
+        if type(other) is not type(first):
+            raise ExpertError(
+                f"the expert {task!r} is a {type(other).__name__}, but {first_task!r} is a {type(first).__name__}; "
+                "experts must have the same architecture"
+            )
 
 
 def _config(model: nn.Module) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from hf_zipit.data.inputs import IMAGE_COLUMNS, TEXT_COLUMNS, first_of, process
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.data.sources import is_from_datasets
 from hf_zipit.errors import DataError
+from hf_zipit.extras import require
 from hf_zipit.files.places import folder_of
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.hub.reasons import told
@@ -37,6 +39,9 @@ FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
+READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+"""Endings of files, and what of `datasets` reads them."""
+
 SHUFFLE_BUFFER = 10_000
 """Samples of a stream among which the next one is drawn. A data set that is sorted by class is shuffled no further."""
 
@@ -49,25 +54,29 @@ def load_source(
     config: str | None = None,
     columns: Mapping[str, str] | None = None,
     streaming: bool = False,
-    labelled: bool = True,
+    labelled: bool | None = True,
 ) -> Dataset | IterableDataset:
     """A data set: its inputs, and the column `labels` whose feature names the classes.
 
     Args:
-        name: `sklearn-digits`, `fashion-mnist`, a folder or a data set of the Hub.
+        name: `sklearn-digits`, `fashion-mnist`, a folder, a file (CSV, JSON, parquet) or a data set of the Hub.
         split: `train`, `validation` or `test`; for others what they call their splits.
         folder: where `fashion-mnist`'s idx files are, if not in the usual place.
         config: the configuration of a data set of the Hub.
         columns: new names of columns.
         streaming: read it as it is asked for, instead of downloading all of it first.
-        labelled: whether there has to be a label; without, one that is there stays as it is.
+        labelled: whether there has to be a label; without, one that is there stays as it is. None: where there is one.
 
     Raises:
-        DataError: if there is no such data set, split or column.
+        DataError: if there is no such data set, split or column, or it has no rows.
     """
     if name in BUILT_IN:
         return rename(BUILT_IN[name](split, folder), columns or {}, name)
     found = rename(_from_datasets(name, split, config, streaming), columns or {}, name)
+    if is_from_datasets(found) and not len(found):
+        raise DataError(f"The data set {name!r} (split {split!r}) is empty; name another split, or fill it.")
+    if labelled is None:
+        labelled = _has_classes(found)
     return _with_labels(found, name) if labelled else found
 
 
@@ -98,9 +107,9 @@ def check_source(name: str, folder: Path | None = None) -> None:
     """
     if folder is not None and not folder.is_dir():
         raise DataError(f"The data folder {folder} does not exist.")
-    if looks_local(name) and folder_of(name) is None:
+    if looks_local(name) and not Path(name).expanduser().exists():
         raise DataError(f"The data set folder {name} does not exist.")
-    if name not in BUILT_IN and not looks_local(name) and "/" not in name and folder_of(name) is None:
+    if name not in BUILT_IN and "/" not in name and not Path(name).exists() and get_close_matches(name, BUILT_IN):
         raise DataError(f"There is no data set {name!r}; {suggestion(name, BUILT_IN)}")
 
 
@@ -109,6 +118,7 @@ def check_source(name: str, folder: Path | None = None) -> None:
 
 def digits(split: str, folder: Path | None = None) -> Dataset:
     """1,797 handwritten digits of 8 x 8 pixels, standardised: `[1, 8, 8]`; 60 % train, 15 % validation, 25 % test."""
+    require("sklearn")
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -162,13 +172,25 @@ def _from_datasets(name: str, split: str, config: str | None, streaming: bool = 
     source = str(folder) if folder else f"datasets/{name}"
     ways = ", neither as what `save_to_disk` wrote nor by `load_dataset`" if folder else ""
     with told(f"The data set {name!r} (split {split!r}) cannot be loaded{ways}", source, kind=DataError):
-        if folder and any((folder / f"dataset_{what}.json").is_file() for what in ("dict", "info")):
-            saved = datasets.load_from_disk(str(folder))
-            if not isinstance(saved, datasets.Dataset):
-                saved = saved[_split({key: key for key in saved}, split, name)]
-            return saved.to_iterable_dataset() if streaming else saved
-        path = str(folder) if folder else name
-        return datasets.load_dataset(path, config, split=split, streaming=streaming)
+        try:
+            if folder and any((folder / f"dataset_{what}.json").is_file() for what in ("dict", "info")):
+                saved = datasets.load_from_disk(str(folder))
+                if not isinstance(saved, datasets.Dataset):
+                    saved = saved[_split({key: key for key in saved}, split, name)]
+                return saved.to_iterable_dataset() if streaming else saved
+            if (file := Path(name).expanduser()).is_file():
+                files = {split: str(file)}
+                return datasets.load_dataset(_reader(file), data_files=files, split=split, streaming=streaming)
+            return datasets.load_dataset(str(folder or name), config, split=split, streaming=streaming)
+        except IndexError as error:  # a saved data set without a single shard
+            raise DataError(f"The data set {name!r} (split {split!r}) is empty; name another, or fill it.") from error
+
+
+def _reader(file: Path) -> str:
+    """What reads a file of data, by its ending; raises DataError where nothing does."""
+    if file.suffix.lower() not in READERS:
+        raise DataError(f"The data file {file} should be one of {', '.join(READERS)}.")
+    return READERS[file.suffix.lower()]
 
 
 def _split(splits: dict[str, Any], split: str, name: str, known: Sequence[str] = ()) -> Any:
@@ -182,6 +204,16 @@ def _dataset(pixels: np.ndarray, labels: np.ndarray, names: list[str]) -> Datase
 
     features = Features({"pixel_values": Array3D(pixels.shape[1:], "float32"), "labels": ClassLabel(names=names)})
     return Dataset.from_dict({"pixel_values": pixels, "labels": labels}, features=features).with_format("torch")
+
+
+def _has_classes(dataset: Dataset | IterableDataset) -> bool:
+    """Whether there is a label that says of which class a row is."""
+    column = first_of(LABEL_COLUMNS, _columns(dataset))
+    feature = (dataset.features or {}).get(column)
+    names = hasattr(feature, "names")
+    return names or (
+        is_from_datasets(dataset) and str(getattr(feature, "dtype", "")).startswith(("int", "uint", "str"))
+    )
 
 
 def _with_labels(dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
@@ -228,32 +260,43 @@ def match_labels(dataset: Dataset, labels: Sequence[str], task: str) -> list[int
     Labels that were never named (`LABEL_0`, ...) are taken as the data set's own, if there are as many. Raises
     DataError if a name is not among the data set's classes.
     """
+    if (found := matching_labels(dataset, labels)) is not None:
+        return found
     names = class_names(dataset)
-    if all(label in names for label in labels):
-        return [names.index(label) for label in labels]
-    if len(labels) == len(names) and all(label == f"LABEL_{i}" for i, label in enumerate(labels)):
-        return list(range(len(names)))
     missing = next(label for label in labels if label not in names)
     raise DataError(
-        f"The task {task!r} has the label {missing!r}, which is not a class of the data set ({', '.join(names)}); "
-        "give the expert's classes in the order of its labels."
+        f"The task {task!r} has the label {missing!r}, which is not a class of the data set ({_few(names)}); "
+        f"give the expert's classes in the order of its labels: `classes` in a recipe, or --classes {task}=A,B,..."
     )
 
 
-def read(stream: IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
+def matching_labels(dataset: Dataset, labels: Sequence[str]) -> list[int] | None:
+    """The same; None where the names do not match."""
+    names = class_names(dataset)
+    if all(label in names for label in labels):
+        return [names.index(label) for label in labels]
+    unnamed = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    return list(range(len(names))) if unnamed and len(labels) == len(names) else None
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+def read(stream: IterableDataset, samples: int | None, seed: int = 0, skip: int = 0) -> Dataset:
     """Samples of a stream, shuffled as far as its buffer goes, as a data set in memory; the order of reading stays."""
     from datasets import Dataset
 
     if samples is not None:
-        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(samples)
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).skip(skip).take(samples)
     return Dataset.from_list(list(stream), features=stream.features)
 
 
-def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0) -> Dataset:
-    """At most this many rows, drawn without replacement; all of them for None."""
+def some_of(dataset: Dataset | IterableDataset, samples: int | None, seed: int = 0, skip: int = 0) -> Dataset:
+    """At most this many rows, drawn without replacement after `skip` others; all of them for None."""
     if not is_from_datasets(dataset):
-        return read(dataset, samples, seed)
-    return dataset.select(_draw(np.arange(len(dataset)), samples, seed))
+        return read(dataset, samples, seed, skip)
+    return dataset.select(_draw(np.arange(len(dataset)), samples, seed, skip))
 
 
 def part_of(
@@ -263,30 +306,33 @@ def part_of(
     *,
     samples: int | None = None,
     seed: int = 0,
+    skip: int = 0,
 ) -> Dataset:
     """At most `samples` rows of the classes `ids`, whose labels become their positions in `ids`.
 
-    The rows are drawn without replacement, from the `seed`; with `names` the classes are called so from now on.
+    The rows are drawn without replacement, from the `seed`, after `skip` others; with `names` the classes are called
+    so from now on.
     """
     from datasets import ClassLabel
 
     names = names or [class_names(dataset)[i] for i in ids]
     if not is_from_datasets(dataset):
         wanted = set(ids)
-        dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed)
+        dataset = read(dataset.filter(lambda label: label in wanted, input_columns="labels"), samples, seed, skip)
+        skip = 0
     labels = np.asarray(dataset.with_format("numpy")["labels"])
-    rows = _draw(np.flatnonzero(np.isin(labels, ids)), samples, seed)
+    rows = _draw(np.flatnonzero(np.isin(labels, ids)), samples, seed, skip)
     position = {label: index for index, label in enumerate(ids)}
     relabelled = [position[label] for label in labels[rows].tolist()]
     part = dataset.select(rows).remove_columns("labels")
     return part.add_column("labels", relabelled, feature=ClassLabel(names=list(names)))
 
 
-def _draw(rows: np.ndarray, samples: int | None, seed: int) -> np.ndarray:
-    """At most this many of the rows, drawn without replacement, in their order."""
-    if samples is None or samples >= len(rows):
+def _draw(rows: np.ndarray, samples: int | None, seed: int, skip: int = 0) -> np.ndarray:
+    """At most this many of the rows, drawn without replacement after `skip` others, in their order."""
+    if not skip and (samples is None or samples >= len(rows)):
         return rows
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:samples])
+    return np.sort(np.random.default_rng(seed).permutation(rows)[skip:][:samples])
 
 
 def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Dataset:
@@ -308,6 +354,20 @@ def ready(dataset: Dataset, processor: Any, channels: int | None = None) -> Data
         lambda rows: dict(process(rows, processor, channels, "np")), batched=True, remove_columns=others
     )
     return prepared.with_format("torch")
+
+
+def guessed_column(dataset: Dataset) -> tuple[str, str] | None:
+    """The one column that can only be the images or texts, and what it is: `("review", "text")`; None if none is."""
+    from datasets import Image
+
+    features = {name: feature for name, feature in dataset.features.items() if name not in LABEL_COLUMNS}
+    if is_ready(dataset) or first_of((*IMAGE_COLUMNS, *TEXT_COLUMNS), features):
+        return None
+    kinds = {name: "image" for name, feature in features.items() if isinstance(feature, Image)}
+    kinds = kinds or {
+        n: "text" for n, f in features.items() if str(getattr(f, "dtype", "")) in ("string", "large_string")
+    }
+    return next(iter(kinds.items())) if len(kinds) == 1 else None
 
 
 def is_ready(dataset: Dataset) -> bool:

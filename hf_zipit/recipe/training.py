@@ -72,10 +72,11 @@ def train_classifier(training: Training, data: Dataset, labels: list[str], *, se
         seed: of the initialisation and of the order.
     """
     import torch
+    from accelerate import PartialState
     from torch.nn.functional import cross_entropy
 
     model = new_classifier(training.model, labels, seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = PartialState().device
     columns = data.with_format("torch")[:]
     images, targets = columns["pixel_values"].to(device), columns["labels"].to(device)
     order = torch.Generator().manual_seed(seed)

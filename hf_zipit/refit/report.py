@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from hf_zipit.schema import unpacked
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -44,11 +46,11 @@ class RefitReport:
     def of(cls, model: PreTrainedModel) -> RefitReport | None:
         """The report of a merged model's refit; None if it had none."""
         saved = model.config.method.get("refit_errors")
-        return cls.from_dict(saved) if saved else None
+        return cls.from_dict(unpacked(saved)) if saved else None
 
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> RefitReport:
-        """The report from what `to_dict` gave: `config.method["refit_errors"]` of a merged model."""
+        """The report from what `to_dict` gave."""
         tasks, modules, rows = saved["tasks"], saved["modules"], saved["errors"]
         errors = {
             module: {task: e for task, e in zip(tasks, row, strict=True) if e is not None}

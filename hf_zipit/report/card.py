@@ -16,9 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_zipit.evaluation.intervals import Interval
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.origins import common_licence
+from hf_zipit.extras import installed
 from hf_zipit.files import write_text
 from hf_zipit.hub.cache import is_repo
 from hf_zipit.hub.processors import FOLDER
@@ -28,8 +30,8 @@ from hf_zipit.polish.report import PolishReport
 from hf_zipit.refit import RefitReport
 from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
-from hf_zipit.report.tables import EXPERTS, accuracies, score_lines
-from hf_zipit.schema import plain
+from hf_zipit.report.tables import EXPERTS, accuracies, accuracy_words, ends, score_lines
+from hf_zipit.schema import packed, plain, unpacked
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCardData
@@ -74,6 +76,7 @@ class Result:
         licence: of all experts, as metadata; empty if they do not agree.
         datasets: that the experts' cards name.
         changed: whether the weights are not those that were measured.
+        agreement: how often it answers as the experts do, where there were no labels to measure on.
     """
 
     name: str
@@ -91,6 +94,7 @@ class Result:
     licence: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     changed: bool = False
+    agreement: Accuracies | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, name: str) -> Result:
@@ -115,22 +119,23 @@ class Result:
             calibration=measured.get("calibration"),
             curve=[
                 Measurement(**{**point, "accuracy": _accuracy(point["accuracy"], tasks)})
-                for point in found.get("curve", [])
+                for point in unpacked(found.get("curve", []))
             ],
             licence=common_licence(experts) if len(experts) == len(tasks) else {},
             datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
             changed=changed,
+            agreement=_accuracy(found.get("agreement"), tasks),
         )
 
 
 def remember(model: PreTrainedModel, result: Result) -> None:
     """Write measurements into the model's configuration, from where every later card takes them."""
-    plainly = ("dataset", "split", "merged", "experts", "calibration")
+    plainly = ("dataset", "split", "merged", "experts", "calibration", "agreement")
     point = ("method", "depth", "parameters", "accuracy")  # seconds are others in every run
     model.config.method["results"] = {
         **{name: plain(getattr(result, name)) for name in plainly},
         **{name: _entries(getattr(result, name)) for name in ("scores", "expert_scores")},
-        "curve": [{name: plain(getattr(row, name)) for name in point} for row in result.curve],
+        "curve": packed([{name: plain(getattr(row, name)) for name in point} for row in result.curve]),
     }
 
 
@@ -139,7 +144,11 @@ def _accuracy(saved: Mapping[str, Any] | None, tasks: Sequence[str]) -> Accuraci
     if not saved:
         return None
     parts = ("per_task", "joint_per_task", "samples")
-    return Accuracies(*({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts))
+    intervals = ("intervals", "joint_intervals", "calibration_error")
+    return Accuracies(
+        *({task: saved[part][task] for task in tasks if task in saved[part]} for part in parts),
+        *({t: Interval(**saved[part][t]) for t in tasks if t in saved.get(part, ())} for part in intervals),
+    )
 
 
 def _entries(scores: Scores) -> list[list[Any]]:
@@ -232,11 +241,13 @@ def card_text(
         recipe=recipe.strip(),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         accuracies=accuracies,
+        accuracy_words=accuracy_words,
+        ends=ends,
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=PolishReport.of(model),
         residues=residue_bytes(model) if model.config.residues else None,
         refit=None if result.changed else RefitReport.of(model),
-        refit_picture=REFIT_PICTURE,
+        refit_picture=REFIT_PICTURE if installed("matplotlib") else None,
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
@@ -250,9 +261,9 @@ def escaped(text: object) -> str:
 
 
 def draws_curve(result: Result) -> bool:
-    """Whether there are several depths to draw."""
+    """Whether there are several depths to draw, and something that draws."""
     measured = [point for point in result.curve if point.accuracy is not None]
-    return result.experts is not None and len({point.depth for point in measured}) > 1
+    return installed("matplotlib") and result.experts is not None and len({point.depth for point in measured}) > 1
 
 
 def processor_folders(model: PreTrainedModel) -> dict[str, str]:
@@ -270,7 +281,7 @@ def write_card(
     title = name if repo_id else model.config.method.get("recipe", {}).get("name", name)
     result, recipe = Result.of(model, title), recipe_text(model, title)
     report = None if result.changed else RefitReport.of(model)
-    if report:
+    if report and installed("matplotlib"):
         save_picture(refit_picture(report, f"{title}: error of the refit, by module"), folder / REFIT_PICTURE)
     if draws_curve(result):
         save_picture(accuracy_over_depth(result.curve, result.experts, title=title), folder / DEPTH_PICTURE)

@@ -11,14 +11,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from rich.table import Table
 
+from hf_zipit.extras import EXTRAS
 from hf_zipit.report.tables import new_table
 from hf_zipit.schema import Plain
-
-EXTRAS = (
-    ("peft", "peft", "experts that are LoRA adapters"),
-    ("optuna", "search", "search --sampler tpe"),
-)
-"""Packages that are not dependencies: their name, the extra that brings them and what they are for."""
 
 EXTENSION = "~/.local/share/hf/extensions/hf-zipit/manifest.json"
 """What `hf extensions install OWNER/hf-zipit` writes."""
@@ -70,7 +65,7 @@ def _devices() -> Iterator[Check]:
 
 def _extras() -> Iterator[Check]:
     """Packages that only some things need: to be without one is not a fault."""
-    for name, extra, purpose in EXTRAS:
+    for name, extra, purpose in EXTRAS.values():
         try:
             yield Check(name, version(name))
         except PackageNotFoundError:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from hf_zipit.extras import installed
 from hf_zipit.files import write_json, write_text
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.report.plots import add_legend, add_title, drawing, look, save_picture, wrapped
@@ -36,7 +37,8 @@ def save_search(result: SearchResult, folder: str | Path, *, recipe: Recipe | No
     """
     folder = Path(folder)
     write_json(folder / RESULTS, result.to_dict())
-    save_picture(frontier_picture(result, title=title), folder / PICTURE)
+    if installed("matplotlib"):
+        save_picture(frontier_picture(result, title=title), folder / PICTURE)
     if recipe is not None:
         write_text(folder / BEST, with_setting(recipe, result.best.setting).to_yaml())
     return folder
@@ -51,9 +53,10 @@ def search_table(result: SearchResult, title: str = "") -> Table:
         count = len(tasks)
         beside = [*accuracies(result.experts), f"{count:.2f}", f"{count:.2f}", "-"]
         table.add_row("", EXPERTS, "", "-", *beside, style="dim", end_section=True)
-    kept = result.frontier
+    kept, scored = result.frontier, [trial for trial in result.trials if trial.score is not None]
     for trial in kept:
-        table.add_row("best" if trial is result.best_or_none else "frontier", *_cells(trial, result))
+        best = "best" if len(scored) > 1 else "only"  # one alone was compared with nothing
+        table.add_row(best if trial is result.best_or_none else "frontier", *_cells(trial, result))
     table.add_section()
     beaten = sorted((t for t in result.trials if t.score is not None and t not in kept), key=lambda t: -t.score)
     for trial in beaten[:REST]:
@@ -67,6 +70,14 @@ def search_notes(result: SearchResult) -> list[str]:
     notes = (
         [f"Scores: on {held_out_samples(result.samples)}, right by {right[result.answers]}."] if result.answers else []
     )
+    scored = [trial for trial in result.trials if trial.score is not None]
+    if len(scored) == 1:
+        notes.append(
+            "A single merge has a score, so that nothing was chosen; name several methods, depths or options."
+        )
+    if (best := result.best_or_none) is not None and best.accuracy is not None:
+        told = f"mean accuracy of so many samples is known to about ±{best.accuracy.margin:.3f} (95 %)"
+        notes.append(f"A {told}: {'treat it so' if len(scored) == 1 else 'merges nearer than that are level'}.")
     notes.append("size and MACs: in experts, for the answers of all tasks.")
     failed = [trial for trial in result.trials if trial.error]
     left_out = len(result.trials) - len(failed) - len(result.frontier) - REST

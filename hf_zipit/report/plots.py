@@ -9,7 +9,9 @@ from pathlib import Path
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
+from hf_zipit.errors import OutputError
 from hf_zipit.evaluation.results import Accuracies, Measurement
+from hf_zipit.extras import require
 from hf_zipit.files import replacing
 from hf_zipit.refit import RefitReport
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers tell them apart in grey. See `look`.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+KINDS = ("png", "svg", "pdf")
 MARKERS = "osD^vPX"
 MAX_TASK_PANELS = 3
 MAX_ROWS = 42
@@ -55,6 +58,7 @@ LINE = 1.6 / 72
 @contextmanager
 def drawing(width: float, height: float, **style: Any) -> Iterator[Figure]:
     """An empty figure, in inches, and the style that is drawn in; `style` is what differs from `STYLE`."""
+    require("matplotlib")
     from matplotlib import rc_context
     from matplotlib.figure import Figure  # a figure of its own: no display, no global state
 
@@ -63,10 +67,18 @@ def drawing(width: float, height: float, **style: Any) -> Iterator[Figure]:
 
 
 def save_picture(figure: Figure, path: Path) -> Path:
-    """A picture as a PNG file, whole or not at all."""
+    """A picture as a file of the kind that its name ends in, whole or not at all."""
     with replacing(path) as beside:
-        figure.savefig(beside, format="png", dpi=140)
+        figure.savefig(beside, format=picture_kind(path), dpi=140)
     return path
+
+
+def picture_kind(path: Path) -> str:
+    """`png`, `svg` or `pdf`; raises OutputError for a name that ends otherwise."""
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in KINDS:
+        raise OutputError(f"The picture {path} should end in {', '.join(f'.{known}' for known in KINDS)}.")
+    return kind
 
 
 def look(index: int) -> dict[str, str]:

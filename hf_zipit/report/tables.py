@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from hf_zipit.evaluation.intervals import Comparison, Interval
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.planning.plan import Plan
 
@@ -42,29 +43,97 @@ def accuracies(found: Accuracies) -> list[str]:
 def results_table(
     rows: Iterable[Measurement], experts: Accuracies | None, expert_parameters: int, title: str = ""
 ) -> Table:
-    """A line for every merge, below a line for the experts."""
+    """A line for every merge, below a line for the experts; of several merges the best is marked."""
+    rows = list(rows)
     tasks = list(experts.per_task) if experts else []
-    measures = [*tasks, "mean", "joint"] if experts else []
-    table = new_table(title, ["method"], ["depth", *measures, "parameters", "seconds"])
+    measures = [*tasks, "mean", "joint", "of experts"] if experts else []
+    best = best_row(rows)
+    table = new_table(title, ["", "method"], ["depth", *measures, "parameters", "seconds"])
     if experts:
-        table.add_row(EXPERTS, "-", *accuracies(experts), f"{expert_parameters:,}", "-", style="dim", end_section=True)
+        beside = [*accuracies(experts), "100.0 %"]
+        table.add_row("", EXPERTS, "-", *beside, f"{expert_parameters:,}", "-", style="dim", end_section=True)
     last = None
     for row in rows:
         if last not in (None, row.method):
             table.add_section()
         last = row.method
-        measured = accuracies(row.accuracy) if row.accuracy else []
-        table.add_row(row.method, f"{row.depth:.2f}", *measured, f"{row.parameters:,}", f"{row.seconds:.1f}")
+        measured = [*accuracies(row.accuracy), kept_share(row.accuracy, experts)] if row.accuracy and experts else []
+        mark, style = ("best", "bold") if row is best else ("", None)
+        numbers = (f"{row.depth:.2f}", *measured, f"{row.parameters:,}", f"{row.seconds:.1f}")
+        table.add_row(mark, row.method, *numbers, style=style)
     return table
 
 
+def best_row(rows: Sequence[Measurement]) -> Measurement | None:
+    """The merge with the highest mean accuracy, among equals the smallest; None where there is nothing to compare.
+
+    At depth 0 nothing is merged, so that such a row is none.
+    """
+    measured = [row for row in rows if row.accuracy is not None and row.depth != 0]
+    if len(measured) < 2:
+        return None
+    return min(measured, key=lambda row: (-row.accuracy.mean, row.parameters))
+
+
+def kept_share(found: Accuracies, experts: Accuracies) -> str:
+    """A model's mean accuracy as a share of its experts': `98.1 %`."""
+    return f"{found.mean / experts.mean:.1%}".replace("%", " %") if experts.mean else "-"
+
+
+def summary(kept: Measurement, experts: Accuracies | None) -> str | None:
+    """What a merge kept of its experts, in one sentence; None where nothing was measured."""
+    if kept.accuracy is not None and experts is not None:
+        told = f"{kept_share(kept.accuracy, experts)} of the experts' mean accuracy ({accuracy_words(kept.accuracy)})"
+        if kept.comparison is None:
+            return told
+        return f"{told}; difference {kept.comparison.mean.value:+.3f}, 95 % {signed_ends(kept.comparison.mean)}"
+    if kept.agreement is None:
+        return None
+    count = sum(kept.agreement.samples.values())
+    told = f"answers as its experts do on {100 * kept.agreement.mean:.1f} % of {count:,} samples"
+    return f"{told} ({accuracy_words(kept.agreement)}); labels were not read"
+
+
+def accuracy_words(found: Accuracies) -> str:
+    """The accuracy of every task in words: `clothes .957, shoes .931`."""
+    return ", ".join(f"{task} {share(value)}" for task, value in found.per_task.items())
+
+
 def accuracy_table(models: Mapping[str, Accuracies], title: str = "") -> Table:
-    """A line for every model."""
+    """A line for every model; below it the 95 % intervals and the calibration error, where they are known."""
     tasks = list(next(iter(models.values())).per_task)
     table = new_table(title, ["model"], [*tasks, "mean", "joint"])
     for name, found in models.items():
         table.add_row(name, *accuracies(found))
+        if found.intervals:
+            table.add_row("  95 % interval", *(ends(found.intervals[task]) for task in tasks), "", "", style="dim")
+        if found.calibration_error:
+            errors = (share(found.calibration_error[task].value) for task in tasks)
+            table.add_row("  calibration error", *errors, "", "", style="dim")
     return table
+
+
+def comparison_table(found: Comparison, names: tuple[str, str], title: str = "") -> Table:
+    """How two models differ: a column for every task."""
+    tasks = list(found.difference)
+    table = new_table(title, ["on the same samples"], [*tasks, "mean"])
+    each = [found.difference[task] for task in tasks]
+    table.add_row(f"{names[0]} less {names[1]}", *(f"{one.value:+.3f}" for one in each), f"{found.mean.value:+.3f}")
+    table.add_row("  95 % interval", *map(signed_ends, each), signed_ends(found.mean), style="dim")
+    same = [found.agreement[task] for task in tasks]
+    table.add_row("same answer", *(share(one.value) for one in same), "")
+    table.add_row("  95 % interval", *map(ends, same), "", style="dim")
+    return table
+
+
+def ends(interval: Interval) -> str:
+    """The ends of the interval of a share: `.931-.978`."""
+    return f"{share(interval.low)}-{share(interval.high)}"
+
+
+def signed_ends(interval: Interval) -> str:
+    """The ends of the interval of a difference: `-.021 to +.004`."""
+    return f"{interval.low:+.3f} to {interval.high:+.3f}"
 
 
 def scores_table(models: Mapping[str, Scores], title: str = "") -> Table:

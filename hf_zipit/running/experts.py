@@ -11,6 +11,7 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.loading import load_expert, load_experts
 from hf_zipit.modeling import ZipItPreTrainedModel
+from hf_zipit.planning.compatible import check_classes
 from hf_zipit.recipe.sections import ExpertEntry, Recipe
 from hf_zipit.recipe.sources import choose_classes, class_names, load_source, part_of
 from hf_zipit.recipe.training import new_classifier, train_classifier
@@ -45,6 +46,7 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool, as_stored: bool = F
         sources[task] = merged.expert(entry.task)
     revisions = {task: entry.revision for task, entry in given.items() if entry.revision}
     loaded = load_experts(sources, revisions=revisions, as_stored=as_stored)
+    check_classes(loaded)  # before anybody asks what their labels have to do with the data
     _check_weights({task: entry.sha256 for task, entry in given.items() if entry.sha256}, loaded)
     return loaded
 

@@ -14,7 +14,7 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.landscapes.landscape import landscape
 from hf_zipit.landscapes.results import Landscape
 from hf_zipit.recipe.sections import Recipe, Search, is_refitted
-from hf_zipit.running.data import recipe_data
+from hf_zipit.running.data import calibration_data, recipe_data
 from hf_zipit.running.experts import Say, recipe_experts
 from hf_zipit.running.run import cpu_threads
 from hf_zipit.searching import SearchResult, SearchSpace, Trial, search
@@ -37,8 +37,8 @@ def search_recipe(
         raise RecipeError("calibration is missing; a search holds out a part of it to score on.")
     with cpu_threads(recipe.threads):
         experts = recipe_experts(recipe, say, train=True)
-        calibration = recipe_data(recipe, recipe.calibration, experts)
-        validation = recipe_data(recipe, settings.validation, experts) if settings.validation else None
+        calibration = calibration_data(recipe, experts, say)
+        validation = recipe_data(recipe, settings.validation, experts, say) if settings.validation else None
         say("searching")
         how = {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in ("space", "validation")}
         how |= {name: value for name, value in recipe.settings.items() if name not in SEARCHED}
@@ -88,7 +88,7 @@ def landscape_recipe(
     depth = recipe.kept.depth if depth is None else depth
     with cpu_threads(recipe.threads):
         experts = recipe_experts(recipe, say, train=True)
-        data = recipe_data(recipe, recipe.calibration, experts)
+        data = calibration_data(recipe, experts, say)
         say(f"measuring around {method}, depth {depth}")
         return landscape(
             experts, data, recipe.config(method, depth), grid=grid, steps=steps, samples=samples,

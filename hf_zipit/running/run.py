@@ -16,13 +16,14 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from hf_zipit.data.calibration import Calibration
-from hf_zipit.evaluation.measure import evaluate
+from hf_zipit.evaluation.measure import accuracy, evaluate
 from hf_zipit.evaluation.results import Evaluation, Measurement
 from hf_zipit.merging import merge, plan
 from hf_zipit.observation.shared import SharedMoments
 from hf_zipit.planning.plan import Plan
 from hf_zipit.recipe.sections import Recipe
-from hf_zipit.running.data import recipe_data, without_labels
+from hf_zipit.running.agreement import agreement_data
+from hf_zipit.running.data import calibration_data, recipe_data, unlabelled
 from hf_zipit.running.experts import Say, recipe_experts
 from hf_zipit.running.results import RunResult
 from hf_zipit.running.writing import write_all, write_model
@@ -69,13 +70,13 @@ def cpu_threads(count: int | None) -> Iterator[None]:
 
 def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
     experts = recipe_experts(recipe, say, train=True, as_stored=recipe.runs_nothing)
+    plans = _plans(recipe, experts)
     calibration = None
     if recipe.calibration:
-        data = recipe_data(recipe, recipe.calibration, experts)
-        data = {task: without_labels(part) for task, part in data.items()}
+        data = unlabelled(calibration_data(recipe, experts, say))
         calibration = Calibration(data, batch_size=recipe.calibration.batch_size).read(experts)
-    evaluation = recipe_data(recipe, recipe.evaluation, experts) if recipe.evaluation else None
-    plans = _plans(recipe, experts)
+    evaluation = recipe_data(recipe, recipe.evaluation, experts, say) if recipe.evaluation else None
+    checks = agreement_data(recipe, experts, calibration) if calibration and not evaluation else None
     shared = SharedMoments(experts, calibration, recipe.depth)
     if any(planned.passes for planned in plans.values()):
         say("observing the experts on the calibration data")
@@ -103,7 +104,19 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
         seconds = time.perf_counter() - started
         found = measured(merged)
         share = depth if merged.config.depth is None else merged.config.depth
-        rows.append(Measurement(method, share, merged.num_parameters(), found.model, seconds, found.scores))
+        agreement = accuracy(merged, checks.tasks) if checks else None
+        rows.append(
+            Measurement(
+                method,
+                share,
+                merged.num_parameters(),
+                found.model,
+                seconds,
+                found.scores,
+                agreement,
+                found.compared(beside),
+            )
+        )
         if kept:
             kept_row, kept_model = rows[-1], merged
     total = sum(expert.num_parameters() for expert in experts.values())

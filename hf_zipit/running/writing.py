@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from hf_zipit.extras import installed
 from hf_zipit.files import adding_to, write_json
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.refit import RefitReport
@@ -30,7 +31,7 @@ def write_all(
         if entry.model is None:
             with adding_to(folder / "experts" / task) as beside:
                 experts[task].save_pretrained(beside)
-    if result.experts is not None and len({row.depth for row in result.rows}) > 1:
+    if installed("matplotlib") and result.experts is not None and len({row.depth for row in result.rows}) > 1:
         picture = accuracy_over_depth(result.rows, result.experts, title=recipe.name)
         result = replace(result, plot=save_picture(picture, folder / "accuracy.png"))
     result = write_model(result, model, folder / "model")
@@ -74,4 +75,5 @@ def _card_result(result: RunResult) -> Result:
         scores=result.kept.scores if result.kept else {},
         expert_scores=result.expert_scores,
         curve=result.rows,
+        agreement=result.kept.agreement if result.kept else None,
     )

@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from hf_zipit.data.held_out import Answers, HeldOut, held_out, read_divided
 from hf_zipit.errors import RecipeError, ZipItError
 from hf_zipit.evaluation.measure import accuracy
 from hf_zipit.experts.loading import Experts, load_experts
+from hf_zipit.extras import require
 from hf_zipit.merging import merge, plan, split_settings
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import SharedMoments
@@ -145,8 +145,8 @@ def _check(sampler: str, trials: int | None, score: Any, max_size: float | None)
         raise RecipeError(f"score is {score!r}; it must be 'mean', 'joint' or a function of the merged model.")
     if max_size is not None and max_size <= 0:
         raise RecipeError(f"max_size is {max_size}; it must be above 0.")
-    if sampler == "tpe" and find_spec("optuna") is None:
-        raise RecipeError("sampler 'tpe' needs Optuna: pip install 'hf_zipit[search]', or take 'grid'.")
+    if sampler == "tpe":
+        require("optuna")
 
 
 def _depths(space: SearchSpace) -> tuple[float | str, ...]:

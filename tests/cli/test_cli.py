@@ -4,50 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 
 import huggingface_hub
 import pytest
 import torch
-from transformers import ViTConfig, ViTForImageClassification
 
-from hf_zipit.cli.app import app, main
+import hf_zipit
+from hf_zipit.cli.app import EXIT_CODES
+from hf_zipit.cli.commands import app
 from hf_zipit.cli.options import parse_columns, parse_experts
 from hf_zipit.cli.printing import working
 from hf_zipit.errors import RecipeError
-
-
-@pytest.fixture(scope="module")
-def vits(tmp_path_factory):
-    """Two saved ViTs of different initialisation, for digits."""
-    folder = tmp_path_factory.mktemp("vits")
-    for seed, (name, digits) in enumerate({"low": "01", "high": "789"}.items()):
-        labels = dict(enumerate(digits))
-        config = ViTConfig(
-            image_size=8, patch_size=4, num_channels=1, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, id2label=labels, label2id={label: i for i, label in labels.items()},
-        )  # fmt: skip
-        torch.manual_seed(seed)
-        ViTForImageClassification(config).save_pretrained(folder / name)
-    return folder
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """Run the console script: exit code, stdout, stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["hf-zipit", *map(str, arguments)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
-
 
 COMMANDS = sorted(app.group.commands)
 
@@ -91,10 +58,21 @@ def test_a_wrong_use_ends_with_two(call, arguments, message):
     assert message in err and not out
 
 
-def test_a_command_without_its_arguments_prints_its_help(call):
-    code, out, _ = call("run")
-    assert code == 0
-    assert out.startswith("Usage: hf-zipit run [OPTIONS] RECIPE")
+def test_a_command_without_its_arguments_prints_its_help_and_is_a_wrong_use(call):
+    code, out, err = call("run")
+    assert code == 2 and not out
+    assert err.startswith("Usage: hf-zipit run [OPTIONS] RECIPE")
+    assert call("doctor")[0] in (0, 1)  # it takes none
+
+
+def test_the_version_and_the_exit_codes_are_told(call):
+    code, out, _ = call("--version")
+    assert code == 0 and out.split() == ["hf-zipit", hf_zipit.__version__]
+    _, out, _ = call("--help")
+    assert all(f"  {code:<5} {meaning}" in out for code, meaning in EXIT_CODES.items())
+    assert [line for line in out.splitlines() if line.endswith(" commands:")] == [
+        "Main commands:", "Exploring commands:", "Looking commands:", "Publishing commands:",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("flags", [["--json"], ["--format", "json"], ["--format=json"]])

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import hf_zipit
 from hf_zipit.errors import ZipItError
 from hf_zipit.modeling import build
 from hf_zipit.modeling.entries import DenseEntry, IndexEntry
+from tests import tiny
 
 from .by_hand import FAMILIES, hand_config, make_expert, make_experts, make_inputs, merge_by_hand
 
@@ -192,3 +194,21 @@ def test_settings_that_do_not_fit_the_model_are_named(settings: dict, message: s
     shared = FAMILIES["vit"].part
     with pytest.raises(ZipItError, match=message):
         build(hand_config(make_experts("vit"), shared, **settings))
+
+
+@pytest.mark.parametrize("task", ["a", None])
+def test_torch_compile_follows_the_whole_forward_pass_and_runs_the_trunk_once(task):
+    experts = dict(zip("ab", tiny.pair("vit"), strict=True))
+    merged, pixels = hf_zipit.merge(experts, method="weights"), torch.randn(2, 3, 16, 16)
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = torch.compile(merged.for_task(task), fullgraph=True, backend=keep)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixel_values=pixels).logits, merged(pixel_values=pixels, task=task).logits)
+    (graph,) = graphs
+    assert sum("conv2d" in str(node.target) for node in graph.graph.nodes) == 1

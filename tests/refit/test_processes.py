@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_zipit.schema import unpacked
 from tests.processes import run_in_two_processes
 
 from .worker import NAMES, data, refitted
@@ -32,7 +33,7 @@ def test_two_processes_refit_as_one(two_processes: Path, name: str):
     for rank in (0, 1):
         found = load_file(two_processes / f"{name}-{rank}.safetensors")
         errors = found.pop("errors")
-        torch.testing.assert_close(errors, torch.tensor(single.config.method["refit_errors"]["errors"]))
+        torch.testing.assert_close(errors, torch.tensor(unpacked(single.config.method["refit_errors"])["errors"]))
         assert found.keys() == single.state_dict().keys()
         both = copy.deepcopy(single)
         both.load_state_dict(found)

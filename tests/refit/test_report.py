@@ -17,7 +17,7 @@ from hf_zipit.report.card import REFIT_PICTURE, Result, card_text
 from hf_zipit.report.plots import refit_picture, save_picture, short_names
 from hf_zipit.running.run import run_recipe
 
-from ..cli.test_cli import call, vits  # noqa: F401  # fixtures
+from ..cli.conftest import call, vits  # noqa: F401  # fixtures
 from ..recipe.test_recipe import TINY, tiny, written
 from ..test_invariants import calibration, experts
 

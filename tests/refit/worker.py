@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
+from hf_zipit.schema import unpacked
 from tests import tiny
 
 NAMES = ("bert-sequence", "resnet-basic")
@@ -41,7 +42,7 @@ if __name__ == "__main__":
     for name in NAMES:
         model = refitted(name, accelerator)
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
-        tensors["errors"] = torch.tensor(model.config.method["refit_errors"]["errors"])
+        tensors["errors"] = torch.tensor(unpacked(model.config.method["refit_errors"])["errors"])
         save_file(tensors, f"{sys.argv[1]}/{name}-{accelerator.process_index}.safetensors")
     accelerator.wait_for_everyone()
     accelerator.end_training()  # without it gloo's threads may abort the process at exit

@@ -22,7 +22,7 @@ from hf_zipit.report.recorded import recorded_recipe
 from hf_zipit.running.run import run_recipe
 from hf_zipit.running.saved import load_merged
 from tests import tiny
-from tests.cli.test_cli import call  # noqa: F401  # a fixture
+from tests.cli.conftest import call  # noqa: F401  # a fixture
 from tests.hub.card_rules import problems
 from tests.modeling.by_hand import make_inputs
 

@@ -87,9 +87,14 @@ def card(model=None, recipe: str = "name: both\n", **changes) -> ModelCard:
 def test_the_table_has_a_line_for_every_merge_and_one_for_the_experts():
     text = printed(results_table(rows(), EXPERTS, 2_469_134))
     lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if re.search(r"\d", line)]
-    assert lines[0] == ["experts side by side", "-", ".910", ".970", ".940", ".650", "2,469,134", "-"]
-    assert [line[:2] for line in lines[1:]] == [[row.method, f"{row.depth:.2f}"] for row in rows()]
-    assert lines[1][2:4] == [".710", ".770"]
+    assert lines[0] == ["experts side by side", "-", ".910", ".970", ".940", ".650", "100.0 %", "2,469,134", "-"]
+    merges = [line[line[0] == "best" :] for line in lines[1:]]
+    assert [line[:2] for line in merges] == [[row.method, f"{row.depth:.2f}"] for row in rows()]
+    assert merges[0][2:4] == [".710", ".770"]
+    merged = [row for row in rows() if row.depth]
+    marked = [row for row, line in zip(rows(), lines[1:], strict=True) if line[0] == "best"]
+    assert marked == [max(merged, key=lambda row: row.accuracy.mean)]
+    assert merges[0][6] == f"{100 * rows()[0].accuracy.mean / EXPERTS.mean:.1f} %"
 
 
 def test_a_table_without_measurements_has_no_columns_for_them():

@@ -31,7 +31,7 @@ from hf_zipit.searching import Range, SearchResult, SearchSpace, Setting, Trial
 from hf_zipit.searching.costs import expert_macs, merged_macs
 from hf_zipit.symmetry import MergeSpec
 from tests import tiny
-from tests.cli.test_cli import call
+from tests.cli.conftest import call
 from tests.recipe.test_recipe import TINY, written
 
 __all__ = ["call"]  # a fixture
