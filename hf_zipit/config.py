@@ -189,6 +189,7 @@ class ResidueConfig:
             raise RecipeError(f"residues' kind is {self.kind!r}; it must be 'signs' or 'low-rank'")
 
 
+@checked
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig:
     """How experts are merged.

@@ -185,9 +185,10 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
         )
     if is_adapted(model):
         return plain(task, model)
-    if not isinstance(getattr(model, "config", None), PreTrainedConfig):
+    config = getattr(model, "config", None)
+    if config is not None and not isinstance(config, PreTrainedConfig):
         raise ExpertError(
-            f"the expert {task!r} is a {type(model).__name__} without a configuration; give a model of transformers"
+            f"the expert {task!r} is a {type(model).__name__} whose configuration is none of transformers; give a model of transformers"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ExpertError(

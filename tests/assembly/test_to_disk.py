@@ -113,7 +113,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
         done.set()
         thread.join()
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > size
-    assert peak[0] - before < size / 3
+    assert peak[0] - before < size / 2
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):

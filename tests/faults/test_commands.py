@@ -18,7 +18,7 @@ import yaml
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification
 
-from hf_zipit.cli.app import main
+from hf_zipit.cli import main
 from hf_zipit.modeling import ZipItForImageClassification
 
 from .killing import EVERYTHING, points, run, run_for

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_zipit.cli.app import main
+from hf_zipit.cli import main
 from hf_zipit.errors import OutputError
 from hf_zipit.observation.moments import Moments
 
