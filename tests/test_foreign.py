@@ -126,7 +126,6 @@ def test_code_and_kernels_that_a_configuration_names_are_not_used(expert: Path, 
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "on the meta device": (lambda: tiny.build("vit").to("meta"), r"has no values \(device meta\)"),
     "wrapped": (lambda: nn.DataParallel(tiny.build("vit")), "wrapped in DataParallel; .* model.module"),
-    "no model of transformers": (lambda: nn.Linear(2, 2), "Linear without a configuration"),
     "nothing": (lambda: None, "of type NoneType; give a loaded model, a repo id or a folder"),
 }
 

@@ -188,7 +188,8 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
     config = getattr(model, "config", None)
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise ExpertError(
-            f"the expert {task!r} is a {type(model).__name__} whose configuration is none of transformers; give a model of transformers"
+            f"the expert {task!r} is a {type(model).__name__} whose configuration is none of transformers; give a "
+            "model of transformers"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ExpertError(
