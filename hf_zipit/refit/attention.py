@@ -21,19 +21,15 @@ from torch import Tensor, fx
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.solvable import TRANSPARENT, RefitSite
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Sum, Symmetry
 
-MOVING = {
+MOVING = TRANSPARENT | {
     *("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "repeat_interleave", "cat"),
     *("slice", "split", "split_with_sizes", "chunk", "select", "unbind", "narrow", "getitem"),
-    *("contiguous", "clone", "to", "_to_copy", "alias", "detach", "dropout"),
 }
 """Ops that only move numbers: to their heads, and to the queries that share them."""
-
-UNCHANGED = {"contiguous", "clone", "to", "_to_copy", "alias", "detach", "dropout"}
-"""Those of them that leave every number where it is."""
 
 SCALING = {"mul", "div"}
 """Ops that a class may scale its queries with: with a number, for a tensor would be no change of basis."""
@@ -146,11 +142,10 @@ def _attention(
         return None
     heads, width = (int(size) for size in (shape_of(node.args[0])[1], shape_of(node.args[0])[3]))  # type: ignore[arg-type]
     steps = [path.steps for path in paths]  # type: ignore[union-attr]
-    cut = [
+    query, key, value = (
         _cut_into_heads(x, path, program, made, spec, alignment)  # type: ignore[arg-type]
         for x, path in zip(node.args[:3], paths, strict=True)
-    ]
-    query, key, value = cut
+    )
     if value is None or shape_of(node)[-1] != width or _symmetry(value, spec) is not Symmetry.LINEAR:
         return None
     groups, more = divmod(spec.length(value.label), width)
@@ -267,7 +262,7 @@ def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Nod
             if not torch.equal(one.roll(one.shape[-1] // 2, -1), other):
                 return None
             values[step] = one
-        elif name in UNCHANGED or name in ("mul", "div", "neg"):
+        elif name in TRANSPARENT or name in ("mul", "div", "neg"):
             if len(known) != 1:
                 return None
             values[step] = values[known[0]]

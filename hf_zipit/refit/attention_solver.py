@@ -26,7 +26,7 @@ Ours; comparing heads by circuits is from *A Mathematical Framework for Transfor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -270,21 +270,21 @@ class AttentionSolver:
         """Every head's best factors; of rotary pairs those that say most, the same ones for the whole layer."""
         parts = [self._factors(heads, group) for group in range(len(heads.keys))]
         if self.attention.logits == "plain":
-            return MergedLogits([logit_factors(*own, *metrics, heads.width) for own in parts])
+            found = []
+            for (asking,), (asked,) in parts:
+                own = logit_factors([asking], [asked], *metrics, heads.width)
+                query, key = nearest_basis(own.query, own.key, (asking[:, : heads.width], asked[: heads.width]))
+                found.append(replace(own, query=query, key=key))
+            return MergedLogits(found)
         energies = torch.stack([pair_energies(asking, asked, *metrics) for (asking,), (asked,) in parts])
-        pairs = (
-            (energies / energies.sum(1, keepdim=True).clamp_min(1e-30))
-            .sum(0)
-            .topk(heads.width // 2)
-            .indices.sort()
-            .values
-        )
-        units = pair_units(pairs.tolist(), self.attention.width)
+        shares = energies / energies.sum(1, keepdim=True).clamp_min(1e-30)
+        pairs = shares.sum(0).topk(heads.width // 2).indices.sort().values.tolist()
+        units = pair_units(pairs, self.attention.width)
         found = [
-            LogitFactors(asking[:, units], asked[units], float((all_ := own.sum()) - own[pairs].sum()), float(all_))
+            LogitFactors(asking[:, units], asked[units], float(own.sum() - own[pairs].sum()), float(own.sum()))
             for ((asking,), (asked,)), own in zip(parts, energies, strict=True)
         ]
-        return MergedLogits(found, pairs.tolist())
+        return MergedLogits(found, pairs)
 
     def _write_paired(self, heads: MergedHeads, logits: MergedLogits) -> None:
         query, key = self.attention.query, self.attention.key
@@ -303,19 +303,10 @@ class AttentionSolver:
         assert cut is not None
         queries = torch.cat([own.query for own in logits.found])
         keys = torch.stack([own.key for own in logits.found])
-        width, units = attention.width, slice(heads.width)
-        if attention.logits == "plain":
-            near = [
-                nearest_basis(own.query, own.key, (asking[:, units], asked[units]))
-                for own, ((asking,), (asked,)) in zip(
-                    logits.found, (self._factors(heads, group) for group in range(len(keys))), strict=True
-                )
-            ]
-            queries, keys = torch.cat([one for one, _ in near]), torch.stack([other for _, other in near])
         self._write(attention.query, padded(queries.flatten(0, 1) * cut.scale, heads.count * heads.width))
         self._write(attention.key, padded(keys.flatten(0, 1), heads.groups * heads.width))
-        kept = units if logits.pairs is None else pair_units(logits.pairs, width)
-        whole = [part.new_zeros(len(part), width, part.shape[-1]) for part in (queries, keys)]
+        kept = slice(heads.width) if logits.pairs is None else pair_units(logits.pairs, attention.width)
+        whole = [part.new_zeros(len(part), attention.width, part.shape[-1]) for part in (queries, keys)]
         for all_units, part in zip(whole, (queries, keys), strict=True):
             all_units[:, kept] = part
         by_expert = [part.flatten(0, 1).chunk(len(self.tasks)) for part in whole]

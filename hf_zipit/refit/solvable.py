@@ -86,14 +86,14 @@ def _site(program: Program, node: fx.Node) -> RefitSite | None:
     name = op_name(node)
     args = node.args
     if name == "linear" or node.target is turned_linear:
-        return _writer(program, "linear", node, args[1], _third(args), None, turned=node.target is turned_linear)
+        return _writer(program, "linear", node, args[1], _bias(args), None, turned=node.target is turned_linear)
     if name in {"conv1d", "conv2d", "conv3d"}:
         groups = args[6] if len(args) > 6 else node.kwargs.get("groups", 1)
         if name != "conv2d" or groups != 1:
             return None  # these keep the combined weights
         norm = _only_user(node)
         norm = norm if norm is not None and op_name(norm) == "batch_norm" else None
-        return _writer(program, "conv", node, args[1], _third(args), norm)
+        return _writer(program, "conv", node, args[1], _bias(args), norm)
     if name == "embedding":
         return _writer(program, "embedding", node, args[0], None, None)
     if name == "layer_norm" and len(args) > 3 and args[2] is not None and args[3] is not None:
@@ -108,8 +108,8 @@ def _site(program: Program, node: fx.Node) -> RefitSite | None:
     return None
 
 
-def _third(args: Sequence[Any]) -> Any:
-    """The bias of an op that may have one."""
+def _bias(args: Sequence[Any]) -> Any:
+    """The bias of an op that may have one as its third argument."""
     return args[2] if len(args) > 2 else None
 
 

@@ -492,7 +492,8 @@ def test_a_mask_is_given_to_all_or_none():
 def test_the_size_of_micro_batches_has_no_influence(name: str):
     models = experts(name)
     data = by_task(calibration(models[0]))
-    data["b"] = {n: x[:7] for n, x in data["b"].items()}  # no size divides 12 and 7
+    # No size divides 12 and 6. (With 7 or 8 two of CLIP's units explain the same to 1e-5: there rounding chooses.)
+    data["b"] = {n: x[:6] for n, x in data["b"].items()}
     results = [model_tensors(refitted(models, data, micro_batch=size, **STEADY).trunk) for size in (12, 5)]
     for tensor_name, tensor in results[0].items():
         assert off(tensor, results[1][tensor_name]) < ROUNDING, tensor_name
