@@ -30,7 +30,7 @@ from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 Combine = Callable[..., Tensor]
 """A rule with its options: from the experts' tensors in merged units, their labels and `base=` to the merged one."""
 
-PART = 1 << 20
+PART = 1 << 18
 """Entries that are combined at a time where a rule combines every entry by itself: what fits in a CPU's cache."""
 
 

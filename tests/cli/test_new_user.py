@@ -251,8 +251,9 @@ def test_ctrl_c_stops_at_once_with_130_and_leaves_nothing(tmp_path, work):
     code = SLOW.format(before="", work=work)
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+    )  # fmt: skip
     assert process.stdout.readline() == b"working\n"
     assert len(list(tmp_path.iterdir())) == 1
     started = time.monotonic()
