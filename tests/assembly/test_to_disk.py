@@ -83,7 +83,7 @@ def test_offloaded_experts_are_read_where_their_weights_are_kept(tmp_path):
 MEASURED = """
 import sys, threading
 from pathlib import Path
-from hf_zipit.merging import merge, plan
+from hf_zipit.merging import merge
 
 def anonymous():
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -95,7 +95,7 @@ def watch():
 
 folder = Path(sys.argv[1])
 experts = {task: folder / task for task in "ab"}
-plan(experts, method="identity", data=False)  # what is traced is remembered
+merge(experts, method="identity", output_dir=folder / "merged")  # imports, and what is traced is remembered
 before, peak, done = anonymous(), [0], threading.Event()
 thread = threading.Thread(target=watch)
 thread.start()
