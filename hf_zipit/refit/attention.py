@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.solvable import TRANSPARENT, RefitSite
+from hf_zipit.refit.solvable import TRANSPARENT, RefitSite, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Sum, Symmetry
 
@@ -215,23 +215,11 @@ def _cut_into_heads(
     first, count = int(own[0, 0]), own.numel()
     if not torch.equal(own.flatten(), torch.arange(first, first + count)) or len(numbers) % len(own):
         return None
-    label = _part(spec.output_label(path.site.weight, path.site.unit_axis), first, count, spec)
+    label = part_of(path.site.label(spec), first, count, spec)
     if not label or not all(isinstance(factor, Factor) for factor in label):
         return None
     whole = spec.length(label) == count == merged_length(label, alignment, spec)
     return Heads(path.site, label, first, count) if whole else None
-
-
-def _part(label: AxisLabel, first: int, count: int, spec: MergeSpec) -> AxisLabel | None:
-    """The units of a stretch of an axis: the axis itself or a term of the direct sum that it is."""
-    if len(label) != 1 or not isinstance(label[0], Sum):
-        return label if first == 0 and spec.length(label) == count else None
-    start = 0
-    for term in label[0].terms:
-        if start == first:
-            return term if spec.length(term) == count else None
-        start += spec.length(term)
-    return None
 
 
 def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Node]) -> Tensor | None:

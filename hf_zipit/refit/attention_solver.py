@@ -324,7 +324,7 @@ class AttentionSolver:
         weight = self.fit.matrix(own.site)[own.rows]
         if not self._has_shift(own):
             return weight
-        return torch.cat([weight, self.fit.values.merged[own.site.bias][own.rows, None]], 1)  # type: ignore[index]
+        return torch.cat([weight, self.fit.bias(own.site)[own.rows, None]], 1)  # type: ignore[index]
 
     def _asked(self, b: int) -> tuple[Tensor, Tensor]:
         """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""

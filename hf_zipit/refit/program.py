@@ -23,6 +23,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
+from hf_zipit.refit.rewrites import rewrite
 from hf_zipit.symmetry.interpreter import tied_names
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.ops import is_in_place, is_within, module_stack, op_name
@@ -31,10 +32,6 @@ from hf_zipit.symmetry.trace import export
 
 VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow"}
 """Ops whose result shares memory with their input, so that writing into it writes into the input."""
-
-
-FLAT = {"view", "reshape"}
-"""Ops that make rows of positions, and positions of rows."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     output = next(node for node in exported.graph.nodes if node.op == "output")
-    linear_maps_of_rows(exported.graph)
+    rewrite(exported.graph)
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
     _read_what_was_written(nodes)
     return ForwardPass(
@@ -92,32 +89,6 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
         dict(zip(list(exported.call_spec.out_spec.context), output.args[0], strict=True)),
         exported.graph_module,
     )
-
-
-def turned_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear map whose weight is `[inputs, outputs]`."""
-    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
-
-
-def linear_maps_of_rows(graph: fx.Graph) -> None:
-    """`view(addmm(bias, view(x, [-1, d]), weight), [..., k])`, transformers' Conv1D, is one op: `turned_linear`."""
-    for node in list(graph.nodes):
-        rows = node.args[1] if node.op == "call_function" and op_name(node) == "addmm" and not node.kwargs else None
-        whole = next(iter(node.users), None)
-        if not isinstance(rows, fx.Node) or op_name(rows) not in FLAT or whole is None or len(node.users) != 1:
-            continue
-        bias, _, weight = node.args
-        x = rows.args[0]
-        before, flat, made, after = (list(value.meta["val"].shape) for value in (x, rows, node, whole))
-        if op_name(whole) not in FLAT or after != [*before[:-1], made[-1]] or before[-1:] != flat[1:]:
-            continue
-        with graph.inserting_before(node):
-            linear = graph.call_function(turned_linear, (x, weight, bias))
-        linear.meta = {**node.meta, "val": whole.meta["val"]}
-        whole.replace_all_uses_with(linear)
-        for old in (whole, node, rows):
-            if not old.users:
-                graph.erase_node(old)
 
 
 def _read_what_was_written(nodes: list[fx.Node]) -> None:
@@ -256,6 +227,14 @@ class Program:
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
         return out_of_place(node.target)(*arguments, **keywords)
+
+    def value_of(self, node: fx.Node, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        """What a node gives, computed from the model's inputs alone."""
+        if node.op == "placeholder":
+            if node.name in self.tensors:
+                return tensors[self.tensors[node.name]]
+            return self._constants[node.name] if node.name in self._constants else inputs.get(node.name)
+        return self.run(node, lambda used: self.value_of(used, tensors, inputs), tensors, inputs)
 
     def value_read_by(self, module: str, rank: int) -> fx.Node | None:
         """The first tensor of at least `rank` axes that enters a module from outside."""

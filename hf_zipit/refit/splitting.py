@@ -186,7 +186,8 @@ def _half_empty_heads(
 def _rows(site: RefitSite, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Views of a linear map's weight `[outputs, inputs]` and its bias, if there is one."""
     weight = tensors[site.weight]
-    return [weight.mT if site.turned else weight, *([] if site.bias is None else [tensors[site.bias]])]
+    parts = [weight.mT if site.turned else weight, *([] if site.bias is None else [tensors[site.bias]])]
+    return [part[site.rows] for part in parts]
 
 
 def _side_by_side(rows: Tensor, layer: Attention, dim: int) -> Tensor:
