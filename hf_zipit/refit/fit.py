@@ -65,6 +65,11 @@ class Targets:
             self.values.store[key] = self.share(node, site.target_axis, self.label(site), b, rows)
         return self.values.store[key]
 
+    def know(self, site: RefitSite, b: int, rows: Picked, value: Tensor) -> None:
+        """Remember what a site's output should be, where that is no share of what the experts put out there."""
+        self.values.store[site, "target", b] = value
+        self._rows[site, "target", b] = rows
+
     def forget(self, site: RefitSite) -> None:
         """Of a site that is done."""
         for b in range(len(self.values.batches)):

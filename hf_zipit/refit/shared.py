@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from hf_zipit.factorise import eigh
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
@@ -21,8 +22,8 @@ from hf_zipit.refit.solvers import normed
 from hf_zipit.refit.stream_basis import values_of
 from hf_zipit.symmetry.spec import all_held
 
-KINDS = {"linear", "norm", "embedding"}
-"""What can be solved for several places."""
+KINDS = ({"linear"}, {"norm"}, {"embedding"}, {"embedding", "linear"})
+"""What can be solved for several places: a table of words may be a linear map at the end."""
 
 
 @torch.no_grad()
@@ -59,46 +60,71 @@ def solve_shared(fit: Fit, groups: Sequence[tuple[RefitSite, ...]]) -> None:
 
 
 class _Sums:
-    """What is summed up for one weight and its bias."""
+    """What is summed up for one weight and its bias, from the places where it is used."""
 
     def __init__(self, fit: Fit, site: RefitSite) -> None:
-        self.fit, self.site = fit, site
-        self.sums: Gram | ChannelSums | list[Tensor]
-        if site.kind == "linear":
-            self.sums = fit.gram(fit.matrix(site))
-        elif site.kind == "norm":
-            self.sums = ChannelSums.empty(len(fit.values.merged[site.weight]), fit.home)
-        else:
-            table = fit.values.merged[site.weight]
-            self.sums = [fit.zeros(*table.shape), fit.zeros(len(table))]
+        self.fit, self.weight, self.prior = fit, site, fit.values.merged[site.weight]
+        self.maps: tuple[RefitSite, Gram] | None = None
+        self.scales = ChannelSums.empty(len(self.prior), fit.home) if site.kind == "norm" else None
+        self.rows: tuple[Tensor, Tensor] | None = None
+        self.energies = fit.zeros(2)  # of what rows are looked up for, and of what maps put out
 
     def add(self, site: RefitSite, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...], b: int) -> None:
         """Add the rows of one place, given every expert's values there."""
         fit, targets = self.fit, self.fit.targets
         if site.kind == "embedding":
             y = targets.share_of(outputs, -1, targets.label(site), b)
-            looked_up = fit.values.program.value_of(site.node.args[1], fit.values.merged, fit.values.inputs[b])
+            looked_up = fit.values.program.value_of(site.looked_up, fit.values.merged, fit.values.inputs[b])
             indices = looked_up.expand(y.shape[:-1]).reshape(-1).to(fit.home)
             weight = fit.rows.weights(y.shape, b, -1)
-            self.sums[0].index_add_(0, indices, (y.flatten(0, -2) * weight[:, None]).to(self.sums[0]))  # type: ignore[index]
-            self.sums[1].index_add_(0, indices, weight.to(self.sums[1]))  # type: ignore[index]
+            if self.rows is None:
+                self.rows = fit.zeros(*self.prior.shape), fit.zeros(len(self.prior))
+            wanted = (y.flatten(0, -2) * weight[:, None]).to(self.rows[0])
+            self.rows[0].index_add_(0, indices, wanted)
+            self.rows[1].index_add_(0, indices, weight.to(self.rows[1]))
+            self.energies[0] += (wanted * y.flatten(0, -2).to(wanted)).sum()
             return
         picked, weight = fit.rows.pick(outputs[0].shape, b, -1, inputs[0].shape[-1])
         label = all_held(fit.input_label(site)) if site.kind == "linear" else targets.label(site)
         x = targets.share_of(inputs, -1, label, b, picked)
         y = targets.share_of(outputs, -1, targets.label(site), b, picked)
-        self.sums.add(x if site.kind == "linear" else normed(x, site), y, weight)  # type: ignore[union-attr]
+        if self.scales is not None:
+            self.scales.add(normed(x, site), y, weight)
+            return
+        if self.maps is None:
+            self.maps = site, fit.gram(fit.matrix(site))
+        self.maps[1].add(x, y, weight)
+        self.energies[1] += weight.to(fit.home, torch.float64) @ y.to(fit.home, torch.float64).square().sum(1)
 
     def write(self) -> None:
-        fit, site = self.fit, self.site
-        prior, strength = fit.values.merged[site.weight], fit.config.ridge
-        if isinstance(self.sums, Gram):
-            prior = fit.matrix(site)
-            fit.write(site, *ridge(self.sums.reduce(fit.all_reduce), prior, strength, site.bias is not None))
-        elif isinstance(self.sums, ChannelSums):
-            self.sums.sums = fit.all_reduce(self.sums.sums)
-            fit.write(site, *scale_and_shift(self.sums, prior, strength, site.bias is not None))
-        else:
-            total, count = map(fit.all_reduce, self.sums)
+        """Put the solution into the merged model."""
+        fit, strength = self.fit, self.fit.config.ridge
+        if self.scales is not None:
+            self.scales.sums = fit.all_reduce(self.scales.sums)
+            fit.write(self.weight, *scale_and_shift(self.scales, self.prior, strength, self.weight.bias is not None))
+        elif self.rows is None:
+            site, gram = self.maps  # type: ignore[misc]
+            fit.write(site, *ridge(gram.reduce(fit.all_reduce), fit.matrix(site), strength, site.bias is not None))
+        elif self.maps is None:
+            total, count = map(fit.all_reduce, self.rows)
             penalty = strength * count.mean().clamp_min(1e-12)
-            fit.write(site, (total + penalty * prior.to(total)) / (count + penalty)[:, None])
+            fit.write(self.weight, (total + penalty * self.prior.to(total)) / (count + penalty)[:, None])
+        else:
+            fit.write(self.weight, self._tied())
+
+    def _tied(self) -> Tensor:
+        """The table `[rows, d]` whose rows are looked up at some places and are a linear map at others.
+
+        Both errors count as shares of their targets' energy. For row v, looked up n_v times, the normal equations are
+        (n_v + G) e_v = s_v + c_v; in the eigenvectors of G they are one division each.
+        """
+        fit = self.fit
+        total, count = map(fit.all_reduce, self.rows)  # type: ignore[arg-type]
+        moments = self.maps[1].reduce(fit.all_reduce)  # type: ignore[index]
+        looked_up, mapped = fit.all_reduce(self.energies).clamp_min(1e-30)
+        prior = self.prior.to(total)
+        count, left = count / looked_up, (total - count[:, None] * prior) / looked_up
+        values, vectors = eigh(moments.xx / mapped)
+        penalty = fit.config.ridge * (values.mean() + count.mean()).clamp_min(1e-30)
+        change = (left + moments.xy.mT / mapped) @ vectors / (count[:, None] + values.clamp_min(0) + penalty)
+        return prior + change @ vectors.mT

@@ -86,6 +86,12 @@ class RefitSite:
         return int(setting(self.node, 6, "groups", 1)) if self.kind == "conv" else 1
 
     @property
+    def looked_up(self) -> fx.Node:
+        """What says which rows of a table an embedding takes."""
+        numbers = self.node.args[1]
+        return numbers[0] if isinstance(numbers, (list, tuple)) else numbers  # type: ignore[return-value]
+
+    @property
     def rows(self) -> slice:
         """Which of the weight's outputs are solved here."""
         return slice(None) if self.part is None else slice(self.part[0], sum(self.part))
@@ -160,7 +166,7 @@ def find_shared(program: Program, trunk: frozenset[str], head: tuple[str, ...] =
     for node in sorted(sites, key=program.position.__getitem__):
         site = sites[node]
         if any(uses[key] > 1 for key in _keys(site)) and site.part is None and site.length is None:
-            groups.setdefault((site.kind, site.weight, site.bias), []).append(site)
+            groups.setdefault((site.weight, site.bias), []).append(site)
     return [tuple(own) for own in groups.values() if all(uses[key] == len(own) for key in _keys(own[0]))]
 
 

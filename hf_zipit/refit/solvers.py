@@ -108,8 +108,7 @@ def solve_embedding(fit: Fit, site: RefitSite) -> None:
     table = fit.values.merged[site.weight]
     total, count = fit.zeros(*table.shape), fit.zeros(len(table))
     for b in range(len(fit.values.batches)):
-        looked_up = site.node.args[1]
-        indices = fit.values.of(looked_up[0] if isinstance(looked_up, (list, tuple)) else looked_up, MERGED, b)
+        indices = fit.values.of(site.looked_up, MERGED, b)
         y = fit.targets.of(site, b)
         indices = indices.expand(y.shape[:-1]).reshape(-1).to(total.device)
         weight = fit.rows.weights(y.shape, b, -1)

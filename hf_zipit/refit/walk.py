@@ -37,6 +37,7 @@ from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
+from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
 from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.shared import KINDS as SHARED
 from hf_zipit.refit.shared import solve_shared
@@ -108,8 +109,12 @@ class Walk:
         self.shared = [
             places
             for places in find_shared(self.program, cut.trunk, spec.head)
-            if places[0].kind in SHARED and all(knows_its_units(site, spec) for site in places)
+            if {site.kind for site in places} in SHARED and all(knows_its_units(site, spec) for site in places)
         ]
+        mixtures = list(find_mixtures(self.program, self.sites))
+        self.in_mixtures = {mixture.writer.node: (mixture, solve_hidden) for mixture in mixtures}
+        self.in_mixtures |= {mixture.reader.node: (mixture, solve_outputs) for mixture in mixtures}
+        self.sites = {n: site for n, site in self.sites.items() if site.kind != "routed" or n in self.in_mixtures}
         self.readouts = find_readouts(self.program, cut)
         self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.sites}
@@ -158,6 +163,10 @@ class Walk:
                     self._advance_experts(self._aims_at(site))
                     if node in self.mlps:
                         self._choose_units(node)
+                    elif node in self.in_mixtures:
+                        mixture, solve_part = self.in_mixtures[node]
+                        self._advance_experts(position[mixture.stream or mixture.reader.node])
+                        solve_part(self.fit, mixture)
                     elif node not in self.behind_attention | self.in_mlp:
                         solve(self.fit, site)
                 elif node in self.attention:
