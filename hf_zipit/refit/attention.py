@@ -183,13 +183,13 @@ def _path(node: fx.Node, sites: Mapping[fx.Node, RefitSite], made: set[fx.Node])
     found, steps, todo = set[fx.Node](), set[fx.Node](), [node]
     while todo:
         current = todo.pop()
-        if current in sites:
+        if current in sites and sites[current].kind == "linear":
             found.add(current)
         elif current not in steps:
             steps.add(current)
             todo += [used for used in current.all_input_nodes if used in made]
     site = sites[found.pop()] if len(found) == 1 else None
-    if site is None or site.kind != "linear" or site.stream is not None:
+    if site is None or site.stream is not None:
         return None
     return _Path(
         site, steps | {user for step in (*steps, site.node) for user in step.users if op_name(user) in CHECKS}

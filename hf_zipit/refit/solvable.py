@@ -255,7 +255,7 @@ def _gain(program: Program, node: fx.Node, own: Any, other: fx.Node) -> RefitSit
 
 
 def _tables(program: Program, trunk: frozenset[str], head: tuple[str, ...], sites: Sites) -> Sites:
-    """Parameters that are read as they are, at one place."""
+    """Parameters that are read as they are."""
     solved = {name for site in sites.values() for name in (site.weight, site.bias)}
     reading: dict[str, list[fx.Node]] = {}
     for node in program.nodes:
@@ -265,8 +265,8 @@ def _tables(program: Program, trunk: frozenset[str], head: tuple[str, ...], site
                 reading.setdefault(name, []).append(node)
     found = {}
     for name, nodes in reading.items():
-        if len(nodes) == 1 and op_name(nodes[0]) in REPEATING and nodes[0] not in sites | found:
-            (node,) = nodes
+        node = nodes[0]
+        if all(op_name(user) in REPEATING for user in nodes) and node not in sites | found:
             own = next(used for used in node.all_input_nodes if program.tensor_of(used) == name)
             if not _in_head(node, head) and (op_name(node) != "layer_norm" or node.args[0] is own):
                 found[node] = RefitSite("table", node, name, None, None, own)
@@ -378,6 +378,10 @@ def _scale(program: Program, product: fx.Node, factor: fx.Node) -> fx.Node | flo
     return other if known and shape_of(other) == shape_of(factor)[-1:] else None  # type: ignore[arg-type, return-value]
 
 
+SAMPLES_POSITIONS_UNITS = 3
+"""The axes of what a layer puts out."""
+
+
 def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
     """Whether what a site puts out can be brought into merged units along its last axis alone.
 
@@ -393,6 +397,8 @@ def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
     if site.kind not in ("norm", "group_norm", "gain"):
         return True
     own = {name for name in product_key(label) if spec.movable(name)}
+    if not own:
+        return len(shape_of(site.node)) <= SAMPLES_POSITIONS_UNITS  # more, and heads have an axis of their own
     read = (product for labels in spec.axes.values() for axis in labels for product in products(axis))
     keys = (set(product_key(product)) for product in read)
     return all(key <= set(product_key(label)) for key in keys if not own.isdisjoint(key))
