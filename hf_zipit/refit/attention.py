@@ -159,12 +159,16 @@ def _attention(
             logits = "plain"
         elif kinds == {Symmetry.ROTARY}:
             logits = "rotary"
-    # What other layers read, or other parts of the same weight do, is not this layer's alone.
-    mine = {node, *steps[2], *(steps[0] | steps[1] if logits else ())}
-    solved = [paths[2], *(paths[:2] if logits else ())]
-    users = {user for path in solved for step in (*path.steps, path.site.node) for user in step.users}  # type: ignore[union-attr]
-    if not users <= mine:
-        return None
+    while True:
+        # What other layers read, or other parts of the same weight do, is not this layer's alone.
+        mine = {node, *steps[2], *(steps[0] | steps[1] if logits else ())}
+        solved = [paths[2], *(paths[:2] if logits else ())]
+        users = {user for path in solved for step in (*path.steps, path.site.node) for user in step.users}  # type: ignore[union-attr]
+        if users <= mine:
+            break
+        if logits is None:
+            return None
+        logits = None
     before = frozenset(mine - {node})
     absent = Heads(paths[0].site, (), 0, 0)  # type: ignore[union-attr]
     return Attention(node, query or absent, key or absent, value, output, logits, before, behind, heads, groups, width)

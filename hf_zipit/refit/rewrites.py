@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 
@@ -33,6 +36,7 @@ def rewrite(graph: fx.Graph) -> None:
     linear_maps_of_rows(graph)
     products_with_turned_weights(graph)
     linear_maps_by_number(graph)
+    attention_step_by_step(graph)
 
 
 def linear_maps_of_rows(graph: fx.Graph) -> None:
@@ -87,6 +91,143 @@ def linear_maps_by_number(graph: fx.Graph) -> None:
             continue
         if op_name(whole) == "squeeze" and tuple(whole.args[1:]) == (-1,):
             _replace(graph, whole, routed_linear, (column.args[0], weight, numbers[0]), (node, looked_up, column))  # type: ignore[union-attr,index,arg-type]
+
+
+def attention_step_by_step(graph: fx.Graph) -> None:
+    """`softmax(q k^T * scale + bias) v` is one op, the one that torch has for it."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node) not in ("softmax", "_softmax") or node.args[1] not in (-1, 3):
+            continue
+        whole, passed = _values_behind(node)
+        found = _logits_before(node.args[0])  # type: ignore[arg-type]
+        if whole is None or found is None:
+            continue
+        query, key, scale, biases, steps = found
+        value = whole.args[1]
+        flat = len(query.meta["val"].shape) == 3
+        heads = [_with_heads(x) for x in (query, key, value)] if flat else [query, key, value]  # type: ignore[list-item]
+        if any(x is None for x in heads) or any(len(x.meta["val"].shape) != 4 for x in heads):  # type: ignore[union-attr]
+            continue
+        with graph.inserting_before(whole):
+            mask = None
+            for bias in biases:
+                bias = _bias_of_heads(graph, bias, heads[0]) if flat else bias  # type: ignore[arg-type]
+                mask = bias if mask is None else _call(graph, torch.ops.aten.add.Tensor, mask, bias)
+            made = graph.call_function(
+                torch.ops.aten.scaled_dot_product_attention.default,
+                tuple(heads) if mask is None else (*heads, mask),  # type: ignore[arg-type]
+                {"scale": scale},
+            )
+            made.meta = {**whole.meta}
+            if flat:
+                sizes = (*heads[0].meta["val"].shape[:3], value.meta["val"].shape[-1])  # type: ignore[union-attr]
+                made.meta["val"] = whole.meta["val"].reshape(sizes)
+                made = _call(graph, torch.ops.aten.view.default, made, [-1, *whole.meta["val"].shape[1:]])
+        whole.replace_all_uses_with(made)
+        for old in dict.fromkeys((whole, *passed, node, *steps)):
+            if not old.users:
+                graph.erase_node(old)
+
+
+def _values_behind(node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
+    """The product of attention's weights and values, and the ops on the way to it, the last one first."""
+    passed: list[fx.Node] = []
+    while len(node.users) == 1:
+        (user,) = node.users
+        if op_name(user) in ("matmul", "bmm") and user.args[0] is node:
+            return user, passed
+        if op_name(user) not in PASSING:
+            break
+        passed.insert(0, user)
+        node = user
+    return None, passed
+
+
+PASSING = {"dropout", "to", "_to_copy", "contiguous", "clone", "detach", "alias"}
+"""Ops that pass weights on."""
+
+
+def _logits_before(node: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node], list[fx.Node]] | None:
+    """Queries, keys, the scale of their product, what is added to it, and the ops in between, the last one first."""
+    scale, biases, steps = 1.0, list[fx.Node](), list[fx.Node]()
+    while len(node.users) == 1:
+        steps.append(node)
+        name, args = op_name(node), node.args
+        if name in ("matmul", "bmm"):
+            return _factors(node, scale, biases, steps)
+        if name == "add" and scale == 1.0 and len(args) == 2 and not node.kwargs and isinstance(args[1], fx.Node):
+            product = next((x for x in args if _leads_to_a_product(x)), None)
+            if product is None:
+                return None
+            biases.append(args[1] if product is args[0] else args[0])  # type: ignore[arg-type]
+            node = product
+        elif name in ("mul", "div") and isinstance(args[1], (int, float)) and args[1]:
+            scale = scale * args[1] if name == "mul" else scale / args[1]
+            node = args[0]  # type: ignore[assignment]
+        elif name in PASSING:
+            node = args[0]  # type: ignore[assignment]
+        else:
+            break
+    return None
+
+
+def _leads_to_a_product(node: fx.Node) -> bool:
+    """Whether a summand is a product of matrices that nothing else reads, but for scales and further summands."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
+        name = op_name(node)
+        if name in ("matmul", "bmm"):
+            return True
+        if name == "add" and isinstance(node.args[1], fx.Node):
+            return any(_leads_to_a_product(x) for x in node.args)  # type: ignore[arg-type]
+        if name not in PASSING | {"mul", "div"}:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return False
+
+
+def _factors(
+    node: fx.Node, scale: float, biases: list[fx.Node], steps: list[fx.Node]
+) -> tuple[fx.Node, fx.Node, float, list[fx.Node], list[fx.Node]] | None:
+    """The queries and keys of a product, either of which may be scaled by a number."""
+    query, key = node.args
+    keys = []
+    while isinstance(key, fx.Node) and op_name(key) in {"div", "mul", *PASSING}:
+        if op_name(key) in ("div", "mul"):
+            number = key.args[1]
+            if not isinstance(number, (int, float)):
+                return None
+            scale = scale * number if op_name(key) == "mul" else scale / number
+        keys.append(key)
+        key = key.args[0]
+    if not isinstance(key, fx.Node) or op_name(key) != "transpose":
+        return None
+    last = len(key.meta["val"].shape)
+    turned = {axis % last for axis in key.args[1:3]} == {last - 1, last - 2}  # type: ignore[operator]
+    return (query, key.args[0], scale, biases, [*steps, *keys, key]) if turned else None  # type: ignore[return-value]
+
+
+def _with_heads(node: fx.Node) -> fx.Node | None:
+    """Heads of samples `[samples, heads, positions, units]`, of which a value has both side by side."""
+    source = node.args[0] if node.op == "call_function" and op_name(node) in FLAT else None
+    if not isinstance(source, fx.Node) or len(source.meta["val"].shape) != 4:
+        return None
+    samples, heads, *rest = source.meta["val"].shape
+    return source if list(node.meta["val"].shape) == [samples * heads, *rest] else None
+
+
+def _bias_of_heads(graph: fx.Graph, bias: fx.Node, query: fx.Node) -> fx.Node:
+    """What is added to heads of samples side by side, `[samples, heads, positions, positions]`."""
+    shape = bias.meta["val"].shape
+    if len(shape) != 3 or shape[0] == 1:
+        return bias
+    return _call(graph, torch.ops.aten.view.default, bias, [*query.meta["val"].shape[:2], *shape[1:]])
+
+
+def _call(graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
+    """A new op, with the value that it has in a trace."""
+    made = graph.call_function(target, args)
+    made.meta = {"val": target(*(x.meta["val"] if isinstance(x, fx.Node) else x for x in args))}
+    return made
 
 
 def _replace(graph: fx.Graph, whole: fx.Node, target: object, arguments: tuple, olds: tuple[fx.Node, ...]) -> None:

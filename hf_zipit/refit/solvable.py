@@ -20,7 +20,7 @@ TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "det
 REORDERING = {"permute", "transpose"}
 """Ops that move whole axes."""
 
-REPEATING = {"cat", "expand", "expand_as", "repeat", "unsqueeze", "slice", "layer_norm"}
+REPEATING = {"cat", "dropout", "expand", "expand_as", "repeat", "unsqueeze", "slice", "layer_norm"}
 """Ops that read a parameter as the value of something that no input has a part in, such as a class token."""
 
 
