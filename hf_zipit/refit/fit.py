@@ -239,15 +239,17 @@ class Fit:
         """The units of a linear map's input."""
         return self.spec.axes[site.weight][site.input_axis]
 
-    def write(self, site: RefitSite, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> None:
+    def write(
+        self, site: RefitSite, weight: Tensor, bias: Tensor | None = None, rows: slice | Tensor | None = None
+    ) -> None:
         """Put a solution into the merged model, of some of a linear map's outputs where `rows` says which.
 
         Where a site has no bias, none is written. What its output is multiplied by later is taken out.
         """
         tensors = self.values.merged
         if site.part is not None:
-            first, count = site.part
-            rows = site.rows if rows is None else slice(first + (rows.start or 0), first + (rows.stop or count))
+            inside = torch.arange(*site.rows.indices(1 << 60))
+            rows = inside if rows is None else inside[rows]
         if site.scale is not None:
             scale = torch.as_tensor(scale_of(site, self.values, MERGED)).to(weight)
             weight, bias = (weight.mT / scale).mT, None if bias is None else bias / scale

@@ -208,6 +208,8 @@ class Program:
         merged: bool = False,
     ) -> Any:
         """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
+        if node.op == "placeholder":
+            return self.value_of(node, tensors, inputs)
         if node.op == "get_attr":
             found = getattr(self._forward.module, str(node.target))
             return found.to(self._device) if isinstance(found, Tensor) else found

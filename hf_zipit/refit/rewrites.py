@@ -105,7 +105,7 @@ def attention_step_by_step(graph: fx.Graph) -> None:
         query, key, scale, biases, steps = found
         value = whole.args[1]
         flat = len(query.meta["val"].shape) == 3
-        heads = [_with_heads(x) for x in (query, key, value)] if flat else [query, key, value]  # type: ignore[list-item]
+        heads = [with_heads(x) for x in (query, key, value)] if flat else [query, key, value]  # type: ignore[list-item]
         if any(x is None for x in heads) or any(len(x.meta["val"].shape) != 4 for x in heads):  # type: ignore[union-attr]
             continue
         with graph.inserting_before(whole):
@@ -206,7 +206,7 @@ def _factors(
     return (query, key.args[0], scale, biases, [*steps, *keys, key]) if turned else None  # type: ignore[return-value]
 
 
-def _with_heads(node: fx.Node) -> fx.Node | None:
+def with_heads(node: fx.Node) -> fx.Node | None:
     """Heads of samples `[samples, heads, positions, units]`, of which a value has both side by side."""
     source = node.args[0] if node.op == "call_function" and op_name(node) in FLAT else None
     if not isinstance(source, fx.Node) or len(source.meta["val"].shape) != 4:

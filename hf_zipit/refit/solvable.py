@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from hf_zipit.refit.program import Program
@@ -110,32 +111,27 @@ class RefitSite:
     def label(self, spec: MergeSpec) -> AxisLabel:
         """The units of what the site puts out."""
         label = spec.output_label(self.weight, self.unit_axis)
-        return label if self.part is None else part_of(label, *self.part, spec) or ()
+        return label if self.part is None else part_of(label, range(*self.rows.indices(1 << 60)), spec) or ()
 
 
-def part_of(label: AxisLabel, first: int, count: int, spec: MergeSpec) -> AxisLabel | None:
-    """The units of a stretch of an axis: the axis itself, a term of the direct sum that it is, or several in a row."""
-    if first == 0 and spec.length(label) == count:
-        return label
-    if len(label) != 1 or not isinstance(label[0], Sum):
+def part_of(label: AxisLabel, units: Sequence[int], spec: MergeSpec) -> AxisLabel | None:
+    """The label of some of an axis's units, in their order; None unless they are the axis or terms of its direct sum.
+
+    The queries of heads x (queries + keys + values) are heads x queries.
+    """
+    numbers = torch.arange(spec.length(label))
+    place = next((i for i, factor in enumerate(label) if isinstance(factor, Sum)), None)
+    if place is None or len(units) == len(numbers):
+        return label if list(units) == numbers.tolist() else None
+    before, terms, after = label[:place], label[place].terms, label[place + 1 :]  # type: ignore[union-attr]
+    spread = numbers.unflatten(0, (spec.length(before), -1, spec.length(after)))
+    parts = zip(terms, spread.split([spec.length(term) for term in terms], 1), strict=True)
+    wanted = set(units)
+    chosen = [(term, own) for term, own in parts if wanted.issuperset(own.flatten().tolist())]
+    if not chosen or torch.cat([own for _, own in chosen], 1).flatten().tolist() != list(units):
         return None
-    start, terms = 0, []
-    for term in label[0].terms:
-        if first <= start < first + count:
-            terms.append(term)
-        start += spec.length(term)
-    whole = Sum(tuple(terms))
-    found = terms[0] if len(terms) == 1 else (whole,)
-    ends = first == 0 or first in _ends(label[0], spec)
-    return found if terms and ends and spec.length(found) == count else None
-
-
-def _ends(terms: Sum, spec: MergeSpec) -> list[int]:
-    """Where the terms of a sum end."""
-    ends = [0]
-    for term in terms.terms:
-        ends.append(ends[-1] + spec.length(term))
-    return ends
+    inner = chosen[0][0] if len(chosen) == 1 else (Sum(tuple(term for term, _ in chosen)),)
+    return before + inner + after
 
 
 def setting(node: fx.Node, place: int, name: str, default: Any) -> Any:

@@ -202,7 +202,7 @@ def regress_inputs(
 
 
 def written(
-    fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor, rows: slice = slice(None)
+    fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor, rows: slice | Tensor = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """What an expert's weights, or some rows of them, make of its input, where that is a linear map of the merged
     model's.

@@ -185,9 +185,10 @@ class Walk:
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
         tensors = {name: values.solved[name] for name in self.cut.trunk}
-        reparametrised = frozenset(self.sites[node].weight for node in self.in_attention | self.chosen)
+        reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
+        reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_cuts, reparametrised, report, peak_bytes=values.store.peak)
+        return Refitted(tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak)
 
     def _aims_at(self, site: RefitSite) -> int:
         """The position of what a site aims at; of a table, that of the op that reads it."""
@@ -221,7 +222,7 @@ class Walk:
         """By position the nodes whose values no op reads after it."""
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for layer in self.attention.values():
-            for node in (used for op in layer.ops for used in (op, *op.all_input_nodes)):
+            for node in (used for op in (*layer.ops, layer.value.site.node) for used in (op, *op.all_input_nodes)):
                 if node in last:
                     last[node] = max(last[node], self.program.position[layer.node])
         for mlp in self.mlps.values():

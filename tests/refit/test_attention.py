@@ -190,7 +190,7 @@ def test_which_layers_are_solved_as_a_whole(name: str, layers: int):
     rotary, apart = name in ("llama", "phi3"), name == "qwen3"
     for layer in found:
         assert layer.logits == (None if apart else "rotary" if rotary else "plain")
-        maps = {(own.site.weight, own.first) for own in (layer.query, layer.key, layer.value) if own.count}
+        maps = {(own.site.weight, own.units[0]) for own in (layer.query, layer.key, layer.value) if own.count}
         assert len(maps) == (3 if not apart else len(maps))
         assert layer.value.count == layer.groups * layer.width
 
