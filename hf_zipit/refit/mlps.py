@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ import torch
 from torch import fx
 
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.solvable import RefitSite
-from hf_zipit.symmetry.ops import op_name
-from hf_zipit.symmetry.spec import MergeSpec, product_key
+from hf_zipit.refit.solvable import RefitSite, setting
+from hf_zipit.symmetry.ops import op_name, shape_of
+from hf_zipit.symmetry.spec import MergeSpec, product_key, products
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
     for node in sorted(sites, key=program.position.__getitem__):
         site = sites[node]
         if site.kind == "linear":
-            out, into = site.label(spec), spec.axes[site.weight][site.input_axis]
-            writers["*".join(product_key(out))].append(site)
+            out, into = products(site.label(spec)), spec.axes[site.weight][site.input_axis]
+            if len(set(out)) == 1:  # one map, or a fused one to gates and what they gate
+                writers["*".join(product_key(out[0]))].append(site)
             readers["*".join(product_key(into))].append(site)
     for name in writers.keys() & readers.keys() & spec.spaces.keys():
         inside = {tensor for tensor, labels in spec.axes.items() if any(name in product_key(x) for x in labels)}
@@ -60,7 +62,8 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
             (reader,) = readers[name]
             if reader.stream is not None and all(site.stream is None for site in writers[name]):
                 between = _between(program, [site.node for site in writers[name]], reader.node)
-                if all(map(_unit_by_unit, between)):
+                fused = {site.node: len(products(site.label(spec))) for site in writers[name]}
+                if all(_unit_by_unit(node) or _takes_apart(node, fused) for node in between):
                     yield Mlp(tuple(writers[name]), reader, between)
 
 
@@ -71,6 +74,15 @@ def _between(program: Program, first: Sequence[fx.Node], last: fx.Node) -> tuple
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
     return tuple(node for node in program.nodes[: program.position[last]] if node in reached.difference(first))
+
+
+def _takes_apart(node: fx.Node, fused: Mapping[fx.Node, int]) -> bool:
+    """Whether an op takes what a fused map puts out apart into its pieces, however long they are."""
+    source = node.args[0]
+    if node.target is operator.getitem:
+        return isinstance(source, fx.Node) and _takes_apart(source, fused)
+    last = op_name(node) == "chunk" and setting(node, 2, "dim", 0) in (-1, len(shape_of(source)) - 1)  # type: ignore[arg-type]
+    return last and node.args[1] == fused.get(source)  # type: ignore[arg-type]
 
 
 def _unit_by_unit(node: fx.Node) -> bool:
