@@ -49,12 +49,16 @@ class Targets:
         target = self.reached(site, b, rows)
         if site.stream is None or site.other is None:
             return target
-        other = self.values.of(site.other, MERGED, b)
+        other = self.summands(site, b)
         if rows is not None:
             shape = shape_of(site.stream)
             shape[site.target_axis] = -1
             other = at_rows(other.expand(shape), site.target_axis, rows)
         return target - other
+
+    def summands(self, site: RefitSite, b: int) -> Tensor:
+        """What the merged model adds to a writer's output to make the stream."""
+        return sum((self.values.of(node, MERGED, b) for node in site.more), self.values.of(site.other, MERGED, b))
 
     def reached(self, site: RefitSite, b: int, rows: Picked | None = None) -> Tensor:
         """What a site's output, or the stream that it writes into, should be; remembered until `forget`."""
@@ -313,4 +317,4 @@ def _made(fit: Fit, site: RefitSite, b: int) -> Tensor:
         made = made * scale_of(site, fit.values, MERGED)
     if site.stream_axis is not None:
         made = made.movedim(site.channel_axis, site.stream_axis)
-    return made + fit.values.of(site.other, MERGED, b)
+    return made + fit.targets.summands(site, b)

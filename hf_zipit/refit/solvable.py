@@ -38,6 +38,7 @@ class RefitSite:
         norm: the batch norm right behind a convolution, which is folded into it.
         output: the node whose value the weights make: the op itself or its norm.
         stream: for a writer into a residual stream the addition, and `other`, what the output is added to.
+        more: what is added behind `other` to make the stream: of parallel branches the last one aims at all of it.
         scale: what the output is multiplied by before, a number or a parameter with one for every unit (layer scale).
         turned: whether a linear map's weight is `[inputs, outputs]`.
         part: which of the weight's outputs the op has, where it is a piece of a fused one.
@@ -60,6 +61,7 @@ class RefitSite:
     length: str | None = None
     constant: float = field(default=0.0, compare=False)
     stream_axis: int | None = None
+    more: tuple[fx.Node, ...] = ()
 
     @property
     def unit_axis(self) -> int:
@@ -286,9 +288,18 @@ def _writer(
             stream = other = scale = axis = None  # one row of the output is added to many of the stream
         elif order == list(range(len(shape))):
             axis = None
+    more: list[fx.Node] = []
+    while kind == "linear" and stream is not None and (last := _only_user(stream)) is not None:
+        summand = next((x for x in last.args if x is not stream), None)
+        computed = isinstance(summand, fx.Node) and program.position.get(summand, 1 << 60) < program.position[node]
+        if op_name(last) != "add" or len(last.args) != 2 or not computed or shape_of(summand) != shape_of(stream):  # type: ignore[arg-type]
+            break
+        more.append(summand)  # type: ignore[arg-type]
+        stream = last
     return RefitSite(
-        kind, node, name, shift, norm, output, stream, other, scale, turned, part, length, stream_axis=axis
-    )
+        kind, node, name, shift, norm, output, stream, other, scale, turned, part, length,
+        stream_axis=axis, more=tuple(more),
+    )  # fmt: skip
 
 
 def _weight(program: Program, node: Any) -> tuple[str | None, tuple[int, int] | None, str | None]:
