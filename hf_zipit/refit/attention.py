@@ -38,9 +38,6 @@ SCALING = {"mul", "div"}
 ROTATING = MOVING | SCALING | {"neg", "add"}
 """Those of rotary embeddings, too."""
 
-CHECKS = {"_assert_tensor_metadata"}
-"""Ops that read a value and make none."""
-
 Logits = Literal["plain", "rotary"]
 """How queries and keys make logits: by their product, or after rotations of pairs of units by their positions."""
 
@@ -203,8 +200,6 @@ def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.N
     own = set(value.units)
     for step, found in list(numbers.items()):
         for user in set(step.users) - steps:
-            if _name(user) in CHECKS:
-                continue
             if _name(user) not in MOVING or isinstance(found, Tensor) and user.all_input_nodes != [step]:
                 return False
             arguments = fx.map_arg((user.args, user.kwargs), numbers.__getitem__)
@@ -242,7 +237,7 @@ def _attention(
     if query is not None and key is not None and spec.length(key.label) == groups * width:
         names = {_name(step) for step in steps[0] | steps[1]}
         kinds = {_symmetry(query, spec), _symmetry(key, spec)}
-        if kinds == {Symmetry.LINEAR} and names <= MOVING | SCALING | CHECKS:
+        if kinds == {Symmetry.LINEAR} and names <= MOVING | SCALING:
             logits = "plain"
         elif kinds == {Symmetry.ROTARY}:
             logits = "rotary"
@@ -276,9 +271,7 @@ def _path(node: fx.Node, sites: Mapping[fx.Node, RefitSite], made: set[fx.Node])
     site = sites[found.pop()] if len(found) == 1 else None
     if site is None or site.stream is not None:
         return None
-    return _Path(
-        site, steps | {user for step in (*steps, site.node) for user in step.users if op_name(user) in CHECKS}
-    )
+    return _Path(site, steps)
 
 
 def _symmetry(heads: Heads, spec: MergeSpec) -> Symmetry:
@@ -328,8 +321,6 @@ def _numbers_on(
     for step in sorted(set(steps) - {start}, key=program.position.__getitem__):
         name = _name(step)
         known = [used for used in step.all_input_nodes if used in made]
-        if name in CHECKS:
-            continue
         if name not in ROTATING or any(used not in values for used in known):
             return None
         if name == "neg" or not partners.isdisjoint(known):
@@ -370,7 +361,7 @@ def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSit
     """The linear map that reads the heads side by side, and nothing else does; and the ops before it."""
     passed: list[fx.Node] = []
     while True:
-        users = [user for user in node.users if op_name(user) not in CHECKS]
+        users = list(node.users)
         if len(users) != 1:
             return None, ()
         node = users[0]

@@ -131,7 +131,7 @@ def solve_outputs(fit: Fit, mixture: Mixture) -> None:
         if mixture.stream is not None:
             label = fit.targets.label(site)
             lacking = fit.targets.share(mixture.stream, -1, label, b) - values.of(mixture.other, MERGED, b)
-            gates = values.of(mixture.gates, MERGED, b)
+            gates = values.peek(mixture.gates, b, {})  # type: ignore[arg-type]
             by_token = gates.view(-1, mixture.repeated, 1)
             left = lacking.reshape(len(by_token), -1) - (by_token * y.view(len(by_token), mixture.repeated, -1)).sum(1)
             spread = by_token * left[:, None] / by_token.square().sum(1, keepdim=True).clamp_min(1e-12)

@@ -143,6 +143,7 @@ class Program:
     Attributes:
         nodes: the ops in the order they run; `position` is each one's place in it.
         tensors: by graph input the name of the parameter or buffer that it is.
+        tied: by name of a tied tensor the one that it goes by here.
         last_use: by node the position of the last op that reads it.
         outputs: by output field the node that makes it.
     """
@@ -163,12 +164,12 @@ class Program:
         self._device = torch.device(device)
         self._constants = {name: tensor.to(device) for name, tensor in self._forward.constants.items()}
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
-        names = {
+        self.tied = {
             other: next((name for name in group if name in trunk), other)
             for group in tied_names(model)
             for other in group
         }
-        self.tensors = {name: names.get(tensor, tensor) for name, tensor in self._forward.tensors.items()}
+        self.tensors = {name: self.tied.get(tensor, tensor) for name, tensor in self._forward.tensors.items()}
         self.nodes = self._forward.nodes
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.last_use = {
@@ -229,6 +230,22 @@ class Program:
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
         return out_of_place(node.target)(*arguments, **keywords)
+
+    def made_of_weights(self, node: fx.Node) -> list[fx.Node]:
+        """The ops before a node that no input has a part in: they make its weights, in the order they run."""
+        found, todo = set[fx.Node](), list(node.all_input_nodes)
+        while todo:
+            current = todo.pop()
+            if current in self.position and current not in found and self._is_made_of_weights(current):
+                found.add(current)
+                todo += current.all_input_nodes
+        return sorted(found, key=self.position.__getitem__)
+
+    def _is_made_of_weights(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return node.name in self.tensors
+        used = node.all_input_nodes
+        return node.op == "call_function" and bool(used) and all(map(self._is_made_of_weights, used))
 
     def value_of(self, node: fx.Node, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
         """What a node gives, computed from the model's inputs alone."""

@@ -169,6 +169,8 @@ class Walk:
                         solve_part(self.fit, mixture)
                     elif node not in self.behind_attention | self.in_mlp:
                         solve(self.fit, site)
+                    for made in self.program.made_of_weights(node):
+                        values.compute(made, MERGED)
                 elif node in self.attention:
                     self._solve_attention(node)
                 elif node in shared:
@@ -184,7 +186,7 @@ class Walk:
                     bar.update()
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
-        tensors = {name: values.solved[name] for name in self.cut.trunk}
+        tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
@@ -254,6 +256,7 @@ class Walk:
         for site in (*self.sites.values(), *(site for places in self.shared for site in places)):
             solved |= {site.weight, site.bias, site.length, *norm_names(self.fit, site).values()}
             solved.add(self.program.tensor_of(site.scale))  # what is solved is the product
+        solved |= {name for name, other in self.program.tied.items() if other in solved}
         read = self.cut.trunk & self.fit.spec.axes.keys() - solved
         return tuple(sorted(name for name in read if self.fit.values.solved[name].is_floating_point()))
 
