@@ -80,15 +80,66 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     constants = signature.inputs_to_lifted_tensor_constants
     output = next(node for node in exported.graph.nodes if node.op == "output")
     rewrite(exported.graph)
+    fixed = {name: exported.constants[constant] for name, constant in constants.items()}
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
+    nodes = known_beforehand(nodes, fixed)
     _read_what_was_written(nodes)
     return ForwardPass(
         nodes,
         {name: tensor.removeprefix("model.") for name, tensor in named.items()},
-        {name: exported.constants[constant] for name, constant in constants.items()},
+        fixed,
         dict(zip(list(exported.call_spec.out_spec.context), output.args[0], strict=True)),
         exported.graph_module,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """An op that puts out what it always does."""
+
+    value: Any
+
+    def __call__(self) -> Any:
+        return self.value
+
+    def __eq__(self, other: object) -> bool:
+        same = torch.equal if isinstance(self.value, Tensor) else operator.eq
+        return isinstance(other, Known) and type(self.value) is type(other.value) and same(self.value, other.value)
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
+
+
+@torch.no_grad()
+def known_beforehand(nodes: list[fx.Node], constants: Mapping[str, Tensor]) -> list[fx.Node]:
+    """The nodes but for those that neither inputs nor weights have a part in, where these write into parts of others.
+
+    A class that makes an index of relative positions writes it piece by piece. What other nodes read of it becomes
+    `Known`, as it is when the first of them does.
+    """
+    alone = set[fx.Node]()
+    for node in nodes:
+        if node.op == "call_function" and all(x in alone or x.name in constants for x in node.all_input_nodes):
+            alone.add(node)
+    if not any(is_in_place(node) and op_name(node.args[0]) in VIEWS for node in alone):  # type: ignore[arg-type]
+        return nodes
+    values: dict[fx.Node, Any] = {}
+    kept = list[fx.Node]()
+    for node in nodes:
+        if node in alone:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda x: values[x] if x in values else constants[x.name].clone()
+            )
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            continue
+        for used in node.all_input_nodes:
+            if used in values and used not in kept:
+                value = values[used]
+                used.target = Known(value.clone() if isinstance(value, Tensor) else value)
+                used.args, used.kwargs = (), {}
+                kept.append(used)
+        kept.append(node)
+    return kept
 
 
 def _read_what_was_written(nodes: list[fx.Node]) -> None:
@@ -229,7 +280,8 @@ class Program:
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
-        return out_of_place(node.target)(*arguments, **keywords)
+        found = out_of_place(node.target)(*arguments, **keywords)
+        return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
 
     def made_of_weights(self, node: fx.Node) -> list[fx.Node]:
         """The ops before a node that no input has a part in: they make its weights, in the order they run."""
