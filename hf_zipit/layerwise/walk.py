@@ -97,7 +97,8 @@ class LayerwiseWalk:
         """Whether rules can be given what a site is fed: the kernel of one input channel reads no space."""
         weight = self.values.solved[site.weight]
         matrix = view_of(weight, self.combiner.trunk.labels(site.weight)) is not None
-        return site.kind in LAYERS and not site.turned and (matrix or weight.dim() == 1)
+        known = site.kind in LAYERS and site.plain and not site.turned and weight.dim() in (1, 2, 4)
+        return known and (matrix or weight.dim() == 1)
 
     def _compute(self, node: fx.Node) -> None:
         """Run one op of the merged model on all batches, and of every expert on those of its own task."""

@@ -75,6 +75,8 @@ def cut_heads(
         for count in COUNTS:
             if isinstance(getattr(module, count, None), int):
                 setattr(module, count, getattr(module, count) * (old // new))
+        if any(isinstance(getattr(getattr(module, "config", None), count, None), int) for count in COUNTS):
+            module.config = _MoreHeads(module.config, old // new)
         for scale in SCALES:
             if isinstance(getattr(module, scale, None), float):
                 setattr(module, scale, getattr(module, scale) * (old / new) ** 0.5)
@@ -83,6 +85,19 @@ def cut_heads(
             if len(pairs) * 2 != new or not all(0 <= pair < old // 2 for pair in pairs):
                 raise ZipItError(f"rotary_pairs of '{path}' should be {new // 2} numbers below {old // 2}: {pairs}.")
             module.register_forward_pre_hook(partial(_turn_some, pair_units(pairs, old)), with_kwargs=True)
+
+
+class _MoreHeads:
+    """A configuration as one attention module sees it: with more heads, and all else as it is, later changes too."""
+
+    def __init__(self, config: Any, times: int) -> None:
+        self._config, self._times = config, times
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_config", "_times"):  # while it is being copied
+            raise AttributeError(name)
+        value = getattr(self._config, name)
+        return value * self._times if name in COUNTS and isinstance(value, int) else value
 
 
 def _turn_some(

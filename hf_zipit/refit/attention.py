@@ -11,9 +11,9 @@ two maps is regressed like any other.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +21,8 @@ from torch import Tensor, fx
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.solvable import TRANSPARENT, RefitSite
+from hf_zipit.refit.rewrites import with_heads
+from hf_zipit.refit.solvable import TRANSPARENT, RefitSite, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Sum, Symmetry
 
@@ -37,9 +38,6 @@ SCALING = {"mul", "div"}
 ROTATING = MOVING | SCALING | {"neg", "add"}
 """Those of rotary embeddings, too."""
 
-CHECKS = {"_assert_tensor_metadata"}
-"""Ops that read a value and make none."""
-
 Logits = Literal["plain", "rotary"]
 """How queries and keys make logits: by their product, or after rotations of pairs of units by their positions."""
 
@@ -51,17 +49,23 @@ class Heads:
     Attributes:
         site: where its weight is solved.
         label: its units, head by head.
-        first, count: which of the weight's outputs they are.
+        units: which of the map's outputs they are.
     """
 
     site: RefitSite
     label: AxisLabel
-    first: int
-    count: int
+    units: tuple[int, ...]
 
     @property
-    def rows(self) -> slice:
-        return slice(self.first, self.first + self.count)
+    def count(self) -> int:
+        return len(self.units)
+
+    @property
+    def rows(self) -> slice | Tensor:
+        """The units as an index: a slice where they lie side by side, which makes a view."""
+        first, last = self.units[0], self.units[-1]
+        side_by_side = self.units == tuple(range(first, last + 1))
+        return slice(first, last + 1) if side_by_side else torch.tensor(self.units)
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class Attention:
         before: the ops between the maps that are solved here and `node`; behind: those between it and the projection.
         heads, groups: how many heads ask, and how many have keys and values.
         width: the units of a head, an expert's head_dim.
+        weights: what `node` weighs the values with, where that is one op and the weights are made by others.
+        fused: whether other parts of the values' map are solved apart, with the map; the walk then runs what is
+            between, and the values are solved anew.
     """
 
     node: fx.Node
@@ -89,6 +96,8 @@ class Attention:
     heads: int
     groups: int
     width: int
+    weights: fx.Node | None = None
+    fused: bool = False
 
     @property
     def inputs(self) -> tuple[Heads, ...]:
@@ -97,13 +106,13 @@ class Attention:
 
     @property
     def sites(self) -> tuple[RefitSite, ...]:
-        """Of these maps, which may be one fused weight."""
-        return tuple(dict.fromkeys(heads.site for heads in self.inputs))
+        """Of these maps, which may be one fused weight; none where other parts of it are solved apart."""
+        return () if self.fused else tuple(dict.fromkeys(heads.site for heads in self.inputs))
 
     @property
     def ops(self) -> frozenset[fx.Node]:
         """Those whose values are the solver's business: the maps and what is between them and the means."""
-        return self.before | {site.node for site in self.sites} | {self.node}
+        return frozenset((self.node, *(() if self.fused else self.before), *(site.node for site in self.sites)))
 
     @property
     def module(self) -> str | None:
@@ -121,10 +130,83 @@ def find_attention(
         if not made.isdisjoint(node.all_input_nodes):
             made.add(node)
     for node in program.nodes:
-        if node.op == "call_function" and op_name(node) == "scaled_dot_product_attention":
-            found = _attention(node, program, sites, made, spec, alignment)
-            if found is not None:
-                yield found
+        name = op_name(node) if node.op == "call_function" else ""
+        find = _attention if name == "scaled_dot_product_attention" else _weighing if name in WEIGHING else None
+        found = find(node, program, sites, made, spec, alignment) if find else None
+        if found is not None:
+            yield found
+
+
+WEIGHING = {"matmul", "bmm"}
+"""Ops that weigh values, where softmax has made the weights."""
+
+
+def _weighing(
+    node: fx.Node,
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    made: set[fx.Node],
+    spec: MergeSpec,
+    alignment: Alignment,
+) -> Attention | None:
+    """The layer of an op that weighs values by what a softmax put out: what made its logits may be anything."""
+    weights, values = node.args[:2]
+    made_by = weights
+    while isinstance(made_by, fx.Node) and op_name(made_by) in TRANSPARENT | {"view", "reshape", "masked_fill", "where"}:
+        made_by = made_by.args[1 if op_name(made_by) == "where" else 0]
+    if not isinstance(made_by, fx.Node) or op_name(made_by) not in ("softmax", "_softmax"):
+        return None
+    spread = values if len(shape_of(values)) == 4 else with_heads(values)  # type: ignore[arg-type]
+    return _values_alone(node, spread, program, sites, made, spec, alignment, weights, {values})  # type: ignore[arg-type]
+
+
+def _values_alone(
+    node: fx.Node,
+    spread: fx.Node | None,
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    made: set[fx.Node],
+    spec: MergeSpec,
+    alignment: Alignment,
+    weights: fx.Node | None = None,
+    more_steps: Iterable[fx.Node] = (),
+) -> Attention | None:
+    """A layer whose values and output projection alone are solved as a whole; `spread` are its heads' values."""
+    output, behind = _joined(node, sites)
+    path = _path(spread, sites, made) if spread is not None and output is not None else None
+    value = None if path is None else _cut_into_heads(spread, path, program, made, spec, alignment)  # type: ignore[arg-type]
+    if value is None or _symmetry(value, spec) is not Symmetry.LINEAR:
+        return None
+    heads, width = shape_of(spread)[1], shape_of(spread)[3]  # type: ignore[arg-type]
+    groups, more = divmod(value.count, width)
+    steps = {*path.steps, *more_steps}  # type: ignore[union-attr]
+    users = {user for step in (*steps, value.site.node) for user in step.users}
+    if more or heads % groups or shape_of(node)[-1] != width:
+        return None
+    fused = not users <= {node, *steps}
+    if fused and not _read_here_alone(value, path, program, made, {node, *steps}):  # type: ignore[arg-type]
+        return None
+    absent = Heads(value.site, (), ())
+    return Attention(
+        node, absent, absent, value, output, None, frozenset(steps), behind, heads, groups, width, weights, fused  # type: ignore[arg-type]
+    )
+
+
+def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.Node], steps: set[fx.Node]) -> bool:
+    """Whether nothing but a layer's own steps reads the part of a fused map that its values are."""
+    numbers = _numbers_on(path.site.node, path.steps, program, made)
+    if numbers is None:
+        return False
+    own = set(value.units)
+    for step, found in list(numbers.items()):
+        for user in set(step.users) - steps:
+            if _name(user) not in MOVING or isinstance(found, Tensor) and user.all_input_nodes != [step]:
+                return False
+            arguments = fx.map_arg((user.args, user.kwargs), numbers.__getitem__)
+            read = user.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            if isinstance(read, Tensor) and not own.isdisjoint(read.unique().tolist()):
+                return False
+    return True
 
 
 def _attention(
@@ -139,7 +221,7 @@ def _attention(
     output, behind = _joined(node, sites)
     paths = [_path(x, sites, made) for x in node.args[:3]]  # type: ignore[arg-type]
     if output is None or any(path is None for path in paths):
-        return None
+        return _values_alone(node, node.args[2], program, sites, made, spec, alignment)  # type: ignore[arg-type]
     heads, width = (int(size) for size in (shape_of(node.args[0])[1], shape_of(node.args[0])[3]))  # type: ignore[arg-type]
     steps = [path.steps for path in paths]  # type: ignore[union-attr]
     query, key, value = (
@@ -155,19 +237,17 @@ def _attention(
     if query is not None and key is not None and spec.length(key.label) == groups * width:
         names = {_name(step) for step in steps[0] | steps[1]}
         kinds = {_symmetry(query, spec), _symmetry(key, spec)}
-        if kinds == {Symmetry.LINEAR} and names <= MOVING | SCALING | CHECKS:
+        if kinds == {Symmetry.LINEAR} and names <= MOVING | SCALING:
             logits = "plain"
         elif kinds == {Symmetry.ROTARY}:
             logits = "rotary"
     # What other layers read, or other parts of the same weight do, is not this layer's alone.
-    mine = {node, *steps[2], *(steps[0] | steps[1] if logits else ())}
-    solved = [paths[2], *(paths[:2] if logits else ())]
-    users = {user for path in solved for step in (*path.steps, path.site.node) for user in step.users}  # type: ignore[union-attr]
-    if not users <= mine:
-        return None
+    mine = {node, *steps[0], *steps[1], *steps[2]}
+    users = {user for path in paths for step in (*path.steps, path.site.node) for user in step.users}  # type: ignore[union-attr]
+    if logits is None or not users <= mine:
+        return _values_alone(node, node.args[2], program, sites, made, spec, alignment)  # type: ignore[arg-type]
     before = frozenset(mine - {node})
-    absent = Heads(paths[0].site, (), 0, 0)  # type: ignore[union-attr]
-    return Attention(node, query or absent, key or absent, value, output, logits, before, behind, heads, groups, width)
+    return Attention(node, query, key, value, output, logits, before, behind, heads, groups, width)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -183,17 +263,15 @@ def _path(node: fx.Node, sites: Mapping[fx.Node, RefitSite], made: set[fx.Node])
     found, steps, todo = set[fx.Node](), set[fx.Node](), [node]
     while todo:
         current = todo.pop()
-        if current in sites:
+        if current in sites and sites[current].kind == "linear":
             found.add(current)
         elif current not in steps:
             steps.add(current)
             todo += [used for used in current.all_input_nodes if used in made]
     site = sites[found.pop()] if len(found) == 1 else None
-    if site is None or site.kind != "linear" or site.stream is not None:
+    if site is None or site.stream is not None:
         return None
-    return _Path(
-        site, steps | {user for step in (*steps, site.node) for user in step.users if op_name(user) in CHECKS}
-    )
+    return _Path(site, steps)
 
 
 def _symmetry(heads: Heads, spec: MergeSpec) -> Symmetry:
@@ -212,26 +290,12 @@ def _cut_into_heads(
     if numbers is None:
         return None
     own = numbers.unique_consecutive(dim=0)
-    first, count = int(own[0, 0]), own.numel()
-    if not torch.equal(own.flatten(), torch.arange(first, first + count)) or len(numbers) % len(own):
-        return None
-    label = _part(spec.output_label(path.site.weight, path.site.unit_axis), first, count, spec)
+    units = tuple(own.flatten().tolist())
+    label = None if len(numbers) % len(own) else part_of(path.site.label(spec), units, spec)
     if not label or not all(isinstance(factor, Factor) for factor in label):
         return None
-    whole = spec.length(label) == count == merged_length(label, alignment, spec)
-    return Heads(path.site, label, first, count) if whole else None
-
-
-def _part(label: AxisLabel, first: int, count: int, spec: MergeSpec) -> AxisLabel | None:
-    """The units of a stretch of an axis: the axis itself or a term of the direct sum that it is."""
-    if len(label) != 1 or not isinstance(label[0], Sum):
-        return label if first == 0 and spec.length(label) == count else None
-    start = 0
-    for term in label[0].terms:
-        if start == first:
-            return term if spec.length(term) == count else None
-        start += spec.length(term)
-    return None
+    whole = spec.length(label) == len(units) == merged_length(label, alignment, spec)
+    return Heads(path.site, label, units) if whole else None
 
 
 def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Node]) -> Tensor | None:
@@ -240,15 +304,23 @@ def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Nod
     A rotary embedding adds to every number, times a cosine, that of its partner, times a sine. None where that is not
     half a head away, or something else happens, or not the same at all positions.
     """
-    start = path.site.node
+    values = _numbers_on(path.site.node, {*path.steps, node}, program, made)
+    found = None if values is None else values[node]
+    if found is None or not (found == found[:1, :, :1]).all():
+        return None
+    return found[0, :, 0].long()
+
+
+def _numbers_on(
+    start: fx.Node, steps: Iterable[fx.Node], program: Program, made: set[fx.Node]
+) -> dict[fx.Node, Any] | None:
+    """Which output of a map is where in the values of some ops behind it; None where ops do more than move them."""
     shape = shape_of(start)
-    values: dict[fx.Node, Tensor] = {start: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
+    values: dict[fx.Node, Any] = {start: torch.arange(shape[-1], dtype=torch.int32).expand(shape)}
     partners = set[fx.Node]()  # values that are added to others
-    for step in sorted(path.steps, key=program.position.__getitem__):
+    for step in sorted(set(steps) - {start}, key=program.position.__getitem__):
         name = _name(step)
         known = [used for used in step.all_input_nodes if used in made]
-        if name in CHECKS:
-            continue
         if name not in ROTATING or any(used not in values for used in known):
             return None
         if name == "neg" or not partners.isdisjoint(known):
@@ -272,10 +344,13 @@ def _unit_numbers(node: fx.Node, path: _Path, program: Program, made: set[fx.Nod
         else:
             arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
             values[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
-    found = values[node]
-    if node in partners or not (found == found[:1, :, :1]).all():
-        return None
-    return found[0, :, 0].long()
+    return None if partners & values.keys() and not _added(partners, steps) else values
+
+
+def _added(partners: set[fx.Node], steps: Iterable[fx.Node]) -> bool:
+    """Whether all that is added to others is added to them by one of the steps."""
+    inside = set(steps)
+    return all(not inside.isdisjoint(partner.users) for partner in partners)
 
 
 def _name(node: fx.Node) -> str:
@@ -286,7 +361,7 @@ def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSit
     """The linear map that reads the heads side by side, and nothing else does; and the ops before it."""
     passed: list[fx.Node] = []
     while True:
-        users = [user for user in node.users if op_name(user) not in CHECKS]
+        users = list(node.users)
         if len(users) != 1:
             return None, ()
         node = users[0]

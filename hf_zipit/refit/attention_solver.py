@@ -53,6 +53,7 @@ from hf_zipit.refit.regression import SecondMoments, ridge
 from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
 from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.spec import product_key
 
 AGREED = 1e-3
@@ -324,7 +325,7 @@ class AttentionSolver:
         weight = self.fit.matrix(own.site)[own.rows]
         if not self._has_shift(own):
             return weight
-        return torch.cat([weight, self.fit.values.merged[own.site.bias][own.rows, None]], 1)  # type: ignore[index]
+        return torch.cat([weight, self.fit.bias(own.site)[own.rows, None]], 1)  # type: ignore[index]
 
     def _asked(self, b: int) -> tuple[Tensor, Tensor]:
         """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
@@ -343,8 +344,10 @@ class AttentionSolver:
         """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""
         x = self.fit.values.of(own.site.node.args[0], MERGED, b)
         slope, shift = (part.to(x) for part in self._affine(own, rows))
-        outputs = self.fit.matrix(own.site).shape[0]
-        return functional.pad(functional.linear(x, slope, shift), (own.rows.start, outputs - own.rows.stop))
+        made = functional.linear(x, slope, shift)
+        whole = made.new_zeros(*made.shape[:-1], self.fit.matrix(own.site).shape[0])
+        whole[..., own.rows] = made
+        return whole
 
     # Values and the output projection --------------------------------------------------------------------------------
 
@@ -413,11 +416,15 @@ class AttentionSolver:
             values.store.pop((node, "means", b))
             mixed = means @ torch.stack(list(mixes)).mT.to(means)
             more = count - len(mixes)  # heads of zeros behind the others
-            values.store[node, MERGED, b] = functional.pad(mixed, (0, 0, 0, 0, 0, more)) if more else mixed
+            mixed = functional.pad(mixed, (0, 0, 0, 0, 0, more)) if more else mixed
+            values.store[node, MERGED, b] = mixed.flatten(0, 1) if len(shape_of(node)) == 3 else mixed
 
     def _means(self, values: Tensor, b: int) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
-        node = self.attention.node
+        node, weights = self.attention.node, self.attention.weights
+        if weights is not None:
+            found = self.fit.values.peek(weights, b, {})
+            return found.reshape(*values.shape[:2], *found.shape[-2:]) @ values
         query, key = self._asked(b)
         # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
         more = max(0, values.shape[-1] - query.shape[-1])

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from hf_zipit.refit.positions import Picked, places
 from hf_zipit.refit.regression import SecondMoments
+from hf_zipit.refit.solvable import setting
 from hf_zipit.symmetry.ops import shape_of
 
 
@@ -39,36 +40,34 @@ def restored(slope: Tensor, shift: Tensor, moments: SecondMoments, eps: float) -
 
 
 def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
-    """What a convolution's kernel sees at some places of `[n, c, h, w]`: `[rows, c * kernel]`.
+    """What a convolution's kernel sees at some places of `[n, c, ...]`: `[rows, c * kernel]`.
 
-    `rows` are numbers among all its places, `n * height * width` of the output.
+    `rows` are numbers among all its places, `n * height * width` of the output. Of a convolution with groups all
+    channels are taken, each group's after the other.
     """
-    given = dict(zip(("stride", "padding", "dilation"), node.args[3:6], strict=False))
-    given |= {name: value for name, value in node.kwargs.items() if name in ("stride", "padding", "dilation")}
-    (down, right), (step_down, step_right) = (_both(given.get(name, 1)) for name in ("stride", "dilation"))
     kernel = weight.shape[2:]
-    seen = functional.pad(x, _padding(given.get("padding", 0), kernel, (step_down, step_right))).movedim(1, -1)
-    height, width = seen.shape[1:3]
-    sample, line, column = places((len(x), *shape_of(node)[2:]), rows, x.device)
-    corner = (sample * height + line * down) * width + column * right
-    lines, columns = (torch.arange(size, device=x.device) for size in kernel)
-    lines, columns = lines * step_down * width, columns * step_right
-    offsets = (lines[:, None] + columns).flatten()
-    return seen.flatten(0, 2)[corner[:, None] + offsets].mT.flatten(1)
+    stride, dilation = (_each(setting(node, place, name, 1), kernel) for place, name in ((3, "stride"), (5, "dilation")))
+    seen = functional.pad(x, _padding(setting(node, 4, "padding", 0), kernel, dilation)).movedim(1, -1)
+    sizes = seen.shape[1:-1]
+    corner, *lines = places((len(x), *shape_of(node)[2:]), rows, x.device)
+    offsets = torch.zeros(1, dtype=torch.long, device=x.device)
+    for size, line, step, length, gap in zip(sizes, lines, stride, kernel, dilation, strict=True):
+        corner = corner * size + line * step
+        offsets = (offsets[:, None] * size + torch.arange(length, device=x.device) * gap).flatten()
+    return seen.flatten(0, -2)[corner[:, None] + offsets].mT.flatten(1)
 
 
-def _both(setting: Any) -> tuple[int, int]:
-    """A setting of both axes, or of each."""
-    values = [setting] if isinstance(setting, int) else list(setting)
-    return values[0], values[-1]
+def _each(value: Any, kernel: Sequence[int]) -> list[int]:
+    """A setting of all axes, or of each."""
+    values = [value] if isinstance(value, int) else list(value)
+    return values if len(values) == len(kernel) else values * len(kernel)
 
 
-def _padding(setting: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+def _padding(value: Any, kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
     """Zeros before and after each axis, the last axis first."""
-    if isinstance(setting, str):
-        return same_padding(kernel, dilation) if setting == "same" else [0] * 4
-    lines, columns = _both(setting)
-    return [columns, columns, lines, lines]
+    if isinstance(value, str):
+        return same_padding(kernel, dilation) if value == "same" else [0] * 2 * len(kernel)
+    return [side for sides in reversed(_each(value, kernel)) for side in (sides, sides)]
 
 
 def same_padding(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:

@@ -39,7 +39,7 @@ class Targets:
 
     def label(self, site: RefitSite) -> AxisLabel:
         """The units of what a site puts out, of the residual stream where it writes into one."""
-        return self.spec.output_label(site.weight, site.unit_axis)
+        return site.label(self.spec)
 
     def of(self, site: RefitSite, b: int, rows: Picked | None = None) -> Tensor:
         """What a site should put out: its share of the experts' output, or what the residual stream still lacks.
@@ -49,12 +49,16 @@ class Targets:
         target = self.reached(site, b, rows)
         if site.stream is None or site.other is None:
             return target
-        other = self.values.of(site.other, MERGED, b)
+        other = self.summands(site, b)
         if rows is not None:
             shape = shape_of(site.stream)
-            shape[site.channel_axis] = -1
-            other = at_rows(other.expand(shape), site.channel_axis, rows)
+            shape[site.target_axis] = -1
+            other = at_rows(other.expand(shape), site.target_axis, rows)
         return target - other
+
+    def summands(self, site: RefitSite, b: int) -> Tensor:
+        """What the merged model adds to a writer's output to make the stream."""
+        return sum((self.values.of(node, MERGED, b) for node in site.more), self.values.of(site.other, MERGED, b))
 
     def reached(self, site: RefitSite, b: int, rows: Picked | None = None) -> Tensor:
         """What a site's output, or the stream that it writes into, should be; remembered until `forget`."""
@@ -62,8 +66,13 @@ class Targets:
         if key not in self.values.store or self._rows[key] is not rows:
             self._rows[key] = rows
             node = site.stream or site.output
-            self.values.store[key] = self.share(node, site.channel_axis, self.label(site), b, rows)
+            self.values.store[key] = self.share(node, site.target_axis, self.label(site), b, rows)
         return self.values.store[key]
+
+    def know(self, site: RefitSite, b: int, rows: Picked, value: Tensor) -> None:
+        """Remember what a site's output should be, where that is no share of what the experts put out there."""
+        self.values.store[site, "target", b] = value
+        self._rows[site, "target", b] = rows
 
     def forget(self, site: RefitSite) -> None:
         """Of a site that is done."""
@@ -73,13 +82,25 @@ class Targets:
 
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
+        found = [self.values.of(node, t, b) for t in self.values.experts]
+        return self.share_of(found, axis, label, b, rows, _normed_next(node))
+
+    def share_of(
+        self,
+        found: Sequence[Tensor],
+        axis: int,
+        label: AxisLabel,
+        b: int,
+        rows: Picked | None = None,
+        normed: bool = False,
+    ) -> Tensor:
+        """The same of values that are given; `normed`: a norm alone reads them, so that only directions matter."""
         total: Tensor | None = None
         units = axis if rows is None else -1
         task = self.values.batches[b].task
         weights = self.weights(task)
-        found = (self.values.store[node, t, b] for t in self.values.experts)
         found = [y if rows is None else at_rows(y, axis, rows) for y in found]
-        if axis == -1 and _normed_next(node):
+        if axis == -1 and normed:
             found = with_one_deviation(found, weights)
         for t, (y, weight) in enumerate(zip(found, weights, strict=True)):
             y = self._in_merged_units(y, units, label, t)
@@ -125,6 +146,15 @@ class Targets:
             scale = held.mean(0) / (torch.tensor(self.weights(task)) @ held).clamp_min(1e-12)
             self._scales[label, task] = None if bool((held == 1).all()) else scale
         return self._scales[label, task]
+
+
+COSTLY = 2**29
+"""About so many products for every row are what a grouped convolution's moments may take: 2 rows an input at least."""
+
+
+def most_rows(site: RefitSite, inputs: int) -> int | None:
+    """The most rows per input of a regression, where there are many of them side by side; None where all count."""
+    return None if site.groups == 1 else max(COSTLY // (inputs**2 * site.groups), 2)
 
 
 FAINT = 1e-3
@@ -193,27 +223,45 @@ class Fit:
         shape = list(self.values.merged[site.weight].shape)
         outputs = shape.pop(site.unit_axis)
         inputs = prod(shape) if site.kind in ("linear", "conv") else outputs
-        return self.rows.pick(shape_of(site.stream or site.output), b, site.channel_axis, inputs)
+        return self.rows.pick(shape_of(site.stream or site.output), b, site.target_axis, inputs, most_rows(site, inputs))
 
     def matrix(self, site: RefitSite, who: int = MERGED) -> Tensor:
         """A linear map's weight `[outputs, inputs]`, of the merged model or of an expert, its scale included."""
         weight = self.values.tensors[who][site.weight]
-        weight = weight.mT if site.turned else weight
+        weight = (weight.mT if site.turned else weight)[site.rows]
         return weight if site.scale is None else (weight.mT * scale_of(site, self.values, who)).mT
+
+    def bias(self, site: RefitSite, who: int = MERGED) -> Tensor | None:
+        """What a linear map or a convolution adds, its scale left out; None if it has no bias."""
+        return None if site.bias is None else self.values.tensors[who][site.bias][site.rows]
+
+    def outputs(self, site: RefitSite) -> int:
+        """How many units the merged model puts out at a site."""
+        return self.values.merged[site.weight].shape[site.unit_axis] if site.part is None else site.part[1]
 
     def input_label(self, site: RefitSite) -> AxisLabel:
         """The units of a linear map's input."""
         return self.spec.axes[site.weight][site.input_axis]
 
-    def write(self, site: RefitSite, weight: Tensor, bias: Tensor | None = None, rows: slice | None = None) -> None:
+    def write(
+        self, site: RefitSite, weight: Tensor, bias: Tensor | None = None, rows: slice | Tensor | None = None
+    ) -> None:
         """Put a solution into the merged model, of some of a linear map's outputs where `rows` says which.
 
         Where a site has no bias, none is written. What its output is multiplied by later is taken out.
         """
         tensors = self.values.merged
+        if site.part is not None:
+            inside = torch.arange(*site.rows.indices(1 << 60))
+            rows = inside if rows is None else inside[rows]
         if site.scale is not None:
             scale = torch.as_tensor(scale_of(site, self.values, MERGED)).to(weight)
             weight, bias = (weight.mT / scale).mT, None if bias is None else bias / scale
+        if site.length is not None:
+            lengths = tensors[site.length]
+            over = [axis for axis, size in enumerate(lengths.shape) if size == 1]
+            directions = weight.reshape(tensors[site.weight].shape)
+            tensors[site.length] = directions.square().sum(over, keepdim=True).sqrt().to(lengths)
         for name, solution in ((site.weight, weight), (site.bias, bias)):
             if name is not None and solution is not None:
                 turned = site.turned and name == site.weight
@@ -243,13 +291,13 @@ def squared_errors(fit: Fit, site: RefitSite) -> tuple[Tensor, Tensor]:
         The weighted squared error and the weighted squared deviation of the target from its mean, both `[T + 1]`: for
         samples of each task and, last, of unknown ones. For a writer into a residual stream, those of the stream.
     """
-    width = fit.values.merged[site.weight].shape[site.unit_axis]
+    width = fit.outputs(site)
     sums = fit.zeros(len(fit.tasks) + 1, width + 3)
     for b, batch in enumerate(fit.values.batches):
         made = _made(fit, site, b)
         rows, weight = fit.pick(site, b)
         y = fit.targets.reached(site, b, rows)
-        off = at_rows(made, site.channel_axis, rows) - y
+        off = at_rows(made, site.target_axis, rows) - y
         squares = [torch.linalg.vector_norm(part, dim=1).square() for part in (off, y)]
         scalars = torch.stack([weight * part for part in (*squares, torch.ones_like(weight))]).to(sums).sum(1)
         task = len(fit.tasks) if batch.task is None else batch.task
@@ -267,4 +315,6 @@ def _made(fit: Fit, site: RefitSite, b: int) -> Tensor:
         return made
     if site.scale is not None:
         made = made * scale_of(site, fit.values, MERGED)
-    return made + fit.values.of(site.other, MERGED, b)
+    if site.stream_axis is not None:
+        made = made.movedim(site.channel_axis, site.stream_axis)
+    return made + fit.targets.summands(site, b)

@@ -27,9 +27,11 @@ from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments
-from hf_zipit.refit.solvable import Mlp, RefitSite
+from hf_zipit.refit.mlps import Mlp
+from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, solve, written
 from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.spec import products
 
 AGREED = 1e-3
 """Pairs that leave no more than this fraction of what the stream lacks are kept,"""
@@ -53,7 +55,8 @@ class Candidates:
     """Units that a merged layer may have.
 
     Attributes:
-        maps: by writer the candidates' weights `[candidates, inputs]` and biases `[candidates]`, float64.
+        maps: by writer the candidates' weights `[pieces, candidates, inputs]` and biases `[pieces, candidates]`, float64;
+            a fused map has several pieces, a gate and what it gates.
         columns: what the output projection starts from, `[outputs, candidates]`.
         pairs: how many of them, the first ones, are the alignment's.
     """
@@ -83,7 +86,7 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
             solve(fit, site)
         return False
     for site, (weight, bias) in candidates.maps.items():
-        fit.write(site, weight[chosen], bias[chosen])
+        fit.write(site, weight[:, chosen].flatten(0, 1), bias[:, chosen].flatten())
     fit.write(mlp.reader, candidates.columns[:, chosen])
     fit.values.run_again([site.node for site in mlp.writers], mlp.at)
     return True
@@ -95,11 +98,14 @@ def _candidates(fit: Fit, mlp: Mlp) -> Candidates:
     _, inputs = regress_inputs(fit, mlp.input, units, all(site.bias for site in mlp.writers))
     maps = {}
     for site in mlp.writers:
-        own = [written(fit, site, t, *inputs[t]) for t in experts]
-        label = fit.targets.label(site)
-        merged = [[features_to_merged(part, 0, label, fit.alignment, spec, t) for part in own[t]] for t in experts]
+        label, *others = products(fit.targets.label(site))
+        pieces = (1 + len(others), -1)
+        own = [[part.unflatten(0, pieces) for part in written(fit, site, t, *inputs[t])] for t in experts]
+        merged = [[features_to_merged(part, 1, label, fit.alignment, spec, t) for part in own[t]] for t in experts]
         pairs = [torch.stack(parts).mean(0) for parts in zip(*merged, strict=True)]
-        weight, bias = (torch.cat([pair, *parts]) for pair, parts in zip(pairs, zip(*own, strict=True), strict=True))
+        weight, bias = (
+            torch.cat([pair, *parts], 1) for pair, parts in zip(pairs, zip(*own, strict=True), strict=True)
+        )
         maps[site] = weight, bias if site.bias else torch.zeros_like(bias)
     label = fit.targets.label(mlp.reader)
     columns = [fit.matrix(mlp.reader)]
@@ -127,7 +133,8 @@ def _activations(fit: Fit, mlp: Mlp, candidates: Candidates, x: Tensor, b: int) 
     """What candidates put out on rows of the merged model's input: every op between works unit by unit."""
     values, program = fit.values, fit.values.program
     known: dict[fx.Node, Tensor] = {
-        site.node: functional.linear(x, weight.to(x), bias.to(x)) for site, (weight, bias) in candidates.maps.items()
+        site.node: functional.linear(x, weight.flatten(0, 1).to(x), bias.flatten().to(x))
+        for site, (weight, bias) in candidates.maps.items()
     }
     for node in mlp.between:
         known[node] = program.run(

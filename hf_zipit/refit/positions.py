@@ -74,7 +74,7 @@ NEARLY_ALL = 4 / 3
 
 def at_rows(value: Tensor, channel_axis: int, rows: Picked) -> Tensor:
     """Some rows of a value, `[rows, units]`."""
-    value = value.movedim(channel_axis, -1)
+    value = value.movedim(channel_axis, -1) if value.dim() > 1 else value[None]
     if channel_axis == -1 or isinstance(rows, slice):
         return value.flatten(0, -2)[rows]
     return value[places(value.shape[:-1], rows, value.device)]  # without a copy of all of it

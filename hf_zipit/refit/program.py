@@ -23,6 +23,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
+from hf_zipit.refit.rewrites import rewrite
 from hf_zipit.symmetry.interpreter import tied_names
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.ops import is_in_place, is_within, module_stack, op_name
@@ -31,10 +32,6 @@ from hf_zipit.symmetry.trace import export
 
 VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow"}
 """Ops whose result shares memory with their input, so that writing into it writes into the input."""
-
-
-FLAT = {"view", "reshape"}
-"""Ops that make rows of positions, and positions of rows."""
 
 
 @dataclass(frozen=True)
@@ -82,42 +79,67 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     output = next(node for node in exported.graph.nodes if node.op == "output")
-    linear_maps_of_rows(exported.graph)
+    rewrite(exported.graph)
+    fixed = {name: exported.constants[constant] for name, constant in constants.items()}
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
+    nodes = known_beforehand(nodes, fixed)
     _read_what_was_written(nodes)
     return ForwardPass(
         nodes,
         {name: tensor.removeprefix("model.") for name, tensor in named.items()},
-        {name: exported.constants[constant] for name, constant in constants.items()},
+        fixed,
         dict(zip(list(exported.call_spec.out_spec.context), output.args[0], strict=True)),
         exported.graph_module,
     )
 
 
-def turned_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A linear map whose weight is `[inputs, outputs]`."""
-    return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+@dataclass(frozen=True, eq=False)
+class Known:
+    """An op that puts out what it always does."""
+
+    value: Any
+
+    def __call__(self) -> Any:
+        return self.value
+
+    def __eq__(self, other: object) -> bool:
+        same = torch.equal if isinstance(self.value, Tensor) else operator.eq
+        return isinstance(other, Known) and type(self.value) is type(other.value) and same(self.value, other.value)
+
+    def __hash__(self) -> int:
+        return hash(type(self.value))
 
 
-def linear_maps_of_rows(graph: fx.Graph) -> None:
-    """`view(addmm(bias, view(x, [-1, d]), weight), [..., k])`, transformers' Conv1D, is one op: `turned_linear`."""
-    for node in list(graph.nodes):
-        rows = node.args[1] if node.op == "call_function" and op_name(node) == "addmm" and not node.kwargs else None
-        whole = next(iter(node.users), None)
-        if not isinstance(rows, fx.Node) or op_name(rows) not in FLAT or whole is None or len(node.users) != 1:
+@torch.no_grad()
+def known_beforehand(nodes: list[fx.Node], constants: Mapping[str, Tensor]) -> list[fx.Node]:
+    """The nodes but for those that neither inputs nor weights have a part in, where these write into parts of others.
+
+    A class that makes an index of relative positions writes it piece by piece. What other nodes read of it becomes
+    `Known`, as it is when the first of them does.
+    """
+    alone = set[fx.Node]()
+    for node in nodes:
+        if node.op == "call_function" and all(x in alone or x.name in constants for x in node.all_input_nodes):
+            alone.add(node)
+    if not any(is_in_place(node) and op_name(node.args[0]) in VIEWS for node in alone):  # type: ignore[arg-type]
+        return nodes
+    values: dict[fx.Node, Any] = {}
+    kept = list[fx.Node]()
+    for node in nodes:
+        if node in alone:
+            args, kwargs = fx.map_arg(
+                (node.args, node.kwargs), lambda x: values[x] if x in values else constants[x.name].clone()
+            )
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             continue
-        bias, _, weight = node.args
-        x = rows.args[0]
-        before, flat, made, after = (list(value.meta["val"].shape) for value in (x, rows, node, whole))
-        if op_name(whole) not in FLAT or after != [*before[:-1], made[-1]] or before[-1:] != flat[1:]:
-            continue
-        with graph.inserting_before(node):
-            linear = graph.call_function(turned_linear, (x, weight, bias))
-        linear.meta = {**node.meta, "val": whole.meta["val"]}
-        whole.replace_all_uses_with(linear)
-        for old in (whole, node, rows):
-            if not old.users:
-                graph.erase_node(old)
+        for used in node.all_input_nodes:
+            if used in values and used not in kept:
+                value = values[used]
+                used.target = Known(value.clone() if isinstance(value, Tensor) else value)
+                used.args, used.kwargs = (), {}
+                kept.append(used)
+        kept.append(node)
+    return kept
 
 
 def _read_what_was_written(nodes: list[fx.Node]) -> None:
@@ -172,6 +194,7 @@ class Program:
     Attributes:
         nodes: the ops in the order they run; `position` is each one's place in it.
         tensors: by graph input the name of the parameter or buffer that it is.
+        tied: by name of a tied tensor the one that it goes by here.
         last_use: by node the position of the last op that reads it.
         outputs: by output field the node that makes it.
     """
@@ -192,12 +215,12 @@ class Program:
         self._device = torch.device(device)
         self._constants = {name: tensor.to(device) for name, tensor in self._forward.constants.items()}
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
-        names = {
+        self.tied = {
             other: next((name for name in group if name in trunk), other)
             for group in tied_names(model)
             for other in group
         }
-        self.tensors = {name: names.get(tensor, tensor) for name, tensor in self._forward.tensors.items()}
+        self.tensors = {name: self.tied.get(tensor, tensor) for name, tensor in self._forward.tensors.items()}
         self.nodes = self._forward.nodes
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self.last_use = {
@@ -237,6 +260,8 @@ class Program:
         merged: bool = False,
     ) -> Any:
         """The value of one node. `lookup` gives the values of earlier nodes; `merged`: with the sizes adopted."""
+        if node.op == "placeholder":
+            return self.value_of(node, tensors, inputs)
         if node.op == "get_attr":
             found = getattr(self._forward.module, str(node.target))
             return found.to(self._device) if isinstance(found, Tensor) else found
@@ -255,7 +280,32 @@ class Program:
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
-        return out_of_place(node.target)(*arguments, **keywords)
+        found = out_of_place(node.target)(*arguments, **keywords)
+        return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
+
+    def made_of_weights(self, node: fx.Node) -> list[fx.Node]:
+        """The ops before a node that no input has a part in: they make its weights, in the order they run."""
+        found, todo = set[fx.Node](), list(node.all_input_nodes)
+        while todo:
+            current = todo.pop()
+            if current in self.position and current not in found and self._is_made_of_weights(current):
+                found.add(current)
+                todo += current.all_input_nodes
+        return sorted(found, key=self.position.__getitem__)
+
+    def _is_made_of_weights(self, node: fx.Node) -> bool:
+        if node.op == "placeholder":
+            return node.name in self.tensors
+        used = node.all_input_nodes
+        return node.op == "call_function" and bool(used) and all(map(self._is_made_of_weights, used))
+
+    def value_of(self, node: fx.Node, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
+        """What a node gives, computed from the model's inputs alone."""
+        if node.op == "placeholder":
+            if node.name in self.tensors:
+                return tensors[self.tensors[node.name]]
+            return self._constants[node.name] if node.name in self._constants else inputs.get(node.name)
+        return self.run(node, lambda used: self.value_of(used, tensors, inputs), tensors, inputs)
 
     def value_read_by(self, module: str, rank: int) -> fx.Node | None:
         """The first tensor of at least `rank` axes that enters a module from outside."""

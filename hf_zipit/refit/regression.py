@@ -174,6 +174,31 @@ def ridge(moments: SecondMoments, prior: Tensor, strength: float, intercept: boo
     return start + change, (mean_y - change @ mean_x) if intercept else torch.zeros_like(mean_y)
 
 
+class GroupedGram:
+    """Sums for many small regressions side by side, each of its own inputs; all in float64, of what a start leaves."""
+
+    def __init__(self, start: Tensor, device: torch.device) -> None:
+        """`start`: the first solutions, slopes `[groups, k, d]`."""
+        self.start = start.to(device, torch.float64)
+        groups, k, d = start.shape
+        sizes = ((groups, d, d), (groups, d, k), (groups, d), (groups, k), ())
+        self.sums = [torch.zeros(size, dtype=torch.float64, device=device) for size in sizes]
+
+    def add(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Add rows: x `[rows, groups, d]`, y `[rows, groups, k]`, weight `[rows]`."""
+        x, y = x.to(self.start).movedim(1, 0), y.to(self.start).movedim(1, 0)
+        y = y - x @ self.start.mT
+        scaled = x * weight.to(x)[:, None]
+        parts = (scaled.mT @ x, scaled.mT @ y, scaled.sum(1), (y * weight.to(y)[:, None]).sum(1), weight.to(x).sum())
+        for total, part in zip(self.sums, parts, strict=True):
+            total += part
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor] = lambda x: x) -> list[SecondMoments]:
+        """The moments of every group."""
+        *sums, n = map(all_reduce, self.sums)
+        return [SecondMoments(*own, n, start) for *own, start in zip(*sums, self.start, strict=True)]
+
+
 @dataclass
 class ChannelSums:
     """Weighted first and second moments of inputs and targets channel by channel, `[d]` each, float64."""
@@ -191,10 +216,17 @@ class ChannelSums:
         self.sums += torch.stack([(w * part).to(self.sums).sum(0) for part in parts])
 
 
-def scale_and_shift(channels: ChannelSums, prior: Tensor, strength: float) -> tuple[Tensor, Tensor]:
-    """Per channel the scale and shift `[d]` that best map x to y, with a penalty on the distance from `prior`."""
+def scale_and_shift(
+    channels: ChannelSums, prior: Tensor, strength: float, intercept: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Per channel the scale and shift `[d]` that best map x to y, with a penalty on the distance from `prior`.
+
+    The shift is zero where there is no `intercept`.
+    """
     n, x, y, xx, xy = channels.sums
     n = n.clamp_min(1e-12)
+    if not intercept:
+        x, y = torch.zeros_like(x), torch.zeros_like(y)
     variance = (xx / n - (x / n).square()).clamp_min(0)
     covariance = xy / n - x * y / n.square()
     penalty = strength * variance.mean().clamp_min(1e-12)

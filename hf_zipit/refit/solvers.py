@@ -8,7 +8,7 @@ that is the regression on its logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -21,8 +21,8 @@ from hf_zipit.refit.convolution import folded, patches, restored
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.regression import ChannelSums, SecondMoments, ridge, scale_and_shift
-from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.regression import ChannelSums, GroupedGram, SecondMoments, ridge, scale_and_shift
+from hf_zipit.refit.solvable import RefitSite, setting
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import AxisLabel
 
@@ -42,24 +42,53 @@ def solve_linear(fit: Fit, site: RefitSite) -> None:
     fit.write(site, *ridge(gram.reduce(fit.all_reduce), weight, fit.config.ridge, site.bias is not None))
 
 
+BATCHED = 2**24
+"""Of a grouped convolution's moments about so many numbers are held at once."""
+
+
 def solve_conv(fit: Fit, site: RefitSite) -> None:
+    """Of one with groups every group is a regression of its own."""
     merged = fit.values.merged
-    weight, bias = merged[site.weight], merged[site.bias] if site.bias else None
-    flat, names = weight.flatten(1), norm_names(fit, site)
+    weight, names = merged[site.weight], norm_names(fit, site)
+    bias = merged[site.bias] if site.bias else None
+    if site.length is not None:  # the directions have lengths of their own
+        lengths = merged[site.length]
+        over = [axis for axis, size in enumerate(lengths.shape) if size == 1]
+        weight = weight * (lengths / weight.square().sum(over, keepdim=True).sqrt().clamp_min(1e-30))
     norm = {role: merged[name] for role, name in names.items()}
     eps = float(site.norm.args[7]) if site.norm is not None else None  # type: ignore[arg-type]
-    prior, _ = folded(flat, bias, norm | {"eps": eps} if eps is not None else None)
-    gram = fit.gram(prior)
+    flat, _ = folded(weight.flatten(1), bias, norm | {"eps": eps} if eps is not None else None)
+    prior = flat.unflatten(0, (site.groups, -1))
+    intercept = site.bias is not None or site.norm is not None
+    moments = []
+    for first in range(0, site.groups, at_once := max(1, BATCHED // prior.shape[2] ** 2)):
+        moments += _moments_of_groups(fit, site, weight, prior[first : first + at_once], first)
+    found = [ridge(own, start, fit.config.ridge, intercept) for own, start in zip(moments, prior, strict=True)]
+    slope, shift = (torch.cat(parts) for parts in zip(*found, strict=True))
+    fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
+    if eps is not None:
+        norms = [restored(*own, sums, eps) for own, sums in zip(found, moments, strict=True)]
+        for role, name in names.items():
+            merged[name] = torch.cat([own[role] for own in norms]).to(weight)
+
+
+def _moments_of_groups(
+    fit: Fit, site: RefitSite, weight: Tensor, prior: Tensor, first: int
+) -> Sequence[SecondMoments]:
+    """The moments of some of a convolution's groups, that start from slopes `[groups, k, d]`."""
+    count, each, _ = prior.shape
+    gram = fit.gram(prior[0]) if site.groups == 1 else GroupedGram(prior, fit.home)
+    channels = slice(first * weight.shape[1], (first + count) * weight.shape[1])
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
-        gram.add(patches(x, weight, site.node, rows), fit.targets.of(site, b, rows), picked)
-    moments = gram.reduce(fit.all_reduce)
-    slope, shift = ridge(moments, prior, fit.config.ridge, site.bias is not None or site.norm is not None)
-    fit.write(site, slope, shift if eps is None else torch.zeros_like(shift))
-    if eps is not None:
-        for role, value in restored(slope, shift, moments, eps).items():
-            merged[names[role]] = value.to(weight)
+        seen, y = patches(x[:, channels], weight, site.node, rows), fit.targets.of(site, b, rows)
+        if site.groups > 1:
+            seen = seen.unflatten(1, (count, -1))
+            y = y[:, first * each : (first + count) * each].unflatten(1, (count, -1))
+        gram.add(seen, y, picked)
+    found = gram.reduce(fit.all_reduce)
+    return [found] if isinstance(found, SecondMoments) else found
 
 
 def norm_names(fit: Fit, site: RefitSite) -> dict[str, str]:
@@ -79,7 +108,7 @@ def solve_embedding(fit: Fit, site: RefitSite) -> None:
     table = fit.values.merged[site.weight]
     total, count = fit.zeros(*table.shape), fit.zeros(len(table))
     for b in range(len(fit.values.batches)):
-        indices = fit.values.of(site.node.args[1], MERGED, b)
+        indices = fit.values.of(site.looked_up, MERGED, b)
         y = fit.targets.of(site, b)
         indices = indices.expand(y.shape[:-1]).reshape(-1).to(total.device)
         weight = fit.rows.weights(y.shape, b, -1)
@@ -91,16 +120,51 @@ def solve_embedding(fit: Fit, site: RefitSite) -> None:
 
 
 def solve_norm(fit: Fit, site: RefitSite) -> None:
+    """The affine part of a layer norm or a group norm, or a gain: unit by unit."""
     scale = fit.values.merged[site.weight]
     channels = ChannelSums.empty(len(scale), fit.home)
     for b in range(len(fit.values.batches)):
-        x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
-        eps = float(site.node.args[4])  # type: ignore[arg-type]
-        normed = functional.layer_norm(at_rows(x, -1, rows), scale.shape, eps=eps)
-        channels.add(normed, fit.targets.of(site, b, rows), picked)
+        x = at_rows(_before_scale(fit, site, b), site.channel_axis, rows)
+        channels.add(x, fit.targets.of(site, b, rows), picked)
     channels.sums = fit.all_reduce(channels.sums)
-    fit.write(site, *scale_and_shift(channels, scale, fit.config.ridge))
+    found, shift = scale_and_shift(channels, scale + site.constant, fit.config.ridge, site.bias is not None)
+    fit.write(site, found - site.constant, shift)
+
+
+def _before_scale(fit: Fit, site: RefitSite, b: int) -> Tensor:
+    """What a norm's scale, or a gain, is multiplied by."""
+    node = site.node
+    if site.kind == "gain":
+        (factor,) = (x for x in node.args if isinstance(x, fx.Node) and _is_computed(fit, x, site))
+        return fit.values.of(factor, MERGED, b)
+    x = fit.values.of(node.args[0], MERGED, b)
+    return normed(x, site)
+
+
+def normed(x: Tensor, site: RefitSite) -> Tensor:
+    """What a layer norm or a group norm makes of a value before its affine part."""
+    eps = float(setting(site.node, 4, "eps", 1e-5))
+    if site.kind == "group_norm":
+        return functional.group_norm(x, site.node.args[1], eps=eps)  # type: ignore[arg-type]
+    return functional.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def _is_computed(fit: Fit, node: fx.Node, site: RefitSite) -> bool:
+    """Whether a factor is not the gain itself, or what it is made into."""
+    while node.op == "call_function" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    return fit.values.program.tensor_of(node) != site.weight
+
+
+def solve_table(fit: Fit, site: RefitSite) -> None:
+    """A parameter that no input has a part in: the mean of its targets."""
+    total, count = fit.zeros(*fit.values.merged[site.weight].shape), fit.zeros()
+    for b, batch in enumerate(fit.values.batches):
+        total += fit.targets.of(site, b).to(total) * batch.real
+        count += batch.real
+    fit.targets.forget(site)
+    fit.write(site, fit.all_reduce(total) / fit.all_reduce(count))
 
 
 def solve_offset(fit: Fit, site: RefitSite) -> None:
@@ -138,15 +202,15 @@ def regress_inputs(
 
 
 def written(
-    fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor, rows: slice = slice(None)
+    fit: Fit, site: RefitSite, expert: int, slope: Tensor, shift: Tensor, rows: slice | Tensor = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """What an expert's weights, or some rows of them, make of its input, where that is a linear map of the merged
     model's.
     """
     weight = fit.matrix(site, expert)[rows].to(slope)
     constant = weight @ shift
-    bias = None if site.bias is None else fit.values.tensors[expert][site.bias][rows].to(constant)
-    return weight @ slope, constant if bias is None else constant + bias
+    bias = fit.bias(site, expert)
+    return weight @ slope, constant if bias is None else constant + bias[rows].to(constant)
 
 
 SOLVERS: dict[str, Callable[[Fit, RefitSite], None]] = {
@@ -154,6 +218,9 @@ SOLVERS: dict[str, Callable[[Fit, RefitSite], None]] = {
     "conv": solve_conv,
     "embedding": solve_embedding,
     "norm": solve_norm,
+    "group_norm": solve_norm,
+    "gain": solve_norm,
+    "table": solve_table,
     "offset": solve_offset,
 }
 """By `RefitSite.kind`."""

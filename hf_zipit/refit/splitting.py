@@ -174,8 +174,9 @@ def _half_empty_heads(
             kept = list(range(split.width)) if own is layer.value or not pairs else pair_units(pairs, layer.width)
             order = [*kept, *(unit for unit in range(layer.width) if unit not in set(kept))]
             for whole, cut in zip(_rows(own.site, found), _rows(own.site, narrow), strict=True):
-                heads = whole[own.rows].unflatten(0, (-1, layer.width))
+                heads = whole[own.rows].clone().unflatten(0, (-1, layer.width))
                 heads[:, order[split.width :]] = 0
+                whole[own.rows] = heads.flatten(0, 1)
                 rows = heads[:, order].flatten(0, 1)
                 cut[own.rows] = _side_by_side(rows, layer, split.width) * split.scale if own is layer.query else rows
         weight = _rows(layer.output, narrow)[0].mT
@@ -186,7 +187,8 @@ def _half_empty_heads(
 def _rows(site: RefitSite, tensors: Mapping[str, Tensor]) -> list[Tensor]:
     """Views of a linear map's weight `[outputs, inputs]` and its bias, if there is one."""
     weight = tensors[site.weight]
-    return [weight.mT if site.turned else weight, *([] if site.bias is None else [tensors[site.bias]])]
+    parts = [weight.mT if site.turned else weight, *([] if site.bias is None else [tensors[site.bias]])]
+    return [part[site.rows] for part in parts]
 
 
 def _side_by_side(rows: Tensor, layer: Attention, dim: int) -> Tensor:

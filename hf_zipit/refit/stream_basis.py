@@ -180,6 +180,10 @@ class StreamValue:
     scale: str | None = None
 
 
+NO_WRITERS = {"norm", "gain", "table", "routed"}
+"""Kinds of sites that put out units of a stream, but not the stream."""
+
+
 def stream_values(
     streams: Mapping[str, Stream], program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, cut: Cut
 ) -> Iterator[StreamValue]:
@@ -191,13 +195,13 @@ def stream_values(
         if len(entry.key) == 1 and entry.key[0] in streams:
             yield StreamValue(node, entry.key[0], entry.axis)
     for site in sites.values():
-        key = product_key(spec.output_label(site.weight, site.unit_axis))
+        key = product_key(site.label(spec))
         if len(key) != 1 or key[0] not in streams:
             continue
         if streams[key[0]].readers and site.kind == "norm":
             yield StreamValue(site.node, key[0], site.channel_axis, site.weight)
-        elif not streams[key[0]].readers and site.kind != "norm":
-            yield StreamValue(site.stream or site.output, key[0], site.channel_axis)
+        elif not streams[key[0]].readers and site.kind not in NO_WRITERS:
+            yield StreamValue(site.stream or site.output, key[0], site.target_axis)
 
 
 def values_of(

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, count
 
 import torch
 from torch import Tensor, fx, nn
@@ -36,7 +37,11 @@ from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.solvable import RefitSite, find_mlps, find_sites
+from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
+from hf_zipit.refit.mlps import find_mlps
+from hf_zipit.refit.shared import KINDS as SHARED
+from hf_zipit.refit.shared import solve_shared
+from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites, knows_its_units
 from hf_zipit.refit.solvers import Readouts, find_readouts, norm_names, solve, solve_readout
 from hf_zipit.refit.splitting import SplitHeads, find_splits
 from hf_zipit.refit.values import MERGED, Values
@@ -99,7 +104,17 @@ class Walk:
         if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
             wide = export(resized_copy(model, merged_shapes(spec, alignment), {}))
             self.program.adopt(self.program.arguments_in(wide))
-        self.sites = find_sites(self.program, cut.trunk, spec.head)
+        sites = find_sites(self.program, cut.trunk, spec.head)
+        self.sites = {node: site for node, site in sites.items() if knows_its_units(site, spec)}
+        self.shared = [
+            places
+            for places in find_shared(self.program, cut.trunk, spec.head)
+            if {site.kind for site in places} in SHARED and all(knows_its_units(site, spec) for site in places)
+        ]
+        mixtures = list(find_mixtures(self.program, self.sites))
+        self.in_mixtures = {mixture.writer.node: (mixture, solve_hidden) for mixture in mixtures}
+        self.in_mixtures |= {mixture.reader.node: (mixture, solve_outputs) for mixture in mixtures}
+        self.sites = {n: site for n, site in self.sites.items() if site.kind != "routed" or n in self.in_mixtures}
         self.readouts = find_readouts(self.program, cut)
         self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.sites}
@@ -131,23 +146,35 @@ class Walk:
     def run(self) -> Refitted:
         """Walk to the last node that the trunk or a readout needs."""
         values, position = self.fit.values, self.program.position
-        reached = [position[site.stream or site.output] for site in self.sites.values()]
+        reached = [self._aims_at(site) for site in self.sites.values()]
+        reached += [position[site.output] for places in self.shared for site in places]
         reached += [position[node] for node in self.readouts.values()]
         solved_as_a_whole, expiring = self._in_attention_layers(), self._expiring()
         made_by = {site.output: site for site in self.sites.values() if site.node not in self.in_attention}
+        shared = {site.output: site for places in self.shared for site in places}
+        made_by |= shared
         solved: Readouts = {}
         with values.store, self._bar() as bar:
+            solve_shared(self.fit, self.shared)
             for i, node in enumerate(self.program.nodes[: max(reached, default=-1) + 1]):
                 self._advance_experts(i)
                 site = self.sites.get(node) if node not in self.in_attention else None
                 if site is not None:
-                    self._advance_experts(position[site.stream or site.output])
+                    self._advance_experts(self._aims_at(site))
                     if node in self.mlps:
                         self._choose_units(node)
+                    elif node in self.in_mixtures:
+                        mixture, solve_part = self.in_mixtures[node]
+                        self._advance_experts(position[mixture.stream or mixture.reader.node])
+                        solve_part(self.fit, mixture)
                     elif node not in self.behind_attention | self.in_mlp:
                         solve(self.fit, site)
+                    for made in self.program.made_of_weights(node):
+                        values.compute(made, MERGED)
                 elif node in self.attention:
                     self._solve_attention(node)
+                elif node in shared:
+                    self._advance_experts(self._aims_at(shared[node]))
                 if node not in solved_as_a_whole:
                     values.compute(node, MERGED)
                 for entry, source in self.readouts.items():
@@ -159,10 +186,15 @@ class Walk:
                     bar.update()
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
-        tensors = {name: values.solved[name] for name in self.cut.trunk}
-        reparametrised = frozenset(self.sites[node].weight for node in self.in_attention | self.chosen)
+        tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
+        reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
+        reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_cuts, reparametrised, report, peak_bytes=values.store.peak)
+        return Refitted(tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak)
+
+    def _aims_at(self, site: RefitSite) -> int:
+        """The position of what a site aims at; of a table, that of the op that reads it."""
+        return self.program.position.get(site.stream or site.output, self.program.position[site.node])
 
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
@@ -192,7 +224,7 @@ class Walk:
         """By position the nodes whose values no op reads after it."""
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for layer in self.attention.values():
-            for node in (used for op in layer.ops for used in (op, *op.all_input_nodes)):
+            for node in (used for op in (*layer.ops, layer.value.site.node) for used in (op, *op.all_input_nodes)):
                 if node in last:
                     last[node] = max(last[node], self.program.position[layer.node])
         for mlp in self.mlps.values():
@@ -214,14 +246,17 @@ class Walk:
         """Keep a site's relative error on every task's samples for the report; returns their mean."""
         found = relative_errors(self.fit, site)
         self.fit.targets.forget(site)
-        self.errors[site.module if site.module not in self.errors else site.weight] = found
+        names = chain((site.module, site.weight), (f"{site.module} at place {n}" for n in count(2)))
+        self.errors[next(name for name in names if name not in self.errors)] = found
         return sum(found.values()) / max(len(found), 1)
 
     def _untouched(self) -> tuple[str, ...]:
         """Tensors of the trunk that have no site and keep their combined values."""
         solved = set()
-        for site in self.sites.values():
-            solved |= {site.weight, site.bias, *norm_names(self.fit, site).values()}
+        for site in (*self.sites.values(), *(site for places in self.shared for site in places)):
+            solved |= {site.weight, site.bias, site.length, *norm_names(self.fit, site).values()}
+            solved.add(self.program.tensor_of(site.scale))  # what is solved is the product
+        solved |= {name for name, other in self.program.tied.items() if other in solved}
         read = self.cut.trunk & self.fit.spec.axes.keys() - solved
         return tuple(sorted(name for name in read if self.fit.values.solved[name].is_floating_point()))
 

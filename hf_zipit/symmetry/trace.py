@@ -22,7 +22,7 @@ from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.naming import Naming
 from hf_zipit.symmetry.ops import Value
 from hf_zipit.symmetry.rules import PATTERNS, RULES
-from hf_zipit.symmetry.spaces import Fold, Symmetry, Trace
+from hf_zipit.symmetry.spaces import Fold, Symmetry, Trace, products
 
 
 class _Fields(nn.Module):
@@ -138,9 +138,10 @@ def trace(
 
 
 def _rotates(norm: Fold, found: Trace) -> bool:
-    """Whether the space that a norm runs over allows more than permutations."""
-    labels = (found.axes[reader.weight][reader.axis] for reader in norm.readers)
-    return all(label and found.spaces[label[-1].space].symmetry > Symmetry.PERMUTATION for label in labels)
+    """Whether the space that a norm runs over allows more than permutations; of a direct sum, all of its terms."""
+    labels = [found.axes[reader.weight][reader.axis] for reader in norm.readers]
+    inner = [product[-1] for label in labels if label for product in products(label)]
+    return all(labels) and all(found.spaces[factor.space].symmetry > Symmetry.PERMUTATION for factor in inner)  # type: ignore[union-attr]
 
 
 def _walk(

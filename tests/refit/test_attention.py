@@ -175,24 +175,29 @@ def test_values_of_full_rank_are_the_solution_and_of_less_the_nearest():
     assert least == pytest.approx(float(singular[HEAD_DIM:].square().sum()))
 
 
-@pytest.mark.parametrize(
-    ("name", "layers"),
-    [("vit", 2), ("clip", 4), ("bert-masked", 2), ("distilbert-masked", 2), ("roberta-prelayernorm", 2)]
-    + [("segformer", 8), ("bart", 6), ("llama", 2), ("qwen3", 2), ("phi3", 2), ("gpt2", 2), ("resnet-basic", 0)],
-)
+WHOLE = {"vit": 2, "clip": 4, "bert-masked": 2, "distilbert-masked": 2, "roberta-prelayernorm": 2, "segformer": 8,
+         "bart": 6, "llama": 2, "phi3": 2, "gpt2": 2, "resnet-basic": 0, "mpnet": 2, "vit-eager": 2}  # fmt: skip
+"""Layers by class whose logits are bilinear in their inputs, whatever is added to them,"""
+
+VALUES = {"qwen3": 2, "gpt-neox": 2, "deberta-v2": 2}
+"""and those where a norm, a rotation of some units or positions that depend on queries and keys are in between."""
+
+
+@pytest.mark.parametrize(("name", "layers"), [*WHOLE.items(), *VALUES.items()])
 def test_which_layers_are_solved_as_a_whole(name: str, layers: int):
-    """Queries and keys as well, but where a norm of theirs is between."""
+    """Of the others values and output projections are, even where they are part of a fused map."""
     model = tiny.build(name)
     spec = MergeSpec.from_model(model)
     program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
     found = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
     assert len(found) == layers
-    rotary, apart = name in ("llama", "phi3"), name == "qwen3"
+    rotary = name in ("llama", "phi3")
     for layer in found:
-        assert layer.logits == (None if apart else "rotary" if rotary else "plain")
-        maps = {(own.site.weight, own.first) for own in (layer.query, layer.key, layer.value) if own.count}
-        assert len(maps) == (3 if not apart else len(maps))
+        assert layer.logits == (None if name in VALUES else "rotary" if rotary else "plain")
+        maps = {(own.site.weight, own.units[0]) for own in (layer.query, layer.key, layer.value) if own.count}
+        assert len(maps) == (1 if name in VALUES else 3)
         assert layer.value.count == layer.groups * layer.width
+        assert layer.fused == (name == "gpt-neox")
 
 
 @pytest.mark.parametrize("name", ["vit", "clip-vision", "bert-sequence", "distilbert-sequence", "llama", "gpt2"])

@@ -16,17 +16,12 @@ from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.convolution import patches
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
-from hf_zipit.refit.solvable import RefitSite, find_sites
+from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.trace import select_outputs
 
 from .. import tiny
 from ..test_invariants import calibration, case
-
-KEPT = {
-    "class token": ("cls_token", "class_embedding"),
-}
-"""Tensors of the required classes without a site: the position table that is added to the class token serves both."""
 
 
 @cache
@@ -75,7 +70,7 @@ def test_every_tensor_of_the_trunk_has_a_site(name: str, depth: float):
     assert names - {None} <= planned.cut.trunk
     tensors = model_tensors(case(name).model)
     left = {n for n in planned.cut.trunk - names if n in planned.spec.axes and tensors[n].is_floating_point()}
-    assert {n.rpartition(".")[2] for n in left} <= set(KEPT["class token"]), left
+    assert not left
     weights = [site.weight for site in sites.values()]
     assert len(weights) == len(set(weights))
 
@@ -112,11 +107,15 @@ def test_a_tied_table_goes_by_its_name_in_the_trunk(name: str):
     assert not looked_up[0].any()
 
 
-def test_shared_weights_have_no_site():
+def test_shared_weights_have_their_places_and_no_site_of_their_own():
     """ALBERT uses one block several times: what is best at one place would be wrong at the others."""
     made, planned = program("albert")
     sites = find_sites(made, planned.cut.trunk, planned.spec.head).values()
     assert sites and not any("albert_layers" in site.weight for site in sites)
+    shared = find_shared(made, planned.cut.trunk, planned.spec.head)
+    layers = case("albert").model.config.num_hidden_layers
+    assert {len(places) for places in shared} == {layers}
+    assert all(len({(site.weight, site.bias) for site in places}) == 1 for places in shared)
 
 
 class Writing(nn.Module):
@@ -160,13 +159,18 @@ CONVOLUTIONS = [
     {"kernel_size": 3, "padding": "same"},
     {"kernel_size": (2, 4), "padding": "same", "dilation": (2, 1)},
     {"kernel_size": 2, "padding": "valid", "stride": 2},
+    {"kernel_size": 3, "padding": 1, "groups": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "kind": nn.Conv1d},
+    {"kernel_size": (2, 3, 1), "dilation": (1, 2, 1), "groups": 2, "kind": nn.Conv3d},
 ]
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("settings", CONVOLUTIONS, ids=str)
 def test_patches_times_weights_are_the_convolution(settings: dict):
-    model = nn.Sequential(nn.Conv2d(2, 5, **settings)).eval()
+    settings = dict(settings)
+    kind = settings.pop("kind", nn.Conv2d)
+    model = nn.Sequential(kind(2, 6, **settings)).eval()
 
     class Named(nn.Module):
         def __init__(self) -> None:
@@ -177,16 +181,22 @@ def test_patches_times_weights_are_the_convolution(settings: dict):
             return self.conv(x)
 
     named = Named()
-    x = torch.randn(2, 2, 8, 9, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 2, *(8, 9, 7)[: model[0].weight.dim() - 2], generator=torch.Generator().manual_seed(0))
     made = Program(named, {"x": x}, None)
     (site,) = find_sites(made, frozenset(model_tensors(named))).values()
     assert isinstance(site, RefitSite) and site.kind == "conv"
     with torch.no_grad():
         expected = named(x).flatten(2).mT.flatten(0, 1)
         weight = model[0].weight
-        found = functional.linear(patches(x, weight, site.node, slice(None)), weight.flatten(1), model[0].bias)
+
+        def made_of(rows: Tensor | slice) -> Tensor:
+            seen = patches(x, weight, site.node, rows).unflatten(1, (site.groups, -1))
+            groups = weight.flatten(1).unflatten(0, (site.groups, -1))
+            return torch.einsum("rgd,gkd->rgk", seen, groups).flatten(1) + model[0].bias
+
+        found = made_of(slice(None))
         rows = torch.tensor([5, 0, len(expected) - 1])
-        some = functional.linear(patches(x, weight, site.node, rows), weight.flatten(1), model[0].bias)
+        some = made_of(rows)
         assert torch.equal(at_rows(named(x), 1, rows), expected[rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(some, expected[rows], rtol=1e-5, atol=1e-5)
