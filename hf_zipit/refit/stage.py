@@ -63,7 +63,8 @@ def refit_trunk(
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
     remedy = "check the experts' weights and the calibration data"
     try:
-        refitted = _refit(planned, trunk, maps, calibration, combine or partial(combine_trunk, planned))
+        work = partial(_refit, planned, trunk, maps, calibration, combine or partial(combine_trunk, planned))
+        refitted = calibration.while_it_fits(work)
     except torch.linalg.LinAlgError as error:
         gather_moments(planned.spec, planned.folded, calibration)  # raises what names the expert and the module
         raise ExpertError(f"a regression of the refit has no solution ({first_line(error)}); {remedy}") from error
