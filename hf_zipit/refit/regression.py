@@ -92,8 +92,13 @@ class BlockSums:
         self.blocks.append((*(part.to(self.xx) for part in (*means, root @ x, root @ y)), weight.to(self.xx).sum()))
 
     def moments(self) -> SecondMoments:
-        xx, xy = self.xx.triu(), self.xy
-        xx += self.xx.triu(1).T
+        """The moments, with the sums' own memory: nothing can be added any more."""
+        xx, xy = self.xx, self.xy
+        for first in range(0, len(xx), TRIANGLE):
+            after = first + TRIANGLE
+            square = xx[first:after, first:after]
+            square.copy_(square.triu() + square.triu(1).T)
+            xx[after:, first:after] = xx[first:after, after:].T
         if not self.blocks:
             return SecondMoments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
         centre, level, x, y, n = map(torch.stack, zip(*self.blocks, strict=True))

@@ -126,6 +126,7 @@ class Walk:
         self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
         self.errors: dict[str, dict[str, float]] = {}
         self.ahead = 0
+        self.read_of_experts = self._read_of_experts()
 
     @torch.no_grad()
     def run(self) -> Refitted:
@@ -178,11 +179,26 @@ class Walk:
             self.chosen |= {site.node for site in mlp.writers}
 
     def _advance_experts(self, upto: int) -> None:
-        """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch."""
-        while self.ahead <= upto:
-            for expert in self.fit.values.experts:
-                self.fit.values.compute(self.program.nodes[self.ahead], expert)
-            self.ahead += 1
+        """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch.
+
+        What nothing reads later is not kept: a branch's inner values would take several times the stream's memory.
+        """
+        if self.ahead > upto:
+            return
+        nodes = self.program.nodes[self.ahead : upto + 1]
+        kept = {
+            node for node in nodes if node in self.read_of_experts or self.program.last_use.get(node, -1) > upto
+        }
+        for expert in self.fit.values.experts:
+            self.fit.values.advance(nodes, expert, kept)
+        self.ahead = upto + 1
+
+    def _read_of_experts(self) -> set[fx.Node]:
+        """The nodes whose values of the experts are targets, or regressed on the merged model's."""
+        single = [site for site in self.sites.values() if site.node not in self.in_attention]
+        inputs = [own.site.node.args[0] for layer in self.attention.values() for own in layer.inputs]
+        targets = [site.stream or site.output for site in single]
+        return {*targets, *inputs, *self.readouts.values(), *(mlp.input for mlp in self.mlps.values())}
 
     def _in_attention_layers(self) -> set[fx.Node]:
         """Ops of attention layers, up to the means, that whoever solves the layer runs as far as they are needed."""
