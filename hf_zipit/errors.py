@@ -43,7 +43,7 @@ FULL = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch says so for some devices in the text of a RuntimeError alone."""
+    """Whether an error says that memory ran out; for some devices torch says so in a RuntimeError's text alone."""
     if isinstance(error, RuntimeError):
         return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in FULL)
     return isinstance(error, MemoryError)

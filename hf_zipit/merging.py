@@ -49,7 +49,9 @@ from hf_zipit.steady import steady
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings as they are for the `Calibration`, and for the `MergeConfig`."""
-    reading = {name: settings[name] for name in ("processor", "columns", "batch_size") if name in settings}
+    reading = {
+        name: settings[name] for name in ("processor", "columns", "batch_size", "memory_gb") if name in settings
+    }
     return reading, {name: value for name, value in settings.items() if name not in reading}
 
 
@@ -143,7 +145,8 @@ def merge(
             merged, and neither it nor experts that are given as folders are held in memory: they may be larger.
         example_inputs: keyword arguments of a forward pass, two samples or more, for families for which none can be
             made up from the configuration. They are traced only; their values do not matter.
-        settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
+        settings: the fields of `MergeConfig`, and `processor`, `columns`, `batch_size` and `memory_gb` of
+            `Calibration`.
 
     Returns:
         A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32.

@@ -4,8 +4,9 @@
 
 Whatever the kind of the data (see `sources.py`), a one-pass iterable included, it is read once, for the experts of a
 merge. Its batches are prepared when a stage first needs them (a process that skips a batch pays nothing for it) and
-kept, in memory or beyond a budget in temporary files. Stages that need other sizes regroup what is kept. Where a device
-is full, a stage starts again with half as many samples at once, and all later ones have no more (`while_it_fits`).
+kept, in memory or beyond a budget in temporary files. Stages that need other sizes regroup what is kept. Where a
+device is full, a stage starts again with half as many samples at once, and all later ones have no more
+(`while_it_fits`).
 
 This is also the one place that knows where and how a merge runs: the device, this process's share of the batches and
 how tensors are summed over the processes.
@@ -118,10 +119,11 @@ class Calibration:
         batch_size: samples per forward pass. Larger batches of a `DataLoader` or iterable are split, smaller ones
             left.
         accelerator: where to run; one with default settings is made when it is needed.
-        memory_gb: prepared batches beyond this go to temporary files.
+        memory_gb: what prepared batches and, together with them, the activations that a refit keeps between layers may
+            take of the CPU's memory; what is beyond goes to temporary files.
 
     Raises:
-        DataError: the batch size is below 1.
+        DataError: the batch size is below 1, or the memory not above 0.
     """
 
     data: Any
@@ -134,11 +136,16 @@ class Calibration:
     inputs: ModelInputs | None = field(default=None, init=False)
     _streams: dict[str | None, list[CalibrationBatch]] = field(default_factory=dict, init=False, repr=False)
     _most: int | None = field(default=None, init=False, repr=False)  # samples at once, where a device was full
-    _given: int = field(default=0, init=False, repr=False)  # at most so many are in the batches that were asked for last
+    _given: int = field(
+        default=0, init=False, repr=False
+    )  # at most so many are in the batches that were asked for last
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise DataError(f"The batch size must be at least 1, not {self.batch_size}.")
+        if not self.memory_gb > 0:
+            raise DataError(f"memory_gb must be above 0, not {self.memory_gb}.")
+        self._keeper = Keeper(self.memory_gb)
 
     @classmethod
     def of(cls, data: Any, **settings: Any) -> Calibration | None:
@@ -168,12 +175,12 @@ class Calibration:
                 f"now is asked for {list(tasks)} of {inputs.architecture}; make a Calibration for each."
             )
         if not self._streams:
-            keeper, streams, columns = Keeper(self.memory_gb), {}, self.columns or {}
+            streams, columns = {}, self.columns or {}
             processor = self.processor or OwnProcessor(next(iter(experts.values())))
             for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
                 where = where_of(task)
                 streams[task] = [
-                    CalibrationBatch(task, partial(load_batch, load, inputs, processor, where), keeper)
+                    CalibrationBatch(task, partial(load_batch, load, inputs, processor, where), self._keeper)
                     for load in raw_batches(part, inputs.main, self.batch_size, where, columns)
                 ]
                 if not streams[task]:
@@ -206,8 +213,14 @@ class Calibration:
         """The sum of a tensor over all processes, where the tensor is."""
         return all_reduce_sum(tensor, self.run_on())
 
+    @property
+    def memory_left(self) -> float:
+        """Bytes of the CPU's memory that the budget leaves for what a stage keeps."""
+        return self._keeper.left
+
     def while_it_fits(self, work: Callable[[], Result]) -> Result:
-        """What `work()` returns; where the device is full it starts again with half as many samples at once, and says so.
+        """What `work()` returns; where the device is full it starts again with half as many samples at once, and says
+        so.
 
         `work` asks for its batches itself, and leaves nothing behind when it fails. Of several processes the others
         would wait: there the error is raised, as it is where single samples do not fit.
@@ -334,12 +347,11 @@ class Calibration:
         """Calibration data of some samples, by task, in the order of their positions."""
         part = replace(self)
         part.tasks, part.inputs = self.tasks, self.inputs
-        keeper = Keeper(self.memory_gb)
         for task, positions in rows.items():
             index = torch.as_tensor(positions)
             chosen = {name: tensor[index] for name, tensor in self.whole(task).items()}
             part._streams[task] = [
-                CalibrationBatch(task, partial(dict, piece), keeper) for piece in pieces(chosen, self.batch_size)
+                CalibrationBatch(task, partial(dict, piece), part._keeper) for piece in pieces(chosen, self.batch_size)
             ]
         return part
 

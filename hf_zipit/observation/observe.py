@@ -59,9 +59,7 @@ def observe(planned: Plan, calibration: Any) -> Moments:
     """The moments of a plan's folded experts on a `Calibration`, or data that one is made of; see `gather_moments`."""
     config, data = planned.config, Calibration.of(calibration).read(planned.experts)
     return data.while_it_fits(
-        partial(
-            gather_moments, planned.spec, planned.folded, data, row_fraction=config.row_fraction, seed=config.seed
-        )
+        partial(gather_moments, planned.spec, planned.folded, data, row_fraction=config.row_fraction, seed=config.seed)
     )
 
 

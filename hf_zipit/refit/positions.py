@@ -148,6 +148,12 @@ class Rows:
             self._picked[key] = rows, weights.to(self.device)
         return self._picked[key]
 
+    def counts(self, shape: Sequence[int], b: int, channel_axis: int, inputs: int) -> tuple[int, int]:
+        """How many rows of a value enter a regression on `inputs` units, and how many could."""
+        return len(self.pick(shape, b, channel_axis, inputs)[1]), int(
+            (self._weights_of(self._key(shape, b, channel_axis)) > 0).sum()
+        )
+
     def sample(self, weights: Tensor, b: int, inputs: int, most: float | None = None) -> tuple[Picked, Tensor]:
         """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""
         per_input = self.per_input if most is None else min(self.per_input, most)

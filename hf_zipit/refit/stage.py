@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.combine.combine import combine_trunk
+from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.hub.reasons import first_line
@@ -118,8 +119,14 @@ def _refit(
         seed=planned.config.seed,
         progress=calibration.process == 0,
         device=calibration.device,
+        budget=kept_bytes(config, calibration),
     )
     return replace(walk.run(), maps=bases)
+
+
+def kept_bytes(config: RefitConfig, calibration: Calibration) -> float:
+    """What activations may take of the CPU's memory: as the refit's own setting says, or what the data's leaves."""
+    return calibration.memory_left if config.memory_gb is None else config.memory_gb * 2**30
 
 
 def _stream_bases(

@@ -155,15 +155,15 @@ class Values:
         experts: Sequence[Mapping[str, Tensor]],
         merged: Mapping[str, Tensor],
         batches: Sequence[MicroBatch],
-        memory_gb: float,
+        budget: float,
         device: torch.device,
     ) -> None:
-        """`merged` are the merged model's tensors where they differ from the first expert's."""
+        """`merged` are the merged model's tensors where they differ from the first expert's; the budget is bytes."""
         self.program, self.batches, self.device = program, batches, device
         self.inputs = [{name: tensor.to(device) for name, tensor in batch.inputs.items()} for batch in batches]
         self.solved = {**experts[0], **merged}
         self.tensors = [OnDevice(own, device) for own in (*map(dict, experts), self.solved)]
-        self.store = Store(memory_gb * 2**30, device)
+        self.store = Store(budget, device)
 
     @property
     def experts(self) -> range:

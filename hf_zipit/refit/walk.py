@@ -31,7 +31,7 @@ from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
-from hf_zipit.refit.fit import Fit, Targets, relative_errors
+from hf_zipit.refit.fit import Fit, Targets, relative_errors, rows_used
 from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
@@ -88,8 +88,10 @@ class Walk:
         seed: int = 0,
         progress: bool = True,
         device: torch.device | str = "cpu",
+        budget: float = float("inf"),
     ) -> None:
-        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count.
+        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count, and
+        `budget` what activations may take of the CPU's memory, in bytes.
 
         `model`, whose forward pass is traced, and the batches are on the CPU; all else happens on `device`.
         """
@@ -113,7 +115,7 @@ class Walk:
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
         self.head_cuts: dict[str, HeadCut] = {}
 
-        values = Values(self.program, experts, merged, batches, config.memory_gb, torch.device(device))
+        values = Values(self.program, experts, merged, batches, budget, torch.device(device))
         rows = Rows(
             batches,
             positions,
@@ -125,6 +127,7 @@ class Walk:
         targets = Targets(values, spec, alignment, config.own_task_weight)
         self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
         self.errors: dict[str, dict[str, float]] = {}
+        self.rows: dict[str, tuple[int, int]] = {}
         self.ahead = 0
         self.read_of_experts = self._read_of_experts()
 
@@ -162,7 +165,7 @@ class Walk:
                     values.forget(expired)
         tensors = {name: values.solved[name] for name in self.cut.trunk}
         reparametrised = frozenset(self.sites[node].weight for node in self.in_attention | self.chosen)
-        report = RefitReport(self.fit.tasks, self.errors, self._untouched())
+        report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows)
         return Refitted(tensors, solved, self.head_cuts, reparametrised, report, peak_bytes=values.store.peak)
 
     def _solve_attention(self, node: fx.Node) -> None:
@@ -186,9 +189,7 @@ class Walk:
         if self.ahead > upto:
             return
         nodes = self.program.nodes[self.ahead : upto + 1]
-        kept = {
-            node for node in nodes if node in self.read_of_experts or self.program.last_use.get(node, -1) > upto
-        }
+        kept = {node for node in nodes if node in self.read_of_experts or self.program.last_use.get(node, -1) > upto}
         for expert in self.fit.values.experts:
             self.fit.values.advance(nodes, expert, kept)
         self.ahead = upto + 1
@@ -230,7 +231,8 @@ class Walk:
         """Keep a site's relative error on every task's samples for the report; returns their mean."""
         found = relative_errors(self.fit, site)
         self.fit.targets.forget(site)
-        self.errors[site.module if site.module not in self.errors else site.weight] = found
+        name = site.module if site.module not in self.errors else site.weight
+        self.errors[name], self.rows[name] = found, rows_used(self.fit, site)
         return sum(found.values()) / max(len(found), 1)
 
     def _untouched(self) -> tuple[str, ...]:

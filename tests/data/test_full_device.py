@@ -37,7 +37,9 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> None:
     call, run = nn.Module.__call__, Program.run
     monkeypatch.setattr(nn.Module, "__call__", fitting(call, lambda *_, pixel_values=(), **__: len(pixel_values)))
     monkeypatch.setattr(
-        Program, "run", fitting(run, lambda program, node, lookup, tensors, inputs, *_, **__: len(inputs["pixel_values"]))
+        Program,
+        "run",
+        fitting(run, lambda program, node, lookup, tensors, inputs, *_, **__: len(inputs["pixel_values"])),
     )
 
 
