@@ -187,6 +187,8 @@ def merge(
             )
         found = moments_for(planned.matched, calibration, moments)
         maps = align_trunk(planned, found)
+        if planned.matched is not planned or not planned.config.corrections:  # moments of the bases are no expert's
+            found = None  # their memory is needed
         read = statistics_for(planned, calibration, statistics)
         if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
             return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
@@ -203,8 +205,7 @@ def merge(
             return plain_module(planned, refitted.tensors)
         maps = {**maps, **refitted.maps}
         merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_cuts=refitted.head_cuts)
-        known = found if planned.matched is planned else None  # those of the bases are no expert's
-        correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
+        correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
         polished = polish(merged, planned, calibration)
         add_residues(merged, planned, maps, read)
         calibrate_joint(merged, planned, calibration)
