@@ -1,4 +1,4 @@
-"""What is kept between layers stays within one budget, whatever the depth and the data; the report says what was used."""
+"""What is kept between layers stays within one budget at any depth; the report says how much data was used."""
 
 from __future__ import annotations
 
