@@ -5,8 +5,9 @@
 
 One forward pass is that of both experts over the images of both tasks, in the refit's own micro-batches. Seconds are
 those of CPU in one thread, which say more than the clock on a busy machine; both are taken in one run, the forward
-pass before and after the merge, of which the mean counts. Images are random. The memory is what the process holds and
-cannot read again from a file (`RssAnon`, Linux), sampled while the merge runs, beyond what it held before.
+pass before and after the merge, of which the mean counts, and told beside what `expected_costs` says. Images are
+random. The memory is what the process holds and cannot read again from a file (`RssAnon`, Linux), sampled while the
+merge runs, beyond what it held before.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.memory import resident
 from benchmarks.stages import timed_stages
-from hf_zipit import merge
+from hf_zipit import expected_costs, merge, plan
 from hf_zipit.config import RefitConfig
 
 VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
@@ -88,6 +89,7 @@ def main() -> None:
     data = images(models, settings.samples)
     merge(models, {task: part[:2] for task, part in data.items()}, refit=False)  # what is imported at first use
     before = forward_seconds(models, data)
+    expected = expected_costs(plan(models, method="permute", refit=True), settings.samples)
     with timed_stages(time.process_time) as seconds, sampled_memory() as peak:
         start = time.process_time()
         merged = merge(models, data, method="permute", refit=True)
@@ -100,7 +102,10 @@ def main() -> None:
           f"{total / forward:.2f} forward passes; {peak[0]:,.0f} MiB beyond the models; "
           f"logits {float(logits.double().abs().sum()):.6f}")  # fmt: skip
     for stage, spent in seconds.items():
-        print(f"  {stage:16} {spent:7.2f} s  {spent / forward:5.2f}")
+        told = expected.seconds.get({"moments_for": "observe", "refit_trunk": "refit"}.get(stage, ""), 0.0)
+        more = f"  expected {told:7.2f} s, measured {spent / told:.2f} times that" if told else ""
+        print(f"  {stage:16} {spent:7.2f} s  {spent / forward:5.2f}{more}")
+    print(f"  a forward pass was expected to take {expected.forward:.2f} s; {expected.lines()[0]}")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def counted(planned: Plan) -> ForwardWork:
     """See `ForwardWork`; nothing is run, and no weight is read."""
     model, spec, trunk = planned.model, planned.spec, planned.cut.trunk
     inputs = example_inputs(model)
-    program = Program(model, inputs, adapter_for(model).outputs(model), trunk)
+    program = Program(model, inputs, adapter_for(model).outputs(model), trunk, device="meta")
     samples = len(next(iter(inputs.values())))
     sites = find_sites(program, trunk, spec.head)
     layers = {node: _layer(site, samples) for node, site in sites.items() if site.kind in ("linear", "conv")}
@@ -90,7 +90,7 @@ def counted(planned: Plan) -> ForwardWork:
 def forward_operations(model: nn.Module) -> float:
     """Of the matrix products of one sample, of the shape that the model's adapter makes up."""
     inputs = example_inputs(model)
-    program = Program(model, inputs, adapter_for(model).outputs(model))
+    program = Program(model, inputs, adapter_for(model).outputs(model), device="meta")
     return _all_operations(program) / len(next(iter(inputs.values())))
 
 
