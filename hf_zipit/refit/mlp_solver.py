@@ -37,7 +37,7 @@ AGREED = 1e-3
 WORTH = 0.97
 """and so are those that the choice does not bring below this multiple of what they leave."""
 
-ROWS = 4
+ROWS = 2
 """About this many rows per candidate enter the choice; it needs fewer than weights do."""
 
 AT_ONCE = 2048

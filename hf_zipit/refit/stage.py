@@ -31,7 +31,7 @@ from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
 
-BASIS_ROWS = 32
+BASIS_ROWS = 8
 """About this many rows per direction, in each of a stream's values on average, are enough for its basis."""
 
 
