@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator
@@ -28,19 +27,10 @@ from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 from transformers.utils.logging import disable_progress_bar
 
-from hf_zipit import merge, merging
+from benchmarks.stages import timed_stages
+from hf_zipit import merge
 
 SAMPLES = 512  # unlabelled calibration samples a task
-STAGES = (
-    "plan",
-    "moments_for",
-    "align_trunk",
-    "combine_trunk",
-    "refit_trunk",
-    "assemble",
-    "calibrate_joint",
-    "record",
-)
 TRAINED = {"vit": 3000, "bert": 2500}  # samples of a class
 Data = dict[str, dict[str, Tensor]]
 
@@ -149,27 +139,6 @@ def accuracy(found: Tensor, labels: Tensor) -> float:
     return float((found.argmax(-1) == labels).float().mean())
 
 
-@contextmanager
-def timed_stages(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds by stage of the merges inside."""
-    seconds = dict.fromkeys(STAGES, 0.0)
-
-    def timed(name: str, stage: Callable) -> Callable:
-        def run(*args: object, **kwargs: object) -> object:
-            start = now(device)
-            try:
-                return stage(*args, **kwargs)
-            finally:
-                seconds[name] += now(device) - start
-
-        return run
-
-    with ExitStack() as stack:
-        for name in STAGES:
-            stack.enter_context(patch.object(merging, name, timed(name, getattr(merging, name))))
-        yield seconds
-
-
 def now(device: torch.device) -> float:
     if device.type != "cpu":
         torch.accelerator.synchronize()
@@ -216,7 +185,7 @@ def run_pair(pair: str, folder: Path, device: torch.device, epochs: int, rate: f
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = now(device)
-        with timed_stages(device) as seconds:
+        with timed_stages(partial(now, device)) as seconds:
             merged = merge(experts, data, accelerator=Accelerator(), **settings)
         total = now(device) - start
         scores = [accuracy(logits(merged, tests[t], device, task=t), tests[t]["labels"]) for t in "ab"]

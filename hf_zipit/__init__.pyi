@@ -27,6 +27,7 @@ from hf_zipit.observation import gather_statistics as gather_statistics
 from hf_zipit.observation import observe as observe
 from hf_zipit.recipe.loading import load_recipe as load_recipe
 from hf_zipit.refit import RefitConfig as RefitConfig
+from hf_zipit.report.costs import expected_costs as expected_costs
 from hf_zipit.running.run import run_recipe as run_recipe
 from hf_zipit.searching import search as search
 from hf_zipit.symmetry import MergeSpec as MergeSpec

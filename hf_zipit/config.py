@@ -90,7 +90,8 @@ class RefitConfig:
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
             stream are allowed, or would be but for the scales of post-LN norms.
         micro_batch: samples that go through a module at once.
-        memory_gb: activations beyond this go to temporary files.
+        memory_gb: activations beyond this go to temporary files; None, the default: beyond what the `Calibration`'s
+            `memory_gb` leaves.
         joint_heads: make the tasks' logits comparable: every head's logits are raised on samples of its own task and
             lowered on the others', all by the same amount, so that the order within a task stays as it is.
     """
@@ -103,7 +104,7 @@ class RefitConfig:
     choose_units: bool = True
     stream_bases: bool = True
     micro_batch: int = 64
-    memory_gb: float = 4.0
+    memory_gb: float | None = None
     joint_heads: bool = False
 
     def __post_init__(self) -> None:
@@ -111,8 +112,9 @@ class RefitConfig:
         if not 0 < self.own_task_weight <= 1:
             raise RecipeError(f"refit's own_task_weight is {self.own_task_weight}; it must be above 0 and at most 1")
         for name in ("readout_weight", "ridge", "memory_gb"):
-            if not getattr(self, name) > 0:
-                raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be above 0")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise RecipeError(f"refit's {name} is {value}; it must be above 0")
         if self.micro_batch < 1 or self.rows_per_input < 0:
             raise RecipeError("refit's micro_batch must be at least 1 and rows_per_input at least 0")
 

@@ -38,8 +38,12 @@ class OutOfMemoryError(ZipItError, MemoryError):
 TOO_LARGE = "it ran out of memory; merge fewer or smaller experts, lower batch_size, or use a larger machine"
 
 
+FULL = ("out of memory", "can't allocate memory", "not enough memory")
+"""What torch calls it: accelerators, the CPU on Linux, the CPU on Windows."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch says so for CPUs in the text of a RuntimeError alone."""
+    """Whether an error says that memory ran out; for some devices torch says so in a RuntimeError's text alone."""
     if isinstance(error, RuntimeError):
-        return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in FULL)
     return isinstance(error, MemoryError)

@@ -49,7 +49,9 @@ from hf_zipit.steady import steady
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings as they are for the `Calibration`, and for the `MergeConfig`."""
-    reading = {name: settings[name] for name in ("processor", "columns", "batch_size") if name in settings}
+    reading = {
+        name: settings[name] for name in ("processor", "columns", "batch_size", "memory_gb") if name in settings
+    }
     return reading, {name: value for name, value in settings.items() if name not in reading}
 
 
@@ -143,7 +145,8 @@ def merge(
             merged, and neither it nor experts that are given as folders are held in memory: they may be larger.
         example_inputs: keyword arguments of a forward pass, two samples or more, for families for which none can be
             made up from the configuration. They are traced only; their values do not matter.
-        settings: the fields of `MergeConfig`, and `processor`, `columns` and `batch_size` of `Calibration`.
+        settings: the fields of `MergeConfig`, and `processor`, `columns`, `batch_size` and `memory_gb` of
+            `Calibration`.
 
     Returns:
         A `ZipItForImageClassification`, `ZipItForSequenceClassification`, ... in eval mode, on the CPU, in float32.
@@ -184,6 +187,8 @@ def merge(
             )
         found = moments_for(planned.matched, calibration, moments)
         maps = align_trunk(planned, found)
+        if planned.matched is not planned or not planned.config.corrections:  # moments of the bases are no expert's
+            found = None  # their memory is needed
         read = statistics_for(planned, calibration, statistics)
         if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
             return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
@@ -200,8 +205,7 @@ def merge(
             return plain_module(planned, refitted.tensors)
         maps = {**maps, **refitted.maps}
         merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_cuts=refitted.head_cuts)
-        known = found if planned.matched is planned else None  # those of the bases are no expert's
-        correct(merged, planned, maps, calibration, moments=known, reparametrised=refitted.reparametrised)
+        correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
         polished = polish(merged, planned, calibration)
         add_residues(merged, planned, maps, read)
         calibrate_joint(merged, planned, calibration)

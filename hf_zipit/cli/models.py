@@ -136,6 +136,7 @@ def inspect(
     with working(quiet) as say:
         from hf_zipit.experts.loading import load_expert
         from hf_zipit.modeling import ZipItPreTrainedModel
+        from hf_zipit.report.costs import model_costs, model_costs_line
         from hf_zipit.report.merged import merged_parts
         from hf_zipit.symmetry import MergeSpec, prove
         from hf_zipit.symmetry.proof import TOLERANCE
@@ -155,6 +156,7 @@ def inspect(
             say("proving")
             error = prove(loaded, spec, seed=seed)
             rows = space_rows(spec, loaded)
+            costs = model_costs(loaded)
     if parts is not None:
         from hf_zipit.report.merged import parts_table
 
@@ -169,6 +171,7 @@ def inspect(
                 "spaces": rows,
                 "unknown_ops": {op: list(modules) for op, modules in spec.unknown_ops.items()},
                 "proof": {"error": error, "tolerance": TOLERANCE, "holds": error <= TOLERANCE},
+                "costs": costs,
             }
         )
         return
@@ -179,6 +182,7 @@ def inspect(
     print_unknown_ops(spec.unknown_ops)
     verdict = "proven" if error <= TOLERANCE else "NOT PROVEN"
     console.print(f"{verdict}: relative error of the outputs {error:.1e}, at most {TOLERANCE:.0e} is allowed")
+    console.print(model_costs_line(costs), soft_wrap=True)
 
 
 @app.command(

@@ -18,12 +18,19 @@ from hf_zipit.running.results import RunResult
 
 
 def print_plans(recipe: Recipe, as_json: bool, say: Any) -> None:
+    from hf_zipit.report.costs import expected_costs
     from hf_zipit.report.tables import plans_table
     from hf_zipit.running.run import plan_recipe
 
     plans = plan_recipe(recipe, say)
+    say("estimating")
+    given, device = recipe.calibration, os.environ.get("ACCELERATE_TORCH_DEVICE", "cpu")
+    samples, memory = (given.samples, given.memory_gb) if given else (None, None)
+    costs = {name: expected_costs(plan, samples, device, memory) for name, plan in plans.items()}
     if as_json:
-        print_json([{"method": method, **plan.to_dict()} for (method, _), plan in plans.items()])
+        print_json(
+            [{"method": name[0], **plan.to_dict(), "costs": costs[name].to_dict()} for name, plan in plans.items()]
+        )
         return
     first = next(iter(plans.values()))
     console = stdout()
@@ -32,6 +39,10 @@ def print_plans(recipe: Recipe, as_json: bool, say: Any) -> None:
         number = recipe.calibration.samples
         samples = f"at most {number:,}" if number else "all"
         console.print(f"Observes {samples} samples of each task, once for all merges.")
+    for (method, depth), found in costs.items():
+        if len(costs) > 1:
+            console.print(f"{method}, depth {depth}", soft_wrap=True)
+        print_lines(found.lines())
     print_unknown_ops(first.spec.unknown_ops)
 
 
@@ -60,6 +71,8 @@ def print_result(result: RunResult, as_json: bool) -> None:
         module, error = result.refit.worst(1)[0]
         told = f"relative error {result.refit.mean:.3f} on average, most in {module} ({error:.3f})"
         console.print(f"refit    {told}", soft_wrap=True)
+        if rows := result.refit.rows_in_words():
+            console.print(f"         on {rows}", soft_wrap=True)
     if result.plot:
         console.print(f"picture  {result.plot}", soft_wrap=True)
     if result.pushed:

@@ -33,21 +33,27 @@ def batchnorm_reset(
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    seen, passes = 0, 0
+
+    def watch() -> tuple[int, int]:
+        """One pass over the data; the numbers of samples and of batches."""
+        seen, passes = 0, 0
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+        for inputs in calibration.mixed():
+            seen, passes = seen + size_of(inputs), passes + 1
+            for norm in norms:
+                norm.momentum = size_of(inputs) / seen
+            merged(**fitted(inputs, merged), task=planned.tasks[0])
+        return seen, passes
+
     with running([merged], calibration.device):
         try:
-            for norm in norms:
-                norm.train()
-                norm.reset_running_stats()
-            for inputs in calibration.mixed():
-                seen, passes = seen + size_of(inputs), passes + 1
-                for norm in norms:
-                    norm.momentum = size_of(inputs) / seen
-                merged(**fitted(inputs, merged), task=planned.tasks[0])
+            counts = calibration.while_it_fits(watch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
-        reduce_statistics(norms, seen, passes, calibration)
+        reduce_statistics(norms, *counts, calibration)
 
 
 def reduce_statistics(norms: list[nn.Module], seen: int, passes: int, calibration: Calibration) -> None:

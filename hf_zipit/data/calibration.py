@@ -4,7 +4,9 @@
 
 Whatever the kind of the data (see `sources.py`), a one-pass iterable included, it is read once, for the experts of a
 merge. Its batches are prepared when a stage first needs them (a process that skips a batch pays nothing for it) and
-kept, in memory or beyond a budget in temporary files. Stages that need other sizes regroup what is kept.
+kept, in memory or beyond a budget in temporary files. Stages that need other sizes regroup what is kept. Where a
+device is full, a stage starts again with half as many samples at once, and all later ones have no more
+(`while_it_fits`).
 
 This is also the one place that knows where and how a merge runs: the device, this process's share of the batches and
 how tensors are summed over the processes.
@@ -15,11 +17,12 @@ batches covers all of them; labels are kept aside, and no stage that makes a mod
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, zip_longest
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -31,10 +34,14 @@ from hf_zipit.data.kept import Keeper
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import all_reduce_sum
 from hf_zipit.data.sources import Columns, by_task, raw_batches, rows_of
-from hf_zipit.errors import DataError
+from hf_zipit.errors import DataError, is_out_of_memory
 from hf_zipit.hub.processors import OwnProcessor
 
+logger = logging.getLogger(__name__)
+
 Inputs = dict[str, Tensor]
+
+Result = TypeVar("Result")
 
 LABELS = "labels"
 
@@ -69,6 +76,12 @@ class CalibrationBatch:
     @property
     def samples(self) -> int:
         return size_of(self.columns())
+
+    def split(self, size: int) -> list[CalibrationBatch]:
+        """Its samples, at most so many in each."""
+        return [
+            CalibrationBatch(self.task, partial(dict, piece), self._keeper) for piece in pieces(self.columns(), size)
+        ]
 
 
 @dataclass(frozen=True)
@@ -106,10 +119,11 @@ class Calibration:
         batch_size: samples per forward pass. Larger batches of a `DataLoader` or iterable are split, smaller ones
             left.
         accelerator: where to run; one with default settings is made when it is needed.
-        memory_gb: prepared batches beyond this go to temporary files.
+        memory_gb: what prepared batches and, together with them, the activations that a refit keeps between layers may
+            take of the CPU's memory; what is beyond goes to temporary files.
 
     Raises:
-        DataError: the batch size is below 1.
+        DataError: the batch size is below 1, or the memory not above 0.
     """
 
     data: Any
@@ -121,10 +135,17 @@ class Calibration:
     tasks: tuple[str, ...] = field(default=(), init=False)
     inputs: ModelInputs | None = field(default=None, init=False)
     _streams: dict[str | None, list[CalibrationBatch]] = field(default_factory=dict, init=False, repr=False)
+    _most: int | None = field(default=None, init=False, repr=False)  # samples at once, where a device was full
+    _given: int = field(
+        default=0, init=False, repr=False
+    )  # at most so many are in the batches that were asked for last
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise DataError(f"The batch size must be at least 1, not {self.batch_size}.")
+        if not self.memory_gb > 0:
+            raise DataError(f"memory_gb must be above 0, not {self.memory_gb}.")
+        self._keeper = Keeper(self.memory_gb)
 
     @classmethod
     def of(cls, data: Any, **settings: Any) -> Calibration | None:
@@ -154,12 +175,12 @@ class Calibration:
                 f"now is asked for {list(tasks)} of {inputs.architecture}; make a Calibration for each."
             )
         if not self._streams:
-            keeper, streams, columns = Keeper(self.memory_gb), {}, self.columns or {}
+            streams, columns = {}, self.columns or {}
             processor = self.processor or OwnProcessor(next(iter(experts.values())))
             for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
                 where = where_of(task)
                 streams[task] = [
-                    CalibrationBatch(task, partial(load_batch, load, inputs, processor, where), keeper)
+                    CalibrationBatch(task, partial(load_batch, load, inputs, processor, where), self._keeper)
                     for load in raw_batches(part, inputs.main, self.batch_size, where, columns)
                 ]
                 if not streams[task]:
@@ -192,6 +213,33 @@ class Calibration:
         """The sum of a tensor over all processes, where the tensor is."""
         return all_reduce_sum(tensor, self.run_on())
 
+    @property
+    def memory_left(self) -> float:
+        """Bytes of the CPU's memory that the budget leaves for what a stage keeps."""
+        return self._keeper.left
+
+    def while_it_fits(self, work: Callable[[], Result]) -> Result:
+        """What `work()` returns; where the device is full it starts again with half as many samples at once, and says
+        so.
+
+        `work` asks for its batches itself, and leaves nothing behind when it fails. Of several processes the others
+        would wait: there the error is raised, as it is where single samples do not fit.
+        """
+        while True:
+            self._given = 0
+            try:
+                return work()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or self.processes > 1:
+                    raise
+                given = min(self._given, max(batch.samples for batches in self._streams.values() for batch in batches))
+                if given < 2:
+                    raise
+                logger.warning("%s is full with %d samples at once; going on with half of them.", self.device, given)
+            self._most = given // 2
+            if self.device.type != "cpu":
+                torch.accelerator.empty_cache()
+
     # --------------------------------------------------------------------------------------------- what is read
 
     @property
@@ -201,7 +249,14 @@ class Calibration:
 
     def batches(self) -> list[CalibrationBatch]:
         """All batches of all processes, the tasks taking turns."""
-        return in_turns(self._streams.values())
+        return in_turns(self._as_they_fit())
+
+    def _as_they_fit(self) -> list[list[CalibrationBatch]]:
+        """The batches of every task; in parts where a device was full."""
+        self._given = min(self.batch_size, self._most or self.batch_size)
+        if self._most is None:
+            return list(self._streams.values())
+        return [[part for batch in batches for part in batch.split(self._most)] for batches in self._streams.values()]
 
     def micro_batches(self, size: int) -> list[MicroBatch]:
         """All samples of all processes as batches of one number of samples and one length.
@@ -209,12 +264,14 @@ class Calibration:
         Short batches are filled up, and the fill is marked. There are `size` samples in each, or as many as the
         largest batch has, if that is fewer.
         """
+        size = min(size, self._most or size)
         streams = [
             [(task, group) for group in self._grouped(batches, size)] for task, batches in self._streams.items()
         ]
         found = in_turns(streams)
         inputs = even_out([group for _, group in found], self.inputs.pad)
         sizes = [size_of(group) for group in inputs]
+        self._given = max(sizes)
         out = []
         for number, ((task, _), group, real) in enumerate(zip(found, inputs, sizes, strict=True)):
             fill = max(sizes) - real
@@ -268,7 +325,7 @@ class Calibration:
 
         A last one of a single sample joins the one before it: a BatchNorm in training cannot take it alone.
         """
-        rounds = [[batch for batch in found if batch is not None] for found in zip_longest(*self._streams.values())]
+        rounds = [[batch for batch in found if batch is not None] for found in zip_longest(*self._as_they_fit())]
         if len(rounds) > 1 and sum(batch.samples for batch in rounds[-1]) == 1:
             rounds[-2:] = [rounds[-2] + rounds[-1]]
         for found in rounds[self.process :: self.processes]:
@@ -290,12 +347,11 @@ class Calibration:
         """Calibration data of some samples, by task, in the order of their positions."""
         part = replace(self)
         part.tasks, part.inputs = self.tasks, self.inputs
-        keeper = Keeper(self.memory_gb)
         for task, positions in rows.items():
             index = torch.as_tensor(positions)
             chosen = {name: tensor[index] for name, tensor in self.whole(task).items()}
             part._streams[task] = [
-                CalibrationBatch(task, partial(dict, piece), keeper) for piece in pieces(chosen, self.batch_size)
+                CalibrationBatch(task, partial(dict, piece), part._keeper) for piece in pieces(chosen, self.batch_size)
             ]
         return part
 

@@ -25,5 +25,7 @@ def combined_trunk(
         DataError: a layerwise rule has no calibration data, or less of it than there are processes.
     """
     if RULES.get(planned.config.combine).layerwise and planned.cut.trunk:
-        return LayerwiseWalk(planned, maps, calibration).run()
+        if calibration is None:
+            return LayerwiseWalk(planned, maps, calibration).run()
+        return calibration.while_it_fits(lambda: LayerwiseWalk(planned, maps, calibration).run())
     return combine_trunk(planned, maps, statistics)

@@ -31,7 +31,7 @@ from hf_zipit.refit.convolution import patches
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.solvable import RefitSite, find_sites
-from hf_zipit.refit.stage import in_float32
+from hf_zipit.refit.stage import in_float32, kept_bytes
 from hf_zipit.refit.values import MERGED, Values
 from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
@@ -72,7 +72,9 @@ class LayerwiseWalk:
         if any(tensor.shape != experts[0][name].shape for name, tensor in merged.items()):
             wide = export(resized_copy(model, merged_shapes(spec, maps), {}))
             self.program.adopt(self.program.arguments_in(wide))
-        self.values = Values(self.program, experts, merged, self.batches, config.memory_gb, calibration.device)
+        self.values = Values(
+            self.program, experts, merged, self.batches, kept_bytes(config, calibration), calibration.device
+        )
         self.rows = Rows(
             self.batches, Positions(), per_input=0, all_batches=len(batches), seed=0, device=calibration.device
         )

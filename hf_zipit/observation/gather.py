@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from hf_zipit.adapters import adapter_for
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.data.processes import all_reduce_sum, placed
-from hf_zipit.errors import DataError, ZipItError
+from hf_zipit.errors import DataError, ZipItError, is_out_of_memory
 from hf_zipit.experts.fingerprint import digest_tensors, fingerprint_experts
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.experts.origins import versions
@@ -58,7 +59,7 @@ def gather_statistics(
     if unknown := set(kinds) - set(KINDS):
         raise DataError(f"There are no statistics called {sorted(unknown)[0]!r}; the kinds are {list(KINDS)}.")
     calibration = Calibration.of(data, **reading).read(models)
-    return gathered(models, calibration, kinds=kinds, seed=seed)
+    return calibration.while_it_fits(partial(gathered, models, calibration, kinds=kinds, seed=seed))
 
 
 def gathered(
@@ -123,7 +124,9 @@ def statistics_for(planned: Plan, calibration: Calibration | None, known: Known 
                 f"combine={planned.config.combine!r} reads statistics of the layers: pass a little unlabelled data as "
                 "calibration=, or statistics="
             )
-        return gathered(planned.folded, calibration.read(planned.experts), kinds=kinds, seed=planned.config.seed)
+        calibration.read(planned.experts)
+        work = partial(gathered, planned.folded, calibration, kinds=kinds, seed=planned.config.seed)
+        return calibration.while_it_fits(work)
     found = loaded(known).of(fingerprint_experts(planned.folded))
     for kind in kinds:
         if missing := [task for task in planned.tasks if not found.sums.get(kind, {}).get(task)]:
@@ -145,9 +148,11 @@ def told_of_data(task: str) -> Iterator[None]:
     """What the model itself raises is told as a fault of the data."""
     try:
         yield
-    except (ZipItError, torch.OutOfMemoryError):
+    except ZipItError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"The expert {task!r} cannot run on its data: {first_line(error)}") from error
 
 

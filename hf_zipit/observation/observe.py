@@ -27,7 +27,7 @@ from transformers.utils.logging import tqdm
 from hf_zipit.config import AUTO
 from hf_zipit.data.calibration import Calibration, CalibrationBatch
 from hf_zipit.data.processes import all_reduce_sum, free_memory, placed, solving_device
-from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError
+from hf_zipit.errors import DataError, ExpertError, SpecError, ZipItError, is_out_of_memory
 from hf_zipit.experts.fingerprint import digest_strings, digest_tensors, fingerprint_experts
 from hf_zipit.experts.origins import versions
 from hf_zipit.observation.moments import Moments, Sums
@@ -58,7 +58,9 @@ FORWARD_SHARE = 0.5
 def observe(planned: Plan, calibration: Any) -> Moments:
     """The moments of a plan's folded experts on a `Calibration`, or data that one is made of; see `gather_moments`."""
     config, data = planned.config, Calibration.of(calibration).read(planned.experts)
-    return gather_moments(planned.spec, planned.folded, data, row_fraction=config.row_fraction, seed=config.seed)
+    return data.while_it_fits(
+        partial(gather_moments, planned.spec, planned.folded, data, row_fraction=config.row_fraction, seed=config.seed)
+    )
 
 
 def gather_moments(
@@ -176,9 +178,11 @@ def _run(
     """Rows of every probe; what the model itself raises is told as a fault of the data."""
     try:
         return recorder.run(task, expert, arguments_for(expert, inputs, device), choose, mask_of(inputs))
-    except (ZipItError, torch.OutOfMemoryError):
+    except ZipItError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         shapes = {name: list(tensor.shape) for name, tensor in inputs.items()}
         raise DataError(f"The expert {task!r} cannot run on calibration inputs of shapes {shapes}: {error}") from error
 

@@ -118,6 +118,7 @@ class CalibrationData(Data):
     split: str = "train"
     samples: int | None = 512
     batch_size: int = 32
+    memory_gb: float = 4.0
 
 
 @dataclass(frozen=True)

@@ -220,10 +220,15 @@ class Fit:
 
     def pick(self, site: RefitSite, b: int) -> tuple[Picked, Tensor]:
         """The rows of a site's value that enter its regression, and their weights."""
+        inputs = self.inputs(site)
+        shape = shape_of(site.stream or site.output)
+        return self.rows.pick(shape, b, site.target_axis, inputs, most_rows(site, inputs))
+
+    def inputs(self, site: RefitSite) -> int:
+        """How many inputs the regression of a site has; of one that goes unit by unit, how many units."""
         shape = list(self.values.merged[site.weight].shape)
         outputs = shape.pop(site.unit_axis)
-        inputs = prod(shape) if site.kind in ("linear", "conv") else outputs
-        return self.rows.pick(shape_of(site.stream or site.output), b, site.target_axis, inputs, most_rows(site, inputs))
+        return prod(shape) if site.kind in ("linear", "conv") else outputs
 
     def matrix(self, site: RefitSite, who: int = MERGED) -> Tensor:
         """A linear map's weight `[outputs, inputs]`, of the merged model or of an expert, its scale included."""
@@ -271,6 +276,14 @@ class Fit:
                     solution = whole
                 solution = solution.mT if turned else solution
                 tensors[name] = solution.reshape(tensors[name].shape).to(tensors[name]).contiguous()
+
+
+def rows_used(fit: Fit, site: RefitSite) -> tuple[int, int]:
+    """How many rows entered a site's regression, and how many could have, of all processes."""
+    shape, inputs = shape_of(site.stream or site.output), fit.inputs(site)
+    counts = [fit.rows.counts(shape, b, site.channel_axis, inputs) for b in range(len(fit.values.batches))]
+    used, known = fit.all_reduce(torch.tensor(counts, dtype=torch.float64, device=fit.home).sum(0)).tolist()
+    return int(used), int(known)
 
 
 UNKNOWN_TASK = "unknown task"

@@ -46,9 +46,13 @@ def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibra
         raise RecipeError("joint_heads needs tasks with different classes; this joint output is not a concatenation")
     if not calibration.by_task:
         raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
-    batches = calibration.micro_batches(config.micro_batch)
+
+    def features_of_tasks() -> dict[str, tuple[nn.Linear, list[tuple[Tensor, int]]]]:
+        batches = calibration.micro_batches(config.micro_batch)
+        return {task: head_features(merged, task, batches, calibration.device) for task in merged.config.tasks}
+
     with running([merged], calibration.device):
-        features = {task: head_features(merged, task, batches, calibration.device) for task in merged.config.tasks}
+        features = calibration.while_it_fits(features_of_tasks)
     for own, task in enumerate(merged.config.tasks):
         layer, rows = features[task]
         weight, shift = log_odds(rows, own)

@@ -25,9 +25,9 @@ from torch.nn import functional
 from hf_zipit.factorise import solve_positive
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments
-from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, solve, written
 from hf_zipit.refit.values import MERGED
@@ -39,8 +39,11 @@ AGREED = 1e-3
 WORTH = 0.97
 """and so are those that the choice does not bring below this multiple of what they leave."""
 
-ROWS = 4
+ROWS = 2
 """About this many rows per candidate enter the choice; it needs fewer than weights do."""
+
+AT_ONCE = 2048
+"""So many rows are run through all candidates at once."""
 
 STEPS = 256
 """Units are chosen in about so many steps, several at a time where there are more units."""
@@ -77,7 +80,7 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
     moments, square = _moments(fit, mlp, candidates)
     gram, cross, lacking = _centred(moments, square) if mlp.reader.bias else (moments.xx, moments.xy, square)
     penalty = fit.config.ridge * gram.diagonal()[: candidates.pairs].mean().clamp_min(1e-12)
-    gram = torch.diagonal_scatter(gram, gram.diagonal() + penalty)
+    gram.diagonal().add_(penalty)
     pairs = torch.arange(candidates.pairs, device=gram.device)
     left = left_over(gram, cross, lacking, pairs)
     chosen = best_units(gram, cross, candidates.pairs).sort().values if left > AGREED else pairs
@@ -123,7 +126,9 @@ def _moments(fit: Fit, mlp: Mlp, candidates: Candidates) -> tuple[SecondMoments,
         x = fit.values.of(mlp.input, MERGED, b)
         rows, picked = fit.rows.pick(x.shape, b, -1, count, ROWS)
         y = fit.targets.of(mlp.reader, b, rows)
-        gram.add(_activations(fit, mlp, candidates, at_rows(x, -1, rows), b), y, picked)
+        parts = (part.split(AT_ONCE) for part in (at_rows(x, -1, rows), y, picked))
+        for inputs, target, weight in zip(*parts, strict=True):  # the candidates' activations are many times a layer's
+            gram.add(_activations(fit, mlp, candidates, inputs, b), target, weight)
         square += picked.to(square) @ y.to(square).square().sum(1)
     fit.targets.forget(mlp.reader)
     return gram.reduce(fit.all_reduce), fit.all_reduce(square)
@@ -148,11 +153,11 @@ def _activations(fit: Fit, mlp: Mlp, candidates: Candidates, x: Tensor, b: int) 
 
 
 def _centred(moments: SecondMoments, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Moments about the means, for a regression with an intercept."""
+    """Moments about the means, for a regression with an intercept; with the memory of the given ones."""
     mean_x, mean_y = moments.x / moments.n, moments.y / moments.n
     return (
-        torch.addr(moments.xx, moments.x, mean_x, alpha=-1),
-        torch.addr(moments.xy, moments.x, mean_y, alpha=-1),
+        moments.xx.addr_(moments.x, mean_x, alpha=-1),
+        moments.xy.addr_(moments.x, mean_y, alpha=-1),
         square - moments.y @ mean_y,
     )
 
@@ -165,7 +170,7 @@ def left_over(gram: Tensor, cross: Tensor, square: Tensor, chosen: Tensor) -> fl
         square: the targets' square sum.
         chosen: numbers of the inputs.
     """
-    left, right = gram[chosen][:, chosen], cross[chosen]
+    left, right = gram[chosen[:, None], chosen], cross[chosen]
     explained = (solve_positive(left, right, NOTHING * left.diagonal().max().clamp_min(1e-24)) * right).sum()
     return float(1 - explained / square.clamp_min(1e-30))
 
@@ -178,20 +183,20 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
     at_once = -(-count // STEPS)
     spread, rest = gram.diagonal().clone(), cross.clone()
     whole = spread.clone()
-    factor = gram.new_zeros(len(gram), count)
+    factor = gram.new_zeros(count, len(gram))  # a step reads all of it and of `rest`, and takes as long as that does
     chosen = torch.empty(0, dtype=torch.long, device=gram.device)
     while len(chosen) < count:
         done = len(chosen)
-        gain = rest.square().sum(1) / spread.clamp_min(1e-30)
+        gain = torch.linalg.vector_norm(rest, dim=1).square_() / spread.clamp_min(1e-30)
         gain[spread <= NOTHING * whole] = 0.0
         gain[chosen] = -1.0
         units = gain.topk(min(at_once, count - done)).indices
-        columns = gram[:, units] - factor[:, :done] @ factor[units, :done].mT
-        inner = independent_factor(columns[units].cpu(), whole[units].cpu()).to(gram)
-        columns = columns @ inner
-        factor[:, done : done + len(units)] = columns
-        rest -= columns @ (inner.mT @ rest[units])
-        spread = (spread - columns.square().sum(1)).clamp_min(0)
+        rows = torch.addmm(gram[units], factor[:done, units].mT, factor[:done], alpha=-1)
+        inner = independent_factor(rows[:, units].cpu(), whole[units].cpu()).to(gram)
+        rows = inner.mT @ rows
+        factor[done : done + len(units)] = rows
+        rest.addmm_(rows.mT, inner.mT @ rest[units], alpha=-1)
+        spread = (spread - rows.square().sum(0)).clamp_min(0)
         chosen = torch.cat([chosen, units])
     return chosen
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -135,7 +135,7 @@ class Rows:
         return weights.reshape(-1)
 
     def pick(
-        self, shape: Sequence[int], b: int, channel_axis: int, inputs: int, most: int | None = None
+        self, shape: Sequence[int], b: int, channel_axis: int, inputs: int, most: float | None = None
     ) -> tuple[Picked, Tensor]:
         """The rows of a value that enter a regression on `inputs` units, and their weights; the same every time.
 
@@ -148,10 +148,16 @@ class Rows:
             self._picked[key] = rows, weights.to(self.device)
         return self._picked[key]
 
-    def sample(self, weights: Tensor, b: int, inputs: int, most: int | None = None) -> tuple[Picked, Tensor]:
+    def counts(self, shape: Sequence[int], b: int, channel_axis: int, inputs: int) -> tuple[int, int]:
+        """How many rows of a value enter a regression on `inputs` units, and how many could."""
+        return len(self.pick(shape, b, channel_axis, inputs)[1]), int(
+            (self._weights_of(self._key(shape, b, channel_axis)) > 0).sum()
+        )
+
+    def sample(self, weights: Tensor, b: int, inputs: int, most: float | None = None) -> tuple[Picked, Tensor]:
         """All that the head reads, and of the others at most a seeded share, which then counts for all of them."""
         per_input = self.per_input if most is None else min(self.per_input, most)
-        limit = -(-per_input * inputs // self.all_batches)
+        limit = ceil(per_input * inputs / self.all_batches)
         rows = weights.nonzero().squeeze(1)
         if not limit or len(rows) <= NEARLY_ALL * limit:
             return (slice(None) if len(rows) == len(weights) else rows), weights[rows]

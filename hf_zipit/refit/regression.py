@@ -68,6 +68,23 @@ def some_rows(rows: Tensor) -> Tensor:
     return numbers.long().to(rows.device)
 
 
+def add_upper(sums: Tensor, x: Tensor) -> None:
+    """Add X^T X of rows `[rows, d]` to sums `[d, d]`, of which only the upper triangle is made."""
+    for first in range(0, x.shape[1], TRIANGLE):
+        part = x[:, first : first + TRIANGLE].T @ x[:, first:]
+        sums[first : first + TRIANGLE, first:] += part.to(sums.device)
+
+
+def mirrored(upper: Tensor) -> Tensor:
+    """The symmetric matrix `[d, d]` that an upper triangle is of; in its own memory, for it may be large."""
+    for first in range(0, len(upper), TRIANGLE):
+        after = first + TRIANGLE
+        square = upper[first:after, first:after]
+        square.copy_(square.triu() + square.triu(1).T)
+        upper[after:, first:after] = upper[first:after, after:].T
+    return upper
+
+
 class BlockSums:
     """Moments about the middle of every block of rows, which are moved to the origin at the end.
 
@@ -85,15 +102,13 @@ class BlockSums:
         means = x[some].mean(0), y[some].mean(0)
         root = weight.sqrt()
         x, y = ((part - mean).mul_(root[:, None]) for part, mean in zip((x, y), means, strict=True))
-        for first in range(0, x.shape[1], TRIANGLE):
-            part = x[:, first : first + TRIANGLE].T @ x[:, first:]
-            self.xx[first : first + TRIANGLE, first:] += part.to(self.xx.device)
+        add_upper(self.xx, x)
         self.xy += (x.T @ y).to(self.xy.device)
         self.blocks.append((*(part.to(self.xx) for part in (*means, root @ x, root @ y)), weight.to(self.xx).sum()))
 
     def moments(self) -> SecondMoments:
-        xx, xy = self.xx.triu(), self.xy
-        xx += self.xx.triu(1).T
+        """The moments, with the sums' own memory: nothing can be added any more."""
+        xx, xy = mirrored(self.xx), self.xy
         if not self.blocks:
             return SecondMoments(xx, xy, xx[0] * 0, xy[0] * 0, xx.new_zeros(()))
         centre, level, x, y, n = map(torch.stack, zip(*self.blocks, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_zipit.schema import unpacked
@@ -23,11 +23,14 @@ class RefitReport:
             stream is measured at the stream.
         untouched: tensors that were not regressed and keep the combined values: class tokens (the position table
             beside them makes up for it), scales, depthwise convolutions.
+        rows: per module how many rows (samples times positions) entered its regression, and how many there were:
+            `rows_per_input` for every input are enough, beside those that the head reads.
     """
 
     tasks: tuple[str, ...]
     errors: Mapping[str, Mapping[str, float]]
     untouched: tuple[str, ...] = ()
+    rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Lists of tasks, modules, and per module the errors by task: configuration files sort the keys of dicts."""
@@ -40,6 +43,7 @@ class RefitReport:
                 for by_task in self.errors.values()
             ],
             "untouched": list(self.untouched),
+            "rows": [list(self.rows.get(module, ())) for module in self.errors],
         }
 
     @classmethod
@@ -56,7 +60,25 @@ class RefitReport:
             module: {task: e for task, e in zip(tasks, row, strict=True) if e is not None}
             for module, row in zip(modules, rows, strict=True)
         }
-        return cls(tuple(tasks), errors, tuple(saved["untouched"]))
+        counted = saved.get("rows") or [()] * len(saved["modules"])  # reports of older versions have none
+        rows = {
+            module: (int(row[0]), int(row[1])) for module, row in zip(saved["modules"], counted, strict=True) if row
+        }
+        return cls(tuple(tasks), errors, tuple(saved["untouched"]), rows)
+
+    def rows_in_words(self) -> str | None:
+        """How many rows were used and why; None where that is not known."""
+        if not self.rows:
+            return None
+        most = max(known for _, known in self.rows.values())
+        every = [used for used, known in self.rows.values() if used == known]
+        some = [used for used, known in self.rows.values() if used < known]
+        if not some:
+            return f"all rows, at most {most:,}: no regression has inputs enough to make do with fewer"
+        return (
+            f"{min(some):,} to {max(some):,} of at most {most:,} rows in {len(some)} regressions, as many as their "
+            f"inputs need (rows_per_input); all rows in {len(every)}"
+        )
 
     @property
     def mean(self) -> float:

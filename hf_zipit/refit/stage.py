@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.combine.combine import combine_trunk
+from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.hub.reasons import first_line
@@ -30,7 +31,7 @@ from hf_zipit.refit.walk import Refitted, Walk
 from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.proof import model_tensors
 
-BASIS_ROWS = 32
+BASIS_ROWS = 8
 """About this many rows per direction, in each of a stream's values on average, are enough for its basis."""
 
 
@@ -63,7 +64,8 @@ def refit_trunk(
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
     remedy = "check the experts' weights and the calibration data"
     try:
-        refitted = _refit(planned, trunk, maps, calibration, combine or partial(combine_trunk, planned))
+        work = partial(_refit, planned, trunk, maps, calibration, combine or partial(combine_trunk, planned))
+        refitted = calibration.while_it_fits(work)
     except torch.linalg.LinAlgError as error:
         gather_moments(planned.spec, planned.folded, calibration)  # raises what names the expert and the module
         raise ExpertError(f"a regression of the refit has no solution ({first_line(error)}); {remedy}") from error
@@ -117,8 +119,14 @@ def _refit(
         seed=planned.config.seed,
         progress=calibration.process == 0,
         device=calibration.device,
+        budget=kept_bytes(config, calibration),
     )
     return replace(walk.run(), maps=bases)
+
+
+def kept_bytes(config: RefitConfig, calibration: Calibration) -> float:
+    """What activations may take of the CPU's memory: as the refit's own setting says, or what the data's leaves."""
+    return calibration.memory_left if config.memory_gb is None else config.memory_gb * 2**30
 
 
 def _stream_bases(

@@ -40,6 +40,7 @@ from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.normed_streams import normed_streams
 from hf_zipit.refit.positions import Rows
 from hf_zipit.refit.program import Program
+from hf_zipit.refit.regression import add_upper, mirrored
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import find_readouts
 from hf_zipit.symmetry.spaces import Fold, Reader
@@ -118,7 +119,7 @@ def stream_bases(
     sizes = {name: spec.spaces[name].size * len(experts) for name in streams}
     home = solving_device(rows.device)
     energies = {
-        node: torch.zeros(sizes[value.space] + 1, sizes[value.space], dtype=torch.float64, device=home)
+        node: torch.zeros(sizes[value.space] + 1, sizes[value.space] + 1, dtype=torch.float64, device=home)
         for node, value in nodes.items()
     }
     counts = {node: torch.zeros((), dtype=torch.float64, device=home) for node in nodes}
@@ -128,10 +129,10 @@ def stream_bases(
             axis = nodes[node].axis
             weight = rows.weights(found[0].shape, b, axis).sqrt()[:, None]
             joint = torch.cat([_as_rows(x, axis) for x in found], -1) * weight
-            energies[node] += (torch.cat([joint, weight], 1).T @ joint).to(home)
+            add_upper(energies[node], torch.cat([joint, weight], 1))
             counts[node] += weight.square().sum().to(home)
     moments = {
-        node: _moments(all_reduce(energies[node]), all_reduce(counts[node]), value.scale is not None)
+        node: _moments(all_reduce(energies.pop(node)), all_reduce(counts[node]), value.scale is not None)
         for node, value in nodes.items()
     }
     bases = {}
@@ -139,7 +140,9 @@ def stream_bases(
         own = [(moments[node], value.scale) for node, value in nodes.items() if value.space == name]
         if not own:
             continue
-        energy = torch.stack([found for found, _ in own]).mean(0)
+        energy = torch.zeros_like(own[0][0])
+        for found, _ in own:
+            energy += found / len(own)
         start = torch.cat([unmerge_matrix(maps, (Factor(name),), t, spec) for t in range(len(experts))]).mT
         start = start.to(energy) / len(experts) ** 0.5
         basis = principal_basis(energy, start, read_metric(stream.weights, experts, energy))
@@ -153,8 +156,12 @@ def stream_bases(
 
 
 def _moments(sums: Tensor, count: Tensor, centred: bool) -> Tensor:
-    """Second moments, about the mean of what was summed up or about zero, with a trace of one."""
-    energy, total = sums[:-1], sums[-1]
+    """Second moments, about the mean of what was summed up or about zero, with a trace of one.
+
+    Of the sums, `[n + 1, n + 1]`, the last column is that of the weights; only their upper triangle is made.
+    """
+    sums = mirrored(sums)
+    energy, total = sums[:-1, :-1], sums[:-1, -1]
     energy = energy - torch.outer(total, total) / count.clamp_min(1e-30) if centred else energy
     return energy / energy.trace().clamp_min(1e-30)
 

@@ -7,7 +7,7 @@ while there is room, in memory up to a budget and in temporary files beyond it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,15 +155,15 @@ class Values:
         experts: Sequence[Mapping[str, Tensor]],
         merged: Mapping[str, Tensor],
         batches: Sequence[MicroBatch],
-        memory_gb: float,
+        budget: float,
         device: torch.device,
     ) -> None:
-        """`merged` are the merged model's tensors where they differ from the first expert's."""
+        """`merged` are the merged model's tensors where they differ from the first expert's; the budget is bytes."""
         self.program, self.batches, self.device = program, batches, device
         self.inputs = [{name: tensor.to(device) for name, tensor in batch.inputs.items()} for batch in batches]
         self.solved = {**experts[0], **merged}
         self.tensors = [OnDevice(own, device) for own in (*map(dict, experts), self.solved)]
-        self.store = Store(memory_gb * 2**30, device)
+        self.store = Store(budget, device)
 
     @property
     def experts(self) -> range:
@@ -180,6 +180,26 @@ class Values:
             self.store[node, who, b] = self.program.run(
                 node, lambda used, b=b: self.store[used, who, b], self.tensors[who], inputs, who == MERGED
             )
+
+    def advance(self, nodes: Sequence[fx.Node], who: int, kept: Collection[fx.Node]) -> None:
+        """Run ops in a row of one model, one micro-batch after the other; only the values of some are kept."""
+        last = {used: i for i, node in enumerate(nodes) for used in node.all_input_nodes}
+        for b, inputs in enumerate(self.inputs):
+            found: dict[fx.Node, Any] = {}
+            for i, node in enumerate(nodes):
+                value = self.program.run(
+                    node,
+                    lambda used, b=b, found=found: found[used] if used in found else self.store[used, who, b],
+                    self.tensors[who],
+                    inputs,
+                    who == MERGED,
+                )
+                if node in kept:
+                    self.store[node, who, b] = value
+                found[node] = value
+                for used in (node, *node.all_input_nodes):
+                    if last.get(used, i) <= i:
+                        found.pop(used, None)
 
     def of(self, node: Any, who: int, b: int) -> Tensor:
         """What a node gives: a parameter, an input of the model or the result of an op."""

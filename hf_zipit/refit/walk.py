@@ -32,13 +32,13 @@ from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
-from hf_zipit.refit.fit import Fit, Targets, relative_errors
+from hf_zipit.refit.fit import Fit, Targets, relative_errors, rows_used
+from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
 from hf_zipit.refit.mlp_solver import choose_units
+from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
-from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.shared import KINDS as SHARED
 from hf_zipit.refit.shared import solve_shared
 from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites, knows_its_units
@@ -93,8 +93,10 @@ class Walk:
         seed: int = 0,
         progress: bool = True,
         device: torch.device | str = "cpu",
+        budget: float = float("inf"),
     ) -> None:
-        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count.
+        """See `stage.refit`; `all_reduce` sums a tensor over all processes, `fields` are the outputs that count, and
+        `budget` what activations may take of the CPU's memory, in bytes.
 
         `model`, whose forward pass is traced, and the batches are on the CPU; all else happens on `device`.
         """
@@ -128,7 +130,7 @@ class Walk:
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
         self.head_cuts: dict[str, HeadCut] = {}
 
-        values = Values(self.program, experts, merged, batches, config.memory_gb, torch.device(device))
+        values = Values(self.program, experts, merged, batches, budget, torch.device(device))
         rows = Rows(
             batches,
             positions,
@@ -140,7 +142,9 @@ class Walk:
         targets = Targets(values, spec, alignment, config.own_task_weight)
         self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
         self.errors: dict[str, dict[str, float]] = {}
+        self.rows: dict[str, tuple[int, int]] = {}
         self.ahead = 0
+        self.read_of_experts = self._read_of_experts()
 
     @torch.no_grad()
     def run(self) -> Refitted:
@@ -189,8 +193,10 @@ class Walk:
         tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
-        report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak)
+        report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows)
+        return Refitted(
+            tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak
+        )
 
     def _aims_at(self, site: RefitSite) -> int:
         """The position of what a site aims at; of a table, that of the op that reads it."""
@@ -210,11 +216,24 @@ class Walk:
             self.chosen |= {site.node for site in mlp.writers}
 
     def _advance_experts(self, upto: int) -> None:
-        """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch."""
-        while self.ahead <= upto:
-            for expert in self.fit.values.experts:
-                self.fit.values.compute(self.program.nodes[self.ahead], expert)
-            self.ahead += 1
+        """The experts run ahead of the merged model where a target lies ahead: at the end of a residual branch.
+
+        What nothing reads later is not kept: a branch's inner values would take several times the stream's memory.
+        """
+        if self.ahead > upto:
+            return
+        nodes = self.program.nodes[self.ahead : upto + 1]
+        kept = {node for node in nodes if node in self.read_of_experts or self.program.last_use.get(node, -1) > upto}
+        for expert in self.fit.values.experts:
+            self.fit.values.advance(nodes, expert, kept)
+        self.ahead = upto + 1
+
+    def _read_of_experts(self) -> set[fx.Node]:
+        """The nodes whose values of the experts are targets, or regressed on the merged model's."""
+        single = [site for site in self.sites.values() if site.node not in self.in_attention]
+        inputs = [own.site.node.args[0] for layer in self.attention.values() for own in layer.inputs]
+        targets = [site.stream or site.output for site in single]
+        return {*targets, *inputs, *self.readouts.values(), *(mlp.input for mlp in self.mlps.values())}
 
     def _in_attention_layers(self) -> set[fx.Node]:
         """Ops of attention layers, up to the means, that whoever solves the layer runs as far as they are needed."""
@@ -247,7 +266,8 @@ class Walk:
         found = relative_errors(self.fit, site)
         self.fit.targets.forget(site)
         names = chain((site.module, site.weight), (f"{site.module} at place {n}" for n in count(2)))
-        self.errors[next(name for name in names if name not in self.errors)] = found
+        name = next(name for name in names if name not in self.errors)
+        self.errors[name], self.rows[name] = found, rows_used(self.fit, site)
         return sum(found.values()) / max(len(found), 1)
 
     def _untouched(self) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
     calibration = None
     if recipe.calibration:
         data = unlabelled(calibration_data(recipe, experts, say))
-        calibration = Calibration(data, batch_size=recipe.calibration.batch_size).read(experts)
+        given = recipe.calibration
+        calibration = Calibration(data, batch_size=given.batch_size, memory_gb=given.memory_gb).read(experts)
     evaluation = recipe_data(recipe, recipe.evaluation, experts, say) if recipe.evaluation else None
     checks = agreement_data(recipe, experts, calibration) if calibration and not evaluation else None
     shared = SharedMoments(experts, calibration, recipe.depth)

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.config import MergeConfig

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
 import pytest
 import torch
 import transformers as T
@@ -23,7 +21,6 @@ from hf_zipit.refit.solvable import find_sites, part_of
 from hf_zipit.symmetry.ops import op_name
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Space, Sum, Symmetry, fitted
-from hf_zipit.symmetry.trace import select_outputs
 
 from .. import tiny
 from ..test_invariants import assert_same, calibration, case, experts, outputs
@@ -44,7 +41,9 @@ def program_of(model: nn.Module, inputs: dict[str, Tensor]) -> Program:
 def test_a_class_of_other_layers_is_solved_and_a_reordered_copy_comes_back(name: str):
     """Shared layers, depthwise and one-dimensional convolutions, weight norms, pooling heads, mixtures, gains."""
     it = case(name)
-    result = merge({"a": it.model, "b": it.moved}, it.inputs, method="permute", refit={"micro_batch": 8}, corrections=())
+    result = merge(
+        {"a": it.model, "b": it.moved}, it.inputs, method="permute", refit={"micro_batch": 8}, corrections=()
+    )
     for task, model in (("a", it.model), ("b", it.moved)):
         assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
     report = RefitReport.of(result)
@@ -158,7 +157,9 @@ def test_attention_step_by_step_is_one_op_that_computes_the_same(bias: bool):
     program = Program(model, {"x": x}, None)
     names = [op_name(node) for node in program.nodes]
     assert "scaled_dot_product_attention" in names and "softmax" not in names and "matmul" not in names
-    assert {"maps.weight", "out"} == {site.weight for site in find_sites(program, frozenset({"maps.weight", "out"})).values()}
+    assert {"maps.weight", "out"} == {
+        site.weight for site in find_sites(program, frozenset({"maps.weight", "out"})).values()
+    }
     values: dict = {}
     with torch.no_grad():
         for node in program.nodes:
