@@ -87,6 +87,8 @@ class RefitConfig:
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
         choose_units: let experts' units stay units of their own in MLPs, of all experts' those that explain most,
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
+        unit_steps: fit the units of MLPs to what the stream lacks through their nonlinearity, by at most so many steps
+            of L-BFGS; 0 leaves them as they were solved.
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
             stream are allowed, or would be but for the scales of post-LN norms.
         micro_batch: samples that go through a module at once.
@@ -102,6 +104,7 @@ class RefitConfig:
     rows_per_input: int = 32
     split_heads: bool = True
     choose_units: bool = True
+    unit_steps: int = 20
     stream_bases: bool = True
     micro_batch: int = 64
     memory_gb: float | None = None
@@ -115,8 +118,8 @@ class RefitConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RecipeError(f"refit's {name} is {value}; it must be above 0")
-        if self.micro_batch < 1 or self.rows_per_input < 0:
-            raise RecipeError("refit's micro_batch must be at least 1 and rows_per_input at least 0")
+        if self.micro_batch < 1 or self.rows_per_input < 0 or self.unit_steps < 0:
+            raise RecipeError("refit's micro_batch must be at least 1, rows_per_input and unit_steps at least 0")
 
 
 @checked

@@ -30,6 +30,7 @@ from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, solve, written
+from hf_zipit.refit.unit_refinement import refine_units
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import products
 
@@ -58,8 +59,8 @@ class Candidates:
     """Units that a merged layer may have.
 
     Attributes:
-        maps: by writer the candidates' weights `[pieces, candidates, inputs]` and biases `[pieces, candidates]`, float64;
-            a fused map has several pieces, a gate and what it gates.
+        maps: by writer the candidates' weights `[pieces, candidates, inputs]` and biases `[pieces, candidates]`,
+            float64; a fused map has several pieces, a gate and what it gates.
         columns: what the output projection starts from, `[outputs, candidates]`.
         pairs: how many of them, the first ones, are the alignment's.
     """
@@ -71,10 +72,10 @@ class Candidates:
 
 @torch.no_grad()
 def choose_units(fit: Fit, mlp: Mlp) -> bool:
-    """Write the chosen units' weights and the start of the output projection into the merged model.
+    """Write the units' weights and the start of the output projection into the merged model.
 
     Returns:
-        Whether units were chosen; otherwise the layer's maps were solved one by one.
+        Whether the units are others than the alignment's: they were chosen, or refined (`unit_refinement.py`).
     """
     candidates = _candidates(fit, mlp)
     moments, square = _moments(fit, mlp, candidates)
@@ -84,15 +85,17 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
     pairs = torch.arange(candidates.pairs, device=gram.device)
     left = left_over(gram, cross, lacking, pairs)
     chosen = best_units(gram, cross, candidates.pairs).sort().values if left > AGREED else pairs
-    if left_over(gram, cross, lacking, chosen) > WORTH * left or torch.equal(chosen, pairs):
+    keep = torch.equal(chosen, pairs) or left_over(gram, cross, lacking, chosen) > WORTH * left
+    if keep:
         for site in mlp.writers:
             solve(fit, site)
-        return False
-    for site, (weight, bias) in candidates.maps.items():
-        fit.write(site, weight[:, chosen].flatten(0, 1), bias[:, chosen].flatten())
-    fit.write(mlp.reader, candidates.columns[:, chosen])
+    else:
+        for site, (weight, bias) in candidates.maps.items():
+            fit.write(site, weight[:, chosen].flatten(0, 1), bias[:, chosen].flatten())
+        fit.write(mlp.reader, candidates.columns[:, chosen])
+    refined = left > AGREED and refine_units(fit, mlp)
     fit.values.run_again([site.node for site in mlp.writers], mlp.at)
-    return True
+    return refined or not keep
 
 
 def _candidates(fit: Fit, mlp: Mlp) -> Candidates:

@@ -1,0 +1,164 @@
+"""MLPs in the refit: what units put out is fitted to what the stream lacks, through their nonlinearity.
+
+Units that were chosen, or paired, have weights that were solved one by one, as if what a unit puts out were a linear
+function of them. Together with the output projection they are the solution of a small nonlinear least squares problem,
+
+    min  sum_i w_i || V f(W x_i + b) + c - y_i ||^2
+
+with x what the merged model feeds into the layer and y what the stream lacks, both known. A few steps of L-BFGS (Liu
+and Nocedal 1989) in coordinates in which x and f are white solve most of it. Some of the samples are held out: the
+steps stop where they no longer help there, and the best weights on them are kept, which may be the first ones.
+
+No model is run or differentiated but the layer itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from hf_zipit.factorise import eigh
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.mlps import Mlp
+from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.values import MERGED
+
+EQUATIONS = 16
+"""About so many numbers are fitted for every weight,"""
+
+HELD_OUT = 8
+"""and one in so many is held out."""
+
+AT_ONCE = 5
+"""After so many steps the samples that are held out are looked at,"""
+
+WORTH = 0.97
+"""and no more are made where these did not bring their error below this multiple."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs `[rows, d]` of a layer, its targets `[rows, k]` and their weights `[rows]`."""
+
+    x: Tensor
+    y: Tensor
+    weight: Tensor
+
+
+@torch.enable_grad()
+def refine_units(fit: Fit, mlp: Mlp) -> bool:
+    """Write better weights of an MLP's units, and of its output projection, into the merged model.
+
+    Returns:
+        Whether there are any.
+    """
+    fitted, held = _rows(fit, mlp)
+    layer = _Layer(fit, mlp, fitted)
+    whole = fit.all_reduce(fitted.weight @ fitted.y.square().sum(1)).clamp_min(1e-30)
+
+    def error(rows: Rows) -> Tensor:
+        return rows.weight @ (layer(rows.x) - rows.y).square().sum(1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        own = error(fitted) / whole
+        own.backward()
+        for parameter in layer.parameters:
+            parameter.grad = fit.all_reduce(parameter.grad)
+        return fit.all_reduce(own.detach())
+
+    def left() -> float:
+        with torch.no_grad():
+            return float(fit.all_reduce(error(held)))
+
+    optimizer = torch.optim.LBFGS(
+        layer.parameters, max_iter=AT_ONCE, history_size=10, line_search_fn="strong_wolfe", tolerance_change=0.0
+    )
+    best, found = left(), None
+    for _ in range(0, fit.config.unit_steps, AT_ONCE):
+        optimizer.step(closure)
+        now = left()
+        if not now < best:  # or not a number
+            break
+        enough = now > WORTH * best
+        best, found = now, layer.weights()
+        if enough:
+            break
+    for site, (weight, bias) in (found or {}).items():
+        fit.write(site, weight, bias)
+    return found is not None
+
+
+class _Layer:
+    """An MLP as a function of its input, with parameters in which its inputs and its units' outputs are white."""
+
+    def __init__(self, fit: Fit, mlp: Mlp, rows: Rows) -> None:
+        self.fit, self.mlp = fit, mlp
+        self.sites = (*mlp.writers, mlp.reader)
+        own = {site: self._own(site) for site in self.sites}
+        with torch.no_grad():
+            units = self._units(rows.x, own)
+            white, back = whitening(fit, rows.x, rows.weight)
+            spread, narrow = whitening(fit, units, rows.weight)
+        self.white = {site: spread if site is mlp.reader else white for site in self.sites}
+        undo = {site: narrow if site is mlp.reader else back for site in self.sites}
+        self.own = {site: [own[site][0] @ undo[site], *own[site][1:]] for site in self.sites}
+        self.parameters = [part.requires_grad_() for parts in self.own.values() for part in parts]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        own = {site: [parts[0] @ self.white[site], *parts[1:]] for site, parts in self.own.items()}
+        return functional.linear(self._units(x, own), *own[self.mlp.reader])
+
+    def weights(self) -> dict[RefitSite, tuple[Tensor, Tensor | None]]:
+        """The layer's weights and biases as they are now."""
+        return {
+            site: ((parts[0] @ self.white[site]).detach(), parts[1].detach().clone() if len(parts) > 1 else None)
+            for site, parts in self.own.items()
+        }
+
+    def _own(self, site: RefitSite) -> list[Tensor]:
+        weight = self.fit.matrix(site).float().clone()
+        return [weight] if site.bias is None else [weight, self.fit.values.merged[site.bias].float().clone()]
+
+    def _units(self, x: Tensor, own: dict[RefitSite, list[Tensor]]) -> Tensor:
+        """What the units put out: every op between works unit by unit."""
+        values, program = self.fit.values, self.fit.values.program
+        known: dict[fx.Node, Tensor] = {site.node: functional.linear(x, *own[site]) for site in self.mlp.writers}
+        for node in self.mlp.between:
+            known[node] = program.run(
+                node,
+                lambda used: known[used] if used in known else values.of(used, MERGED, 0),
+                values.merged,
+                values.inputs[0],
+                merged=True,
+            )
+        return known[self.mlp.reader.node.args[0]]  # type: ignore[index]
+
+
+def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric C `[d, d]` for which C x has moments near one, as far as the ridge allows, and its inverse."""
+    moments = fit.all_reduce((x * weight[:, None]).T @ x).to(fit.home, torch.float64)
+    moments.diagonal().add_(fit.config.ridge * moments.diagonal().mean().clamp_min(1e-30))
+    scale = moments.diagonal().mean()
+    values, vectors = eigh(moments / scale)
+    root = values.clamp_min(1e-12).sqrt()
+    return ((vectors / root @ vectors.T).to(x), (vectors * root @ vectors.T).to(x))
+
+
+def _rows(fit: Fit, mlp: Mlp) -> tuple[Rows, Rows]:
+    """The rows that are fitted, and those that are held out: of every micro-batch the last ones."""
+    width = fit.values.merged[mlp.reader.weight].shape[mlp.reader.input_axis]
+    parts: tuple[list[list[Tensor]], ...] = ([], [])
+    for b in range(len(fit.values.batches)):
+        x = fit.values.of(mlp.input, MERGED, b)
+        rows, picked = fit.rows.pick(x.shape, b, -1, width * (1 + len(mlp.writers)), EQUATIONS)
+        own = [at_rows(x, -1, rows), fit.targets.of(mlp.reader, b, rows), picked.to(x)]
+        first = len(picked) - len(picked) // HELD_OUT
+        parts[0].append([part[:first] for part in own])
+        parts[1].append([part[first:] for part in own])
+    fit.targets.forget(mlp.reader)
+    return tuple(Rows(*map(torch.cat, zip(*found, strict=True))) for found in parts)  # type: ignore[return-value]
