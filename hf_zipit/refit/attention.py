@@ -24,7 +24,7 @@ from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import with_heads
 from hf_zipit.refit.solvable import TRANSPARENT, RefitSite, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
-from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Sum, Symmetry
+from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Symmetry
 
 MOVING = TRANSPARENT | {
     *("view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "repeat_interleave", "cat"),
@@ -152,7 +152,12 @@ def _weighing(
     """The layer of an op that weighs values by what a softmax put out: what made its logits may be anything."""
     weights, values = node.args[:2]
     made_by = weights
-    while isinstance(made_by, fx.Node) and op_name(made_by) in TRANSPARENT | {"view", "reshape", "masked_fill", "where"}:
+    while isinstance(made_by, fx.Node) and op_name(made_by) in TRANSPARENT | {
+        "view",
+        "reshape",
+        "masked_fill",
+        "where",
+    }:
         made_by = made_by.args[1 if op_name(made_by) == "where" else 0]
     if not isinstance(made_by, fx.Node) or op_name(made_by) not in ("softmax", "_softmax"):
         return None
@@ -188,7 +193,19 @@ def _values_alone(
         return None
     absent = Heads(value.site, (), ())
     return Attention(
-        node, absent, absent, value, output, None, frozenset(steps), behind, heads, groups, width, weights, fused  # type: ignore[arg-type]
+        node,
+        absent,
+        absent,
+        value,
+        output,
+        None,
+        frozenset(steps),
+        behind,
+        heads,
+        groups,
+        width,
+        weights,
+        fused,  # type: ignore[arg-type]
     )
 
 

@@ -46,7 +46,9 @@ def patches(x: Tensor, weight: Tensor, node: fx.Node, rows: Picked) -> Tensor:
     channels are taken, each group's after the other.
     """
     kernel = weight.shape[2:]
-    stride, dilation = (_each(setting(node, place, name, 1), kernel) for place, name in ((3, "stride"), (5, "dilation")))
+    stride, dilation = (
+        _each(setting(node, place, name, 1), kernel) for place, name in ((3, "stride"), (5, "dilation"))
+    )
     seen = functional.pad(x, _padding(setting(node, 4, "padding", 0), kernel, dilation)).movedim(1, -1)
     sizes = seen.shape[1:-1]
     corner, *lines = places((len(x), *shape_of(node)[2:]), rows, x.device)

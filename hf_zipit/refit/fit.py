@@ -223,7 +223,9 @@ class Fit:
         shape = list(self.values.merged[site.weight].shape)
         outputs = shape.pop(site.unit_axis)
         inputs = prod(shape) if site.kind in ("linear", "conv") else outputs
-        return self.rows.pick(shape_of(site.stream or site.output), b, site.target_axis, inputs, most_rows(site, inputs))
+        return self.rows.pick(
+            shape_of(site.stream or site.output), b, site.target_axis, inputs, most_rows(site, inputs)
+        )
 
     def matrix(self, site: RefitSite, who: int = MERGED) -> Tensor:
         """A linear map's weight `[outputs, inputs]`, of the merged model or of an expert, its scale included."""

@@ -25,9 +25,9 @@ from torch.nn import functional
 from hf_zipit.factorise import solve_positive
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments
-from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, solve, written
 from hf_zipit.refit.values import MERGED

@@ -15,7 +15,6 @@ from torch import Tensor, fx
 
 from hf_zipit.factorise import eigh
 from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import ChannelSums, Gram, ridge, scale_and_shift
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import normed

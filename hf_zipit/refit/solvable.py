@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -399,7 +399,9 @@ def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
     if site.part is not None:
         return bool(label)
     if site.kind == "table":
-        others = [axis for i, axis in enumerate(spec.axes.get(site.weight, ())) if i != len(spec.axes[site.weight]) - 1]
+        others = [
+            axis for i, axis in enumerate(spec.axes.get(site.weight, ())) if i != len(spec.axes[site.weight]) - 1
+        ]
         return bool(label) and not any(spec.movable(name) for axis in others for name in product_key(axis))
     if site.kind not in ("norm", "group_norm", "gain"):
         return True

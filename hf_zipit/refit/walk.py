@@ -33,12 +33,12 @@ from hf_zipit.planning.cut import Cut
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.fit import Fit, Targets, relative_errors
+from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
 from hf_zipit.refit.mlp_solver import choose_units
+from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
-from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
-from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.shared import KINDS as SHARED
 from hf_zipit.refit.shared import solve_shared
 from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites, knows_its_units
@@ -190,7 +190,9 @@ class Walk:
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         report = RefitReport(self.fit.tasks, self.errors, self._untouched())
-        return Refitted(tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak)
+        return Refitted(
+            tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak
+        )
 
     def _aims_at(self, site: RefitSite) -> int:
         """The position of what a site aims at; of a table, that of the op that reads it."""
