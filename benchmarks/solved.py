@@ -2,8 +2,8 @@
 
     python -m benchmarks.solved [--only Swin]
 
-Every class is merged in its smallest form (`smallest.py`) from two random models, with example inputs like those that its
-adapter makes. Of a layer of attention either the logits and the values are solved as a whole, or the values alone.
+Every class is merged in its smallest form (`smallest.py`) from two random models, with example inputs like those that
+its adapter makes. Of a layer of attention either the logits and the values are solved as a whole, or the values alone.
 Heads may be split, and units of MLPs chosen, where the last columns say so.
 """
 

@@ -55,8 +55,8 @@ class Candidates:
     """Units that a merged layer may have.
 
     Attributes:
-        maps: by writer the candidates' weights `[pieces, candidates, inputs]` and biases `[pieces, candidates]`, float64;
-            a fused map has several pieces, a gate and what it gates.
+        maps: by writer the candidates' weights `[pieces, candidates, inputs]` and biases `[pieces, candidates]`,
+            float64; a fused map has several pieces, a gate and what it gates.
         columns: what the output projection starts from, `[outputs, candidates]`.
         pairs: how many of them, the first ones, are the alignment's.
     """
