@@ -228,6 +228,11 @@ class Program:
         }  # later uses overwrite earlier ones
         self.outputs = self._forward.outputs
         self._merged: dict[fx.Node, Arguments] = {}
+        self._made_of_weights = set[fx.Node]()
+        for node in self.nodes:
+            used = node.all_input_nodes
+            if used and all(x in self._made_of_weights or x.name in self.tensors for x in used):
+                self._made_of_weights.add(node)
 
     def tensor_of(self, node: Any) -> str | None:
         """The name of the parameter or buffer that a graph input is."""
@@ -288,16 +293,10 @@ class Program:
         found, todo = set[fx.Node](), list(node.all_input_nodes)
         while todo:
             current = todo.pop()
-            if current in self.position and current not in found and self._is_made_of_weights(current):
+            if current in self._made_of_weights and current not in found:
                 found.add(current)
                 todo += current.all_input_nodes
         return sorted(found, key=self.position.__getitem__)
-
-    def _is_made_of_weights(self, node: fx.Node) -> bool:
-        if node.op == "placeholder":
-            return node.name in self.tensors
-        used = node.all_input_nodes
-        return node.op == "call_function" and bool(used) and all(map(self._is_made_of_weights, used))
 
     def value_of(self, node: fx.Node, tensors: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> Any:
         """What a node gives, computed from the model's inputs alone."""

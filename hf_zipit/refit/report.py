@@ -21,8 +21,7 @@ class RefitReport:
         errors: per module, in execution order, and task: the squared error on that task's calibration samples over the
             variance of the target. 0 is perfect, 1 no better than a constant. A module that writes into a residual
             stream is measured at the stream.
-        untouched: tensors that were not regressed and keep the combined values: class tokens (the position table
-            beside them makes up for it), scales, depthwise convolutions.
+        untouched: tensors that were not regressed and keep the combined values: numbers for all units, norms of heads.
         rows: per module how many rows (samples times positions) entered its regression, and how many there were:
             `rows_per_input` for every input are enough, beside those that the head reads.
     """

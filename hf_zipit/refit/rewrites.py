@@ -23,7 +23,7 @@ def turned_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def routed_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
-    """What rows `[rows, inputs]` become by one of several linear maps `[maps, outputs, inputs]` each: `chosen` says."""
+    """What rows `[rows, inputs]` become, each by the one of several linear maps `[maps, outputs, inputs]` it chose."""
     out = x.new_empty(len(x), weight.shape[1])
     for number in chosen.unique().tolist():
         rows = chosen == number

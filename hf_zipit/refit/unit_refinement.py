@@ -14,6 +14,7 @@ No model is run or differentiated but the layer itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ from hf_zipit.factorise import eigh
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.regression import ridge
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.values import MERGED
 
@@ -37,15 +39,19 @@ AT_ONCE = 5
 """After so many steps the samples that are held out are looked at,"""
 
 WORTH = 0.97
-"""and no more are made where these did not bring their error below this multiple."""
+"""and no more are made where these did not bring their error below this multiple,"""
+
+RIGHT = 0.01
+"""or to this share of the stream's own variance."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Inputs `[rows, d]` of a layer, its targets `[rows, k]` and their weights `[rows]`."""
+    """Inputs `[rows, d]` of a layer, its targets `[rows, k]`, the stream that these lead to, and the rows' weights."""
 
     x: Tensor
     y: Tensor
+    stream: Tensor
     weight: Tensor
 
 
@@ -57,8 +63,10 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
         Whether there are any.
     """
     fitted, held = _rows(fit, mlp)
+    with torch.no_grad():
+        solve_reader(fit, mlp, fitted)
+        right = RIGHT * spread(fit, held)
     layer = _Layer(fit, mlp, fitted)
-    whole = fit.all_reduce(fitted.weight @ fitted.y.square().sum(1)).clamp_min(1e-30)
 
     def error(rows: Rows) -> Tensor:
         return rows.weight @ (layer(rows.x) - rows.y).square().sum(1)
@@ -75,18 +83,17 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
         with torch.no_grad():
             return float(fit.all_reduce(error(held)))
 
+    whole = fit.all_reduce(error(fitted).detach()).clamp_min(1e-30)
     optimizer = torch.optim.LBFGS(
         layer.parameters, max_iter=AT_ONCE, history_size=10, line_search_fn="strong_wolfe", tolerance_change=0.0
     )
-    best, found = left(), None
-    for _ in range(0, fit.config.unit_steps, AT_ONCE):
+    best, found, steps = left(), None, 0
+    while steps < fit.config.unit_steps and best > right:
         optimizer.step(closure)
-        now = left()
-        if not now < best:  # or not a number
-            break
-        enough = now > WORTH * best
-        best, found = now, layer.weights()
-        if enough:
+        steps, before, now = steps + AT_ONCE, best, left()
+        if now < best:  # it is a number, too
+            best, found = now, layer.weights()
+        if not now < WORTH * before:
             break
     for site, (weight, bias) in (found or {}).items():
         fit.write(site, weight, bias)
@@ -99,19 +106,18 @@ class _Layer:
     def __init__(self, fit: Fit, mlp: Mlp, rows: Rows) -> None:
         self.fit, self.mlp = fit, mlp
         self.sites = (*mlp.writers, mlp.reader)
-        own = {site: self._own(site) for site in self.sites}
+        own = {site: layer_weights(fit, site) for site in self.sites}
         with torch.no_grad():
-            units = self._units(rows.x, own)
             white, back = whitening(fit, rows.x, rows.weight)
-            spread, narrow = whitening(fit, units, rows.weight)
-        self.white = {site: spread if site is mlp.reader else white for site in self.sites}
+            even, narrow = whitening(fit, units(fit, mlp, rows.x, own), rows.weight)
+        self.white = {site: even if site is mlp.reader else white for site in self.sites}
         undo = {site: narrow if site is mlp.reader else back for site in self.sites}
         self.own = {site: [own[site][0] @ undo[site], *own[site][1:]] for site in self.sites}
         self.parameters = [part.requires_grad_() for parts in self.own.values() for part in parts]
 
     def __call__(self, x: Tensor) -> Tensor:
         own = {site: [parts[0] @ self.white[site], *parts[1:]] for site, parts in self.own.items()}
-        return functional.linear(self._units(x, own), *own[self.mlp.reader])
+        return functional.linear(units(self.fit, self.mlp, x, own), *own[self.mlp.reader])
 
     def weights(self) -> dict[RefitSite, tuple[Tensor, Tensor | None]]:
         """The layer's weights and biases as they are now."""
@@ -120,23 +126,26 @@ class _Layer:
             for site, parts in self.own.items()
         }
 
-    def _own(self, site: RefitSite) -> list[Tensor]:
-        weight = self.fit.matrix(site).float().clone()
-        return [weight] if site.bias is None else [weight, self.fit.values.merged[site.bias].float().clone()]
 
-    def _units(self, x: Tensor, own: dict[RefitSite, list[Tensor]]) -> Tensor:
-        """What the units put out: every op between works unit by unit."""
-        values, program = self.fit.values, self.fit.values.program
-        known: dict[fx.Node, Tensor] = {site.node: functional.linear(x, *own[site]) for site in self.mlp.writers}
-        for node in self.mlp.between:
-            known[node] = program.run(
-                node,
-                lambda used: known[used] if used in known else values.of(used, MERGED, 0),
-                values.merged,
-                values.inputs[0],
-                merged=True,
-            )
-        return known[self.mlp.reader.node.args[0]]  # type: ignore[index]
+def layer_weights(fit: Fit, site: RefitSite) -> list[Tensor]:
+    """A linear map's weight `[outputs, inputs]` and, if it has one, its bias as they are in the merged model."""
+    weight = fit.matrix(site).float().clone()
+    return [weight] if site.bias is None else [weight, fit.values.merged[site.bias].float().clone()]
+
+
+def units(fit: Fit, mlp: Mlp, x: Tensor, own: Mapping[RefitSite, Sequence[Tensor]]) -> Tensor:
+    """What an MLP's units put out with weights of one's own: every op between works unit by unit."""
+    values = fit.values
+    known: dict[fx.Node, Tensor] = {site.node: functional.linear(x, *own[site]) for site in mlp.writers}
+    for node in mlp.between:
+        known[node] = values.program.run(
+            node,
+            lambda used: known[used] if used in known else values.of(used, MERGED, 0),
+            values.merged,
+            values.inputs[0],
+            merged=True,
+        )
+    return known[mlp.reader.node.args[0]]  # type: ignore[index]
 
 
 def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,6 +158,22 @@ def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return ((vectors / root @ vectors.T).to(x), (vectors * root @ vectors.T).to(x))
 
 
+def solve_reader(fit: Fit, mlp: Mlp, rows: Rows) -> None:
+    """Write the output projection that suits the units as they are."""
+    start = fit.matrix(mlp.reader)
+    own = {site: layer_weights(fit, site) for site in mlp.writers}
+    gram = fit.gram(start)
+    gram.add(units(fit, mlp, rows.x, own), rows.y, rows.weight)
+    fit.write(mlp.reader, *ridge(gram.reduce(fit.all_reduce), start, fit.config.ridge, mlp.reader.bias is not None))
+
+
+def spread(fit: Fit, rows: Rows) -> float:
+    """The stream's weighted squared deviation from its mean."""
+    square = fit.all_reduce(rows.weight @ rows.stream.square().sum(1))
+    total, count = fit.all_reduce(rows.weight @ rows.stream), fit.all_reduce(rows.weight.sum())
+    return float(square - total @ total / count.clamp_min(1e-30))
+
+
 def _rows(fit: Fit, mlp: Mlp) -> tuple[Rows, Rows]:
     """The rows that are fitted, and those that are held out: of every micro-batch the last ones."""
     width = fit.values.merged[mlp.reader.weight].shape[mlp.reader.input_axis]
@@ -156,7 +181,8 @@ def _rows(fit: Fit, mlp: Mlp) -> tuple[Rows, Rows]:
     for b in range(len(fit.values.batches)):
         x = fit.values.of(mlp.input, MERGED, b)
         rows, picked = fit.rows.pick(x.shape, b, -1, width * (1 + len(mlp.writers)), EQUATIONS)
-        own = [at_rows(x, -1, rows), fit.targets.of(mlp.reader, b, rows), picked.to(x)]
+        target, stream = fit.targets.of(mlp.reader, b, rows), fit.targets.reached(mlp.reader, b, rows)
+        own = [at_rows(x, -1, rows), target, stream, picked.to(x)]
         first = len(picked) - len(picked) // HELD_OUT
         parts[0].append([part[:first] for part in own])
         parts[1].append([part[first:] for part in own])

@@ -48,7 +48,10 @@ def test_node_by_node_is_the_forward_pass(name: str):
     found = run(made, model_tensors(model), inputs)
     assert found.keys() == expected.keys()
     for field, tensor in expected.items():
-        assert torch.equal(found[field], tensor), field
+        if name.endswith("eager"):  # which is one op now
+            torch.testing.assert_close(found[field], tensor, rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(found[field], tensor), field
 
 
 def covered(made: Program, sites: dict) -> set[str | None]:
@@ -145,6 +148,29 @@ def test_in_place_ops_write_into_nothing(how: str):
     with torch.no_grad():
         torch.testing.assert_close(found, model(**inputs))
     assert torch.equal(inputs["x"], before)
+
+
+class Counting(nn.Module):
+    """An index that is written piece by piece, as classes make those of relative positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.arange(9).view(3, 3).contiguous()
+        index[:, 0] += 1
+        first = self.table[index[:, 0]]
+        index[1:] = 2
+        return x + first + self.table[index[:, 1]]
+
+
+def test_what_is_written_piece_by_piece_from_nothing_is_known_beforehand():
+    model, inputs = Counting(), {"x": torch.randn(3, 3)}
+    made = Program(model, inputs, None)
+    assert not any("copy" in str(node.target) for node in made.nodes)
+    with torch.no_grad():
+        torch.testing.assert_close(run(made, model_tensors(model), inputs)["output"], model(**inputs))
 
 
 def test_writing_into_a_part_is_refused():

@@ -17,15 +17,13 @@ from hf_zipit.refit.program import Program
 from hf_zipit.refit.regression import GroupedGram, ridge
 from hf_zipit.refit.rewrites import routed_linear
 from hf_zipit.refit.shared import _Sums
-from hf_zipit.refit.solvable import find_sites, part_of
+from hf_zipit.refit.solvable import find_shared, find_sites, part_of
 from hf_zipit.symmetry.ops import op_name
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import Factor, MergeSpec, Space, Sum, Symmetry, fitted
 
 from .. import tiny
 from ..test_invariants import assert_same, calibration, case, experts, outputs
-
-SMALLEST = {"t5": T.T5ForConditionalGeneration, "swin": T.SwinForImageClassification}
 
 KEPT = {"logit_scale", "logit_bias", "q_norm", "k_norm", "inv_freq"}
 """Words in the names of what is kept: numbers for all units, norms of each head before a rotation, frequencies."""
@@ -35,49 +33,44 @@ def program_of(model: nn.Module, inputs: dict[str, Tensor]) -> Program:
     return Program(model, fitted(inputs, model), adapter_for(model).outputs(model))
 
 
-@pytest.mark.parametrize(
-    "name", ["albert", "convnext", "deberta-v2", "siglip-vision", "wav2vec2", "mixtral", "qwen3", "segformer"]
-)
+@pytest.mark.parametrize("name", ["albert", "convnext", "siglip-vision", "wav2vec2", "mixtral"])
 def test_a_class_of_other_layers_is_solved_and_a_reordered_copy_comes_back(name: str):
     """Shared layers, depthwise and one-dimensional convolutions, weight norms, pooling heads, mixtures, gains."""
     it = case(name)
-    result = merge(
-        {"a": it.model, "b": it.moved}, it.inputs, method="permute", refit={"micro_batch": 8}, corrections=()
-    )
-    for task, model in (("a", it.model), ("b", it.moved)):
+    named, refit = {"a": it.model, "b": it.moved}, {"micro_batch": 8}
+    result = merge(named, it.inputs, method="permute", refit=refit, corrections=())
+    for task, model in named.items():
         assert_same(outputs(result, it.inputs, model, task=task), outputs(model, it.inputs, model), 1e-3)
     report = RefitReport.of(result)
     assert not [name for name in report.untouched if not any(word in name for word in KEPT)]
     assert max(e for by_task in report.errors.values() for e in by_task.values()) < 1e-5
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_tables_that_are_read_at_several_places_or_looked_up_by_index(name: str):
-    """T5's words are read by its encoder, its decoder and its head; Swin looks up where pixels of a window are."""
-    model = smallest_model(SMALLEST[name])
-    inputs = {key: x for key, x in calibration(model).items()}
-    result = merge({"a": model, "b": model}, inputs, method="identity", refit=True, corrections=())
-    assert RefitReport.of(result).untouched == ()
-    assert_same(outputs(result, inputs, model, task="a"), outputs(model, inputs, model), 1e-3)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "albert", "convnext", "wav2vec2"])
-def test_experts_that_differ_are_fitted_better_than_by_combining(name: str):
-    """Measured at the outputs: the mean error on all samples, of what the experts answer on average."""
-    models = experts(name)
-    inputs = calibration(models[0])
+def test_a_mixture_of_models_that_differ_is_fitted_better_than_by_combining():
+    """Measured at the outputs: the mean error on all samples, as a share of the spread of the answers."""
+    named = dict(zip("ab", experts("mixtral"), strict=True))
+    inputs = calibration(named["a"])
 
     def error(refit: object) -> float:
-        result = merge(dict(zip("ab", models, strict=True)), inputs, method="permute", refit=refit, corrections=())
+        result = merge(named, inputs, method="permute", refit=refit, corrections=())
         off = spread = 0.0
-        for task, model in zip("ab", models, strict=True):
-            found, expected = outputs(result, inputs, model, task=task), outputs(model, inputs, model)
-            for field, tensor in expected.items():
-                off += float((found[field] - tensor).square().sum())
-                spread += float((tensor - tensor.mean(0)).square().sum())
+        for task, model in named.items():
+            found, expected = (
+                outputs(one, inputs, model, **kw)["logits"] for one, kw in ((result, {"task": task}), (model, {}))
+            )
+            off += float((found - expected).square().sum())
+            spread += float((expected - expected.mean(0)).square().sum())
         return off / spread
 
-    assert error({"micro_batch": 8, "rows_per_input": 0}) < 0.8 * error(False)
+    assert error({"micro_batch": 8, "rows_per_input": 0}) < 0.12 * error(False)
+
+
+def test_t5_has_one_table_for_its_words_and_its_head():
+    model = smallest_model(T.T5ForConditionalGeneration)
+    inputs = adapter_for(model).inputs(model)
+    program = Program(model, inputs, adapter_for(model).outputs(model), frozenset({"shared.weight"}))
+    (places,) = find_shared(program, frozenset({"shared.weight"}))
+    assert [site.kind for site in places] == ["embedding", "embedding", "linear"]
 
 
 def test_the_last_linear_map_and_the_words_may_be_one_table():
@@ -131,6 +124,7 @@ def test_which_part_of_an_axis_some_units_are():
     assert part_of(fused, range(10), spec) == fused
     assert part_of(fused, [0, 1, 2, 3], spec) is None
     assert part_of((Sum((q, k)),), [3, 4], spec) == k
+    assert part_of((Sum((q, k, q)),), [3, 4, 5, 6, 7], spec) == (Sum((k, q)),)
     assert part_of(h, [1], spec) is None
 
 
@@ -157,9 +151,8 @@ def test_attention_step_by_step_is_one_op_that_computes_the_same(bias: bool):
     program = Program(model, {"x": x}, None)
     names = [op_name(node) for node in program.nodes]
     assert "scaled_dot_product_attention" in names and "softmax" not in names and "matmul" not in names
-    assert {"maps.weight", "out"} == {
-        site.weight for site in find_sites(program, frozenset({"maps.weight", "out"})).values()
-    }
+    weights = frozenset({"maps.weight", "out"})
+    assert weights == {site.weight for site in find_sites(program, weights).values()}
     values: dict = {}
     with torch.no_grad():
         for node in program.nodes:
@@ -197,3 +190,11 @@ def test_a_mixtures_experts_are_solved_on_the_tokens_that_they_get():
     chosen = torch.tensor([2, 0, 2, 1, 1, 0])
     expected = torch.stack([weight[number] @ row for number, row in zip(chosen, x, strict=True)])
     torch.testing.assert_close(routed_linear(x, weight, chosen), expected)
+
+
+def test_the_walk_goes_on_with_what_weights_are_made_into():
+    """A weight norm's product, or a gain and one: it was made with the combined weights, before they were solved."""
+    named = dict(zip("ab", experts("wav2vec2"), strict=True))
+    result = merge(named, calibration(named["a"]), method="permute", refit={"micro_batch": 8}, corrections=())
+    errors = RefitReport.of(result).errors["wav2vec2.encoder.pos_conv_embed.conv.parametrizations.weight"]
+    assert max(errors.values()) < 1
