@@ -17,6 +17,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTConfig, ViTForImageClassification
@@ -26,6 +28,8 @@ from benchmarks.memory import resident
 from benchmarks.stages import timed_stages
 from hf_zipit import expected_costs, merge, plan
 from hf_zipit.config import RefitConfig
+from hf_zipit.refit import program
+from hf_zipit.symmetry.trace import export as program_export
 
 VIT_S = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
 
@@ -77,6 +81,22 @@ def sampled_memory() -> Iterator[list[float]]:
         watcher.join()
 
 
+@contextmanager
+def timed_tracing() -> Iterator[list[float]]:
+    """Seconds of CPU that a refit exports a forward pass: a list of one number."""
+    seconds = [0.0]
+
+    def export(*args: Any) -> Any:
+        start = time.process_time()
+        try:
+            return program_export(*args)
+        finally:
+            seconds[0] += time.process_time() - start
+
+    with patch.object(program, "export", export):
+        yield seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--experts", nargs="*", default=[], help="checkpoints; random models of ViT-S's shape without")
@@ -89,8 +109,9 @@ def main() -> None:
     data = images(models, settings.samples)
     merge(models, {task: part[:2] for task, part in data.items()}, refit=False)  # what is imported at first use
     before = forward_seconds(models, data)
-    expected = expected_costs(plan(models, method="permute", refit=True), settings.samples)
-    with timed_stages(time.process_time) as seconds, sampled_memory() as peak:
+    some = {"pixel_values": torch.cat([part[:2] for part in data.values()])}
+    expected = expected_costs(plan(models, method="permute", refit=True), settings.samples, example_inputs=some)
+    with timed_stages(time.process_time) as seconds, sampled_memory() as peak, timed_tracing() as tracing:
         start = time.process_time()
         merged = merge(models, data, method="permute", refit=True)
         total = time.process_time() - start
@@ -105,6 +126,7 @@ def main() -> None:
         told = expected.seconds.get({"moments_for": "observe", "refit_trunk": "refit"}.get(stage, ""), 0.0)
         more = f"  expected {told:7.2f} s, measured {spent / told:.2f} times that" if told else ""
         print(f"  {stage:16} {spent:7.2f} s  {spent / forward:5.2f}{more}")
+    print(f"  of the refit {tracing[0]:.2f} s is tracing, which a process does once for inputs of one shape")
     print(f"  a forward pass was expected to take {expected.forward:.2f} s; {expected.lines()[0]}")
 
 

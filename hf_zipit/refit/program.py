@@ -10,13 +10,11 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx import config as fx_config
 
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.products import merged_length
@@ -73,8 +71,7 @@ def _shape(x: Any) -> Hashable:
 
 
 def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None) -> ForwardPass:
-    with without_stack_traces():
-        exported = export(model, inputs, fields)
+    exported = export(model, inputs, fields)
     signature = exported.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
@@ -154,17 +151,6 @@ def _read_what_was_written(nodes: list[fx.Node]) -> None:
                 )
             for user in later:
                 user.replace_input_with(base, node)
-
-
-@contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Which line of the model's code made an op is of no use here, and looking it up takes a third of a trace."""
-    before = getattr(fx_config, "do_not_emit_stack_traces", False)
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before
 
 
 def module_of(node: fx.Node) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_zipit.adapters import given_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.data.processes import solving_device
@@ -24,8 +25,11 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.work import ForwardWork, Work, counted, forward_operations, refit_work
 from hf_zipit.symmetry.proof import model_tensors
 
-SIDE = 1024
-"""The measured product is of square matrices of this many rows."""
+SIDE = 768
+"""The measured product is of square matrices of this many rows,"""
+
+TRIES = 12
+"""and the fastest of so many counts: other work on the machine should not."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,14 @@ class Rates:
 
 @cache
 def measured_rates(device: torch.device) -> Rates:
-    """One short product of either kind on a device, the best of three."""
+    """One short product of either kind on a device."""
     return Rates(_rate(torch.float32, device), _rate(torch.float64, solving_device(device)))
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
     x = torch.ones(SIDE, SIDE, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(4):  # the first one loads what is needed
+    for _ in range(TRIES):
         start = time.perf_counter()
         float((x @ x)[0, 0])  # waits for an accelerator
         best = min(best, time.perf_counter() - start)
@@ -104,7 +108,11 @@ class Costs:
 
 
 def expected_costs(
-    planned: Plan, samples: int | None = None, device: torch.device | str = "cpu", memory_gb: float | None = None
+    planned: Plan,
+    samples: int | None = None,
+    device: torch.device | str = "cpu",
+    memory_gb: float | None = None,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Costs:
     """What a merge will cost, from one traced forward pass and one measured matrix product.
 
@@ -113,6 +121,8 @@ def expected_costs(
         samples: calibration samples of each task; None or 0 where there are none.
         device: where it will run.
         memory_gb: the budget of what is kept between layers; the `Calibration`'s default without.
+        example_inputs: keyword arguments of a forward pass, two samples or more, of the shape that counts; by default
+            what the model's adapter makes up.
     """
     samples, experts, sizes = samples or 0, len(planned.tasks), planned.parameters
     refit = planned.config.refit if isinstance(planned.config.refit, RefitConfig) and planned.cut.trunk else None
@@ -123,7 +133,8 @@ def expected_costs(
     read, written = float(stored), 4.0 * sizes["merged"]
     if not samples or not (refit or planned.passes):
         return Costs(samples, {}, memory, read, written, 0.0)
-    rates, found = measured_rates(torch.device(device)), counted(planned)
+    with given_inputs(example_inputs):
+        rates, found = measured_rates(torch.device(device)), counted(planned)
     one = Work(single=experts * samples * found.forward * experts)
     seconds = {}
     if planned.passes:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.folding import find_folds
 from hf_zipit.symmetry.interpreter import Interpreter
+from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.naming import Naming
 from hf_zipit.symmetry.ops import Value
 from hf_zipit.symmetry.rules import PATTERNS, RULES
@@ -58,7 +60,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), experts_looked_up(model):
+        with torch.no_grad(), warnings.catch_warnings(), experts_looked_up(model), without_stack_traces():
             warnings.simplefilter("ignore")
             program = torch.export.export(_Fields(model, fields).eval(), (), kwargs=dict(inputs), strict=False)
         program.graph.eliminate_dead_code()
@@ -72,6 +74,17 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     finally:
         for name, module in model.named_modules():  # some models exchange modules while they run (BigBird)
             module.training = training.get(name, module.training)
+
+
+@contextmanager
+def without_stack_traces() -> Iterator[None]:
+    """Which line of the model's code made an op is of no use here, and looking it up takes a third of a trace."""
+    before = getattr(fx_config, "do_not_emit_stack_traces", False)
+    fx_config.do_not_emit_stack_traces = True
+    try:
+        yield
+    finally:
+        fx_config.do_not_emit_stack_traces = before
 
 
 @contextmanager
@@ -90,6 +103,30 @@ def experts_looked_up(model: nn.Module) -> Iterator[None]:
     finally:
         for config, implementation in reversed(before):
             config._experts_implementation = implementation
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a walk reads of an exported program; the rest of it holds the model's weights."""
+
+    graph: fx.Graph
+    graph_module: fx.GraphModule
+    graph_signature: Any
+    call_spec: Any
+
+
+EXPORTED: Memory[Exported] = Memory()
+
+
+def _exported(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str] | None) -> Exported:
+    """The exported program of a model; the same with norms folded and without."""
+
+    def make() -> Exported:
+        program = export(model, inputs, fields)
+        return Exported(program.graph, program.graph_module, program.graph_signature, program.call_spec)
+
+    shapes = [(n, (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x)) for n, x in inputs.items()]
+    return EXPORTED.get(trace_key(model, tuple(sorted(shapes)), tuple(fields or ()), fields is None), make)
 
 
 def trace(
@@ -117,7 +154,7 @@ def trace(
     Raises:
         SpecError: if the model cannot be traced.
     """
-    program = export(model, inputs, fields)
+    program = _exported(model, inputs, fields)
     signature = program.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     nodes = program.graph.nodes
