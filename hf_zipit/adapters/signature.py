@@ -152,7 +152,7 @@ def _random(*shape: int, generator: torch.Generator) -> Tensor:
     """Raises DataError for sizes that no input has: they would take all memory."""
     if prod(shape) > LARGEST:
         raise DataError(
-            f"the configuration asks for an example input of {' x '.join(map(str, shape))} numbers; correct its sizes, "
-            "or pass example_inputs"
+            f"the configuration asks for an example input of {' x '.join(map(str, shape))} numbers; correct its "
+            "sizes, or pass example_inputs"
         )
     return torch.randn(BATCH, *shape, generator=generator)

@@ -14,7 +14,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
@@ -153,11 +153,8 @@ def check_size(model_class: Any, folder: Path, config: PreTrainedConfig) -> None
     if not held:
         return
     build = getattr(model_class, "from_config", None) or model_class._from_config  # of Auto classes, of models
-    with torch.device("meta"), no_init_weights(), counted(held + SLACK, held + BUFFERS) as excess:
-        try:
-            build(copy.deepcopy(config))
-        except _TooLargeError:
-            pass
+    with suppress(_TooLargeError), torch.device("meta"), no_init_weights(), counted(held) as excess:
+        build(copy.deepcopy(config))
     if excess:
         raise ExpertError(
             f"the configuration in {folder} makes more than {excess[0]}, but its weights are only {held:,} bytes; "
@@ -170,13 +167,12 @@ class _TooLargeError(Exception):
 
 
 @contextmanager
-def counted(parameters: int, buffers: int) -> Iterator[list[str]]:
-    """What the modules that this thread makes come to that are too many, in words; making them ends there.
+def counted(held: int) -> Iterator[list[str]]:
+    """What the modules that this thread makes have too much of for so many bytes of weights, in words.
 
-    Args:
-        parameters: at most so many; a module counts for `MODULE` of them.
-        buffers: at most so many bytes of them.
+    Making them ends there, by a `_TooLargeError`.
     """
+    limits = held + SLACK, held + BUFFERS
     made, excess, maker = [0, 0], [], threading.get_ident()
 
     def count(module: nn.Module, name: str, added: object) -> None:
@@ -188,7 +184,7 @@ def counted(parameters: int, buffers: int) -> Iterator[list[str]]:
             made[0] += added.numel()
         elif isinstance(added, torch.Tensor):
             made[1] += added.nbytes
-        for number, most, what in zip(made, (parameters, buffers), ("parameters", "bytes of buffers"), strict=True):
+        for number, most, what in zip(made, limits, ("parameters", "bytes of buffers"), strict=True):
             if number > most:
                 excess.append(f"{most:,} {what}")
                 raise _TooLargeError
