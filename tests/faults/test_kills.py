@@ -153,7 +153,7 @@ def test_looks_while_two_writers_never_rest(tmp_path: Path) -> None:
 def test_a_killed_push_leaves_the_folder_and_the_repo_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A commit of the Hub is whole or nothing; all that is written before lies in a folder of its own."""
+    """A commit of the Hub is whole or nothing; all that is written beside it lies in a folder of its own."""
     repo, model = tmp_path / "repo", merged(1.0)
     model.save_pretrained(tmp_path / "out")
     before = content(tmp_path / "out")
@@ -167,11 +167,16 @@ def test_a_killed_push_leaves_the_folder_and_the_repo_as_they_were(
     (tmp_path / "temporary").mkdir()
     for push in (lambda: push_saved(tmp_path / "out", "me/x"), lambda: model.push_to_hub("me/x")):
         count = run(push, tmp_path)
-        assert count and repo.read_text()
+        committed, found = repo.read_text(), [0, 0]
+        assert count and committed
         for point in points(count, 2):
             repo.unlink(missing_ok=True)
             assert run(push, tmp_path, point) is None
-            assert content(tmp_path / "out") == before and not repo.exists()
+            assert content(tmp_path / "out") == before
+            found[repo.exists()] += 1
+            assert not repo.exists() or repo.read_text() == committed
+        assert found[0]
+        print(f"killed at {sum(found)} of {count} file events: {found[0]} without a commit, {found[1]} after it")
 
 
 def test_a_killed_save_of_moments_leaves_the_old_or_the_new(tmp_path: Path) -> None:
@@ -189,3 +194,4 @@ def test_a_killed_save_of_moments_leaves_the_old_or_the_new(tmp_path: Path) -> N
         assert Moments.load(path).count(("space",)) in (5, 9)
         new.save(path)
         assert [each.name for each in tmp_path.iterdir()] == ["moments.safetensors"]
+    print(f"killed at file events of a file of moments, of {count}")
