@@ -196,18 +196,3 @@ def counted(held: int) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def damage(found: Mapping[str, Any]) -> str | None:
-    """What is wrong with a checkpoint, of the loading info of `from_pretrained`; None where every tensor was found."""
-    kinds = {
-        "missing_keys": "lacks {}",
-        "unexpected_keys": "has {}, which its class does not know",
-        "mismatched_keys": "has another shape than its configuration says in {}",
-    }
-    for kind, text in kinds.items():
-        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return text.format(f"the tensor {names[0]}{more}")
-    return None
