@@ -173,8 +173,8 @@ def merged() -> PreTrainedModel:
     """Of experts with odd names and labels, whose configurations tell what one logs in with."""
     models = dict(zip((ODD, "```"), tiny.pair("vit"), strict=True))
     models[ODD].config.id2label = {0: "| x |", 1: "```\n# Title", 2: "<img src=x>"}
-    for model in models.values():
-        model.config.update(SECRETS)
+    for number, model in enumerate(models.values()):  # that they differ is no difference between models
+        model.config.update({**SECRETS, "token": f"SECRET {number}"})
     return hf_zipit.merge(models, method="identity").eval()
 
 

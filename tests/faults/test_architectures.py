@@ -48,7 +48,7 @@ def sizes(draw: random.Random) -> dict[str, Any]:
     heads = draw.randint(1, 4)
     return {
         "num_attention_heads": heads,
-        "hidden_size": heads * 2 * draw.randint(1, 4),
+        "hidden_size": max(4, heads * 2 * draw.randint(1, 4)),  # norms make of two units a single bit
         "intermediate_size": draw.randint(5, 40),
         "num_hidden_layers": draw.randint(1, 3),
         "hidden_act": draw.choice(ACTIVATIONS),
