@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForImageClassification
 
 import hf_zipit
 from hf_zipit.errors import ExpertError
+from hf_zipit.modeling import ZipItForImageClassification
 from hf_zipit.running.saved import load_merged
 
 from .tiny import build, pair
@@ -65,5 +67,8 @@ def test_a_whole_one_is_taken(tmp_path: Path, name: str) -> None:
 def test_a_damaged_merged_model_is_refused(tmp_path: Path, kind: str) -> None:
     change = {"missing": without_one, "unexpected": with_one_more}[kind]
     hf_zipit.merge(dict(zip("ab", pair("vit"), strict=True)), method="identity").save_pretrained(tmp_path / "merged")
-    with pytest.raises(ExpertError, match="is damaged"):
-        load_merged(str(damaged(tmp_path / "merged", change)))
+    folder = str(damaged(tmp_path / "merged", change))
+    classes = (ZipItForImageClassification, AutoModelForImageClassification)
+    for load in (load_merged, *(each.from_pretrained for each in classes)):
+        with pytest.raises(ExpertError, match="is damaged"):
+            load(folder)

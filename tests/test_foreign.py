@@ -56,8 +56,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "no size": ({"hidden_size": None}, "hidden_size"),
     "size 0": ({"patch_size": 0}, "could not be loaded"),
     "negative": ({"hidden_size": -1}, "could not be loaded"),
-    "too large": ({"hidden_size": 10**12}, "could not be loaded"),
-    "huge": ({"image_size": 65535}, "makes 8,588,904,898 parameters, but its weights are only .* bytes"),
+    "too large": ({"hidden_size": 10**12}, "makes more than 10,.* parameters"),
+    "huge": ({"image_size": 65535}, "makes more than 10,.* parameters, but its weights are only .* bytes"),
+    "many layers": (
+        {"num_hidden_layers": 10**6},
+        "makes more than 10,.* parameters, but its weights are only .* bytes",
+    ),
+    "no end of layers": ({"num_hidden_layers": 10**12}, "num_hidden_layers 1e.12, more than any model"),
+    "no end of labels": ({"num_labels": 10**12}, "num_labels 1e.12, more than any model"),
     "another size": ({"intermediate_size": 65}, "has another shape than its configuration says"),
     "fewer labels": ({"id2label": {"0": "a"}, "label2id": {"a": 0}}, "another shape .* in the tensor classifier"),
     "odd labels": ({"id2label": {"a": "b"}}, "could not be loaded"),
@@ -167,8 +173,8 @@ def merged() -> PreTrainedModel:
     """Of experts with odd names and labels, whose configurations tell what one logs in with."""
     models = dict(zip((ODD, "```"), tiny.pair("vit"), strict=True))
     models[ODD].config.id2label = {0: "| x |", 1: "```\n# Title", 2: "<img src=x>"}
-    for model in models.values():
-        model.config.update(SECRETS)
+    for number, model in enumerate(models.values()):  # that they differ is no difference between models
+        model.config.update({**SECRETS, "token": f"SECRET {number}"})
     return hf_zipit.merge(models, method="identity").eval()
 
 

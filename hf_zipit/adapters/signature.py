@@ -6,6 +6,7 @@ Each function returns the inputs of one kind, batch first, none where the model 
 from __future__ import annotations
 
 from collections.abc import Collection
+from math import prod
 from typing import Any
 
 import torch
@@ -13,10 +14,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from hf_zipit.errors import DataError
+
 BATCH = 2  # larger than one: an axis of size one cannot be told from no axis
 TOKENS = 7  # a prime, unlike any width: easy to recognise in an error
 FRAMES = 64
 """Length of spectrograms whose configuration gives none."""
+
+LARGEST = 2**27
+"""Numbers in one example input: 6,600 pixels squared in colour."""
 
 SAMPLES = 1920
 """Length of waveforms whose configuration gives none."""
@@ -143,4 +149,10 @@ def image_tokens(model: nn.Module, pixel_values: Tensor) -> int | None:
 
 
 def _random(*shape: int, generator: torch.Generator) -> Tensor:
+    """Raises DataError for sizes that no input has: they would take all memory."""
+    if prod(shape) > LARGEST:
+        raise DataError(
+            f"the configuration asks for an example input of {' x '.join(map(str, shape))} numbers; correct its "
+            "sizes, or pass example_inputs"
+        )
     return torch.randn(BATCH, *shape, generator=generator)

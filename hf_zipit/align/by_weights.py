@@ -18,7 +18,7 @@ from hf_zipit.align.method import Network
 from hf_zipit.maps.space_map import Alignment, Map
 from hf_zipit.maps.transform import to_merged
 from hf_zipit.registry import METHODS
-from hf_zipit.symmetry.spec import ProductKey, product_key
+from hf_zipit.symmetry.spec import ProductKey, factors, product_key
 
 SAME = 1e-5
 """Correlations nearer than this to a unit's correlation with itself count as equal to it: float32 is no better."""
@@ -43,13 +43,16 @@ def match_by_weights(network: Network, names: Collection[str], maps: Mapping[str
     return {name: found[name] for name in names}
 
 
-def product_rows(network: Network, maps: Alignment, family: Collection[str]) -> Iterator[tuple[ProductKey, Tensor]]:
+def product_rows(
+    network: Network, maps: Alignment, family: Collection[str], held: bool = False
+) -> Iterator[tuple[ProductKey, Tensor]]:
     """The weights of every unit of the products with a space of the family, parameter by parameter.
 
     Args:
         network: the experts' weights.
         maps: of other spaces; parameters with a movable one that has none are passed over.
         family: a space that stands alone, and those within it, which are solved together.
+        held: only from axes that hold the family's spaces, not those that read them.
 
     Yields:
         A product, and float64 `[T * size, entries]`, the parameter's other axes in merged units.
@@ -61,6 +64,8 @@ def product_rows(network: Network, maps: Alignment, family: Collection[str]) -> 
             key = product_key(label)
             others = (*labels[:axis], (), *labels[axis + 1 :])
             within = {outer for n in key for outer in spec.spaces[n].within if spec.movable(n)}
+            if held and any(factor.dual for factor in factors(label) if factor.space in family):
+                continue
             # The axis of a grouped convolution that leaves out the groups says nothing alone.
             if set(key) & set(family) and within <= set(key) and known_around(others, maps, spec):
                 rows = [
@@ -109,3 +114,24 @@ def told_apart(
             rows[units] = DECIDES_TIES * similarity.to(rows)
             changed[key] = correlations[key] + torch.where(units[:, None].to(rows.device), rows, rows.T)
     return changed
+
+
+def completed(
+    network: Network, covariances: Mapping[ProductKey, Tensor], maps: Alignment, name: str
+) -> dict[ProductKey, Tensor]:
+    """The covariances of a space's products, in which weights tell apart directions that do not vary.
+
+    Centred activations say nothing about those, and yet they may hold a constant. An expert's weights count for so
+    little of its variance that no measured one feels it.
+    """
+    found = dict(covariances)
+    for key, rows in product_rows(network, maps, [name], held=True) if network.weights else ():
+        if key in found:
+            size = len(rows) // network.experts
+            variance, squares = (
+                x.reshape(network.experts, size).mean(1) for x in (covariances[key].diagonal(), rows.square().sum(1))
+            )
+            scale = (DECIDES_TIES * variance.clamp_min(0).to(rows) / squares.clamp_min(1e-300)).sqrt()
+            rows = rows * scale.repeat_interleave(size)[:, None]
+            found[key] = found[key] + (rows @ rows.T).to(found[key])
+    return found

@@ -21,7 +21,7 @@ from hf_zipit.align.method import Network
 from hf_zipit.maps.products import factors_first
 from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
 from hf_zipit.maps.transform import to_merged
-from hf_zipit.symmetry.spec import MergeSpec, Symmetry
+from hf_zipit.symmetry.spec import MergeSpec, Symmetry, product_key
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class CircuitFamily:
     """Spaces whose bases circuits can find, with the heads that they live within.
 
     Attributes:
-        heads: the space of the heads; None for a space that stands alone.
+        heads: the space of the heads; None for spaces that stand alone.
         inner: the spaces between two linear maps, whose symmetry is in `FREE`.
-        copies: the space of the queries inside a key/value group, where there is one.
+        copies: the space of the queries inside a key/value group, where there is one; of all where there is one group.
         paired: whether the heads are to be paired; else their map is fixed.
     """
 
@@ -53,10 +53,17 @@ def circuit_families(spec: MergeSpec, fixed_maps: Mapping[str, Map]) -> list[Cir
     What has a fixed map is not touched; a family whose heads are open but something inside them has one is left alone.
     """
     found = []
+    alone = [root for root, inner in spec.families() if not inner and root.name not in fixed_maps]
+    free_alone = [root.name for root in alone if root.symmetry in FREE]
+    axes = [set(product_key(label)) for labels in spec.axes.values() for label in labels]
+    for root in alone:  # a single group of keys and values: its queries stand alone beside what is inside
+        shared = set().union(*(axis for axis in axes if root.name in axis)).intersection(free_alone)
+        if root.name not in free_alone and shared:
+            found.append(CircuitFamily(None, tuple(name for name in free_alone if name in shared), root.name))
+            free_alone = [name for name in free_alone if name not in shared]
+    found += [CircuitFamily(None, (name,)) for name in free_alone]
     for root, inner in spec.families():
         if not inner:
-            if root.symmetry in FREE and root.name not in fixed_maps:
-                found.append(CircuitFamily(None, (root.name,)))
             continue
         free = tuple(s.name for s in inner if s.symmetry in FREE)
         others = [s.name for s in inner if s.symmetry not in FREE]
@@ -100,7 +107,8 @@ def match_family(family: CircuitFamily, network: Network, maps: Mapping[str, Map
     if family.heads and family.paired:
         found[family.heads] = SpaceMap(sides.shape[0], torch.stack([pairing.heads.argsort() for pairing in to]))
     if family.copies:
-        found[family.copies] = SpaceMap(sides.shape[1], torch.stack([pairing.copies.argsort(-1) for pairing in to]))
+        labels = torch.stack([pairing.copies.argsort(-1) for pairing in to])
+        found[family.copies] = SpaceMap(sides.shape[1], labels if family.heads else labels[:, 0])
     for name in family.inner:
         bases = [sides.bases(name, reference, t, to[t]) for t in experts]
         matrices, inverses = (torch.stack(part) for part in zip(*bases, strict=True))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_zipit.align.assignment import match_to_reference
-from hf_zipit.align.by_weights import match_by_weights, told_apart
+from hf_zipit.align.by_weights import completed, match_by_weights, told_apart
 from hf_zipit.align.heads import block_scores, holds_blocks
 from hf_zipit.align.method import Method, Network, merged_size
 from hf_zipit.errors import DataError
@@ -106,7 +106,7 @@ class Solver:
         clearer = told_apart(self.network, self.correlations, self.maps, family)
         if not clearer:
             return False
-        network = replace(self.network, correlations={**self.correlations, **clearer}, weights=())
+        network = replace(self.network, correlations={**self.correlations, **clearer})
         again = Solver(network, {name: m for name, m in self.maps.items() if name not in family})
         again._solve_seen({name: choices[name] for name in family})
         changed = [name for name in family if not again.maps[name].equals(self.maps[name])]
@@ -165,7 +165,7 @@ class Solver:
     def _inner_map(self, name: str, choice: Choice) -> Map:
         """Run the matcher, inside every merged unit of the spaces that this one lives within."""
         mixing = "covariances" in choice.method.needs
-        products = self.covariances if mixing else self.correlations
+        products = completed(self.network, self.covariances, self.maps, name) if mixing else self.correlations
         keys = [key for key in self._keys(name) if key in products]
         if (name,) in keys:
             return choice.method.function(products[name,], self.experts, **choice.options)

@@ -11,13 +11,18 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.modules.module as registration
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -32,14 +37,27 @@ PLAIN = {"trust_remote_code": False, "use_safetensors": True}
 SLACK = 10_000_000
 """So many parameters may be missing without being told before anything is made: they are told by name afterwards."""
 
+MODULE = 1_000
+"""So many parameters a module counts for, which may have none and yet takes memory."""
+
+BUFFERS = 2**30
+"""Bytes that the buffers may have above those of the weights: tables that are computed are in no file."""
+
+MOST = 1_000_000
+"""So many layers, heads, experts, labels ... no model has."""
+
+REPEATED = re.compile("layer|depth|block|stage|label|expert|head|group")
+"""Keys of a configuration whose numbers say how often something is made; some are made with the configuration."""
+
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
     """The configuration of a model in a folder or repo, which cannot name code that is fetched and run.
 
-    Raises ExpertError for quantised weights, which cannot be averaged.
+    Raises ExpertError for quantised weights, which cannot be averaged, and for numbers that would take all memory.
     """
+    check_numbers(PreTrainedConfig.get_config_dict(source, revision=revision)[0], source)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     if "/" in str(getattr(config, "_attn_implementation", None)):  # a repo of kernels
         config._attn_implementation = None
@@ -110,32 +128,71 @@ def check_index(folder: Path, pointer: object = None) -> None:
             )
 
 
-def check_size(model_class: Any, folder: Path, config: PreTrainedConfig) -> None:
-    """Raises ExpertError if a configuration makes many more parameters than a folder's weights have bytes.
-
-    They would be made before it turns out that they are missing: an odd number could take all memory.
-    """
-    build = getattr(model_class, "from_config", None) or model_class._from_config  # of Auto classes, of models
-    with torch.device("meta"), no_init_weights():
-        made = sum(parameter.numel() for parameter in build(copy.deepcopy(config)).parameters())
-    held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
-    if held and made > held + SLACK:
+def check_numbers(content: object, source: str, key: str = "") -> None:
+    """Raises ExpertError if a configuration, as it is in its file, asks for absurdly many of something."""
+    if isinstance(content, Mapping):
+        for name, value in content.items():
+            check_numbers(value, source, str(name))
+    elif isinstance(content, list):
+        for value in content:
+            check_numbers(value, source, key)
+    elif isinstance(content, (int, float)) and REPEATED.search(key) and content > MOST:
         raise ExpertError(
-            f"the configuration in {folder} makes {made:,} parameters, but its weights are only {held:,} bytes; save "
-            "the model again from where it is whole"
+            f"the configuration in {source} has {key} {content:.9g}, more than any model; save the model again from "
+            "where it is whole"
         )
 
 
-def damage(found: Mapping[str, Any]) -> str | None:
-    """What is wrong with a checkpoint, of the loading info of `from_pretrained`; None where every tensor was found."""
-    kinds = {
-        "missing_keys": "lacks {}",
-        "unexpected_keys": "has {}, which its class does not know",
-        "mismatched_keys": "has another shape than its configuration says in {}",
-    }
-    for kind, text in kinds.items():
-        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            return text.format(f"the tensor {names[0]}{more}")
-    return None
+def check_size(model_class: Any, folder: Path, config: PreTrainedConfig) -> None:
+    """Raises ExpertError if a configuration makes far more than a folder's weights have bytes.
+
+    It would be made before it turns out that it is missing: an odd number could take all memory. Nothing is made
+    here, and no more than the weights could fill is counted.
+    """
+    held = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    if not held:
+        return
+    build = getattr(model_class, "from_config", None) or model_class._from_config  # of Auto classes, of models
+    with suppress(_TooLargeError), torch.device("meta"), no_init_weights(), counted(held) as excess:
+        build(copy.deepcopy(config))
+    if excess:
+        raise ExpertError(
+            f"the configuration in {folder} makes more than {excess[0]}, but its weights are only {held:,} bytes; "
+            "save the model again from where it is whole"
+        )
+
+
+class _TooLargeError(Exception):
+    """Ends the making of a model."""
+
+
+@contextmanager
+def counted(held: int) -> Iterator[list[str]]:
+    """What the modules that this thread makes have too much of for so many bytes of weights, in words.
+
+    Making them ends there, by a `_TooLargeError`.
+    """
+    limits = held + SLACK, held + BUFFERS
+    made, excess, maker = [0, 0], [], threading.get_ident()
+
+    def count(module: nn.Module, name: str, added: object) -> None:
+        if threading.get_ident() != maker or added is None:
+            return
+        if isinstance(added, nn.Module):
+            made[0] += MODULE
+        elif isinstance(added, nn.Parameter):
+            made[0] += added.numel()
+        elif isinstance(added, torch.Tensor):
+            made[1] += added.nbytes
+        for number, most, what in zip(made, limits, ("parameters", "bytes of buffers"), strict=True):
+            if number > most:
+                excess.append(f"{most:,} {what}")
+                raise _TooLargeError
+
+    kinds = ("module", "parameter", "buffer")
+    handles = [getattr(registration, f"register_module_{kind}_registration_hook")(count) for kind in kinds]
+    try:
+        yield excess
+    finally:
+        for handle in handles:
+            handle.remove()

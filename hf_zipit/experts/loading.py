@@ -14,12 +14,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
-from hf_zipit.experts.checkpoints import class_of, damage, read_config, read_weights
+from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
 from hf_zipit.experts.offloaded import is_placed, plain_copy
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
 from hf_zipit.files.places import folder_of
-from hf_zipit.files.tensors import half_precision
+from hf_zipit.files.tensors import damage, half_precision
 from hf_zipit.hub.cache import commit_of, local_folder, looks_local
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told

@@ -1,11 +1,16 @@
-"""Which files belong to a model folder: only these are replaced there, and only these travel to the Hub."""
+"""Which files belong to a model folder: only these are replaced there, and only these travel to the Hub.
+
+And which keys of a configuration never do.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 CONFIG = "config.json"
 
@@ -26,6 +31,9 @@ COMPANIONS = (
     CONFIG, "generation_config.json", "merge_config.json", "README.md", "LICENSE*", "recipe.yaml", "*.png",
     "modeling_hf_zipit.py", "moments.safetensors", "statistics.safetensors",
 )  # fmt: skip
+
+SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")
+"""Keys that a configuration may have got from somebody's call, and that are nobody else's business."""
 
 
 def belongs(name: str) -> bool:
@@ -99,3 +107,10 @@ def _digest(folder: Path) -> str | None:
 
 def _fits(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def without_secrets(value: Any) -> Any:
+    """Nested values without the keys that hold what one logs in with."""
+    if isinstance(value, Mapping):
+        return {key: without_secrets(item) for key, item in value.items() if key not in SECRETS}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -68,3 +69,18 @@ def write_tensors(path: Path, like: Mapping[str, Tensor], value: Callable[[str],
                 )
             tensor = tensor.detach().to("cpu", like[name].dtype).contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def damage(found: Mapping[str, Any]) -> str | None:
+    """What is wrong with a checkpoint, of the loading info of `from_pretrained`; None where every tensor was found."""
+    kinds = {
+        "missing_keys": "lacks {}",
+        "unexpected_keys": "has {}, which its class does not know",
+        "mismatched_keys": "has another shape than its configuration says in {}",
+    }
+    for kind, text in kinds.items():
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            return text.format(f"the tensor {names[0]}{more}")
+    return None

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
-from ..errors import ZipItError
+from ..errors import ExpertError, ZipItError
 from ..files import adding_to
 from ..files.folder import link
 from ..files.known import WEIGHTS
+from ..files.tensors import damage
 from ..hub.processors import Files, processor_files, write_files
 from ..registry import CONVERSIONS
 from .configuration import ZipItConfig
@@ -111,6 +112,20 @@ class ZipItPreTrainedModel(PreTrainedModel):
         if config.residues:
             self._make_residues()
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *source: Any, output_loading_info: bool = False, **settings: Any) -> Any:
+        """As of any model of transformers, but a file that lacks a tensor is no model.
+
+        Whoever asks for `output_loading_info` is told in it. Raises ExpertError for missing and unexpected tensors,
+        which transformers would draw at random and leave out.
+        """
+        model, found = super().from_pretrained(*source, output_loading_info=True, **settings)
+        if output_loading_info:
+            return model, found
+        if wrong := damage(found):
+            raise ExpertError(f"The merged model {source[0]} is damaged: it {wrong}; save it again, or merge again.")
+        return model
 
     def add_residues(self, settings: Sequence[Mapping[str, Any]]) -> list[Residue]:
         """Per-task residues, zero until they are set, in the order of the settings: see `residues.py`.

@@ -23,6 +23,7 @@ except ImportError:  # transformers up to 5.17 builds no configuration inside an
     SubConfigSpec = None  # type: ignore[assignment,misc]
 
 from ..errors import ZipItError
+from ..files.known import without_secrets
 from ..registry import suggestion
 
 Labels = dict[int, str]
@@ -40,9 +41,6 @@ SHOWN = (
     "seed",
 )
 """Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
-
-SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")
-"""Keys that a configuration may have got from somebody's call, and that are nobody else's business."""
 
 
 @strict
@@ -183,13 +181,6 @@ class ZipItConfig(PreTrainedConfig):
             found[task] = start
             start += len(self.labels_of(task))
         return found
-
-
-def without_secrets(value: Any) -> Any:
-    """Nested values without the keys that hold what one logs in with."""
-    if isinstance(value, Mapping):
-        return {key: without_secrets(item) for key, item in value.items() if key not in SECRETS}
-    return [without_secrets(item) for item in value] if isinstance(value, list) else value
 
 
 def check_tasks(tasks: list[str], task_labels: Mapping[str, Any]) -> None:

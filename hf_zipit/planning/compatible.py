@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit.errors import ExpertError
+from hf_zipit.files.known import without_secrets
 from hf_zipit.symmetry.proof import model_tensors
 
 # Not "token_id": the forward pass looks for `pad_token_id` (RoBERTa's positions) and `eos_token_id` (what CLIP pools).
@@ -107,7 +108,7 @@ def check_classes(experts: Mapping[str, nn.Module]) -> None:
 
 def _config(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
-    return config.to_dict() if config is not None else {}
+    return without_secrets(config.to_dict()) if config is not None else {}
 
 
 def first_difference(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from hf_zipit import modeling
 from hf_zipit.errors import ExpertError, OutputError
-from hf_zipit.experts.checkpoints import class_of, damage, read_config, read_weights
+from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
 from hf_zipit.files import recover
 from hf_zipit.files.places import folder_of
+from hf_zipit.files.tensors import damage
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder

@@ -24,6 +24,18 @@ EVERYTHING = bool(os.environ.get("HF_ZIPIT_FUZZ"))
 EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.chmod", "os.truncate")
 
 
+def before_events(root: Path, do: Callable[[], object]) -> None:
+    """From now on do something before every file event below `root`."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
+            path = os.fsdecode(arguments[0])
+            if str(root) in path or not os.path.isabs(path):
+                do()
+
+    sys.addaudithook(hook)
+
+
 def run(work: Callable[[], object], root: Path, kill_at: int | None = None) -> int | None:
     """The number of file events below `root` during the work; None if the process was killed at one of them."""
     reading, writing = os.pipe()
@@ -31,17 +43,13 @@ def run(work: Callable[[], object], root: Path, kill_at: int | None = None) -> i
     if child == 0:
         seen = 0
 
-        def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        def count() -> None:
             nonlocal seen
-            if event in EVENTS or (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)):
-                path = arguments[0]
-                if "dir_fd" not in event and str(root) not in os.fsdecode(path) and os.path.isabs(os.fsdecode(path)):
-                    return
-                if seen == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                seen += 1
+            if seen == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen += 1
 
-        sys.addaudithook(hook)
+        before_events(root, count)
         try:
             work()
             os.write(writing, str(seen).encode())
@@ -55,6 +63,38 @@ def run(work: Callable[[], object], root: Path, kill_at: int | None = None) -> i
         return None
     assert told, "the work itself failed"
     return int(told)
+
+
+def steps(work: Callable[[], object], root: Path) -> Iterator[None]:
+    """Does the work in a process of its own, which waits before every file event until the next step is asked for."""
+    arrived, arrive = os.pipe()
+    leave, left = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(left)  # with the parent gone, waiting ends
+
+        def wait() -> None:
+            os.write(arrive, b".")
+            if not os.read(leave, 1):
+                os._exit(1)
+
+        before_events(root, wait)
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(arrive)
+    os.close(leave)
+    try:
+        while os.read(arrived, 1):
+            yield
+            os.write(left, b".")
+    finally:
+        os.close(left)
+        os.close(arrived)
+        _, status = os.waitpid(child, 0)
+    assert status == 0, "the work itself failed"
 
 
 def told_by(work: Callable[[], Any]) -> Any:

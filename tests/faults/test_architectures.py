@@ -40,9 +40,6 @@ TASKS = "abcde"
 ACTIVATIONS = ("gelu", "relu", "silu", "gelu_new", "tanh")
 CORRECTIONS = ([], ["repair"], ["batchnorm-reset"], ["rescale-shift"], ["repair", "batchnorm-reset", "rescale-shift"])
 
-ESTIMATING = ("cca", "circuits")
-"""Methods that may miss one of four or more reordered copies: they estimate or search, and are given plain copies."""
-
 Built = tuple[type[PreTrainedModel], T.PreTrainedConfig]
 
 
@@ -51,7 +48,7 @@ def sizes(draw: random.Random) -> dict[str, Any]:
     heads = draw.randint(1, 4)
     return {
         "num_attention_heads": heads,
-        "hidden_size": heads * 2 * draw.randint(1, 4),
+        "hidden_size": max(4, heads * 2 * draw.randint(1, 4)),  # norms make of two units a single bit
         "intermediate_size": draw.randint(5, 40),
         "num_hidden_layers": draw.randint(1, 3),
         "hidden_act": draw.choice(ACTIVATIONS),
@@ -120,7 +117,7 @@ def experts(draw: random.Random, method: str, copies: bool) -> dict[str, PreTrai
             torch.manual_seed(draw.randrange(2**31))
             return awake(in_general_position(kind(type(config)(**config.to_dict())).eval(), generator))
 
-    moved = bool(METHODS.get(method).needs) and not (method in ESTIMATING and count > 3)
+    moved = bool(METHODS.get(method).needs)
     if not copies:
         return {TASKS[number]: new(number) for number in range(count)}
     first = new(0)
@@ -146,7 +143,7 @@ def settings(draw: random.Random) -> dict[str, Any]:
 
 def tolerance(chosen: Mapping[str, Any]) -> float:
     """Of copies given back, relative: a refit and corrections estimate what is exact without them."""
-    return 2e-2 if chosen["refit"] or chosen["corrections"] else 1e-3
+    return 2e-2 if chosen["refit"] or chosen["corrections"] else 1e-4
 
 
 @pytest.mark.parametrize("seed", range(1000) if EVERYTHING else (2, 3))

@@ -8,7 +8,8 @@ finds the bases inside.
 
 Streams that allow rotations (a folded model's residual) are rotated by Procrustes on all weights that read or write
 them; everything else is matched by `weights`. The three depend on each other, so they are visited one after the other:
-first with the parameters that are aligned already (embeddings), then with all; the most similar end counts.
+first with the parameters that are aligned already (embeddings), then with all; the most similar end counts. Where
+embeddings say nothing about part of a stream, that part is found bit by bit, and the rounds go on until it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import LinearMap, Map
 from hf_zipit.symmetry.spec import Symmetry
 
-LEAST_IMPROVEMENT = 1e-7
+LEAST_IMPROVEMENT = 1e-11
+"""Of the similarity, which falls by the square of what is wrong."""
+
+ROUNDS = 20
+"""At most, where part of a stream is open at first."""
 
 
 @register("circuits", needs={"weights"}, scope="network", least=Symmetry.HALF_TURNS, folds=True)
@@ -36,7 +41,7 @@ def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
 
     Args:
         network: the experts' weights are read.
-        sweeps: at most this many rounds, 1 or more.
+        sweeps: at most this many rounds, 1 or more; more of them where embeddings leave part of a stream open.
     """
     if sweeps < 1:
         raise RecipeError(f"circuits' option sweeps is {sweeps}; it must be 1 or more.")
@@ -47,7 +52,8 @@ def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
     rest = [name for name in opened if name not in inside and name not in streams]
     maps: dict[str, Map] = dict(network.fixed_maps)
     best, kept = -float("inf"), maps
-    for _ in range(sweeps):
+    rounds = max(sweeps, ROUNDS) if any(left_open(name, network, maps) for name in streams) else sweeps
+    for _ in range(rounds):
         for name in streams:
             others = {other: m for other, m in maps.items() if other != name}
             maps[name] = rotate_stream(name, network, others)
@@ -64,17 +70,29 @@ def match_circuits(network: Network, *, sweeps: int = 2) -> dict[str, Map]:
 
 def rotate_stream(name: str, network: Network, maps: Mapping[str, Map]) -> LinearMap:
     """Procrustes on all weights that write or read a space and whose other axes are aligned."""
-    spec, experts = network.spec, network.experts
-    size = spec.spaces[name].size
+    experts, size = network.experts, network.spec.spaces[name].size
     products = torch.zeros(experts, size, experts, size, dtype=torch.float64)
-    for tensor in comparable(network):
-        labels = spec.axes[tensor]
-        factors = [factor.space for label in labels for factor in label]
-        if factors.count(name) != 1 or not known_around(labels, maps, spec, [name]):
-            continue
+    for tensor in aligned_around(name, network, maps):
         rows = torch.cat([unit_rows(network, tensor, maps, t, [name]) for t in range(experts)])
         products += (rows @ rows.T).reshape(products.shape)
-    return match_rotations(products, ones=spec.spaces[name].symmetry is Symmetry.ORTHOGONAL_ONES)
+    return match_rotations(products, ones=network.spec.spaces[name].symmetry is Symmetry.ORTHOGONAL_ONES)
+
+
+def aligned_around(name: str, network: Network, maps: Mapping[str, Map]) -> list[str]:
+    """The weights that write or read a space once and whose other axes are aligned."""
+    found = []
+    for tensor in comparable(network):
+        labels = network.spec.axes[tensor]
+        factors = [factor.space for label in labels for factor in label]
+        if factors.count(name) == 1 and known_around(labels, maps, network.spec, [name]):
+            found.append(tensor)
+    return found
+
+
+def left_open(name: str, network: Network, maps: Mapping[str, Map]) -> bool:
+    """Whether the weights that are aligned around a space leave directions of it open, as fewer of them do."""
+    sizes = [network.weights[0][tensor].numel() for tensor in aligned_around(name, network, maps)]
+    return sum(sizes) < network.spec.spaces[name].size ** 2
 
 
 def similarity(network: Network, maps: Mapping[str, Map]) -> float:
