@@ -3,7 +3,7 @@
 Units that were chosen, or paired, have weights that were solved one by one, as if what a unit puts out were a linear
 function of them. Together with the output projection they are the solution of a small nonlinear least squares problem,
 
-    min  sum_i w_i || V f(W x_i + b) + c - y_i ||^2
+    min  sum_i w_i || V f(W x_i + b) + c - y_i ||^2  (+ a ridge towards the weights so far)
 
 with x what the merged model feeds into the layer and y what the stream lacks, both known. A few steps of L-BFGS (Liu
 and Nocedal 1989) in coordinates in which x and f are white solve most of it. Some of the samples are held out: the
@@ -41,7 +41,7 @@ AT_ONCE = 5
 WORTH = 0.97
 """and no more are made where these did not bring their error below this multiple,"""
 
-RIGHT = 0.01
+RIGHT = 0.02
 """or to this share of the stream's own variance."""
 
 
@@ -77,7 +77,9 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
         own.backward()
         for parameter in layer.parameters:
             parameter.grad = fit.all_reduce(parameter.grad)
-        return fit.all_reduce(own.detach())
+        penalty = layer.penalty() / whole  # of all processes, once
+        penalty.backward()
+        return fit.all_reduce(own.detach()) + penalty.detach()
 
     def left() -> float:
         with torch.no_grad():
@@ -108,8 +110,11 @@ class _Layer:
         self.sites = (*mlp.writers, mlp.reader)
         own = {site: layer_weights(fit, site) for site in self.sites}
         with torch.no_grad():
-            white, back = whitening(fit, rows.x, rows.weight)
-            even, narrow = whitening(fit, units(fit, mlp, rows.x, own), rows.weight)
+            white, back, energy = whitening(fit, rows.x, rows.weight)
+            even, narrow, strength = whitening(fit, units(fit, mlp, rows.x, own), rows.weight)
+            energy = energy * float(own[mlp.reader][0].square().sum(0).mean())  # as if units put out what they are fed
+        self.ridge = {site: strength if site is mlp.reader else energy for site in self.sites}
+        self.start = {site: own[site][0] for site in self.sites}
         self.white = {site: even if site is mlp.reader else white for site in self.sites}
         undo = {site: narrow if site is mlp.reader else back for site in self.sites}
         self.own = {site: [own[site][0] @ undo[site], *own[site][1:]] for site in self.sites}
@@ -118,6 +123,11 @@ class _Layer:
     def __call__(self, x: Tensor) -> Tensor:
         own = {site: [parts[0] @ self.white[site], *parts[1:]] for site, parts in self.own.items()}
         return functional.linear(units(self.fit, self.mlp, x, own), *own[self.mlp.reader])
+
+    def penalty(self) -> Tensor:
+        """The ridge of the weights, towards those that they started from."""
+        off = {site: parts[0] @ self.white[site] - self.start[site] for site, parts in self.own.items()}
+        return torch.stack([self.ridge[site] * part.square().sum() for site, part in off.items()]).sum()
 
     def weights(self) -> dict[RefitSite, tuple[Tensor, Tensor | None]]:
         """The layer's weights and biases as they are now."""
@@ -148,14 +158,15 @@ def units(fit: Fit, mlp: Mlp, x: Tensor, own: Mapping[RefitSite, Sequence[Tensor
     return known[mlp.reader.node.args[0]]  # type: ignore[index]
 
 
-def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric C `[d, d]` for which C x has moments near one, as far as the ridge allows, and its inverse."""
+def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Symmetric C `[d, d]` for which C x is white, as far as the ridge allows; its inverse; and the ridge."""
     moments = fit.all_reduce((x * weight[:, None]).T @ x).to(fit.home, torch.float64)
-    moments.diagonal().add_(fit.config.ridge * moments.diagonal().mean().clamp_min(1e-30))
-    scale = moments.diagonal().mean()
+    ridge = fit.config.ridge * float(moments.diagonal().mean().clamp_min(1e-30))
+    moments.diagonal().add_(ridge)
+    scale = float(moments.diagonal().mean())
     values, vectors = eigh(moments / scale)
     root = values.clamp_min(1e-12).sqrt()
-    return ((vectors / root @ vectors.T).to(x), (vectors * root @ vectors.T).to(x))
+    return (vectors / root @ vectors.T).to(x), (vectors * root @ vectors.T).to(x), ridge
 
 
 def solve_reader(fit: Fit, mlp: Mlp, rows: Rows) -> None:
