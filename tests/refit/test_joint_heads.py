@@ -42,20 +42,10 @@ def calibrate(model: PreTrainedModel, data: list[MicroBatch]) -> None:
     """With micro-batches as they are given."""
     planned = SimpleNamespace(config=MergeConfig(method="identity", refit={"joint_heads": True}))
     known = all(batch.task is not None for batch in data)
-<<<<<<< HEAD
-    given = {
-        "by_task": known,
-        "micro_batches": lambda size: data,
-        "device": "cpu",
-        "while_it_fits": lambda work: work(),
-    }
-    calibrate_joint(model, planned, SimpleNamespace(**given))
-=======
     given = SimpleNamespace(
         by_task=known, micro_batches=lambda size: data, device="cpu", while_it_fits=lambda work: work()
     )
     calibrate_joint(model, planned, given)
->>>>>>> budget
 
 
 def logits(model: PreTrainedModel, batch: MicroBatch, task: str | None = None) -> Tensor:
