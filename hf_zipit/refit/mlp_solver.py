@@ -93,7 +93,7 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
         for site, (weight, bias) in candidates.maps.items():
             fit.write(site, weight[:, chosen].flatten(0, 1), bias[:, chosen].flatten())
         fit.write(mlp.reader, candidates.columns[:, chosen])
-    refined = left > AGREED and refine_units(fit, mlp)
+    refined = left > AGREED and fit.config.unit_steps > 0 and refine_units(fit, mlp)
     fit.values.run_again([site.node for site in mlp.writers], mlp.at)
     return refined or not keep
 

@@ -14,7 +14,7 @@ No model is run or differentiated but the layer itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,15 +44,22 @@ WORTH = 0.97
 RIGHT = 0.02
 """or to this share of the stream's own variance."""
 
+CHUNK = 8192
+"""Rows that go through the layer at once."""
+
 
 @dataclass(frozen=True)
-class Rows:
+class FittedRows:
     """Inputs `[rows, d]` of a layer, its targets `[rows, k]`, the stream that these lead to, and the rows' weights."""
 
     x: Tensor
     y: Tensor
     stream: Tensor
     weight: Tensor
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs, targets and weights of not too many rows."""
+        return zip(*(part.split(CHUNK) for part in (self.x, self.y, self.weight)), strict=True)
 
 
 @torch.enable_grad()
@@ -62,37 +69,41 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
     Returns:
         Whether there are any.
     """
-    fitted, held = _rows(fit, mlp)
+    fitted, held = split_rows(fit, mlp)
     with torch.no_grad():
         solve_reader(fit, mlp, fitted)
-        right = RIGHT * spread(fit, held)
-    layer = _Layer(fit, mlp, fitted)
+    layer = WhiteMlp(fit, mlp, fitted)
 
-    def error(rows: Rows) -> Tensor:
-        return rows.weight @ (layer(rows.x) - rows.y).square().sum(1)
+    def error(rows: FittedRows, grad: bool = False) -> Tensor:
+        """Of all processes; gradients, where they are wanted, are of this one's rows."""
+        total = rows.x.new_zeros(())
+        for x, y, weight in rows.chunks():
+            with torch.set_grad_enabled(grad):
+                part = weight @ (layer(x) - y).square().sum(1) / whole
+            if grad:
+                part.backward()
+            total += part.detach()
+        return fit.all_reduce(total)
 
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        own = error(fitted) / whole
-        own.backward()
+        layer.clear()
+        total = error(fitted, grad=True)
         for parameter in layer.parameters:
             parameter.grad = fit.all_reduce(parameter.grad)
         penalty = layer.penalty() / whole  # of all processes, once
         penalty.backward()
-        return fit.all_reduce(own.detach()) + penalty.detach()
+        return total + penalty.detach()
 
-    def left() -> float:
-        with torch.no_grad():
-            return float(fit.all_reduce(error(held)))
-
-    whole = fit.all_reduce(error(fitted).detach()).clamp_min(1e-30)
+    whole = 1.0
+    whole = float(error(fitted).clamp_min(1e-30))
+    right = RIGHT * spread(fit, held) / whole
     optimizer = torch.optim.LBFGS(
         layer.parameters, max_iter=AT_ONCE, history_size=10, line_search_fn="strong_wolfe", tolerance_change=0.0
     )
-    best, found, steps = left(), None, 0
+    best, found, steps = float(error(held)), None, 0
     while steps < fit.config.unit_steps and best > right:
         optimizer.step(closure)
-        steps, before, now = steps + AT_ONCE, best, left()
+        steps, before, now = steps + AT_ONCE, best, float(error(held))
         if now < best:  # it is a number, too
             best, found = now, layer.weights()
         if not now < WORTH * before:
@@ -102,10 +113,10 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
     return found is not None
 
 
-class _Layer:
+class WhiteMlp:
     """An MLP as a function of its input, with parameters in which its inputs and its units' outputs are white."""
 
-    def __init__(self, fit: Fit, mlp: Mlp, rows: Rows) -> None:
+    def __init__(self, fit: Fit, mlp: Mlp, rows: FittedRows) -> None:
         self.fit, self.mlp = fit, mlp
         self.sites = (*mlp.writers, mlp.reader)
         own = {site: layer_weights(fit, site) for site in self.sites}
@@ -123,6 +134,11 @@ class _Layer:
     def __call__(self, x: Tensor) -> Tensor:
         own = {site: [parts[0] @ self.white[site], *parts[1:]] for site, parts in self.own.items()}
         return functional.linear(units(self.fit, self.mlp, x, own), *own[self.mlp.reader])
+
+    def clear(self) -> None:
+        """Forget the gradients; rows may be none, of which there are none."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
     def penalty(self) -> Tensor:
         """The ridge of the weights, towards those that they started from."""
@@ -169,7 +185,7 @@ def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, floa
     return (vectors / root @ vectors.T).to(x), (vectors * root @ vectors.T).to(x), ridge
 
 
-def solve_reader(fit: Fit, mlp: Mlp, rows: Rows) -> None:
+def solve_reader(fit: Fit, mlp: Mlp, rows: FittedRows) -> None:
     """Write the output projection that suits the units as they are."""
     start = fit.matrix(mlp.reader)
     own = {site: layer_weights(fit, site) for site in mlp.writers}
@@ -178,14 +194,14 @@ def solve_reader(fit: Fit, mlp: Mlp, rows: Rows) -> None:
     fit.write(mlp.reader, *ridge(gram.reduce(fit.all_reduce), start, fit.config.ridge, mlp.reader.bias is not None))
 
 
-def spread(fit: Fit, rows: Rows) -> float:
+def spread(fit: Fit, rows: FittedRows) -> float:
     """The stream's weighted squared deviation from its mean."""
     square = fit.all_reduce(rows.weight @ rows.stream.square().sum(1))
     total, count = fit.all_reduce(rows.weight @ rows.stream), fit.all_reduce(rows.weight.sum())
     return float(square - total @ total / count.clamp_min(1e-30))
 
 
-def _rows(fit: Fit, mlp: Mlp) -> tuple[Rows, Rows]:
+def split_rows(fit: Fit, mlp: Mlp) -> tuple[FittedRows, FittedRows]:
     """The rows that are fitted, and those that are held out: of every micro-batch the last ones."""
     width = fit.values.merged[mlp.reader.weight].shape[mlp.reader.input_axis]
     parts: tuple[list[list[Tensor]], ...] = ([], [])
@@ -198,4 +214,4 @@ def _rows(fit: Fit, mlp: Mlp) -> tuple[Rows, Rows]:
         parts[0].append([part[:first] for part in own])
         parts[1].append([part[first:] for part in own])
     fit.targets.forget(mlp.reader)
-    return tuple(Rows(*map(torch.cat, zip(*found, strict=True))) for found in parts)  # type: ignore[return-value]
+    return tuple(FittedRows(*map(torch.cat, zip(*found, strict=True))) for found in parts)  # type: ignore[return-value]

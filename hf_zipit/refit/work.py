@@ -12,10 +12,13 @@ from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.mlp_solver import ROWS
+from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import NEARLY_ALL
-from hf_zipit.refit.program import Program, turned_linear
-from hf_zipit.refit.solvable import RefitSite, find_mlps, find_sites
+from hf_zipit.refit.program import Program
+from hf_zipit.refit.rewrites import turned_linear
+from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.refit.stage import BASIS_ROWS
+from hf_zipit.refit.unit_refinement import EQUATIONS
 from hf_zipit.symmetry.ops import op_name, shape_of
 
 PRODUCTS = {"matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2}
@@ -141,6 +144,7 @@ def refit_work(planned: Plan, found: ForwardWork, samples: int) -> Work:
     if config.choose_units:
         for layers in found.mlps:
             work += choice(layers, total, experts, config.rows_per_input)
+            work += refinement(layers, total, config.rows_per_input, config.unit_steps)
     work += Work(single=total * found.attention * experts)  # every expert's values under the merged weights
     return work + (_bases(planned, found, total) if config.stream_bases else Work())
 
@@ -168,6 +172,14 @@ def choice(layers: tuple[WorkLayer, ...], samples: int, experts: int, per_input:
     return Work(single, double) + regression(
         WorkLayer(inputs.site, inputs.rows, inputs.inputs, experts * inputs.inputs), samples, per_input
     )
+
+
+def refinement(layers: tuple[WorkLayer, ...], samples: int, per_input: float, steps: int) -> Work:
+    """At most: a step runs the layer forwards and backwards, the latter at twice the price."""
+    *writers, reader = layers
+    limit = min(per_input, EQUATIONS) if per_input else EQUATIONS
+    rows = enter(samples * reader.rows, reader.inputs * len(layers), limit)
+    return Work(single=3 * steps * rows * sum(2 * layer.inputs * layer.outputs for layer in layers))
 
 
 def _bases(planned: Plan, found: ForwardWork, total: int) -> Work:

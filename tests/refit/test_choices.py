@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -10,9 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
-from hf_zipit.refit import RefitReport, mlp_solver, stage
+from hf_zipit.refit import RefitReport, mlp_solver, stage, unit_refinement
+from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlp_solver import best_units, left_over
+from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.stream_basis import explained, lost_with_scales, principal_basis, read_metric
+from hf_zipit.refit.unit_refinement import FittedRows
 from hf_zipit.symmetry.spaces import Reader
 
 from .. import tiny
@@ -196,3 +200,39 @@ def test_a_choice_brings_a_pair_nearer_to_its_experts(setting: str):
         for chosen in totals:
             totals[chosen] += error(models, data, **{**others, setting: chosen})
     assert totals[True] < 0.97 * totals[False]
+
+
+def test_units_are_fitted_through_their_nonlinearity():
+    """Also on samples that nothing was fitted to."""
+    models = tiny.pair("llama")
+    for model in models:
+        for name, tensor in model.named_parameters():
+            if "mlp" in name:
+                tensor.data *= 8  # random experts are nearly linear otherwise
+    ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
+    data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
+    left = []
+    for steps in (0, 20):
+        refit = {"unit_steps": steps, "split_heads": False}
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
+        with torch.no_grad():
+            off = [merged(**other[t], task=t).logits - m(**other[t]).logits for t, m in zip("ab", models, strict=True)]
+        left.append(float(sum(x.square().mean() for x in off)))
+    assert left[1] < 0.97 * left[0]
+
+
+def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
+    """Held-out targets that lie where the fitted ones do not."""
+    models, data = pair("vit")
+    split, refine, results = unit_refinement.split_rows, unit_refinement.refine_units, []
+
+    def opposed(fit: Fit, mlp: Mlp) -> tuple[FittedRows, FittedRows]:
+        fitted, _ = split(fit, mlp)
+        unit_refinement.solve_reader(fit, mlp, fitted)
+        made = unit_refinement.WhiteMlp(fit, mlp, fitted)(fitted.x).detach()
+        return fitted, replace(fitted, y=2 * made - fitted.y)
+
+    with patch.object(unit_refinement, "split_rows", opposed), patch.object(mlp_solver, "refine_units") as called:
+        called.side_effect = lambda fit, mlp: results.append(refine(fit, mlp))
+        error(models, data)
+    assert results and not any(results)
