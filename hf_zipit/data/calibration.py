@@ -18,6 +18,7 @@ batches covers all of them; labels are kept aside, and no stage that makes a mod
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -93,12 +94,14 @@ class MicroBatch:
         task: the position of the expert that the samples belong to; None: unknown.
         real: how many samples there are; the rest fills the batch up and counts nothing.
         number: its place among all batches of all processes.
+        first: the number of its first sample among those of its task, whatever the size of batches.
     """
 
     inputs: Mapping[str, Tensor]
     task: int | None
     real: int
     number: int = 0
+    first: int = 0
 
     @property
     def size(self) -> int:
@@ -272,14 +275,16 @@ class Calibration:
         inputs = even_out([group for _, group in found], self.inputs.pad)
         sizes = [size_of(group) for group in inputs]
         self._given = max(sizes)
-        out = []
+        out, seen = [], Counter[str | None]()
         for number, ((task, _), group, real) in enumerate(zip(found, inputs, sizes, strict=True)):
             fill = max(sizes) - real
             filled = {
                 name: torch.cat([tensor, tensor[:1].expand(fill, *tensor.shape[1:])]) if fill else tensor
                 for name, tensor in group.items()
             }
-            out.append(MicroBatch(filled, None if task is None else self.tasks.index(task), real, number))
+            place = None if task is None else self.tasks.index(task)
+            out.append(MicroBatch(filled, place, real, number, seen[task]))
+            seen[task] += real
         return out
 
     def _grouped(self, batches: Sequence[CalibrationBatch], size: int) -> Iterator[Inputs]:

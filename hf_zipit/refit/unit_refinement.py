@@ -33,7 +33,7 @@ EQUATIONS = 16
 """About so many numbers are fitted for every weight,"""
 
 HELD_OUT = 8
-"""and one in so many is held out."""
+"""and one sample in so many is held out; of fewer than that none is, and nothing is fitted."""
 
 AT_ONCE = 5
 """After so many steps the samples that are held out are looked at,"""
@@ -202,16 +202,18 @@ def spread(fit: Fit, rows: FittedRows) -> float:
 
 
 def split_rows(fit: Fit, mlp: Mlp) -> tuple[FittedRows, FittedRows]:
-    """The rows that are fitted, and those that are held out: of every micro-batch the last ones."""
+    """The rows that are fitted, and those of samples that are held out."""
     width = fit.values.merged[mlp.reader.weight].shape[mlp.reader.input_axis]
     parts: tuple[list[list[Tensor]], ...] = ([], [])
-    for b in range(len(fit.values.batches)):
+    for b, batch in enumerate(fit.values.batches):
         x = fit.values.of(mlp.input, MERGED, b)
         rows, picked = fit.rows.pick(x.shape, b, -1, width * (1 + len(mlp.writers)), EQUATIONS)
         target, stream = fit.targets.of(mlp.reader, b, rows), fit.targets.reached(mlp.reader, b, rows)
         own = [at_rows(x, -1, rows), target, stream, picked.to(x)]
-        first = len(picked) - len(picked) // HELD_OUT
-        parts[0].append([part[:first] for part in own])
-        parts[1].append([part[first:] for part in own])
+        count = x.shape[:-1].numel()
+        sample = batch.first + torch.arange(count, device=x.device)[rows] * batch.size // count
+        held = sample % HELD_OUT == HELD_OUT - 1
+        parts[0].append([part[~held] for part in own])
+        parts[1].append([part[held] for part in own])
     fit.targets.forget(mlp.reader)
     return tuple(FittedRows(*map(torch.cat, zip(*found, strict=True))) for found in parts)  # type: ignore[return-value]

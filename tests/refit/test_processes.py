@@ -47,4 +47,4 @@ def test_two_processes_refit_as_one(two_processes: Path, name: str):
             beside = state.get(f"{key.rpartition('.')[0]}.weight", tensor)
             size = max(float(part.double().abs().max()) for part in (tensor, beside))
             difference = (found[key] - tensor).double().abs().max()
-            assert difference <= 3e-5 * size, f"{key}: {difference / size:.1e}"
+            assert difference <= 1e-4 * size, f"{key}: {difference / size:.1e}"
