@@ -66,7 +66,6 @@ def test_no_name_of_the_face_is_a_package():
     "imports",
     [
         "import hf_zipit; from transformers import AutoConfig",
-        "import hf_zipit; from transformers import Trainer",
         "from transformers import AutoModel; import hf_zipit",
         "from hf_zipit.modeling import ZipItModel",
     ],
