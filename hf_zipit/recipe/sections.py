@@ -12,7 +12,7 @@
     push: {repo_id: me/vit-clothes-shoes}                  # to the Hub, when everything else is done
 
 Every method is run at every depth; the one under `save` is kept. A method that ends in `+refit` is followed by the
-closed-form regression of `hf_zipit.refit`; with `refit: true`, or settings of it, and no such name, every method is.
+regression of `hf_zipit.refit`; with `refit: true`, or settings of it, and no such name, every method is.
 All other fields of `MergeConfig` (`residual`, `overrides`, `combine`, `corrections`, ...) are keys, too. Paths are
 taken from the folder that the command runs in.
 """

@@ -74,10 +74,11 @@ class RefitReport:
         some = [used for used, known in self.rows.values() if used < known]
         if not some:
             return f"all rows, at most {most:,}: no regression has inputs enough to make do with fewer"
-        return (
+        told = (
             f"{min(some):,} to {max(some):,} of at most {most:,} rows in {len(some)} regressions, as many as their "
-            f"inputs need (rows_per_input); all rows in {len(every)}"
+            "inputs need (rows_per_input)"
         )
+        return f"{told}; all rows in {len(every)}" if every else told
 
     @property
     def mean(self) -> float:
