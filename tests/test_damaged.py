@@ -34,10 +34,16 @@ def with_another_shape(tensors: Tensors) -> None:
     tensors[name] = torch.zeros(3, 3)
 
 
+def with_integers(tensors: Tensors) -> None:
+    name = next(name for name in tensors if "layer" in name)
+    tensors[name] = (10 * tensors[name]).to(torch.int8)
+
+
 DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "missing": (without_one, "lacks the tensor vit"),
     "unexpected": (with_one_more, "has the tensor vit.nobody.knows, which its class does not know"),
     "mismatched": (with_another_shape, "shape"),
+    "integers": (with_integers, "holds integers"),
 }
 
 

@@ -28,6 +28,8 @@ from transformers.initialization import no_init_weights
 
 from hf_zipit.errors import ExpertError
 from hf_zipit.files.places import folder_of
+from hf_zipit.files.tensors import dtypes
+from hf_zipit.hub.cache import local_folder
 
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # transformers would ask a server to convert a pickle
 
@@ -98,15 +100,29 @@ def read_weights(
     """A model, and what `from_pretrained` tells of its tensors: see `damage`. `loading` are more of its arguments.
 
     Raises ExpertError if the folder's index of shards is odd or leads out of the folder, or its weights are far too
-    few for the configuration.
+    few for the configuration, or integers.
     """
     if folder := folder_of(source):
         check_index(folder, getattr(config, "transformers_weights", None))
         check_size(model_class, folder, config)
-    return model_class.from_pretrained(
+    found = model_class.from_pretrained(
         source, config=config, revision=revision, output_loading_info=True, **PLAIN, **loading,
         ignore_mismatched_sizes=True,  # `damage` tells them by name
     )  # fmt: skip
+    if stored := local_folder(source, revision):
+        check_kinds(found[0], stored)
+    return found
+
+
+def check_kinds(model: nn.Module, folder: Path) -> None:
+    """Raises ExpertError if a folder's files have integers for a parameter, as some quantised weights are."""
+    whole = {name for name, kind in dtypes(folder) if kind[0] in "IU"}
+    for parameter, _ in model.named_parameters() if whole else ():
+        if name := next((n for n in whole if f".{parameter}".endswith(f".{n}") or n.endswith(f".{parameter}")), None):
+            raise ExpertError(
+                f"the tensor {name} in {folder} holds integers where its model computes with numbers; if it is "
+                "quantised, save what `model.dequantize()` gives, and merge that"
+            )
 
 
 def check_index(folder: Path, pointer: object = None) -> None:

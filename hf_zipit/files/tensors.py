@@ -9,7 +9,7 @@ Invariants: a file has the bytes that `safetensors.torch.save_file` would write.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ ALIGNMENT = 8
 """The header is filled up with spaces, so that the tensors start at a multiple of this."""
 
 
-def half_precision(folder: Path) -> torch.dtype | None:
-    """The half precision of all weights in a model's folder; None where some are of another. Reads headers only."""
-    found = set()
-    for path in folder.glob("model*.safetensors"):
+def dtypes(folder: Path) -> Iterator[tuple[str, str]]:
+    """The names of the tensors in a model's folder, and the format's names of their dtypes. Reads headers only."""
+    for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                yield name, file.get_slice(name).get_dtype()
+
+
+def half_precision(folder: Path) -> torch.dtype | None:
+    """The half precision of all weights in a model's folder; None where some are of another."""
+    found = {kind for _, kind in dtypes(folder)}
     kinds = {dtype for dtype, name in NAMES.items() if name in found and dtype.is_floating_point}
     return kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else None
 
