@@ -116,9 +116,12 @@ def read_weights(
 
 def check_kinds(model: nn.Module, folder: Path) -> None:
     """Raises ExpertError if a folder's files have integers for a parameter, as some quantised weights are."""
-    whole = {name for name, kind in dtypes(folder) if kind[0] in "IU"}
-    for parameter, _ in model.named_parameters() if whole else ():
-        if name := next((n for n in whole if f".{parameter}".endswith(f".{n}") or n.endswith(f".{parameter}")), None):
+    # By the last part of its name, for the parts before it may be others in a file.
+    parameters, buffers = ({name.rpartition(".")[2] for name, _ in found} for found in (
+        model.named_parameters(), model.named_buffers(),
+    ))  # fmt: skip
+    for name, kind in dtypes(folder):
+        if kind[0] in "IU" and name.rpartition(".")[2] in parameters - buffers:
             raise ExpertError(
                 f"the tensor {name} in {folder} holds integers where its model computes with numbers; if it is "
                 "quantised, save what `model.dequantize()` gives, and merge that"
