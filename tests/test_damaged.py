@@ -43,7 +43,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "missing": (without_one, "lacks the tensor vit"),
     "unexpected": (with_one_more, "has the tensor vit.nobody.knows, which its class does not know"),
     "mismatched": (with_another_shape, "shape"),
-    "integers": (with_integers, "holds integers"),
+    "integers": (with_integers, "has integers, as quantised weights are, in the tensor vit"),
 }
 
 

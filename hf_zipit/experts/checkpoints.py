@@ -100,32 +100,28 @@ def read_weights(
     """A model, and what `from_pretrained` tells of its tensors: see `damage`. `loading` are more of its arguments.
 
     Raises ExpertError if the folder's index of shards is odd or leads out of the folder, or its weights are far too
-    few for the configuration, or integers.
+    few for the configuration.
     """
     if folder := folder_of(source):
         check_index(folder, getattr(config, "transformers_weights", None))
         check_size(model_class, folder, config)
-    found = model_class.from_pretrained(
+    model, found = model_class.from_pretrained(
         source, config=config, revision=revision, output_loading_info=True, **PLAIN, **loading,
         ignore_mismatched_sizes=True,  # `damage` tells them by name
     )  # fmt: skip
-    if stored := local_folder(source, revision):
-        check_kinds(found[0], stored)
-    return found
+    stored = local_folder(source, revision)
+    return model, {**found, "integer_keys": integer_weights(model, stored) if stored else []}
 
 
-def check_kinds(model: nn.Module, folder: Path) -> None:
-    """Raises ExpertError if a folder's files have integers for a parameter, as some quantised weights are."""
-    # By the last part of its name, for the parts before it may be others in a file.
-    parameters, buffers = ({name.rpartition(".")[2] for name, _ in found} for found in (
-        model.named_parameters(), model.named_buffers(),
-    ))  # fmt: skip
-    for name, kind in dtypes(folder):
-        if kind[0] in "IU" and name.rpartition(".")[2] in parameters - buffers:
-            raise ExpertError(
-                f"the tensor {name} in {folder} holds integers where its model computes with numbers; if it is "
-                "quantised, save what `model.dequantize()` gives, and merge that"
-            )
+def integer_weights(model: nn.Module, folder: Path) -> list[str]:
+    """The names of parameters for which a folder's files have integers, as some quantised weights are.
+
+    They are told by the last part of their names, for the parts before it may be others in a file.
+    """
+    parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    kinds = dtypes(folder)
+    return [name for name, kind in kinds if kind[0] in "IU" and name.rpartition(".")[2] in parameters - buffers]
 
 
 def check_index(folder: Path, pointer: object = None) -> None:
