@@ -56,6 +56,17 @@ def solve_positive(left: Tensor, right: Tensor, least: Tensor) -> Tensor:
     return vectors @ (vectors.mT @ right / values.clamp_min(least)[:, None])
 
 
+def square_root(x: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """R `[n, n]` with R R^T = x, which is positive definite but for rounding (then see `solve_positive`), and R^-1."""
+    with one_thread():
+        factor, failed = torch.linalg.cholesky_ex(x)
+        if not failed:
+            return factor, torch.linalg.solve_triangular(factor, torch.eye(len(x)).to(x), upper=False)
+    values, vectors = eigh(x)
+    root = values.clamp_min(least).sqrt()
+    return vectors * root, (vectors / root).mT
+
+
 def _run(factorise: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
     with one_thread():
         if x.device.type != "cpu" and min(x.shape) < SMALL:

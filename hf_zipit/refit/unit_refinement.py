@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hf_zipit.factorise import eigh
+from hf_zipit.factorise import square_root
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.positions import at_rows
@@ -98,7 +98,7 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
     whole = float(error(fitted).clamp_min(1e-30))
     right = RIGHT * spread(fit, held) / whole
     optimizer = torch.optim.LBFGS(
-        layer.parameters, max_iter=AT_ONCE, history_size=10, line_search_fn="strong_wolfe", tolerance_change=0.0
+        layer.parameters, max_iter=AT_ONCE, history_size=5, line_search_fn="strong_wolfe", tolerance_change=0.0
     )
     best, found, steps = float(error(held)), None, 0
     while steps < fit.config.unit_steps and best > right:
@@ -175,14 +175,13 @@ def units(fit: Fit, mlp: Mlp, x: Tensor, own: Mapping[RefitSite, Sequence[Tensor
 
 
 def whitening(fit: Fit, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Symmetric C `[d, d]` for which C x is white, as far as the ridge allows; its inverse; and the ridge."""
+    """C `[d, d]` for which C x is white, as far as the ridge allows; its inverse; and the ridge."""
     moments = fit.all_reduce((x * weight[:, None]).T @ x).to(fit.home, torch.float64)
-    ridge = fit.config.ridge * float(moments.diagonal().mean().clamp_min(1e-30))
-    moments.diagonal().add_(ridge)
-    scale = float(moments.diagonal().mean())
-    values, vectors = eigh(moments / scale)
-    root = values.clamp_min(1e-12).sqrt()
-    return (vectors / root @ vectors.T).to(x), (vectors * root @ vectors.T).to(x), ridge
+    strength = fit.config.ridge * float(moments.diagonal().mean().clamp_min(1e-30))
+    moments.diagonal().add_(strength)
+    root, inverse = square_root(moments, moments.diagonal().mean() * 1e-12)
+    scale = float(moments.diagonal().mean().sqrt())  # of rows, not of their sum
+    return (inverse * scale).to(x), (root / scale).to(x), strength
 
 
 def solve_reader(fit: Fit, mlp: Mlp, rows: FittedRows) -> None:
