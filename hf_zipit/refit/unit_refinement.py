@@ -32,8 +32,11 @@ from hf_zipit.refit.values import MERGED
 EQUATIONS = 16
 """About so many numbers are fitted for every weight,"""
 
+ENOUGH = 16384
+"""on at most about so many rows: a wide layer's weights are regressed already, and its steps are dear;"""
+
 HELD_OUT = 8
-"""and one sample in so many is held out; of fewer than that none is, and nothing is fitted."""
+"""one sample in so many is held out; of fewer than that none is, and nothing is fitted."""
 
 AT_ONCE = 5
 """After so many steps the samples that are held out are looked at,"""
@@ -203,10 +206,11 @@ def spread(fit: Fit, rows: FittedRows) -> float:
 def split_rows(fit: Fit, mlp: Mlp) -> tuple[FittedRows, FittedRows]:
     """The rows that are fitted, and those of samples that are held out."""
     width = fit.values.merged[mlp.reader.weight].shape[mlp.reader.input_axis]
+    weights = min(width * (1 + len(mlp.writers)), ENOUGH // EQUATIONS)  # for every number that the layer puts out
     parts: tuple[list[list[Tensor]], ...] = ([], [])
     for b, batch in enumerate(fit.values.batches):
         x = fit.values.of(mlp.input, MERGED, b)
-        rows, picked = fit.rows.pick(x.shape, b, -1, width * (1 + len(mlp.writers)), EQUATIONS)
+        rows, picked = fit.rows.pick(x.shape, b, -1, weights, EQUATIONS)
         target, stream = fit.targets.of(mlp.reader, b, rows), fit.targets.reached(mlp.reader, b, rows)
         own = [at_rows(x, -1, rows), target, stream, picked.to(x)]
         count = x.shape[:-1].numel()

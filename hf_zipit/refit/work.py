@@ -18,7 +18,7 @@ from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import turned_linear
 from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.refit.stage import BASIS_ROWS
-from hf_zipit.refit.unit_refinement import EQUATIONS
+from hf_zipit.refit.unit_refinement import ENOUGH, EQUATIONS
 from hf_zipit.symmetry.ops import op_name, shape_of
 
 PRODUCTS = {"matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2}
@@ -178,7 +178,7 @@ def refinement(layers: tuple[WorkLayer, ...], samples: int, per_input: float, st
     """At most: a step runs the layer forwards and backwards, the latter at twice the price."""
     *writers, reader = layers
     limit = min(per_input, EQUATIONS) if per_input else EQUATIONS
-    rows = enter(samples * reader.rows, reader.inputs * len(layers), limit)
+    rows = enter(samples * reader.rows, min(reader.inputs * len(layers), ENOUGH // EQUATIONS), limit)
     return Work(single=3 * steps * rows * sum(2 * layer.inputs * layer.outputs for layer in layers))
 
 
