@@ -249,7 +249,7 @@ def test_depth_zero_is_the_experts(name: str):
 
 @each_kind
 @each_method
-@pytest.mark.parametrize(("count", "depth"), [(2, 0.5), (3, 1.0)])
+@pytest.mark.parametrize(("count", "depth"), [(2, 1.0), (3, 0.5)])
 def test_order_of_experts(name: str, method: str, count: int, depth: float):
     models = experts(name, count)
     inputs = calibration(models[0])
