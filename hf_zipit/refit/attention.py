@@ -140,6 +140,9 @@ def find_attention(
 WEIGHING = {"matmul", "bmm"}
 """Ops that weigh values, where softmax has made the weights."""
 
+BEHIND_SOFTMAX = TRANSPARENT | {"view", "reshape", "masked_fill", "where"}
+"""Ops that may come between."""
+
 
 def _weighing(
     node: fx.Node,
@@ -152,12 +155,7 @@ def _weighing(
     """The layer of an op that weighs values by what a softmax put out: what made its logits may be anything."""
     weights, values = node.args[:2]
     made_by = weights
-    while isinstance(made_by, fx.Node) and op_name(made_by) in TRANSPARENT | {
-        "view",
-        "reshape",
-        "masked_fill",
-        "where",
-    }:
+    while isinstance(made_by, fx.Node) and op_name(made_by) in BEHIND_SOFTMAX:
         made_by = made_by.args[1 if op_name(made_by) == "where" else 0]
     if not isinstance(made_by, fx.Node) or op_name(made_by) not in ("softmax", "_softmax"):
         return None
@@ -192,21 +190,10 @@ def _values_alone(
     if fused and not _read_here_alone(value, path, program, made, {node, *steps}):  # type: ignore[arg-type]
         return None
     absent = Heads(value.site, (), ())
+    before = frozenset(steps)
     return Attention(
-        node,
-        absent,
-        absent,
-        value,
-        output,
-        None,
-        frozenset(steps),
-        behind,
-        heads,
-        groups,
-        width,
-        weights,
-        fused,  # type: ignore[arg-type]
-    )
+        node, absent, absent, value, output, None, before, behind, heads, groups, width, weights, fused,  # type: ignore[arg-type]
+    )  # fmt: skip
 
 
 def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.Node], steps: set[fx.Node]) -> bool:

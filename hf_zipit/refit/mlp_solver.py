@@ -19,8 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
-from torch.nn import functional
+from torch import Tensor
 
 from hf_zipit.factorise import solve_positive
 from hf_zipit.maps.transform import features_to_merged
@@ -30,7 +29,7 @@ from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram, SecondMoments
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.solvers import regress_inputs, solve, written
-from hf_zipit.refit.unit_refinement import refine_units
+from hf_zipit.refit.unit_refinement import refine_units, units
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import products
 
@@ -138,21 +137,10 @@ def _moments(fit: Fit, mlp: Mlp, candidates: Candidates) -> tuple[SecondMoments,
 
 
 def _activations(fit: Fit, mlp: Mlp, candidates: Candidates, x: Tensor, b: int) -> Tensor:
-    """What candidates put out on rows of the merged model's input: every op between works unit by unit."""
-    values, program = fit.values, fit.values.program
-    known: dict[fx.Node, Tensor] = {
-        site.node: functional.linear(x, weight.flatten(0, 1).to(x), bias.flatten().to(x))
-        for site, (weight, bias) in candidates.maps.items()
-    }
-    for node in mlp.between:
-        known[node] = program.run(
-            node,
-            lambda used: known[used] if used in known else values.of(used, MERGED, b),
-            values.merged,
-            values.inputs[b],
-            merged=True,
-        )
-    return known[mlp.reader.node.args[0]]  # type: ignore[index]
+    """What candidates put out on rows of the merged model's input."""
+    maps = candidates.maps.items()
+    own = {site: (weight.flatten(0, 1).to(x), bias.flatten().to(x)) for site, (weight, bias) in maps}
+    return units(fit, mlp, x, own, b)
 
 
 def _centred(moments: SecondMoments, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:

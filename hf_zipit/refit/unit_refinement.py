@@ -162,16 +162,16 @@ def layer_weights(fit: Fit, site: RefitSite) -> list[Tensor]:
     return [weight] if site.bias is None else [weight, fit.values.merged[site.bias].float().clone()]
 
 
-def units(fit: Fit, mlp: Mlp, x: Tensor, own: Mapping[RefitSite, Sequence[Tensor]]) -> Tensor:
-    """What an MLP's units put out with weights of one's own: every op between works unit by unit."""
+def units(fit: Fit, mlp: Mlp, x: Tensor, own: Mapping[RefitSite, Sequence[Tensor]], b: int = 0) -> Tensor:
+    """What an MLP's units put out with weights of one's own, on rows of a batch: all ops between go unit by unit."""
     values = fit.values
     known: dict[fx.Node, Tensor] = {site.node: functional.linear(x, *own[site]) for site in mlp.writers}
     for node in mlp.between:
         known[node] = values.program.run(
             node,
-            lambda used: known[used] if used in known else values.of(used, MERGED, 0),
+            lambda used: known[used] if used in known else values.of(used, MERGED, b),
             values.merged,
-            values.inputs[0],
+            values.inputs[b],
             merged=True,
         )
     return known[mlp.reader.node.args[0]]  # type: ignore[index]
