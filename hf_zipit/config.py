@@ -89,6 +89,8 @@ class RefitConfig:
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
         unit_steps: fit the units of MLPs to what the stream lacks through their nonlinearity, by at most so many steps
             of L-BFGS; 0 leaves them as they were solved.
+        answer_steps: fit the last layer and the maps out of the trunk to what the experts answer to samples of their
+            own tasks, by at most so many steps of Adam; 0 leaves them as they were solved.
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
             stream are allowed, or would be but for the scales of post-LN norms.
         micro_batch: samples that go through a module at once.
@@ -105,6 +107,7 @@ class RefitConfig:
     split_heads: bool = True
     choose_units: bool = True
     unit_steps: int = 20
+    answer_steps: int = 64
     stream_bases: bool = True
     micro_batch: int = 64
     memory_gb: float | None = None
@@ -118,8 +121,11 @@ class RefitConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise RecipeError(f"refit's {name} is {value}; it must be above 0")
-        if self.micro_batch < 1 or self.rows_per_input < 0 or self.unit_steps < 0:
-            raise RecipeError("refit's micro_batch must be at least 1, rows_per_input and unit_steps at least 0")
+        if self.micro_batch < 1:
+            raise RecipeError(f"refit's micro_batch is {self.micro_batch}; it must be at least 1")
+        for name in ("rows_per_input", "unit_steps", "answer_steps"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be at least 0")
 
 
 @checked

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.auto import forward_names
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.modeling.entries import first_argument
 from hf_zipit.planning.plan import Plan
+from hf_zipit.refit.answers import classes_last, divergence, kind_of, mean, spread_error
 from hf_zipit.refit.positions import Positions
 from hf_zipit.symmetry.spec import fitted
 from hf_zipit.symmetry.trace import select_outputs
@@ -91,13 +91,7 @@ class Distance:
             return spread_error(found, wanted, self._weights(inputs, wanted))
         found, wanted = (classes_last(x.float()) for x in (found, wanted))
         weights = self._weights(inputs, wanted)
-        if kind == "labels":  # each class on its own
-            soft = wanted.sigmoid()
-            surprise = functional.binary_cross_entropy_with_logits(found, soft, reduction="none")
-            least = functional.binary_cross_entropy_with_logits(wanted, soft, reduction="none")
-            return mean((surprise - least).sum(-1), weights)
-        log_p, log_q = found.log_softmax(-1), wanted.log_softmax(-1)
-        return mean((log_q.exp() * (log_q - log_p)).sum(-1), weights)
+        return mean(divergence(found, wanted, kind), weights)
 
     def _agreement(
         self,
@@ -124,32 +118,6 @@ class Distance:
             return None
         weights = self.positions.weights(inputs, value.shape[1])
         return None if weights is None else weights.to(value.device)
-
-
-def kind_of(name: str, value: Tensor, model: nn.Module) -> str:
-    """What an output field holds: a `"choice"` among classes, several `"labels"`, or `"values"`."""
-    problem = getattr(model.config, "problem_type", None)
-    if "logits" not in name or problem == "regression" or classes_last(value).shape[-1] == 1:
-        return "values"
-    return "labels" if problem == "multi_label_classification" else "choice"
-
-
-def classes_last(logits: Tensor) -> Tensor:
-    """`[..., classes]`, of logits whose classes come last or, for maps `[samples, classes, height, width]`, first."""
-    return logits.movedim(1, -1) if logits.dim() == 4 else logits
-
-
-def mean(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean of rows, weighted where they have weights."""
-    return rows.mean() if weights is None else (rows * weights).sum() / weights.sum().clamp_min(1e-12)
-
-
-def spread_error(found: Tensor, wanted: Tensor, weights: Tensor | None) -> Tensor:
-    """The mean squared error over the variance of what is wanted."""
-    found, wanted = found.float(), wanted.float()
-    squares = ((found - wanted).square(), (wanted - wanted.mean()).square())
-    off, spread = (mean(x.mean(-1) if weights is not None else x, weights) for x in squares)
-    return off / spread.clamp_min(1e-12)
 
 
 @contextmanager

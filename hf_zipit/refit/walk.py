@@ -29,7 +29,8 @@ from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import HeadCut
-from hf_zipit.planning.cut import Cut
+from hf_zipit.planning.cut import Cut, tower_lengths
+from hf_zipit.refit.answer_refinement import find_ending, refine_answers
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.fit import Fit, Targets, relative_errors, rows_used
@@ -124,6 +125,11 @@ class Walk:
         self.mlps = {mlp.at: mlp for mlp in find_mlps(self.program, self.sites, spec) if config.choose_units}
         self.in_mlp = {site.node for mlp in self.mlps.values() for site in mlp.writers}
         self.chosen: set[fx.Node] = set()
+        self.ending = None
+        if config.answer_steps and list(cut.blocks) == tower_lengths(spec):  # branches are heads, and cheap
+            mlps = list(find_mlps(self.program, self.sites, spec))
+            self.ending = find_ending(self.program, self.sites, mlps, self.readouts, model)
+        self.read_at_the_end = set() if self.ending is None else self.ending.read
         self.splits: dict[Attention, SplitHeads] = {}
         if config.split_heads:
             layers, inputs = self.attention.values(), batches[0].inputs
@@ -190,10 +196,15 @@ class Walk:
                     bar.update()
                 for expired in expiring.get(i, ()):
                     values.forget(expired)
+            answers = refine_answers(self.fit, self.ending, solved) if self.ending is not None else None
+            if answers is not None:
+                solved = answers.readouts
+                self.chosen |= {site.node for site in self.ending.sites}  # type: ignore[union-attr]
         tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
-        report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows)
+        off = {} if answers is None else answers.errors
+        report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows, off)
         return Refitted(
             tensors, solved, self.head_cuts, frozenset(reparametrised), report, peak_bytes=values.store.peak
         )
@@ -233,7 +244,13 @@ class Walk:
         single = [site for site in self.sites.values() if site.node not in self.in_attention]
         inputs = [own.site.node.args[0] for layer in self.attention.values() for own in layer.inputs]
         targets = [site.stream or site.output for site in single]
-        return {*targets, *inputs, *self.readouts.values(), *(mlp.input for mlp in self.mlps.values())}
+        return {
+            *targets,
+            *inputs,
+            *self.readouts.values(),
+            *self.read_at_the_end,
+            *(mlp.input for mlp in self.mlps.values()),
+        }
 
     def _in_attention_layers(self) -> set[fx.Node]:
         """Ops of attention layers, up to the means, that whoever solves the layer runs as far as they are needed."""
@@ -250,6 +267,7 @@ class Walk:
             for node in (mlp.input, *(site.node for site in mlp.writers)):
                 if node in last:
                     last[node] = max(last[node], self.program.position[mlp.at])
+        last |= dict.fromkeys(last.keys() & self.read_at_the_end, len(self.program.nodes))
         expiring: dict[int, list[fx.Node]] = {}
         for node, position in last.items():
             expiring.setdefault(position, []).append(node)

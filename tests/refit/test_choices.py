@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_zipit import merge
 from hf_zipit.refit import RefitReport, mlp_solver, stage, unit_refinement
+from hf_zipit.refit.answers import divergence, spread_of, statistics
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlp_solver import best_units, left_over
 from hf_zipit.refit.mlps import Mlp
@@ -236,3 +237,40 @@ def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
         called.side_effect = lambda fit, mlp: results.append(refine(fit, mlp))
         error(models, data)
     assert results and not any(results)
+
+
+def test_the_last_layer_is_fitted_to_what_experts_answer():
+    """Also on samples that nothing was fitted to; and it stays where there is nothing to gain."""
+    models = tiny.pair("llama")
+    for model in models:
+        model.lm_head.weight.data *= 20  # random experts answer nearly the same to everything otherwise
+    ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
+    data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
+    left = []
+    for steps in (0, 64):
+        refit = {"unit_steps": 0, "answer_steps": steps}
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
+        with torch.no_grad():
+            pairs = [
+                (merged(**other[t], task=t).logits, m(**other[t]).logits) for t, m in zip("ab", models, strict=True)
+            ]
+        left.append(float(sum(divergence(*pair, "choice").mean() for pair in pairs)))
+        report = RefitReport.of(merged)
+        assert report is not None and bool(report.answers) == bool(steps)
+    assert left[1] < 0.97 * left[0]
+    assert all(after < before for before, after in report.answers.values())
+    same = merge({"a": models[0], "b": models[0]}, data, method="identity", refit=True)
+    report = RefitReport.of(same)
+    assert report is not None and not report.answers
+
+
+@pytest.mark.parametrize("kind", ["choice", "labels", "values"])
+def test_a_constant_answer_is_off_by_the_spread(kind: str):
+    """And an answer is not off from itself."""
+    answers, weight = drawn(50, 5), torch.rand(50, dtype=torch.float64)
+    middle, own = statistics(answers, kind)
+    mean, inside = (weight @ middle / weight.sum(), weight @ own / weight.sum())
+    best = {"choice": mean.log(), "labels": mean.logit(), "values": mean}[kind]
+    off = weight @ divergence(best.expand_as(answers), answers, kind) / weight.sum()
+    torch.testing.assert_close(spread_of(mean, inside, kind), off)
+    torch.testing.assert_close(divergence(answers, answers, kind), torch.zeros(50, dtype=torch.float64))
