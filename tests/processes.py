@@ -1,7 +1,7 @@
 """Everything that is tested in two processes, in one launch of them: to start is what takes long.
 
-A worker is a module with `work(accelerator, folder)`, which every process calls, and perhaps `prepare(folder)`, which is
-called before. Where the launch of all fails, each has another of its own: only the tests of what is broken fail.
+A worker is a module with `work(accelerator, folder)`, which every process calls, and perhaps `prepare(folder)`, called
+before. Where the launch of all fails, each has another of its own: only the tests of what is broken fail.
 """
 
 from __future__ import annotations
