@@ -172,4 +172,4 @@ def test_another_number_of_threads_gives_nearly_the_same(settings: dict[str, Any
     worst = max(apart, key=apart.__getitem__)
     print(f"{identical} of {len(apart)} bit-identical; outputs differ by {apart[worst]:.1e} ({worst}) of the largest")
     assert identical == len(apart) or settings["refit"]
-    assert apart[worst] <= 1e-4
+    assert apart[worst] <= 1e-3
