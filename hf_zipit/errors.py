@@ -4,7 +4,13 @@ from __future__ import annotations
 
 
 class ZipItError(ValueError):
-    """Base class of every error that hf_zipit raises on purpose: one sentence, fit to be shown without a traceback."""
+    """Base class of every error that hf_zipit raises on purpose: one sentence, fit to be shown without a traceback.
+
+    It is one line, whatever it quotes: characters that move the cursor are written as Python writes them.
+    """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence))
 
 
 class ExpertError(ZipItError):

@@ -34,16 +34,21 @@ def with_another_shape(tensors: Tensors) -> None:
     tensors[name] = torch.zeros(3, 3)
 
 
-def with_integers(tensors: Tensors) -> None:
-    name = next(name for name in tensors if "layer" in name)
-    tensors[name] = (10 * tensors[name]).to(torch.int8)
+def of_dtype(dtype: torch.dtype) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        name = next(name for name in tensors if "layer" in name)
+        tensors[name] = (10 * tensors[name]).to(dtype)
+
+    return change
 
 
 DAMAGE: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "missing": (without_one, "lacks the tensor vit"),
     "unexpected": (with_one_more, "has the tensor vit.nobody.knows, which its class does not know"),
     "mismatched": (with_another_shape, "shape"),
-    "integers": (with_integers, "has integers, as quantised weights are, in the tensor vit"),
+    "integers": (of_dtype(torch.int8), "has no real numbers .* in the tensor vit"),
+    "truth values": (of_dtype(torch.bool), "has no real numbers .* in the tensor vit"),
+    "complex": (of_dtype(torch.complex64), "has no real numbers .* in the tensor vit"),
 }
 
 

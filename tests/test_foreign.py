@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
+from torch.ao.quantization import quantize_dynamic
 from transformers import PreTrainedModel
 
 import hf_zipit
@@ -129,9 +130,18 @@ def test_code_and_kernels_that_a_configuration_names_are_not_used(expert: Path, 
     assert not (tmp_path / "ran").exists()
 
 
+def sparse() -> nn.Module:
+    model = tiny.build("vit")
+    model.classifier.weight = nn.Parameter(model.classifier.weight.to_sparse())
+    return model
+
+
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
     "on the meta device": (lambda: tiny.build("vit").to("meta"), r"has no values \(device meta\)"),
     "wrapped": (lambda: nn.DataParallel(tiny.build("vit")), "wrapped in DataParallel; .* model.module"),
+    "compiled": (lambda: torch.compile(tiny.build("vit")), "wrapped in OptimizedModule; .* model._orig_mod"),
+    "sparse": (sparse, "the tensor classifier.weight .* is sparse"),
+    "quantised": (lambda: quantize_dynamic(tiny.build("vit"), {nn.Linear}), "the module vit.* is quantised"),
     "nothing": (lambda: None, "of type NoneType; give a loaded model, a repo id or a folder"),
 }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_zipit.data.calibration import Calibration
@@ -37,6 +38,7 @@ def record(
         "experts": {task: origin.to_dict() for task, origin in origins(planned.experts).items()},
         "expert_parameters": sum(model.num_parameters() for model in planned.experts.values()),
         "versions": versions(),
+        "threads": torch.get_num_threads(),
     }
     if calibration is not None:
         found["batch_size"] = calibration.batch_size

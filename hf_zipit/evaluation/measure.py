@@ -144,6 +144,11 @@ def _check(datasets: Mapping[str, Any], tasks: list[str]) -> None:
     for task, data in datasets.items():
         if task not in tasks:
             raise DataError(f"The model has no task {task!r}; {suggestion(task, tasks)}")
+        if isinstance(data, Mapping):
+            raise DataError(
+                f"The evaluation data of the task {task!r} is a {type(data).__name__} of {', '.join(map(str, data))}; "
+                "give a data set of one split, or a list with a mapping for each sample."
+            )
         if hasattr(data, "__len__") and len(data) == 0:
             raise DataError(f"The evaluation data of the task {task!r} is empty.")
 

@@ -110,18 +110,18 @@ def read_weights(
         ignore_mismatched_sizes=True,  # `damage` tells them by name
     )  # fmt: skip
     stored = local_folder(source, revision)
-    return model, {**found, "integer_keys": integer_weights(model, stored) if stored else []}
+    return model, {**found, "unreal_keys": unreal_weights(model, stored) if stored else []}
 
 
-def integer_weights(model: nn.Module, folder: Path) -> list[str]:
-    """The names of parameters for which a folder's files have integers, as some quantised weights are.
+def unreal_weights(model: nn.Module, folder: Path) -> list[str]:
+    """The names of parameters for which a folder's files have no real numbers: integers, truth values, complex ones.
 
     They are told by the last part of their names, for the parts before it may be others in a file.
     """
     parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     kinds = dtypes(folder)
-    return [name for name, kind in kinds if kind[0] in "IU" and name.rpartition(".")[2] in parameters - buffers]
+    return [name for name, kind in kinds if "F" not in kind and name.rpartition(".")[2] in parameters - buffers]
 
 
 def check_index(folder: Path, pointer: object = None) -> None:

@@ -27,6 +27,9 @@ from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
 
 Expert = PreTrainedModel | nn.Module | str | Path
 
+QUANTISED = ("torch.ao.nn.quantized", "torch.nn.quantized")
+"""Where the modules live that torch's own quantisation makes."""
+
 Experts = Mapping[str, Expert] | Iterable[tuple[str, Expert]] | Iterable[Expert]
 """By task; without names, an expert is named like its folder or repo."""
 
@@ -56,7 +59,8 @@ def load_experts(
         raise ExpertError("merging needs at least two experts, but none was given")
     for name in names:
         if not isinstance(name, str) or not name.strip():
-            raise ExpertError(f"the task name {name!r} is empty; give every expert the name of its task")
+            wrong = "empty" if isinstance(name, str) else "no text"
+            raise ExpertError(f"the task name {name!r} is {wrong}; give every expert the name of its task")
         if wrong := unprintable(name):
             raise ExpertError(f"the task name {name[:80]!r} {wrong}; give the expert another name")
         if (count := names.count(name)) > 1:
@@ -173,9 +177,15 @@ def check_kind(which: str, expert: object) -> None:
 
 def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
     """A loaded model as an expert: itself without hooks that place it, or what an adapter makes of its base."""
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+    compiled = hasattr(model, "_orig_mod")
+    if compiled or isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inside = "_orig_mod" if compiled else "module"
         raise ExpertError(
-            f"the expert {task!r} is wrapped in {type(model).__name__}; give what is in it, model.module"
+            f"the expert {task!r} is wrapped in {type(model).__name__}; give what is in it, model.{inside}"
+        )
+    if quantised := next((n for n, m in model.named_modules() if type(m).__module__.startswith(QUANTISED)), None):
+        raise ExpertError(
+            f"the module {quantised} of the expert {task!r} is quantised; give the model from before it was"
         )
     if is_placed(model):
         model = plain_copy(model)
@@ -183,6 +193,8 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
         raise ExpertError(
             f"the tensor {empty} of the expert {task!r} has no values (device meta); load its weights first"
         )
+    if sparse := next((n for n, p in model.named_parameters() if p.layout != torch.strided), None):
+        raise ExpertError(f"the tensor {sparse} of the expert {task!r} is sparse; give it dense, by tensor.to_dense()")
     if is_adapted(model):
         return plain(task, model)
     config = getattr(model, "config", None)

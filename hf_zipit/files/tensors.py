@@ -81,7 +81,7 @@ def damage(found: Mapping[str, Any]) -> str | None:
     kinds = {
         "missing_keys": "lacks {}",
         "unexpected_keys": "has {}, which its class does not know",
-        "integer_keys": "has integers, as quantised weights are, in {}",
+        "unreal_keys": "has no real numbers (integers, as quantised weights are, or others) in {}",
         "mismatched_keys": "has another shape than its configuration says in {}",
     }
     for kind, text in kinds.items():

@@ -1,9 +1,9 @@
 """What a merged model remembers of its making, as a recipe: the `recipe.yaml` beside the weights.
 
-`config.method` holds it: the settings of `merge`, where every expert came from, the versions of the packages and,
-where a recipe was run, that recipe. What is written can be run again (`hf-zipit run recipe.yaml`); it pins the
-experts' revisions and weights. A merge that was called from Python got its calibration data as an object, which no
-file can name; the recipe then says so in its first line.
+`config.method` holds it: the settings of `merge`, where every expert came from, the versions of the packages, the
+number of CPU threads and, where a recipe was run, that recipe. What is written can be run again
+(`hf-zipit run recipe.yaml`) to the same file; it pins the experts' revisions and weights. A merge that was called from
+Python got its calibration data as an object, which no file can name; the recipe then says so in its first line.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def recorded_recipe(model: PreTrainedModel, name: str) -> dict[str, Any]:
         recipe["experts"][task] = {**entry, **{key: origin[key] for key in PINS if key in origin}}
     if bases := {task: origin.get("model") for task, origin in method.get("bases", {}).items()}:
         recipe.setdefault("base", bases)
+    if "threads" in method:  # sums are cut up by them
+        recipe.setdefault("threads", method["threads"])
     recipe["versions"] = method.get("versions", {})
     keys = [*(key for key in ORDER if key in recipe), *(key for key in recipe if key not in ORDER)]
     return {key: recipe[key] if key in ORDERED else _sorted(recipe[key]) for key in keys}

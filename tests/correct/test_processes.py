@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from tests.correct.worker import corrected
-from tests.processes import run_in_two_processes
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    run_in_two_processes("tests.correct.worker", folder, timeout=180)
-    return folder
-
-
-def test_two_processes_give_the_model_of_one(folder: Path):
+def test_two_processes_give_the_model_of_one(in_two_processes: Callable[[str], Path]):
+    folder = in_two_processes("tests.correct.worker")
     one, two = (load_file(folder / f"{rank}.safetensors") for rank in (0, 1))
     alone = corrected(Accelerator(cpu=True))
     assert one.keys() == two.keys() == alone.keys()

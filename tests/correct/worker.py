@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -27,10 +27,5 @@ def corrected(accelerator: Accelerator) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in merged.state_dict().items()}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
-    save_file(corrected(accelerator), f"{sys.argv[1]}/{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # without it gloo's threads may abort the process at exit
+def work(accelerator: Accelerator, folder: Path) -> None:
+    save_file(corrected(accelerator), folder / f"{accelerator.process_index}.safetensors")

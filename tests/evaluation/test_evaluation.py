@@ -112,6 +112,7 @@ def test_without_joint_classes_there_is_no_joint_accuracy():
         ({}, "nothing to evaluate on"),
         ({"c": A}, "no task 'c'"),
         ({"a": []}, "'a' is empty"),
+        ({"a": {"train": A, "test": A}}, "'a' is a dict of train, test; give a data set of one split"),
         ({"a": [{"x": torch.zeros(5)}]}, "'a' has no 'labels'"),
         ({"a": rows([[0.0] * 5], [-100])}, "no label that counts"),
         ({"a": rows([[0.0] * 5], [2])}, "label 2.*2 classes"),

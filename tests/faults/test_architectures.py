@@ -8,6 +8,7 @@ that do not go together are refused in one sentence.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,14 +173,25 @@ def test_a_random_architecture_holds_the_invariants(seed: int, tmp_path: Path) -
             assert_same(found, outputs(model, inputs, model), tolerance(chosen))
 
 
-def test_many_tasks() -> None:
+MANY: dict[str, dict[str, Any]] = {
+    "average": {"method": "identity", "refit": False},
+    "zip": {"method": "zip", "refit": False},
+    "weights": {"method": "weights", "refit": False},
+    "permute and refit": {"method": "permute", "refit": True},
+}
+
+
+@pytest.mark.parametrize("name", MANY if EVERYTHING else ["average"])
+def test_many_tasks(name: str) -> None:
     """100 of them in `make fuzz`."""
-    count = 100 if EVERYTHING else 10
+    count, chosen = 100 if EVERYTHING else 10, MANY[name]
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         config = T.ViTConfig(**vision(random.Random(0)), num_channels=1)
         models = {f"task {n}": T.ViTForImageClassification(config).eval() for n in range(count)}
-    merged = merge(models, method="identity")
+    inputs, start = calibration(models["task 0"]), time.process_time()
+    merged = merge(models, dict(inputs), **chosen)
+    print(f"{count} tasks, {name}: {time.process_time() - start:.0f} s of CPU")
     assert merged.config.tasks == list(models)
-    inputs = calibration(models["task 0"])
     assert outputs(merged, inputs, models["task 0"])["logits"].shape[-1] == 2 * count
     assert outputs(merged, inputs, models["task 0"], task=f"task {count - 1}")["logits"].isfinite().all()

@@ -93,6 +93,12 @@ def test_an_odd_configuration_is_one_sentence(
 
 @fuzz
 @given(st.text())
+def test_an_error_is_one_line_whatever_it_quotes(text: str) -> None:
+    assert str(ZipItError(f"The task '{text}' is unknown.")).isprintable()
+
+
+@fuzz
+@given(st.text())
 def test_a_name_stays_in_its_cell(text: str) -> None:
     line = escaped(text)
     assert len(line.splitlines()) <= 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,6 @@ from tests.observation.models import (
     vit_spec,
 )
 from tests.observation.worker import calibration
-from tests.processes import run_in_two_processes
 
 observe_module = importlib.import_module("hf_zipit.observation.observe")  # the package's `observe` is the function
 
@@ -362,11 +361,9 @@ def test_half_precision_experts_take_float32_data():
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_processes(in_two_processes: Callable[[str], Path]) -> Path:
     """What two processes wrote, on good data (`good*`) and on data that only one of them finds damaged (`bad*`)."""
-    folder = tmp_path_factory.mktemp("processes")
-    run_in_two_processes("tests.observation.worker", folder, timeout=180)
-    return folder
+    return in_two_processes("tests.observation.worker")
 
 
 def test_two_processes_give_the_moments_of_one(two_processes: Path):

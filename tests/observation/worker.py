@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -22,24 +21,19 @@ def calibration() -> dict[str, torch.Tensor]:
     }
 
 
-def observe_and_save(accelerator: Accelerator, data: dict[str, torch.Tensor], path: str) -> None:
+def observe_and_save(accelerator: Accelerator, data: dict[str, torch.Tensor], path: Path) -> None:
     """Write the moments, or what went wrong."""
     experts = {"clothes": vit(1), "shoes": vit(2)}
     spec = vit_spec(experts["clothes"])
     try:
         read = Calibration(data, batch_size=4, accelerator=accelerator).read(experts)
-        gather_moments(spec, experts, read, row_fraction=0.7, seed=3).save(f"{path}.safetensors")
+        gather_moments(spec, experts, read, row_fraction=0.7, seed=3).save(path.with_suffix(".safetensors"))
     except ZipItError as error:
-        Path(f"{path}.txt").write_text(str(error))
+        path.with_suffix(".txt").write_text(str(error))
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
+def work(accelerator: Accelerator, folder: Path) -> None:
     damaged = calibration()
     damaged["shoes"][0] = torch.nan  # batch 1: only the second process sees it
-    observe_and_save(accelerator, calibration(), f"{sys.argv[1]}/good{accelerator.process_index}")
-    observe_and_save(accelerator, damaged, f"{sys.argv[1]}/bad{accelerator.process_index}")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # without it gloo's threads may abort the process at exit
+    observe_and_save(accelerator, calibration(), folder / f"good{accelerator.process_index}")
+    observe_and_save(accelerator, damaged, folder / f"bad{accelerator.process_index}")

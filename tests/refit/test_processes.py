@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,20 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from hf_zipit.schema import unpacked
-from tests.processes import run_in_two_processes
 
 from .worker import NAMES, data, refitted
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    run_in_two_processes("tests.refit.worker", folder)
-    return folder
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_refit_as_one(two_processes: Path, name: str):
+def test_two_processes_refit_as_one(in_two_processes: Callable[[str], Path], name: str):
+    folder = in_two_processes("tests.refit.worker")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -31,7 +25,7 @@ def test_two_processes_refit_as_one(two_processes: Path, name: str):
     finally:
         torch.set_num_threads(threads)
     for rank in (0, 1):
-        found = load_file(two_processes / f"{name}-{rank}.safetensors")
+        found = load_file(folder / f"{name}-{rank}.safetensors")
         errors = found.pop("errors")
         torch.testing.assert_close(errors, torch.tensor(unpacked(single.config.method["refit_errors"])["errors"]))
         assert found.keys() == single.state_dict().keys()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -35,14 +35,9 @@ def refitted(name: str, accelerator: Accelerator | None) -> PreTrainedModel:
     return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, seed=5)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == 2
+def work(accelerator: Accelerator, folder: Path) -> None:
     for name in NAMES:
         model = refitted(name, accelerator)
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
         tensors["errors"] = torch.tensor(unpacked(model.config.method["refit_errors"])["errors"])
-        save_file(tensors, f"{sys.argv[1]}/{name}-{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()  # without it gloo's threads may abort the process at exit
+        save_file(tensors, folder / f"{name}-{accelerator.process_index}.safetensors")

@@ -19,7 +19,7 @@ from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.recipe.sections import CalibrationData, ExpertEntry, Measured, Recipe
 from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
 from hf_zipit.report.recorded import recorded_recipe
-from hf_zipit.running.run import run_recipe
+from hf_zipit.running.run import cpu_threads, run_recipe
 from hf_zipit.running.saved import load_merged
 from tests import tiny
 from tests.cli.conftest import call  # noqa: F401  # a fixture
@@ -160,7 +160,7 @@ def test_what_is_in_order_stays_in_order_through_a_configuration_file(experts: d
 
 
 RUNS = {
-    "auto": {},
+    "auto": {"threads": None},  # what there was is written down
     "auto with settings": {"refit": RefitConfig(ridge=1e-3), "seed": 4},
     "settings": {
         "method": ("zip",),
@@ -178,7 +178,7 @@ RUNS = {
 
 
 @pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS.keys())
-def test_the_command_runs_the_recipe_beside_a_model_to_the_same_file(
+def test_the_command_runs_the_recipe_beside_a_model_to_the_same_file_whatever_threads_there_are(
     changes: dict[str, Any],
     experts: dict[str, Path],
     call: Any,  # noqa: F811
@@ -189,13 +189,14 @@ def test_the_command_runs_the_recipe_beside_a_model_to_the_same_file(
         name="digits",
         experts={task: ExpertEntry(model=str(folder)) for task, folder in experts.items()},
         calibration=CalibrationData(dataset="sklearn-digits", samples=16),
-        threads=1,
         output=tmp_path / "first",
-        **changes,
+        **{"threads": 1, **changes},
     )
-    first = run_recipe(recipe).model
+    with cpu_threads(1):
+        first = run_recipe(recipe).model
     monkeypatch.chdir(tmp_path)
-    code, _, err = call("run", first / "recipe.yaml", "-q")
+    with cpu_threads(2):
+        code, _, err = call("run", first / "recipe.yaml", "-q")
     assert code == 0, err
     again = tmp_path / "out" / "digits" / "model"
     assert (again / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()

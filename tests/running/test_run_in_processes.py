@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,27 +13,19 @@ from safetensors.torch import load_file
 
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.running.run import run_recipe
-from tests.docs_world import make_world
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[dict, Path]]:
+def runs(in_two_processes: Callable[[str], Path]) -> dict[int, tuple[dict, Path]]:
     """The printed result and the model's folder, by the number of processes."""
-    folder = make_world(tmp_path_factory.mktemp("world"))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launcher, "-m", "hf_zipit.cli", "run", "recipe.yaml", "--json", "--out", "out/2"],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    folder = in_two_processes("tests.running.worker")
+    first, second = ((folder / f"printed{rank}").read_text() for rank in (0, 1))
+    assert not second
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         recipe = replace(load_recipe("recipe.yaml"), output=folder / "out" / "1")
         alone = run_recipe(recipe)
-    results = {1: json.loads(json.dumps(alone.to_dict())), 2: json.loads(done.stdout)}
+    results = {1: json.loads(json.dumps(alone.to_dict())), 2: json.loads(first)}
     return {count: (result, folder / "out" / str(count)) for count, result in results.items()}
 
 
