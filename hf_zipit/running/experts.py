@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.loading import load_expert, load_experts
+from hf_zipit.experts.vocabulary import united
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.planning.compatible import check_classes
 from hf_zipit.recipe.sections import ExpertEntry, Recipe
@@ -48,7 +49,7 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool, as_stored: bool = F
     loaded = load_experts(sources, revisions=revisions, as_stored=as_stored)
     check_classes(loaded)  # before anybody asks what their labels have to do with the data
     _check_weights({task: entry.sha256 for task, entry in given.items() if entry.sha256}, loaded)
-    return loaded
+    return united(loaded) if recipe.settings.get("vocabulary") == "union" else loaded
 
 
 def _check_weights(wanted: Mapping[str, str], experts: Mapping[str, PreTrainedModel]) -> None:
