@@ -23,7 +23,7 @@ BEHAVIOUR_ONLY = (
 BOOKKEEPING = {
     "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type", "auto_map",
     "finetuning_task", "task_specific_params", "pruned_heads", "_attn_implementation", "logit_scale_init_value",
-    "chunk_size_feed_forward", "encoder_stride", "is_decoder",
+    "chunk_size_feed_forward", "encoder_stride", "is_decoder", "num_classes",
 }  # fmt: skip
 
 
