@@ -46,6 +46,7 @@ class Origin(Plain):
         sha256: of its weights.
         licence: `license`, and for others than the known ones `license_name` and `license_link`, from its card.
         datasets: data sets of the Hub that its card names.
+        subfolder: where in the repo it is, if not at the top.
     """
 
     model: str | None
@@ -54,6 +55,7 @@ class Origin(Plain):
     sha256: str
     licence: Mapping[str, str]
     datasets: tuple[str, ...]
+    subfolder: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; what is not known is left out."""
@@ -68,7 +70,7 @@ def origins(experts: Mapping[str, nn.Module]) -> dict[str, Origin]:
 
 
 def origin(model: nn.Module, sha256: str) -> Origin:
-    name, revision = source_of(model)
+    name, revision, inner = getattr(model, "known_origin", None) or (*source_of(model), None)
     card = card_data(name, revision)
     licence = {key: card[key] for key in LICENCE_KEYS if _plain_text(card.get(key))}
     datasets = card.get("datasets") or []
@@ -77,7 +79,7 @@ def origin(model: nn.Module, sha256: str) -> Origin:
     if odd or not all(map(_plain_text, datasets)):
         logger.warning("Metadata in the card of %s (%s) is odd and left out.", name, ", ".join(odd or ["datasets"]))
     task = getattr(model, "merged_task", None)
-    return Origin(name, task, revision, sha256, licence, tuple(filter(_plain_text, datasets)))
+    return Origin(name, task, revision, sha256, licence, tuple(filter(_plain_text, datasets)), inner)
 
 
 def source_of(model: nn.Module) -> tuple[str | None, str | None]:

@@ -49,7 +49,7 @@ def belongs(name: str) -> bool:
 def leads_out(path: Path, folder: Path) -> bool:
     """Whether a file of a folder is, through links, one outside of it; the Hub's cache is made of links of its own."""
     real, root = path.resolve(), folder.resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    homes = [root, *(above.parent / "blobs" for above in root.parents if above.name == "snapshots")]
     return not any(home in real.parents for home in homes)
 
 

@@ -148,7 +148,10 @@ def _names(labels: list[str], ids: Sequence[int], task: str) -> list[str]:
 
 def _processor(recipe: Recipe, task: str, expert: PreTrainedModel) -> Callable[[], Any] | None:
     """Loads what prepares data for an expert; None for one that reads texts with a tokenizer that it alone has."""
-    return None if renumbered(expert) else partial(load_processor, entry_of(recipe, task).model)
+    if renumbered(expert):
+        return None
+    entry = entry_of(recipe, task)
+    return partial(load_processor, expert.name_or_path if entry.subfolder or "@" in str(entry.model) else entry.model)
 
 
 def _ready(part: Dataset, processor: Callable[[], Any] | None, config: PreTrainedConfig, say: Say) -> Dataset:

@@ -240,3 +240,23 @@ def test_the_command_line_tells_errors_in_one_sentence(hub: Hub, client: Client,
         assert code == 1 and not out, case
         assert "Traceback" not in err
         assert len([line for line in err.splitlines() if line.startswith("Error: ")]) == 1, (case, err)
+
+
+def test_a_revision_and_a_folder_in_a_repo_are_named_in_one_text(
+    hub: Hub, client: Client, experts: dict[str, Path], tmp_path: Path
+):
+    files = {f"best/{path.name}": path.read_bytes() for path in experts["clothes"].iterdir()}
+    hub.add_folder("me/runs", experts["shoes"])
+    old = hub.repos["me/runs"].commit("v1", {**files, "README.md": CARD.encode()})
+    sources = ["me/runs@v1/best", "me/runs"]
+    found = client(MERGE, experts=sources, out=tmp_path / "both")["result"]
+    assert found["best"]["model"] == "me/runs" and found["best"]["subfolder"] == "best"
+    assert found["best"]["revision"] == old and found["best"]["licence"] == {"license": "apache-2.0"}
+    assert found["runs"]["revision"] != old and "subfolder" not in found["runs"]
+    again = yaml.safe_load((tmp_path / "both" / "recipe.yaml").read_text())
+    assert again["experts"]["best"]["subfolder"] == "best"
+    assert (tmp_path / "both" / "preprocessor_config.json").exists()  # that of the folder
+    assert (
+        "could not be loaded from me/runs@v2/best: the repo has no revision"
+        in load(client, "me/runs@v2/best")["error"]
+    )
