@@ -106,12 +106,6 @@ def _plain_text(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
 
 
-def common_licence(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The licence of all experts, by task what `Origin.to_dict` gave, as metadata of a card; empty if one differs."""
-    licences = [dict(expert.get("licence", {})) for expert in experts.values()]
-    return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
-
-
 def versions() -> dict[str, str]:
     """The versions of Python and of the packages that a merge depends on."""
     found = {"python": platform.python_version()}

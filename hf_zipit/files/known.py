@@ -39,6 +39,8 @@ SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")
 def belongs(name: str) -> bool:
     """Whether a file, by its path relative to a model's folder, is one that belongs to a model."""
     path = PurePosixPath(name)
+    if path.parts[:-1] == (".eval_results",):
+        return path.suffix == ".yaml"
     if path.is_absolute() or ".." in path.parts or any(part.startswith(".") for part in path.parts):
         return False
     if path.parts[0] == PROCESSORS and len(path.parts) == 3:
