@@ -1,4 +1,4 @@
-"""Commands that work on models: merge, inspect, evaluate, push, card, doctor."""
+"""Commands that work on models: merge, inspect, evaluate, compare, verify, push, card, doctor."""
 
 from __future__ import annotations
 
@@ -294,6 +294,45 @@ def compare(
     console = stdout()
     console.print(accuracy_table({name: each.model for name, each in found.items()}, title=f"accuracy on {dataset}"))
     console.print(comparison_table(comparison, ("A", "B"), title=f"A: {first}, B: {second}"))
+
+
+@app.command(
+    "hf-zipit verify me/merged",
+    "hf-zipit verify me/merged --dataset me/pictures --split test",
+    topic="looking",
+)
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A merged model: a repo id or a folder.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="Measure its scores again on this: a name on the Hub, a folder or a file."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    column: ColumnNames = None,
+    classes: Classes = None,
+    samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check again what a merged model claims.
+
+    Its weights and its experts must have the digests that it records, its recipe and licence must be those that follow
+    from them, and with --dataset its scores must come out again. Ends with 1 if a claim does not hold.
+    """
+    with working(quiet, device) as say:
+        from hf_zipit.recipe.sections import Data
+        from hf_zipit.report.doctor import checks_table
+        from hf_zipit.running.verify import verify as verified
+
+        data = Data(dataset, split, columns=parse_columns(column), samples=samples) if dataset else None
+        checks = verified(model, data, parse_classes(classes), say)
+    if as_json:
+        print_json([check.to_dict() for check in checks])
+    else:
+        stdout().print(checks_table(checks))
+    if any(not check.good for check in checks):
+        sys.exit(1)
 
 
 @app.command("hf-zipit push out/merged me/vit-clothes-shoes --private", topic="publishing")
