@@ -390,6 +390,26 @@ def card(
         print(path or text)
 
 
+@app.command("hf-zipit app", "hf-zipit app --port 8000", name="app")
+def page(
+    port: Annotated[
+        int | None, typer.Option(help="The port; the first free one from 7860 by default.", show_default=False)
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Make a public link through Gradio's servers.")] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Open a page in the browser to try a merge.
+
+    Two models, whether they fit, what a merge would cost, a merge on a few samples, and a download.
+    """
+    with working(quiet, device) as say:
+        from hf_zipit.app import launch
+
+        say("starting the page; Ctrl-C ends it")
+        launch(port, share=share)
+
+
 @app.command("hf-zipit doctor", topic="looking")
 def doctor(as_json: Json = False) -> None:
     """Say what works here, and how to fix what does not.
