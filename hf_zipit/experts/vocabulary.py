@@ -105,6 +105,16 @@ def check_vocabularies(experts: Mapping[str, nn.Module]) -> None:
             )
 
 
+def one_vocabulary(experts: Mapping[str, nn.Module]) -> bool:
+    """Whether the same token numbers mean the same to all experts, as far as that is known."""
+    sizes = {getattr(getattr(model, "config", None), "vocab_size", None) for model in experts.values()}
+    try:
+        check_vocabularies(experts)
+    except ExpertError:
+        return False
+    return len(sizes) == 1
+
+
 def united(experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
     """The experts with one vocabulary: copies, but for those to which nothing has to be done.
 
