@@ -180,7 +180,7 @@ def build(*, only_hub: bool | None = None) -> gradio.Blocks:
     import gradio as gr
 
     only_hub = bool(os.environ.get("SPACE_ID")) if only_hub is None else only_hub
-    house = Path(tempfile.mkdtemp(prefix="hf_zipit-app-"))
+    house = tempfile.TemporaryDirectory(prefix="hf_zipit-app-")  # goes when the page does
 
     def check(first: str, second: str, samples: float) -> str:
         try:
@@ -196,9 +196,9 @@ def build(*, only_hub: bool | None = None) -> gradio.Blocks:
             experts = named(first, second, only_hub=only_hub)
             if only_hub and data.strip() != "sklearn-digits" and not is_repo(data.strip()):
                 raise RecipeError(f"{data} is not a data set of the Hub; files can be named where you run this.")
-            for old in sorted(house.iterdir(), key=os.path.getmtime)[: -KEPT_ROOMS + 1]:
+            for old in sorted(Path(house.name).iterdir(), key=os.path.getmtime)[: -KEPT_ROOMS + 1]:
                 shutil.rmtree(old, ignore_errors=True)
-            room = Path(tempfile.mkdtemp(dir=house))
+            room = Path(tempfile.mkdtemp(dir=house.name))
             found = merged(experts, data, int(samples), depths, measure, room, lambda what: progress(None, desc=what))
         except ZipItError as error:
             return not_possible(error), None, None, None
