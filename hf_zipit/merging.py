@@ -44,7 +44,7 @@ from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
-from hf_zipit.refit.joint_heads import calibrate_joint
+from hf_zipit.refit.joint_heads import calibrate_joint, check_joint_heads
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.registry import RULES
 from hf_zipit.residues.stage import add_residues
@@ -188,6 +188,7 @@ def merge(
         planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
         if calibration is not None and _needs_data(planned.config):
             calibration.read(planned.experts)  # before the work starts; observing reads it, too
+            check_joint_heads(planned, calibration)
         is_plain = not isinstance(planned.model, PreTrainedModel)
         if is_plain and output_dir is not None:
             raise SpecError(

@@ -68,9 +68,10 @@ class Subject:
         whole = SideBySide(model) if isinstance(model, Mapping) else model
         if isinstance(whole, SideBySide):
             classes = {task: whole.classes(task) for task in whole.tasks}
-            inputs = {task: ModelInputs.of(expert) for task, expert in zip(whole.tasks, whole.experts, strict=True)}
+            experts = dict(zip(whole.tasks, whole.experts, strict=True))
+            inputs = {task: ModelInputs.of(expert) for task, expert in experts.items()}
             return cls(
-                whole, whole.offsets(), classes, inputs, not whole.contrastive, whole.causal, one_vocabulary(model)
+                whole, whole.offsets(), classes, inputs, not whole.contrastive, whole.causal, one_vocabulary(experts)
             )
         if not isinstance(whole, ZipItPreTrainedModel):
             raise DataError(

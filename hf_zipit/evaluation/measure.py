@@ -184,9 +184,11 @@ def _predict(
     if reading.processor is None:
         reading = replace(reading, processor=subject.processor(task))
     collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.answers)
+    model = subject.model.for_task(None if jointly else task)
+    model.joint_labels = jointly
     with tempfile.TemporaryDirectory() as folder, modes_kept([subject.model]):  # a Trainer puts it into eval mode
         trainer = Trainer(
-            model=subject.model.for_task(None if jointly else task),
+            model=model,
             args=TrainingArguments(
                 output_dir=folder,
                 per_device_eval_batch_size=reading.batch_size,
