@@ -16,6 +16,7 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
 from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
 from hf_zipit.experts.offloaded import is_placed, plain_copy
+from hf_zipit.experts.quantised import dequantised, kind_of, load_dequantised
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
 from hf_zipit.files.places import folder_of
@@ -201,6 +202,7 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
         )
     if is_adapted(model):
         return plain(task, model)
+    model = dequantised(task, model)
     config = getattr(model, "config", None)
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise ExpertError(
@@ -216,10 +218,13 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
 
 
 def _load(task: str, source: str, revision: str | None, as_stored: bool) -> PreTrainedModel:
-    config = read_config(source, revision)
+    config = read_config(source, revision, quantised=True)
     home = modeling if isinstance(config, ZipItConfig) else transformers
     model_class = class_of(config, f"the configuration of the expert {task!r} ({source})", home)
-    model, found = _read(model_class, source, config, revision, as_stored)
+    if kind_of(config):
+        model, found = load_dequantised(model_class, source, config, revision)
+    else:
+        model, found = _read(model_class, source, config, revision, as_stored)
     if wrong := damage(found):
         raise ExpertError(
             f"the expert {task!r} is damaged: {source} {wrong}, so that it would not compute what was trained; "
