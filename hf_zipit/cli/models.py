@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -73,6 +73,10 @@ def merge(
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
+    vocabulary: Annotated[
+        Literal["same", "union"],
+        typer.Option(help="Of tokenizers that differ: union matches tokens by their text."),
+    ] = "same",
     seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
     device: Device = None,
     dry_run: DryRun = False,
@@ -98,11 +102,15 @@ def merge(
         data = None
         if calibration:
             data = CalibrationData(calibration, split, columns=columns, streaming=streaming, samples=samples)
+        settings = {
+            **({"polish": True} if polish else {}),
+            **({"vocabulary": "union"} if vocabulary == "union" else {}),
+        }
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
             name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(parse_depth(depth),),
             output=out, seed=seed, refit=False if refit is False else None,
-            settings={"polish": True} if polish else {},
+            settings=settings,
         )  # fmt: skip
         check_recipe(recipe, [out])
         if dry_run:

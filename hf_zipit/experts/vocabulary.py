@@ -121,6 +121,8 @@ def united(experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]
     Raises ExpertError if an expert has no tokenizer, one that cannot be renumbered, or a head for which a token that
     is not there cannot be ruled out.
     """
+    if all(hasattr(model, "held_rows") for model in experts.values()):  # they were brought to one before
+        return dict(experts)
     vocabularies = {task: Vocabulary.of(files_of(model)) for task, model in experts.items()}
     for task, found in vocabularies.items():
         if found is None or not reads_tokens(experts[task]):

@@ -63,6 +63,7 @@ def test_a_renumbered_expert_reads_every_text_as_before(tmp_path: Path, kind: st
     before = {task: model.get_input_embeddings().weight.clone() for task, model in loaded.items()}
     both = united(loaded)
     assert len({model.config.vocab_size for model in both.values()}) == 1
+    assert united(both) == both
     for task, model in both.items():
         texts = [*TEXTS["a"], *TEXTS["b"], "unknown word"]
         own, new = AutoTokenizer.from_pretrained(tmp_path / task), OwnProcessor(model).loaded
