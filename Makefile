@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 INSTALLED := $(VENV)/.installed
 DOCUMENTED := $(VENV)/.documented
+NIGHTLY := $(VENV)/.nightly
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # One thread per test process: LAPACK with several threads on few cores is slower by orders of magnitude.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test fuzz lint format benchmarks docs coverage dist clean
+.PHONY: help venv quickstart test nightly notebooks fuzz lint format benchmarks docs coverage dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1	/' | expand -t 14
@@ -32,6 +33,17 @@ quickstart: $(INSTALLED) ## train two small experts, merge them, print the table
 
 test: $(INSTALLED) ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
+
+# What needs gigabytes or a browser: sentence-transformers, timm, Gradio in Debian's chromium, the notebooks.
+$(NIGHTLY): $(INSTALLED)
+	$(PIP) install -c constraints.txt -e '.[nightly]'
+	touch $@
+
+nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, and the notebooks
+	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/experts
+
+notebooks: $(NIGHTLY) ## run the notebooks of the docs and keep what they put out
+	$(BIN)/python -m benchmarks.notebooks
 
 fuzz: $(INSTALLED) ## kill at every file event, fill disks, 2,000 odd inputs of each kind, 1,000 architectures (an hour)
 	HF_ZIPIT_FUZZ=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/faults tests/test_steady.py

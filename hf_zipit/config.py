@@ -227,6 +227,8 @@ class MergeConfig:
         residues: True, a `ResidueConfig` or its settings, or its size alone (`residues=1.1`): keep what the tasks' own
             weights are more than the merged ones in a few bits, to be added where a task runs alone; False or None,
             the default: do not. It is for trunks that are not refitted.
+        vocabulary: what happens to the tokens of experts whose tokenizers differ: `"same"` refuses them, `"union"`
+            matches tokens by their text; see `hf_zipit.experts.vocabulary`.
         row_fraction: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
             passes.
         seed: of everything that is drawn.
@@ -247,6 +249,7 @@ class MergeConfig:
     polish: PolishConfig | Mapping[str, Any] | bool | None = None
     residues: ResidueConfig | Mapping[str, Any] | float | bool | None = None
     row_fraction: float | Literal["auto"] = AUTO
+    vocabulary: str = "same"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -276,6 +279,8 @@ class MergeConfig:
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {brief(self.depth)}; it must be a share from 0 to 1 or the path of a block.")
         check_residual(self.residual)
+        if self.vocabulary not in ("same", "union"):
+            raise RecipeError(f"vocabulary is {brief(self.vocabulary)}; it must be 'same' or 'union'.")
         if self.row_fraction != AUTO and not (_is_number(self.row_fraction) and 0 < self.row_fraction <= 1):
             raise RecipeError(
                 f"row_fraction is {brief(self.row_fraction)}; it must be 'auto' or a number above 0 and at most 1."

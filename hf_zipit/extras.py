@@ -12,6 +12,7 @@ EXTRAS = {
     "PIL": ("pillow", "vision", "images"),
     "peft": ("peft", "peft", "experts that are LoRA adapters"),
     "optuna": ("optuna", "search", "search --sampler tpe"),
+    "gradio": ("gradio", "app", "the page in the browser"),
     "sentence_transformers": ("sentence-transformers", "st", "merging SentenceTransformers"),
 }
 """By the name it is imported by: the package, the extra that brings it, what it is for."""

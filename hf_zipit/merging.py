@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit.adapters import given_inputs
@@ -24,14 +25,17 @@ from hf_zipit.assembly.record import record
 from hf_zipit.assembly.to_disk import write_merged
 from hf_zipit.assembly.widening import widenable_spaces
 from hf_zipit.combine.combine import check_base, check_rule
+from hf_zipit.combine.tokens import share_rows
 from hf_zipit.config import AUTO, MergeConfig
 from hf_zipit.correct.stage import correct
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, SpecError
 from hf_zipit.experts.loading import Experts, load_bases, load_experts
 from hf_zipit.experts.sentences import Sentences
+from hf_zipit.experts.vocabulary import check_vocabularies, united
 from hf_zipit.files import check_result_folder
 from hf_zipit.layerwise.stage import combined_trunk
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.observation.gather import statistics_for
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.shared import moments_for
@@ -40,7 +44,7 @@ from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
-from hf_zipit.refit.joint_heads import calibrate_joint
+from hf_zipit.refit.joint_heads import calibrate_joint, check_joint_heads
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.registry import RULES
 from hf_zipit.residues.stage import add_residues
@@ -79,6 +83,10 @@ def plan(
     config = MergeConfig.of(config, **settings)
     as_stored = not (data or observed)  # nothing is computed with them
     loaded = load_experts(experts, as_stored=as_stored)
+    if config.vocabulary == "union":
+        loaded = united(loaded)
+    else:
+        check_vocabularies(loaded)
     first = next(iter(loaded.values()))
     config = choose(config, first, data=data, observed=observed)
     if not data and (missing := _needs_data(config)):
@@ -180,6 +188,7 @@ def merge(
         planned = plan(experts, config, base=base, data=calibration is not None, observed=moments is not None)
         if calibration is not None and _needs_data(planned.config):
             calibration.read(planned.experts)  # before the work starts; observing reads it, too
+            check_joint_heads(planned, calibration)
         is_plain = not isinstance(planned.model, PreTrainedModel)
         if is_plain and output_dir is not None:
             raise SpecError(
@@ -190,9 +199,14 @@ def merge(
         if planned.matched is not planned or not planned.config.corrections:  # moments of the bases are no expert's
             found = None  # their memory is needed
         read = statistics_for(planned, calibration, statistics)
+        share_rows(planned, maps)
         if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
             return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
-        combine = partial(combined_trunk, planned, calibration=calibration, statistics=read)
+
+        def combine(maps: Alignment) -> dict[str, Tensor]:
+            share_rows(planned, maps)
+            return combined_trunk(planned, maps, calibration=calibration, statistics=read)
+
         trunk = combine(maps)
         try:
             refitted = refit_trunk(planned, trunk, maps, calibration, combine)

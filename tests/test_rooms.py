@@ -22,6 +22,7 @@ ROOMS = (
     "evaluation", "recipe", "merging", "landscapes", "searching", "report", "running",
     "auto_classes",
     "",  # the face
+    "app",
     "cli",
 )  # fmt: skip
 """From the ground up: a room may import those before it."""

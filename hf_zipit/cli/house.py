@@ -59,12 +59,13 @@ class Commands:
         if code:
             sys.exit(code)
 
-    def command(self, *examples: str, topic: str = "main") -> Callable[[Command], Command]:
+    def command(self, *examples: str, topic: str = "main", name: str | None = None) -> Callable[[Command], Command]:
         """Register a function as a command; its keyword `as_json` is set by `--json` and by `--format json`.
 
         Args:
             examples: calls, for the end of its help.
             topic: under which head it stands in the list of commands.
+            name: of the command, where it is not the function's.
         """
 
         def register(function: Command) -> Command:
@@ -82,7 +83,7 @@ class Commands:
 
             run.__signature__ = signature  # type: ignore[attr-defined]
             lines = "\n".join(("Examples", *(f"  $ {example}" for example in examples)))
-            self.group.command(function.__name__, topic=topic, epilog=lines if examples else None)(run)
+            self.group.command(name or function.__name__, topic=topic, epilog=lines if examples else None)(run)
             return function
 
         return register

@@ -1,10 +1,10 @@
-"""Commands that work on models: merge, inspect, evaluate, push, card, doctor."""
+"""Commands that work on models: merge, inspect, evaluate, compare, verify, push, card, doctor."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -73,6 +73,10 @@ def merge(
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
+    vocabulary: Annotated[
+        Literal["same", "union"],
+        typer.Option(help="Of tokenizers that differ: union matches tokens by their text."),
+    ] = "same",
     seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
     device: Device = None,
     dry_run: DryRun = False,
@@ -98,11 +102,15 @@ def merge(
         data = None
         if calibration:
             data = CalibrationData(calibration, split, columns=columns, streaming=streaming, samples=samples)
+        settings = {
+            **({"polish": True} if polish else {}),
+            **({"vocabulary": "union"} if vocabulary == "union" else {}),
+        }
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
             name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(parse_depth(depth),),
             output=out, seed=seed, refit=False if refit is False else None,
-            settings={"polish": True} if polish else {},
+            settings=settings,
         )  # fmt: skip
         check_recipe(recipe, [out])
         if dry_run:
@@ -296,6 +304,45 @@ def compare(
     console.print(comparison_table(comparison, ("A", "B"), title=f"A: {first}, B: {second}"))
 
 
+@app.command(
+    "hf-zipit verify me/merged",
+    "hf-zipit verify me/merged --dataset me/pictures --split test",
+    topic="looking",
+)
+def verify(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A merged model: a repo id or a folder.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option("--dataset", help="Measure its scores again on this: a name on the Hub, a folder or a file."),
+    ] = None,
+    split: Annotated[str, typer.Option(help="The split to measure on.")] = "test",
+    column: ColumnNames = None,
+    classes: Classes = None,
+    samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check again what a merged model claims.
+
+    Its weights and its experts must have the digests that it records, its recipe and licence must be those that follow
+    from them, and with --dataset its scores must come out again. Ends with 1 if a claim does not hold.
+    """
+    with working(quiet, device) as say:
+        from hf_zipit.recipe.sections import Data
+        from hf_zipit.report.doctor import checks_table
+        from hf_zipit.running.verify import verify as verified
+
+        data = Data(dataset, split, columns=parse_columns(column), samples=samples) if dataset else None
+        checks = verified(model, data, parse_classes(classes), say)
+    if as_json:
+        print_json([check.to_dict() for check in checks])
+    else:
+        stdout().print(checks_table(checks))
+    if any(not check.good for check in checks):
+        sys.exit(1)
+
+
 @app.command("hf-zipit push out/merged me/vit-clothes-shoes --private", topic="publishing")
 def push(
     source: Annotated[
@@ -349,6 +396,26 @@ def card(
         print_json({"card": text, "path": str(path) if path else None})
     else:
         print(path or text)
+
+
+@app.command("hf-zipit app", "hf-zipit app --port 8000", name="app")
+def page(
+    port: Annotated[
+        int | None, typer.Option(help="The port; the first free one from 7860 by default.", show_default=False)
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Make a public link through Gradio's servers.")] = False,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Open a page in the browser to try a merge.
+
+    Two models, whether they fit, what a merge would cost, a merge on a few samples, and a download.
+    """
+    with working(quiet, device) as say:
+        from hf_zipit.app import launch
+
+        say("starting the page; Ctrl-C ends it")
+        launch(port, share=share)
 
 
 @app.command("hf-zipit doctor", topic="looking")

@@ -53,7 +53,7 @@ def parse_experts(arguments: list[str]) -> dict[str, str]:
     """
     experts: dict[str, str] = {}
     for argument in arguments:
-        named = argument if "=" in argument else f"{Path(argument).name}={argument}"
+        named = argument if "=" in argument else f"{Path(argument.partition('@')[0]).name}={argument}"
         task, source = _pair(named, f"The expert {argument!r} should be TASK=MODEL, MODEL a repo id or folder.")
         if task in experts:
             raise RecipeError(f"Two experts are named {task!r}; give them task names: NAME={source}.")

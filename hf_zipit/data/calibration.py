@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hf_zipit.data.inputs import ModelInputs, prepare, tensor_of
+from hf_zipit.data.inputs import ModelInputs, prepare, renumbered, tensor_of
 from hf_zipit.data.kept import Keeper
 from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import all_reduce_sum
@@ -116,8 +116,8 @@ class Calibration:
     Args:
         data: a little unlabelled data, by task or one collection for all tasks: a `datasets.Dataset` or
             `IterableDataset`, a `DataLoader`, tensors, samples, or any iterable of batches.
-        processor: image processor, tokenizer or processor, for raw images and texts; the first expert's own where none
-            is given.
+        processor: image processor, tokenizer or processor, for raw images and texts; where none is given, of every
+            task's data its expert's own, and the first expert's for one collection for all tasks.
         columns: names in the data -> names of the model's inputs, `image` or `text`.
         batch_size: samples per forward pass. Larger batches of a `DataLoader` or iterable are split, smaller ones
             left.
@@ -179,9 +179,15 @@ class Calibration:
             )
         if not self._streams:
             streams, columns = {}, self.columns or {}
-            processor = self.processor or OwnProcessor(next(iter(experts.values())))
+            first = next(iter(experts))
+            if renumbered(experts[first]) and not isinstance(self.data, Mapping):
+                raise DataError(
+                    "Experts with tokenizers of their own read one collection in different ways; give the calibration "
+                    f"data by task: {{{', '.join(f'{task!r}: ...' for task in tasks)}}}."
+                )
             for task, part in by_task(for_tasks(self.data, tasks), inputs, tasks, columns).items():
                 where = where_of(task)
+                processor = self.processor or OwnProcessor(experts[task or first])
                 streams[task] = [
                     CalibrationBatch(task, partial(load_batch, load, inputs, processor, where), self._keeper)
                     for load in raw_batches(part, inputs.main, self.batch_size, where, columns)

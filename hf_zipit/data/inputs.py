@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,11 @@ TEXT_COLUMNS = ("text", "sentence")
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """What a model's forward takes. `accepted` is None where it takes any keyword; `purpose`: what data is for."""
+    """What a model's forward takes.
+
+    `accepted` is None where it takes any keyword; `texts` says that tokens have other numbers than with the tokenizer
+    that the model came with, so that numbers are not taken; `purpose`: what data is for.
+    """
 
     architecture: str
     main: str
@@ -36,11 +40,12 @@ class ModelInputs:
     pad: int
     channels: int | None
     purpose: str = "calibration"
+    texts: bool = False
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelInputs:
         main = getattr(model, "main_input_name", None)
-        return cls.of_class(type(model), getattr(model, "config", None), main)
+        return replace(cls.of_class(type(model), getattr(model, "config", None), main), texts=renumbered(model))
 
     @classmethod
     def of_class(cls, model_class: type[nn.Module], config: Any, main: str | None = None) -> ModelInputs:
@@ -65,6 +70,11 @@ class ModelInputs:
         return ", ".join(dict.fromkeys((self.main, *self.required)))
 
 
+def renumbered(model: nn.Module) -> bool:
+    """Whether the tokens of an expert have other numbers than with the tokenizer that it came with."""
+    return hasattr(model, "held_rows")
+
+
 def is_label(name: str) -> bool:
     return "label" in name or name in ("start_positions", "end_positions")
 
@@ -75,6 +85,11 @@ def prepare(columns: Columns, inputs: ModelInputs, processor: Any, name: str) ->
     Raises DataError if the model's input is not among the columns and cannot be made of them.
     """
     ready = {column: values for column, values in columns.items() if inputs.takes(column)}
+    if inputs.texts and (inputs.main in ready or not isinstance(processor, OwnProcessor)):
+        raise DataError(
+            f"With vocabulary='union' tokens have new numbers, so the {inputs.purpose} data{name} must be texts, and "
+            "no processor is given: each expert's own tokenizer reads them."
+        )
     if isinstance(processor, OwnProcessor):
         raw = inputs.main not in ready and first_of((*IMAGE_COLUMNS, *TEXT_COLUMNS), columns)
         processor = processor.loaded if raw else None

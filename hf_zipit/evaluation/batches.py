@@ -16,6 +16,7 @@ from hf_zipit.data.sources import rename
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.experts.loading import Expert, load_expert
+from hf_zipit.experts.vocabulary import one_vocabulary
 from hf_zipit.hub.processors import OwnProcessor
 from hf_zipit.modeling import ZipItForCausalLM, ZipItModel, ZipItPreTrainedModel
 from hf_zipit.modeling.empty_model import source_class
@@ -41,6 +42,7 @@ class Subject:
         inputs: what a task's model reads.
         answers: whether it answers with a class or token, so that there is an accuracy.
         causal: whether an answer is for the next position.
+        joins: whether all tasks can be asked with one input; experts with tokenizers of their own cannot.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Subject:
     inputs: Mapping[str, ModelInputs]
     answers: bool
     causal: bool = False
+    joins: bool = True
 
     @classmethod
     def of(cls, model: Expert | Mapping[str, Expert]) -> Subject:
@@ -65,8 +68,11 @@ class Subject:
         whole = SideBySide(model) if isinstance(model, Mapping) else model
         if isinstance(whole, SideBySide):
             classes = {task: whole.classes(task) for task in whole.tasks}
-            inputs = {task: ModelInputs.of(expert) for task, expert in zip(whole.tasks, whole.experts, strict=True)}
-            return cls(whole, whole.offsets(), classes, inputs, not whole.contrastive, whole.causal)
+            experts = dict(zip(whole.tasks, whole.experts, strict=True))
+            inputs = {task: ModelInputs.of(expert) for task, expert in experts.items()}
+            return cls(
+                whole, whole.offsets(), classes, inputs, not whole.contrastive, whole.causal, one_vocabulary(experts)
+            )
         if not isinstance(whole, ZipItPreTrainedModel):
             raise DataError(
                 f"{type(whole).__name__} is not a merged model; pass one, or a mapping of task names to experts."

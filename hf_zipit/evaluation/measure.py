@@ -127,7 +127,11 @@ def _accuracy(
     # One vocabulary, or classes that all tasks share: an answer does not tell a task, so there is nothing joint.
     shared = len(subject.offsets) > 1 and len(set(subject.offsets.values())) == 1
     answers = {task: _answers(subject, data, task, reading) for task, data in datasets.items()}
-    jointly = {} if shared else {t: _answers(subject, data, t, reading, jointly=True) for t, data in datasets.items()}
+    jointly = (
+        {}
+        if shared or not subject.joins
+        else {t: _answers(subject, data, t, reading, jointly=True) for t, data in datasets.items()}
+    )
     intervals, joint = ({task: accuracy_interval(a) for task, a in found.items()} for found in (answers, jointly))
     found = Accuracies(
         {task: interval.value for task, interval in intervals.items()},
@@ -185,9 +189,11 @@ def _predict(
     if reading.processor is None:
         reading = replace(reading, processor=subject.processor(task))
     collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.answers)
+    model = subject.model.for_task(None if jointly else task)
+    model.joint_labels = jointly
     with tempfile.TemporaryDirectory() as folder, modes_kept([subject.model]):  # a Trainer puts it into eval mode
         trainer = Trainer(
-            model=subject.model.for_task(None if jointly else task),
+            model=model,
             args=TrainingArguments(
                 output_dir=folder,
                 per_device_eval_batch_size=reading.batch_size,

@@ -54,17 +54,18 @@ REPEATED = re.compile("layer|depth|block|stage|label|expert|head|group")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def read_config(source: str, revision: str | None = None) -> PreTrainedConfig:
+def read_config(source: str, revision: str | None = None, *, quantised: bool = False) -> PreTrainedConfig:
     """The configuration of a model in a folder or repo, which cannot name code that is fetched and run.
 
-    Raises ExpertError for quantised weights, which cannot be averaged, and for numbers that would take all memory.
+    Raises ExpertError for numbers that would take all memory, and for quantised weights, unless `quantised` ones will
+    do.
     """
     check_numbers(PreTrainedConfig.get_config_dict(source, revision=revision)[0], source)
     config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     if "/" in str(getattr(config, "_attn_implementation", None)):  # a repo of kernels
         config._attn_implementation = None
-    if (quantised := getattr(config, "quantization_config", None)) is not None:
-        kind = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+    if not quantised and (found := getattr(config, "quantization_config", None)) is not None:
+        kind = found.get("quant_method") if isinstance(found, Mapping) else type(found).__name__
         raise ExpertError(
             f"the weights in {source} are quantised ({kind}); save what `model.dequantize()` gives, and merge that"
         )

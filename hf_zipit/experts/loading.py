@@ -16,11 +16,12 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.experts.adapted import adapter_config, is_adapted, load_adapted, plain
 from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
 from hf_zipit.experts.offloaded import is_placed, plain_copy
+from hf_zipit.experts.quantised import dequantised, kind_of, load_dequantised
 from hf_zipit.files import recover
 from hf_zipit.files.checks import unprintable
 from hf_zipit.files.places import folder_of
 from hf_zipit.files.tensors import damage, half_precision
-from hf_zipit.hub.cache import commit_of, local_folder, looks_local
+from hf_zipit.hub.cache import commit_of, inner_folder, local_folder, looks_local, taken_apart
 from hf_zipit.hub.processors import processor_files
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel
@@ -86,12 +87,18 @@ def named(expert: Expert | tuple[str, Expert]) -> tuple[str, Expert]:
         return expert
     check_kind("", expert)
     source = getattr(expert, "name_or_path", "") if isinstance(expert, nn.Module) else expert
-    if not (name := Path(str(source)).name):
+    if not (name := task_name(str(source))):
         raise ExpertError(
             f"a {type(expert).__name__} that was not loaded from a folder or repo has no name; name the experts' "
             "tasks: merge({'clothes': model_a, 'shoes': model_b}, ...)"
         )
     return name, expert
+
+
+def task_name(source: str) -> str:
+    """What an expert is called that nobody named: the last part of its folder or repo id."""
+    repo, _, inner = taken_apart(source)
+    return Path(inner or repo).name
 
 
 def load_bases(
@@ -142,25 +149,35 @@ def load_expert(task: str, expert: Expert, revision: str | None = None, as_store
 
     `as_stored` is as for `load_experts`.
 
-    With a repo id its image processor or tokenizer and its card come along into the cache, for the merged model's.
+    A repo id may name a revision and a folder in the repo, `user/name@v2/checkpoint`. Its image processor or tokenizer
+    and its card come along into the cache, for the merged model's.
+
     Raises ExpertError if it cannot be loaded, in one sentence that says why.
     """
     check_kind(f" {task!r}", expert)
     if isinstance(expert, nn.Module):
         return as_expert(task, expert)
     source = str(expert)
+    source, named_revision, inner = taken_apart(source)
+    revision = revision or named_revision
     folder = folder_of(source)
     if (isinstance(expert, Path) or looks_local(source)) and not folder:
         raise ExpertError(f"the expert {task!r} is to come from the folder {source}, which does not exist")
     if folder:
         recover(folder)
         source = str(folder)
-    with told(f"the expert {task!r} could not be loaded from {source}", source, revision):
+    repo, commit = source, None
+    with told(f"the expert {task!r} could not be loaded from {expert}", source, revision):
+        if inner:
+            inside, commit = inner_folder(repo, revision, inner)
+            source, revision = str(inside), None
         settings = adapter_config(source, revision)
         model = (
             load_adapted(task, source, settings, revision) if settings else _load(task, source, revision, as_stored)
         )
-    if not folder:
+    if inner:
+        model.known_origin = repo, commit, inner
+    elif not folder:
         commit = commit_of(source, revision or "main")
         processor_files(source, commit, fetch=True)
         model.config._commit_hash = commit
@@ -197,6 +214,7 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
         raise ExpertError(f"the tensor {sparse} of the expert {task!r} is sparse; give it dense, by tensor.to_dense()")
     if is_adapted(model):
         return plain(task, model)
+    model = dequantised(task, model)
     config = getattr(model, "config", None)
     if config is not None and not isinstance(config, PreTrainedConfig):
         raise ExpertError(
@@ -212,10 +230,13 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
 
 
 def _load(task: str, source: str, revision: str | None, as_stored: bool) -> PreTrainedModel:
-    config = read_config(source, revision)
+    config = read_config(source, revision, quantised=True)
     home = modeling if isinstance(config, ZipItConfig) else transformers
     model_class = class_of(config, f"the configuration of the expert {task!r} ({source})", home)
-    model, found = _read(model_class, source, config, revision, as_stored)
+    if kind_of(config):
+        model, found = load_dequantised(model_class, source, config, revision)
+    else:
+        model, found = _read(model_class, source, config, revision, as_stored)
     if wrong := damage(found):
         raise ExpertError(
             f"the expert {task!r} is damaged: {source} {wrong}, so that it would not compute what was trained; "

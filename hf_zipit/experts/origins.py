@@ -46,6 +46,7 @@ class Origin(Plain):
         sha256: of its weights.
         licence: `license`, and for others than the known ones `license_name` and `license_link`, from its card.
         datasets: data sets of the Hub that its card names.
+        subfolder: where in the repo it is, if not at the top.
     """
 
     model: str | None
@@ -54,6 +55,7 @@ class Origin(Plain):
     sha256: str
     licence: Mapping[str, str]
     datasets: tuple[str, ...]
+    subfolder: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values; what is not known is left out."""
@@ -62,12 +64,13 @@ class Origin(Plain):
 
 def origins(experts: Mapping[str, nn.Module]) -> dict[str, Origin]:
     """The origins of loaded experts, by task."""
-    prints = fingerprint_experts(experts)
+    given = {task: getattr(model, "known_sha256", None) for task, model in experts.items()}  # where it was changed
+    prints = {**given, **fingerprint_experts({task: experts[task] for task, known in given.items() if known is None})}
     return {task: origin(model, prints[task]) for task, model in experts.items()}
 
 
 def origin(model: nn.Module, sha256: str) -> Origin:
-    name, revision = source_of(model)
+    name, revision, inner = getattr(model, "known_origin", None) or (*source_of(model), None)
     card = card_data(name, revision)
     licence = {key: card[key] for key in LICENCE_KEYS if _plain_text(card.get(key))}
     datasets = card.get("datasets") or []
@@ -76,7 +79,7 @@ def origin(model: nn.Module, sha256: str) -> Origin:
     if odd or not all(map(_plain_text, datasets)):
         logger.warning("Metadata in the card of %s (%s) is odd and left out.", name, ", ".join(odd or ["datasets"]))
     task = getattr(model, "merged_task", None)
-    return Origin(name, task, revision, sha256, licence, tuple(filter(_plain_text, datasets)))
+    return Origin(name, task, revision, sha256, licence, tuple(filter(_plain_text, datasets)), inner)
 
 
 def source_of(model: nn.Module) -> tuple[str | None, str | None]:
@@ -101,12 +104,6 @@ def card_data(source: str | None, revision: str | None = None) -> dict[str, Any]
 def _plain_text(value: Any) -> bool:
     """Whether it is a short text in one line, as licences and names of data sets are."""
     return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
-
-
-def common_licence(experts: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """The licence of all experts, by task what `Origin.to_dict` gave, as metadata of a card; empty if one differs."""
-    licences = [dict(expert.get("licence", {})) for expert in experts.values()]
-    return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
 
 
 def versions() -> dict[str, str]:

@@ -16,8 +16,12 @@ def processors_of(experts: Mapping[str, nn.Module], folders: Mapping[str, str], 
     """The files of the processor that belongs to a merged model: the one that was given, or the experts' own."""
     if given := saved_files(processor):
         return given
-    by_task = {}
-    for task, model in experts.items():
-        files, part = processor_files(*source_of(model)), getattr(model, "merged_task", None)
-        by_task[task] = files if part is None else own_files(files, module_names([part])[part])
-    return together(by_task, folders)
+    return together({task: files_of(model) for task, model in experts.items()}, folders)
+
+
+def files_of(model: nn.Module) -> Files:
+    """The files of a loaded expert's own processor, as far as they are on this machine."""
+    if (known := getattr(model, "known_processor_files", None)) is not None:
+        return known
+    files, part = processor_files(*source_of(model)), getattr(model, "merged_task", None)
+    return files if part is None else own_files(files, module_names([part])[part])

@@ -39,6 +39,8 @@ SECRETS = ("token", "use_auth_token", "hf_token", "auth_token", "api_key")
 def belongs(name: str) -> bool:
     """Whether a file, by its path relative to a model's folder, is one that belongs to a model."""
     path = PurePosixPath(name)
+    if path.parts[:-1] == (".eval_results",):
+        return path.suffix == ".yaml"
     if path.is_absolute() or ".." in path.parts or any(part.startswith(".") for part in path.parts):
         return False
     if path.parts[0] == PROCESSORS and len(path.parts) == 3:
@@ -49,7 +51,7 @@ def belongs(name: str) -> bool:
 def leads_out(path: Path, folder: Path) -> bool:
     """Whether a file of a folder is, through links, one outside of it; the Hub's cache is made of links of its own."""
     real, root = path.resolve(), folder.resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    homes = [root, *(above.parent / "blobs" for above in root.parents if above.name == "snapshots")]
     return not any(home in real.parents for home in homes)
 
 

@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download, try_to_load_from_cache
 
 from hf_zipit.files.places import folder_of
 
-CONFIGS = ("config.json", "adapter_config.json")
-"""One of them is there wherever a model was loaded."""
+CONFIGS = ("config.json", "adapter_config.json", "README.md")
+"""One of them is there wherever a model was loaded; the last where it lies in a folder of its repo."""
 
 
 def local_folder(source: str | Path | None, revision: str | None = None, fetch: Sequence[str] = ()) -> Path | None:
@@ -35,6 +35,12 @@ def local_folder(source: str | Path | None, revision: str | None = None, fetch: 
     return next((Path(path).parent for path in found if isinstance(path, str)), None)
 
 
+def inner_folder(repo: str, revision: str | None, inner: str) -> tuple[Path, str]:
+    """Where what a repo holds in one of its folders is on this machine, to which it is downloaded, and its commit."""
+    snapshot = Path(snapshot_download(repo, revision=revision, allow_patterns=[f"{inner}/*", "README.md"]))
+    return snapshot / inner, snapshot.name
+
+
 def commit_of(source: str | None, revision: str | None = None) -> str | None:
     """The commit of a repo that was loaded with `revision`; None for folders.
 
@@ -50,8 +56,21 @@ def commit_of(source: str | None, revision: str | None = None) -> str | None:
 
 
 def looks_local(source: str) -> bool:
-    """Whether a model or data set can only be a folder: what is on the Hub is `name` or `user/name`."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1
+    """Whether a model or data set can only be a folder: what is on the Hub is `name` or `user/name`, and `@` more."""
+    return source.startswith((".", "/", "~")) or source.partition("@")[0].count("/") > 1
+
+
+def taken_apart(source: str) -> tuple[str, str | None, str]:
+    """The repo id, revision and folder in the repo of `user/name@revision/folder`, as the Hub's file system has it.
+
+    What is there as a folder, or has no `@`, is itself: then there is neither.
+    """
+    repo, at, rest = source.partition("@")
+    if not at or folder_of(source) is not None:
+        return source, None, ""
+    count = 3 if rest.startswith("refs/pr/") else 1
+    parts = rest.strip("/").split("/")
+    return repo, "/".join(parts[:count]), "/".join(parts[count:])
 
 
 def is_repo(source: str) -> bool:

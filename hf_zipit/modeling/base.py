@@ -75,6 +75,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
     config: ZipItConfig
     auto_class: ClassVar[str] = "AutoModel"
     known_processor_files: Files | None = None
+    joint_labels: bool = False  # whoever calls knows that labels without a task are ids of the joint classes
     # What the source class cannot do, it refuses itself when the branches are built.
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -267,7 +268,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
         outputs = self.run_branches(lambda name: self.run_branch(name, inputs))
         joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
         if labels is not None:
-            if chosen is None and self.config.joint == "concatenate" and not self.training:
+            doubtful = chosen is None and self.config.joint == "concatenate"
+            if doubtful and not self.training and not self.joint_labels:
                 logger.warning_once(
                     "Labels came without a task, so they are read as ids of the joint classes; where they are a "
                     "task's own ids, give `task`, as a column of the data or by `model.for_task(name)`."

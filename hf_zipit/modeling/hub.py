@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..errors import OutputError
 from ..files.known import belongs, leads_out
+from ..hub.cards import CARD, kept_above
 from ..hub.reasons import why
 from ..registry import Registry
 
@@ -85,6 +86,8 @@ def push_folder(
 ) -> CommitInfo:
     """Upload a saved model into a repo in one commit: the files that belong to it, whatever else is in the folder.
 
+    What somebody wrote into the repo's card stays above ours: see `hub.cards`.
+
     Args:
         folder: of a saved merged model.
         repo_id, token: of an existing repo: see `open_repo`.
@@ -109,6 +112,10 @@ def push_folder(
         if revision is not None and not revision.startswith("refs/pr"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         there = api.list_repo_files(repo_id, revision=revision)
+        if CARD in there and CARD in files:
+            earlier = Path(api.hf_hub_download(repo_id, CARD, revision=revision)).read_text(encoding="utf-8")
+            given = files[CARD] if isinstance(files[CARD], bytes) else Path(files[CARD]).read_bytes()
+            files[CARD] = kept_above(given.decode(), earlier).encode()
         stale = [name for name in filter_repo_objects(there, allow_patterns=list(STALE)) if name not in files]
         changes = [CommitOperationDelete(name) for name in stale]
         changes += [CommitOperationAdd(name, content) for name, content in files.items()]

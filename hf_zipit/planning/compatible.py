@@ -23,12 +23,26 @@ BEHAVIOUR_ONLY = (
 BOOKKEEPING = {
     "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "model_type", "auto_map",
     "finetuning_task", "task_specific_params", "pruned_heads", "_attn_implementation", "logit_scale_init_value",
-    "chunk_size_feed_forward", "encoder_stride", "is_decoder",
+    "chunk_size_feed_forward", "encoder_stride", "is_decoder", "num_classes",
 }  # fmt: skip
 
 
 CLASSIFIERS = ("ForImageClassification", "ForSequenceClassification", "ForTokenClassification")
 """How the names of classes of models end whose outputs are classes of their own."""
+
+
+SAME_TOKENS = "; vocabulary='union' matches the tokens of different tokenizers by their text"
+SAME_DEPTH = "; take experts of one depth, or distil one into the other's depth first"
+SAME_WIDTH = "; take experts of one width, or distil one into the other's width first"
+
+ADVICE = {
+    "vocab_size": SAME_TOKENS,
+    **dict.fromkeys(
+        ("hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers", "depths"), SAME_DEPTH
+    ),
+    **dict.fromkeys(("hidden_size", "hidden_dim", "d_model", "n_embd", "embed_dim", "intermediate_size"), SAME_WIDTH),
+}
+"""What can be done, by parts of the names of fields."""
 
 
 def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) -> None:
@@ -50,6 +64,7 @@ def check_experts(experts: Mapping[str, nn.Module], head: tuple[str, ...] = ()) 
             hint = "; their position tables have different lengths" if "position" in field else ""
             if "heads" in field and any(hasattr(model, "merged_task") for model in (first, other)):
                 hint = "; to merge a merged model with others, refit it with split_heads off"
+            hint = hint or next((advice for part, advice in ADVICE.items() if part in field), "")
             raise ExpertError(
                 f"the experts differ in the configuration field {field}: {left!r} for {first_task!r}, {right!r} for "
                 f"{task!r}{hint}; experts must have the same architecture and sizes"

@@ -65,6 +65,7 @@ class ExpertEntry:
     Attributes:
         model: a repo id or folder; left out for an expert that the recipe's `train` section trains.
         revision: of a repo.
+        subfolder: where in the repo the model is, if not at the top.
         task: of a merged model the one task that is meant; without it all of them are, as `NAME/TASK`.
         sha256: of its weights (see `hf_zipit.experts.origins`); a model with others is refused.
         classes: the data's classes of its task, by id or name, in the order of the expert's labels. Not needed
@@ -75,6 +76,7 @@ class ExpertEntry:
 
     model: str | None = None
     revision: str | None = None
+    subfolder: str | None = None
     task: str | None = None
     sha256: str | None = None
     classes: tuple[int | str, ...] = ()

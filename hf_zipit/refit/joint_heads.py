@@ -26,6 +26,13 @@ RIDGE = 1e-2
 """Relative ridge of the discriminant: a few hundred samples must not be separated by heart."""
 
 
+def check_joint_heads(planned: Plan, calibration: Calibration) -> None:
+    """Raise RecipeError if the config asks for joint heads and the calibration data does not say whose it is."""
+    config = planned.config.refit
+    if config is not None and config.joint_heads and not calibration.by_task:
+        raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
+
+
 @torch.no_grad()
 def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibration | None) -> None:
     """Add every task's log-odds to its logits, in place, where the config asks for joint heads.
@@ -44,8 +51,7 @@ def calibrate_joint(merged: PreTrainedModel, planned: Plan, calibration: Calibra
         return
     if merged.config.joint != "concatenate" or not merged.config.task_labels:
         raise RecipeError("joint_heads needs tasks with different classes; this joint output is not a concatenation")
-    if not calibration.by_task:
-        raise RecipeError("joint_heads needs the task of every calibration sample: give calibration data by task")
+    check_joint_heads(planned, calibration)
 
     def features_of_tasks() -> dict[str, tuple[nn.Linear, list[tuple[Tensor, int]]]]:
         batches = calibration.micro_batches(config.micro_batch)

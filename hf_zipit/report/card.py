@@ -16,19 +16,23 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from huggingface_hub import constants
+
 from hf_zipit.evaluation.intervals import Interval
 from hf_zipit.evaluation.results import Accuracies, Measurement, Scores
 from hf_zipit.experts.fingerprint import fingerprint_experts
-from hf_zipit.experts.origins import common_licence
+from hf_zipit.experts.licences import merged_licence
 from hf_zipit.extras import installed
 from hf_zipit.files import write_text
 from hf_zipit.hub.cache import is_repo
+from hf_zipit.hub.cards import CARD, MARKER, kept_above
 from hf_zipit.hub.processors import FOLDER
 from hf_zipit.modeling.hub import companion
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.polish.report import PolishReport
 from hf_zipit.refit import RefitReport
-from hf_zipit.report.plots import accuracy_over_depth, refit_picture, save_picture
+from hf_zipit.report.plots import accuracy_over_depth, kept_picture, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
 from hf_zipit.report.tables import EXPERTS, accuracies, accuracy_words, ends, score_lines
 from hf_zipit.schema import packed, plain, unpacked
@@ -52,7 +56,8 @@ ZERO_SHOT = "zero-shot-image-classification"
 REFIT_PICTURE = "refit_errors.png"
 DEPTH_PICTURE = "accuracy_over_depth.png"
 RECIPE = "recipe.yaml"
-CARD = "README.md"
+KEPT_PICTURE = "kept.png"
+EVAL_RESULTS = ".eval_results"
 
 SOMEWHERE = "path/or/id/of/"
 """What stands before the model's name where its repo is not known yet."""
@@ -73,7 +78,8 @@ class Result:
         expert_parameters: of all experts together.
         calibration: the data set that the experts were observed on, if it has a name.
         curve: merges of the same experts by other methods or at other depths.
-        licence: of all experts, as metadata; empty if they do not agree.
+        licence: of the merged model, as metadata; empty if the experts' do not go together.
+        licences: of every expert, by task, as its card says.
         datasets: that the experts' cards name.
         changed: whether the weights are not those that were measured.
         agreement: how often it answers as the experts do, where there were no labels to measure on.
@@ -92,6 +98,7 @@ class Result:
     calibration: str | None = None
     curve: Sequence[Measurement] = ()
     licence: Mapping[str, str] = field(default_factory=dict)
+    licences: Mapping[str, str] = field(default_factory=dict)
     datasets: Sequence[str] = ()
     changed: bool = False
     agreement: Accuracies | None = None
@@ -121,7 +128,10 @@ class Result:
                 Measurement(**{**point, "accuracy": _accuracy(point["accuracy"], tasks)})
                 for point in unpacked(found.get("curve", []))
             ],
-            licence=common_licence(experts) if len(experts) == len(tasks) else {},
+            licence=merged_licence(experts) if len(experts) == len(tasks) else {},
+            licences={
+                task: e["licence"]["license"] for task, e in experts.items() if "license" in e.get("licence", {})
+            },
             datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
             changed=changed,
             agreement=_accuracy(found.get("agreement"), tasks),
@@ -213,6 +223,23 @@ def _eval_results(model: PreTrainedModel, result: Result) -> list[EvalResult]:
     ]
 
 
+def eval_results(result: Result) -> dict[str, list[dict[str, Any]]]:
+    """What was measured on data sets of the Hub, by file name, as its `.eval_results/*.yaml` have it."""
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    if result.merged is None or not result.dataset:
+        return {}
+    names = result.dataset.split(", ")
+    found: dict[str, list[EvalResultEntry]] = {}
+    for place, (task, value) in enumerate(result.merged.per_task.items()):
+        name = names[place] if len(names) == len(result.merged.per_task) else names[0]
+        if is_repo(name):
+            notes = f"accuracy, split {result.split}, {result.merged.samples[task]} samples, the task being known"
+            entry = EvalResultEntry(dataset_id=name, task_id=task, value=round(100 * value, 2), notes=notes)
+            found.setdefault(f"{name.replace('/', '__')}.yaml", []).append(entry)
+    return {file: eval_result_entries_to_yaml(entries) for file, entries in found.items()}
+
+
 def card_text(
     model: PreTrainedModel, result: Result, recipe: str = "", repo_id: str | None = None, tags: Sequence[str] = ()
 ) -> str:
@@ -249,6 +276,11 @@ def card_text(
         refit=None if result.changed else RefitReport.of(model),
         refit_picture=REFIT_PICTURE if installed("matplotlib") else None,
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,
+        kept_picture=KEPT_PICTURE if draws_kept(result) else None,
+        kept=kept_shares(result),
+        best=best_points(result.curve),
+        linked=linked,
+        marker=MARKER,
     )
     return re.sub(r"\n{3,}", "\n\n", text)
 
@@ -273,6 +305,34 @@ def processor_folders(model: PreTrainedModel) -> dict[str, str]:
     return {task: f"{FOLDER}/{key}" for task, key in names.items() if any(f"{FOLDER}/{key}/" in f for f in files)}
 
 
+def draws_kept(result: Result) -> bool:
+    """Whether there is something to compare, and something that draws."""
+    return installed("matplotlib") and result.merged is not None and result.experts is not None
+
+
+def kept_shares(result: Result) -> dict[str, str]:
+    """The share of its expert's accuracy that every task keeps, and of all on average; empty where none is known."""
+    if result.merged is None or result.experts is None:
+        return {}
+    beside = result.experts.per_task
+    kept = {task: value / beside[task] for task, value in result.merged.per_task.items() if beside.get(task)}
+    mean = {"on average": result.merged.mean / result.experts.mean} if result.experts.mean else {}
+    return {name: f"{100 * value:.1f} %" for name, value in {**mean, **kept}.items()}
+
+
+def best_points(curve: Sequence[Measurement], most: int = 3) -> list[Measurement]:
+    """The best merges of several, by their mean accuracy; at depth 0 nothing is merged."""
+    measured = [point for point in curve if point.accuracy is not None and point.depth != 0]
+    return sorted(measured, key=lambda point: (-point.accuracy.mean, point.parameters))[:most]
+
+
+def linked(source: str | None) -> str:
+    """An expert as the card names it: a repo as a link to it."""
+    if not source:
+        return "made on the spot"
+    return f"[{escaped(source)}]({constants.ENDPOINT}/{source})" if is_repo(source) else escaped(source)
+
+
 @companion("card")
 def write_card(
     folder: Path, model: PreTrainedModel, name: str, repo_id: str | None = None, tags: Sequence[str] = ()
@@ -283,11 +343,18 @@ def write_card(
     report = None if result.changed else RefitReport.of(model)
     if report and installed("matplotlib"):
         save_picture(refit_picture(report, f"{title}: error of the refit, by module"), folder / REFIT_PICTURE)
+    if draws_kept(result):
+        save_picture(kept_picture(result.merged, result.experts), folder / KEPT_PICTURE)
     if draws_curve(result):
         save_picture(accuracy_over_depth(result.curve, result.experts, title=title), folder / DEPTH_PICTURE)
     if recipe:
         write_text(folder / RECIPE, recipe)
-    return write_text(folder / CARD, card_text(model, result, recipe, repo_id, tags))
+    for file, entries in eval_results(result).items():
+        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
+        write_text(folder / EVAL_RESULTS / file, yaml.safe_dump(entries, sort_keys=False, allow_unicode=True))
+    text = card_text(model, result, recipe, repo_id, tags)
+    earlier = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
+    return write_text(folder / CARD, kept_above(text, earlier))
 
 
 def text_for_repo(card: str, repo_id: str) -> str:

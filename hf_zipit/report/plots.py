@@ -129,6 +129,28 @@ def accuracy_over_depth(rows: Sequence[Measurement], experts: Accuracies, title:
     return figure
 
 
+def kept_picture(merged: Accuracies, experts: Accuracies) -> Figure:
+    """What a merged model keeps: for every task a bar of its expert's accuracy, and one of the model's over it."""
+    tasks = list(merged.per_task)
+    labels = [wrapped(task, 1.6) for task in tasks]
+    with drawing(6.4, 1.3 + 0.45 * len(tasks), **{"axes.grid.axis": "x"}) as figure:
+        axis = figure.subplots()
+        places = range(len(tasks))
+        axis.barh(places, [experts.per_task[task] for task in tasks], 0.8, color="#D8D8D8", label="expert")
+        own = [merged.per_task[task] for task in tasks]
+        axis.barh(places, own, 0.45, color=COLOURS[0], label="this model", zorder=3)
+        for place, task in enumerate(tasks):
+            if experts.per_task[task]:
+                told = f"{100 * merged.per_task[task] / experts.per_task[task]:.1f} %"
+                axis.text(1.02, place, told, va="center", fontsize=10)
+        axis.set_yticks(places, labels)
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1)
+        axis.set_xlabel("accuracy; on the right the share of the expert's")
+        add_legend(figure, axis)
+    return figure
+
+
 def _panels(experts: Accuracies) -> dict[str, Measure]:
     """The measures to draw, by the panel's title."""
     tasks = list(experts.per_task)

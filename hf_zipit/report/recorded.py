@@ -24,7 +24,7 @@ ORDER = [key for f in fields(Recipe) for key in (SETTINGS if f.name == "settings
 ORDERED = ("experts",)
 """Sections whose order means something."""
 
-PINS = ("model", "task", "revision", "sha256")
+PINS = ("model", "task", "revision", "subfolder", "sha256")
 """What a recipe says of an expert, beside what its author wrote."""
 
 NO_DATA = "# Merged from Python: add `calibration` (see the documentation) to run this again.\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_zipit.data.inputs import renumbered
 from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.hub.processors import load_processor
@@ -71,7 +72,7 @@ def calibration_data(
         part = some_of(whole, **drawn) if ids is None else part_of(whole, ids, _names(labels, ids, task), **drawn)
         if not len(part):
             raise DataError(f"{data.dataset} (split {data.split!r}) has no samples for the task {task!r}.")
-        parts[task] = _ready(part, partial(load_processor, entry_of(recipe, task).model), experts[task].config, say)
+        parts[task] = _ready(part, _processor(recipe, task, experts[task]), experts[task].config, say)
     return parts[lost[0]] if together else parts
 
 
@@ -85,7 +86,7 @@ def recipe_data(
     parts = {}
     for task, expert in experts.items():
         entry = entry_of(recipe, task)
-        processor = partial(load_processor, entry.model)
+        processor = _processor(recipe, task, expert)
         parts[task] = _part(
             data.of(entry), task, labels_of(expert), entry.classes, processor, expert.config, recipe.seed, say
         )
@@ -113,7 +114,7 @@ def merged_task_data(
 
 
 def _part(
-    data: Data, task: str, labels: list[str] | None, classes: Sequence[int | str], processor: Callable[[], Any],
+    data: Data, task: str, labels: list[str] | None, classes: Sequence[int | str], processor: Callable[[], Any] | None,
     config: PreTrainedConfig, seed: int = 0, say: Say = lambda _: None,
 ) -> Dataset:  # fmt: skip
     """The rows of a task's classes with the expert's own label ids (all rows without `labels`), ready for it.
@@ -145,11 +146,21 @@ def _names(labels: list[str], ids: Sequence[int], task: str) -> list[str]:
     return labels
 
 
-def _ready(part: Dataset, processor: Callable[[], Any], config: PreTrainedConfig, say: Say) -> Dataset:
+def _processor(recipe: Recipe, task: str, expert: PreTrainedModel) -> Callable[[], Any] | None:
+    """Loads what prepares data for an expert; None for one that reads texts with a tokenizer that it alone has."""
+    if renumbered(expert):
+        return None
+    entry = entry_of(recipe, task)
+    return partial(load_processor, expert.name_or_path if entry.subfolder or "@" in str(entry.model) else entry.model)
+
+
+def _ready(part: Dataset, processor: Callable[[], Any] | None, config: PreTrainedConfig, say: Say) -> Dataset:
     """What the expert reads; a column that can only be the images or texts is taken for them, which is said."""
     if (guess := guessed_column(part)) is not None:
         say(f"the column {guess[0]!r} is read as {guess[1]}")
         part = part.rename_column(*guess)
+    if processor is None:
+        return part
     return ready(part, None if is_ready(part) else processor(), getattr(config, "num_channels", None))
 
 

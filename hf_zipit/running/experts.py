@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.loading import load_expert, load_experts
+from hf_zipit.experts.vocabulary import united
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.planning.compatible import check_classes
 from hf_zipit.recipe.sections import ExpertEntry, Recipe
@@ -36,11 +37,11 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool, as_stored: bool = F
             made[task] = train_classifier(recipe.train, part_of(data, ids), labels, seed=seed)
         else:
             made[task] = new_classifier(recipe.train.model, labels, seed)
-    sources: dict[str, Any] = {task: made.get(task, entry.model) for task, entry in recipe.experts.items()}
+    sources: dict[str, Any] = {task: made.get(task, place_of(entry)) for task, entry in recipe.experts.items()}
     for task, entry in given.items():
         if entry.task is None:
             continue
-        merged = load_expert(task, entry.model, entry.revision)
+        merged = load_expert(task, place_of(entry), entry.revision)
         if not isinstance(merged, ZipItPreTrainedModel):
             raise ExpertError(f"experts.{task} asks for the task {entry.task!r}, but its model is not a merged one.")
         sources[task] = merged.expert(entry.task)
@@ -48,7 +49,12 @@ def recipe_experts(recipe: Recipe, say: Say, *, train: bool, as_stored: bool = F
     loaded = load_experts(sources, revisions=revisions, as_stored=as_stored)
     check_classes(loaded)  # before anybody asks what their labels have to do with the data
     _check_weights({task: entry.sha256 for task, entry in given.items() if entry.sha256}, loaded)
-    return loaded
+    return united(loaded) if recipe.settings.get("vocabulary") == "union" else loaded
+
+
+def place_of(entry: ExpertEntry) -> str | None:
+    """The model of an entry as `load_expert` takes it."""
+    return f"{entry.model}@{entry.revision or 'main'}/{entry.subfolder}" if entry.subfolder else entry.model
 
 
 def _check_weights(wanted: Mapping[str, str], experts: Mapping[str, PreTrainedModel]) -> None:

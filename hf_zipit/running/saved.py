@@ -16,11 +16,12 @@ from hf_zipit.experts.checkpoints import class_of, read_config, read_weights
 from hf_zipit.files import recover
 from hf_zipit.files.places import folder_of
 from hf_zipit.files.tensors import damage
+from hf_zipit.hub.cards import CARD
 from hf_zipit.hub.reasons import told
 from hf_zipit.modeling import ZipItConfig
 from hf_zipit.modeling.hub import open_repo, push_folder
 from hf_zipit.recipe.loading import load_recipe
-from hf_zipit.report.card import CARD, text_for_repo, write_card
+from hf_zipit.report.card import text_for_repo, write_card
 
 
 def load_merged(source: str, revision: str | None = None) -> PreTrainedModel:

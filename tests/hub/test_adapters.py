@@ -146,3 +146,28 @@ def test_an_adapter_whose_base_is_missing_is_one_sentence(base: Path, name: str,
     with pytest.raises(ExpertError, match="the base .*base of the expert 'a' could not be loaded") as raised:
         load_expert("a", tmp_path / "lora")
     assert "\n" not in str(raised.value)
+
+
+KINDS = {
+    "dora": lambda: peft.LoraConfig(r=2, target_modules=TARGETS["bert-sequence"], use_dora=True),
+    "loha": lambda: peft.LoHaConfig(r=2, target_modules=TARGETS["bert-sequence"]),
+    "ia3": lambda: peft.IA3Config(target_modules=["query", "dense"], feedforward_modules=["dense"]),
+    "oft": lambda: peft.OFTConfig(r=0, oft_block_size=8, target_modules=TARGETS["bert-sequence"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_other_kinds_are_merged_into_their_base_as_well(kind: str, tmp_path: Path):
+    tiny.build("bert-sequence").save_pretrained(tmp_path / "base")
+    base = type(tiny.build("bert-sequence")).from_pretrained(tmp_path / "base")
+    adapter = peft.get_peft_model(base, KINDS[kind]()).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        before = tiny.build("bert-sequence")(**inputs("bert-sequence")).logits
+        assert (adapter(**inputs("bert-sequence")).logits - before).abs().max() > 1e-5
+    adapter.base_model.peft_config["default"].auto_mapping = {"base_model_class": type(base).__name__}
+    adapter.save_pretrained(tmp_path / kind)
+    assert_computes(load_expert("a", tmp_path / kind), adapter, "bert-sequence")

@@ -64,12 +64,12 @@ def test_where_experts_came_from_is_recorded(hub: Hub, client: Client, experts: 
     assert json.loads((tmp_path / "both" / "preprocessor_config.json").read_text())["size"]["height"] == 8
 
 
-def test_a_licence_is_claimed_only_where_the_experts_agree(
+def test_a_licence_is_claimed_only_where_it_follows_from_the_experts(
     hub: Hub, client: Client, experts: dict[str, Path], tmp_path: Path
 ):
     hub.add_folder("me/clothes", experts["clothes"])
     shoes = hub.add_folder("me/shoes", experts["shoes"])
-    shoes.commit("main", {**shoes.files, "README.md": CARD.replace("apache-2.0", "mit").encode()})
+    shoes.commit("main", {**shoes.files, "README.md": CARD.replace("apache-2.0", "llama3").encode()})
     client(MERGE, experts={task: f"me/{task}" for task in experts}, out=tmp_path / "both")
     card = (tmp_path / "both" / "README.md").read_text()
     assert "license" not in yaml.safe_load(card.split("---")[1])
@@ -202,7 +202,7 @@ def test_the_command_line_pushes_and_prints_cards(hub: Hub, client: Client, merg
     assert code == 0 and not problems(out) and 'from_pretrained("me/both")' in out
     folder = tmp_path / "both"
     shutil.copytree(merged_folder, folder)
-    (folder / "README.md").write_text("old")
+    (folder / "README.md").unlink()
     code, out, _ = cli(client, "card", folder, "--write")
     assert code == 0 and out.strip() == str(folder / "README.md")
     assert (folder / "README.md").read_text() == (merged_folder / "README.md").read_text()
@@ -240,3 +240,23 @@ def test_the_command_line_tells_errors_in_one_sentence(hub: Hub, client: Client,
         assert code == 1 and not out, case
         assert "Traceback" not in err
         assert len([line for line in err.splitlines() if line.startswith("Error: ")]) == 1, (case, err)
+
+
+def test_a_revision_and_a_folder_in_a_repo_are_named_in_one_text(
+    hub: Hub, client: Client, experts: dict[str, Path], tmp_path: Path
+):
+    files = {f"best/{path.name}": path.read_bytes() for path in experts["clothes"].iterdir()}
+    hub.add_folder("me/runs", experts["shoes"])
+    old = hub.repos["me/runs"].commit("v1", {**files, "README.md": CARD.encode()})
+    sources = ["me/runs@v1/best", "me/runs"]
+    found = client(MERGE, experts=sources, out=tmp_path / "both")["result"]
+    assert found["best"]["model"] == "me/runs" and found["best"]["subfolder"] == "best"
+    assert found["best"]["revision"] == old and found["best"]["licence"] == {"license": "apache-2.0"}
+    assert found["runs"]["revision"] != old and "subfolder" not in found["runs"]
+    again = yaml.safe_load((tmp_path / "both" / "recipe.yaml").read_text())
+    assert again["experts"]["best"]["subfolder"] == "best"
+    assert (tmp_path / "both" / "preprocessor_config.json").exists()  # that of the folder
+    assert (
+        "could not be loaded from me/runs@v2/best: the repo has no revision"
+        in load(client, "me/runs@v2/best")["error"]
+    )

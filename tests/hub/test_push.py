@@ -214,3 +214,15 @@ def test_where_hf_zipit_is_missing_it_says_how_to_install_it(hub: Hub, merged_fo
     done = fresh(hub, tmp_path, MISSING, "me/both")
     assert done.returncode != 0
     assert "pip install hf_zipit" in done.stderr.splitlines()[-1]
+
+
+def test_what_a_person_wrote_into_the_repos_card_stays_above_ours(hub: Hub, client: Client, merged_folder: Path):
+    hub.add("me/both")
+    repo = hub.repos["me/both"]
+    repo.commit("main", {"README.md": b"---\nlicense: mit\n---\n# Mine\n\nBy hand.\n"})
+    for _ in range(2):
+        push(client, merged_folder)
+        card = repo.files["README.md"].decode()
+        assert not problems(card) and card.count("By hand.") == 1
+        assert card.index("# Mine") < card.index("<!-- What stands above") < card.index("# both")
+        assert ModelCard(card).data.license == "apache-2.0"

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from rich.console import Console
 
 from hf_zipit.evaluation.results import Accuracies, Measurement
-from hf_zipit.experts.origins import common_licence
+from hf_zipit.experts.licences import merged_licence
 from hf_zipit.hub.cache import is_repo
 from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.modeling import ZipItConfig
@@ -284,7 +284,7 @@ def test_folders_and_trained_experts_are_no_base_models(tmp_path):
 
 def test_the_card_tells_tasks_results_and_recipe():
     text = card().text
-    assert "| clothes | me/vit-clothes | shirt, pull\\|over |" in text
+    assert "| clothes | [me/vit-clothes](https://huggingface.co/me/vit-clothes) | shirt, pull\\|over | - |" in text
     assert "| **this model** | .710 | .770 | .740 | .450 |" in text
     assert "The first 50 % of the blocks are shared" in text
     assert "AutoModelForImageClassification.from_pretrained" in text
@@ -340,11 +340,27 @@ def test_licence_and_data_sets_are_the_experts():
     assert data.license == "mit"
     assert data.datasets == ["me/a", "me/b", "me/pictures"]
     assert card(dataset="me/a, me/b", calibration="me/b, sklearn-digits").data.datasets == ["me/b", "me/a"]
-    assert common_licence({"a": {"licence": {"license": "mit"}}, "b": {"licence": {"license": "mit"}}}) == {
-        "license": "mit"
-    }
-    assert common_licence({"a": {"licence": {"license": "mit"}}, "b": {}}) == {}
-    assert common_licence({}) == {}
+
+
+@pytest.mark.parametrize(
+    ("licences", "merged"),
+    [
+        (["mit", "mit"], "mit"),
+        (["mit", "apache-2.0", "bsd-3-clause"], "apache-2.0"),
+        (["gpl-3.0", "apache-2.0"], "gpl-3.0"),
+        (["mit", "cc-by-nc-4.0"], "cc-by-nc-4.0"),
+        (["cc-by-sa-4.0", "cc-by-4.0"], "cc-by-sa-4.0"),
+        (["llama3", "llama3"], "llama3"),
+        (["gpl-3.0", "cc-by-nc-4.0"], None),
+        (["llama3", "mit"], None),
+        (["mit", None], None),
+        ([], None),
+    ],
+)
+def test_the_licence_asks_for_all_that_the_experts_do_or_is_not_claimed(licences, merged):
+    experts = {str(i): {"licence": {"license": name}} if name else {} for i, name in enumerate(licences)}
+    assert merged_licence(experts) == ({"license": merged} if merged else {})
+    assert merged_licence(dict(reversed(experts.items()))) == merged_licence(experts)
 
 
 def test_other_depths_and_methods_are_told_where_they_were_measured():
