@@ -3,9 +3,9 @@
     python -m benchmarks.coverage --rows out/coverage.jsonl --out docs/coverage.md [--classes 300] [--only Mixtral]
 
 Every class is tried in a process of its own, in its smallest form (`smallest.py`), with the example inputs that its
-adapter makes. What is measured stands in `--rows`, one line a class with the commit of the tree (`--tree`); classes that
-are there are not tried again, unless `--renew` asks for those of other trees: the much used families first, then what was
-proven but not free, then what was not traced.
+adapter makes. What is measured stands in `--rows`, one line a class with the commit of the tree (`--tree`). Classes
+that are there are not tried again, unless `--renew` asks for those of some trees (a regular expression): the much
+used families first, then what was proven but not free, then what was not traced.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ FREE = 0.95
 """A class is free when this share of its attention and MLP matrices is."""
 
 ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm")
-BESIDE = re.compile(r"embed|position|relative|bias_table|(^|\.)(norm|ln)|router|gate\.weight|rotary")
+BESIDE = re.compile(r"embed|position|relative|rel_(pos|attn)|bias_table|(^|\.)(norm|ln)|router|gate\.weight|rotary")
 """Tensors in blocks that are neither attention nor MLP."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
@@ -146,7 +148,7 @@ def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | Non
         inside = any(module.startswith(f"{block.path}.") for block in spec.blocks)
         if not inside or tensor.ndim < 2 or name not in spec.axes or BESIDE.search(name):
             continue
-        convolution = tensor.ndim > 2 and type(model.get_submodule(module)).__name__.startswith("Conv")
+        convolution = tensor.ndim > 2 and isinstance(model.get_submodule(module), CONVOLUTIONS)
         axes = spec.axes[name][:2] if convolution else spec.axes[name]
         fixed = {f.space for label in axes for f in factors(label) if not spec.movable(f.space)}
         free[bool(ATTENTION.search(name))].append(not fixed)
@@ -424,7 +426,7 @@ def main(
     out: Annotated[Path | None, typer.Option(help="The Markdown file to write.")] = None,
     count: Annotated[int | None, typer.Option("--classes", help="Try the first so many classes.")] = None,
     only: Annotated[str | None, typer.Option(help="Try (again) the classes whose name contains this.")] = None,
-    renew: Annotated[bool, typer.Option(help="Try the classes again whose row is of another tree.")] = False,
+    renew: Annotated[str | None, typer.Option(help="Try the classes again whose row's tree matches this.")] = None,
     tree: Annotated[str | None, typer.Option(help="What the rows say of this tree, by default its commit.")] = None,
     note: Annotated[str, typer.Option(help="What else the page says of how its rows were measured.")] = "",
     merging: Annotated[bool, typer.Option(help="Merge, not only trace and prove.")] = True,
@@ -437,8 +439,8 @@ def main(
     known = {row.name: row for row in read(rows)}
     rows.parent.mkdir(parents=True, exist_ok=True)
     for name, family, mapping in by_value(classes()[:count], known):
-        there = name in known and not (renew and known[name].tree != tree)
-        if there if only is None else not re.search(only, name):
+        again = name not in known or (renew is not None and re.fullmatch(renew, known[name].tree))
+        if not again if only is None else not re.search(only, name):
             continue
         row = apart(Row(name, family, mapping, tree=tree), merging)
         with rows.open("a", encoding="utf-8") as file:

@@ -108,6 +108,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("layoutlmv2", "layoutlmv3"), PAGE),
     "bit": {"num_groups": 4},
     "dpt": DPT,
+    **dict.fromkeys(("eomt", "eomt_dinov3"), {"num_blocks": 1}),
     "lilt": {"hidden_size": 48},
     "zamba2": {"attention_hidden_size": 64},
     "swin2sr": {"num_heads": [2, 2], "depths": [1, 1], "embed_dim": 16},

@@ -70,8 +70,13 @@ class Adapter:
         return images(config, generator)
 
     def towers(self, model: nn.Module) -> list[list[str]]:
-        """Chains of block paths: the longest list of equal modules in every part of the model that has one."""
-        chains = [(path, module) for path, module in model.named_modules() if self.is_chain(module)]
+        """Chains of block paths: the longest list of equal modules in every part of the model that has one.
+
+        Not in the head, where there are others: YOLOS' classifiers have three layers, and it may have two blocks.
+        """
+        every = [(path, module) for path, module in model.named_modules() if self.is_chain(module)]
+        head = tuple(f"{prefix}." for prefix in self.head(model))
+        chains = [(path, module) for path, module in every if not f"{path}.".startswith(head)] or every
         outermost = [
             (path, module)
             for path, module in chains

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from hf_zipit.errors import SpecError
-from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.proof import TOLERANCE
 from hf_zipit.symmetry.spaces import flipped
 from hf_zipit.symmetry.spec import Symmetry, product_key, products
@@ -256,8 +256,29 @@ def test_integers_are_reordered_at_most():
 
 def test_a_model_that_cannot_be_traced_is_told_in_one_sentence():
     class Jumpy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(3, 3)
+
         def forward(self, x):
-            return x if x.sum() > 0 else -x
+            return x if self.lin(x).sum() > 0 else -x
 
     with pytest.raises(SpecError, match="Jumpy could not be traced with inputs \\['x'\\]"):
         MergeSpec.from_model(Jumpy(), {"x": torch.ones(2, 3)})
+
+
+def test_where_a_model_asks_its_inputs_the_way_that_they_take_is_traced():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 16), nn.Linear(16, 4)
+
+        def forward(self, x, mask):
+            hidden = self.up(x)
+            return self.down(hidden.relu() if mask.any() else hidden)
+
+    for mask, symmetry in ((torch.ones(2, 1), Symmetry.PERMUTATION), (torch.zeros(2, 1), Symmetry.LINEAR)):
+        inputs = {"x": torch.randn(2, 3), "mask": mask}
+        spec = MergeSpec.from_model(Asking(), inputs)
+        assert spec.spaces["up"].symmetry is symmetry
+        assert prove(Asking(), spec, inputs=inputs) <= TOLERANCE
