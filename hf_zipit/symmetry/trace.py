@@ -6,10 +6,12 @@ walks it with the rules of `rules/`; `naming.py` names what it found.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from typing import Any
 
 import torch
@@ -41,13 +43,19 @@ class _Fields(nn.Module):
 
 
 def select_outputs(out: Any, fields: Sequence[str] | None) -> dict[str, Tensor]:
-    """The output tensors that count: the named fields, else `logits` where there are any, else every tensor."""
+    """The output tensors that count: the named fields, else every tensor.
+
+    Where some are logits, hidden states beside them do not count: what a detector answers are classes and boxes.
+    """
     if isinstance(out, Tensor):
         return {"output": out}
     named = dict(out.items()) if isinstance(out, Mapping) else {str(i): x for i, x in enumerate(out)}
-    if fields is None:
-        fields = ["logits"] if "logits" in named else [k for k, v in named.items() if isinstance(v, Tensor)]
-    return {name: named[name] for name in fields if isinstance(named.get(name), Tensor)}
+    found = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    if fields is not None:
+        return {name: found[name] for name in fields if name in found}
+    if any("logits" in name for name in found):
+        return {name: x for name, x in found.items() if "hidden_state" not in name and x.is_floating_point()}
+    return found
 
 
 def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str] | None) -> Any:
@@ -63,8 +71,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), experts_looked_up(model), without_stack_traces():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces():
             wanted = _Fields(model, fields).eval()
             try:
                 program = torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
@@ -115,6 +122,23 @@ def _decisive(node: fx.Node) -> list[fx.Node]:
         return [index for index in indices if index.meta["val"].dtype in (torch.bool, torch.uint8)]  # type: ignore[union-attr]
     deciding = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return node.all_input_nodes if deciding.intersection(getattr(node.target, "tags", ())) else []
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What `torch.export` finds odd is told in the error, if it is one; it would print whole graphs."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    logs = [logging.getLogger(name) for name in names]
+    before = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 @contextmanager
@@ -202,7 +226,7 @@ def trace(
         inputs: example keyword inputs. Sizes do not matter, but the batch should be larger than one.
         towers: chains of block paths, each in execution order.
         head: path prefixes of the task head.
-        fields: output fields that count; see `select_outputs`.
+        fields: output fields that count; see `select_outputs` for what None means.
         features: output fields that may change basis, because the merged model reads them through U_t.
         folding: whether to infer what holds once the norms are folded (`Trace.folds`). Norms whose space gains nothing
             by it are left as they are.
