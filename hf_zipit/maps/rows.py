@@ -47,7 +47,7 @@ def check_axes(label_axes: Sequence[AxisLabel], spec: MergeSpec) -> None:
         if outer and (len(keys) != 1 or not _side_by_side(outer, keys[0])):
             raise SpecError(
                 f"its axis {' x '.join(product_key(label))} has units that live within {' and '.join(outer)}, which "
-                "is not on one other axis; leave this layer out of the trunk by a smaller depth"
+                "do not stand side by side on one other axis; leave this layer out of the trunk by a smaller depth"
             )
 
 

@@ -37,6 +37,7 @@ from tests.symmetry.by_hand import (
     ResidualStream,
     Routed,
     TwoCuts,
+    Windows,
     rotary_cut_after,
     rotary_cut_before,
     scaled_and_rotated_by_head,
@@ -109,7 +110,7 @@ def test_grouped_queries_move_with_their_keys(kind):
     assert copies.within == inner.within == (groups.name,)  # the dims are the key's, which all copies share
 
 
-@pytest.mark.parametrize("by", ["chunk", "inner chunk", "unbind", "select"])
+@pytest.mark.parametrize("by", ["chunk", "inner chunk", "unbind", "select", "heads"])
 def test_the_pieces_of_fused_projections_are_spaces_of_their_own(by):
     model, spec, inputs = seeded(lambda: Fused(by), (2, 5, 6))
     assert worst_error(model, spec, inputs) <= TOLERANCE
@@ -120,6 +121,12 @@ def test_the_pieces_of_fused_projections_are_spaces_of_their_own(by):
     for heads, inner in (map(spec.spaces.get, product_key(product)) for product in (query, value)):
         assert (heads.symmetry, inner.symmetry, inner.within) == (PERMUTATION, LINEAR, (heads.name,))
     assert spec.axes["out.weight"][1] == flipped(value)
+
+
+def test_windows_that_share_memory_leave_what_they_do_not_slide_over():
+    model, spec, inputs = seeded(Windows, (2, 8, 6))
+    assert spec.spaces["up"].symmetry is LINEAR and not spec.unknown_ops
+    assert worst_error(model, spec, inputs) <= TOLERANCE
 
 
 def test_a_gate_moves_with_what_it_gates_and_not_with_what_stands_beside_them():
