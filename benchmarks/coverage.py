@@ -254,8 +254,10 @@ def by_value(found: list[tuple[str, str, str]], known: Mapping[str, Row]) -> lis
 
     def place(one: tuple[str, str, str]) -> int:
         row = known.get(one[0])
-        if one[1] in much_used or row is None:
+        if one[1] in much_used:
             return 0
+        if row is None:
+            return 4
         return 1 if row.proven and not row.free else 2 if row.stage == "traced" else 3
 
     return sorted(found, key=place)
