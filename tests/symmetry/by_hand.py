@@ -444,7 +444,7 @@ class Attention(nn.Module):
 
 
 class Fused(nn.Module):
-    """One linear layer for query, key and value, taken apart by `chunk`, so in every head, by a view, or head by head."""
+    """One linear layer for query, key and value, taken apart by `chunk`, within heads, by a view, or head by head."""
 
     def __init__(self, by: str) -> None:
         super().__init__()
