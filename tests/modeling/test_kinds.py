@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as T
+from PIL import Image
 from transformers import PreTrainedModel
 
 import hf_zipit
 from hf_zipit.errors import ZipItError
 from hf_zipit.modeling import ZipItPreTrainedModel
+from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry.group import apply_element, random_element
+from hf_zipit.symmetry.proof import model_tensors, perturb
 
 IDS = torch.arange(4, 16).view(2, 6)
 
@@ -69,3 +73,29 @@ def test_the_joint_span_is_that_of_the_mean() -> None:
     mean = sum(output.start_logits.softmax(-1) for output in own.values()) / 2
     torch.testing.assert_close(joint.start_logits.exp(), mean)
     assert joint.loss > 0
+
+
+@torch.no_grad()
+def test_a_detector_merged_with_its_reordered_copy_finds_the_same_boxes() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    images = {"image_size": [32, 32], "patch_size": 8, "num_detection_tokens": 4}
+    model = T.YolosForObjectDetection(T.YolosConfig(**sizes, **images)).eval()
+    model.load_state_dict(perturb(model.state_dict(), torch.Generator().manual_seed(1)))
+    spec = MergeSpec.from_model(model)
+    element = random_element(spec, torch.Generator().manual_seed(2), permutations_only=True)
+    other = copy.deepcopy(model)
+    other.load_state_dict({**other.state_dict(), **apply_element(model_tensors(model), spec, element)})
+    merged = hf_zipit.merge({"a": model, "b": other}, method="weights", refit=None)
+    pixels = torch.randn(2, 3, 32, 32)
+    for task, expert in {"a": model, "b": other}.items():
+        found, expected = merged(pixels, task=task), expert(pixels)
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found.pred_boxes, expected.pred_boxes, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ZipItError, match="no joint logits"):
+        merged(pixels)
+    processor = T.YolosImageProcessor(size={"height": 32, "width": 32}, do_pad=False)
+    how = {"image_processor": processor, "threshold": 0.0}
+    picture = Image.new("RGB", (32, 32), "navy")
+    ours, theirs = (T.pipeline("object-detection", model=m, **how)(picture) for m in (merged.for_task("a"), model))
+    assert [answer["box"] for answer in ours] == [answer["box"] for answer in theirs] != []
