@@ -39,7 +39,8 @@ from hf_zipit.files import write_text
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
-from hf_zipit.symmetry.spec import factors
+from hf_zipit.symmetry.rules.shapes import EVERY_FEW
+from hf_zipit.symmetry.spec import AxisLabel, factors
 from hf_zipit.symmetry.trace import select_outputs
 
 MAPPINGS = (
@@ -139,7 +140,8 @@ def measure(row: Row, merging: bool = True) -> Iterator[Row]:
 def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | None, dict[str, int]]:
     """The shares of the attention and of the MLP matrices in blocks that are free, and what fixes the others.
 
-    A matrix is free where every factor of both of its axes moves: of a convolution's kernel, of its channels.
+    A matrix is free where every factor of both of its axes moves: of a convolution's kernel, of its channels. What
+    counts the parts of a fused matrix (`x[..., ::2]` is its gate, `x[..., 1::2]` what is gated) is no unit.
     """
     free: dict[bool, list[bool]] = {True: [], False: []}
     reasons: Counter[str] = Counter()
@@ -150,11 +152,18 @@ def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | Non
             continue
         convolution = tensor.ndim > 2 and isinstance(model.get_submodule(module), CONVOLUTIONS)
         axes = spec.axes[name][:2] if convolution else spec.axes[name]
-        fixed = {f.space for label in axes for f in factors(label) if not spec.movable(f.space)}
+        fixed = set().union(*(fixed_units(spec, label) for label in axes))
         free[bool(ATTENTION.search(name))].append(not fixed)
         reasons.update({spec.spaces[space].frozen_by or "?" for space in fixed})
     attention, mlp = (sum(found) / len(found) if found else None for found in (free[True], free[False]))
     return attention, mlp, dict(reasons.most_common(3))
+
+
+def fixed_units(spec: MergeSpec, label: AxisLabel) -> set[str]:
+    """The spaces of an axis that do not move, but for what counts its parts where the units of these do."""
+    fixed = {f.space for f in factors(label) if not spec.movable(f.space)}
+    parts = {name for name in fixed if spec.spaces[name].frozen_by == EVERY_FEW}
+    return fixed - parts if parts and any(spec.movable(f.space) for f in factors(label)) else fixed
 
 
 def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:

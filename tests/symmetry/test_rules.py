@@ -256,6 +256,22 @@ def test_one_tensor_under_two_names_has_one_label():
     assert spec.axes["first.scale"] == spec.axes["second.scale"]
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_table_that_is_not_saved_stays_as_it_is(saved):
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+            self.register_buffer("places", torch.randn(5, 16), persistent=saved)
+
+        def forward(self, x):
+            return self.down(self.up(x) + self.places)
+
+    spec = MergeSpec.from_model(Placed(), {"x": torch.randn(2, 5, 6)})
+    (space,) = spaces_of(spec, "down.weight", 1)
+    assert space.symmetry is (LINEAR if saved else FIXED)
+
+
 def test_integers_are_reordered_at_most():
     _, spec, _ = seeded(*WHOLE["learned queries"])
     assert [s.symmetry for s in spaces_of(spec, "rows", 0)] == [Symmetry.PERMUTATION]
