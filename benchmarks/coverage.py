@@ -338,9 +338,11 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
     for row in built:
         causes.update(row.frozen.keys())
     fixing = "\n".join(f"| {cause} | {count} |" for cause, count in causes.most_common(15))
-    columns = ["class", "family", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
+    trees = Counter(row.tree for row in rows).most_common()
+    by_tree = ", ".join(f"{count} of {tree or 'an unknown one'}" for tree, count in trees)
+    columns = ["class", "family", "tree", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
     head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
-    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
+    lines = [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
     unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
     missing = "\n".join(f"| {row.name} | {told(row.error)} |" for row in unbuilt)
@@ -352,7 +354,9 @@ Classes of the Auto mappings in their smallest form, with random weights and exa
 then more. *proof* is the largest relative error of the outputs after a random element of the inferred group
 ([Symmetries](symmetries.md)); *attention* and *MLP* are the shares of the matrices in blocks of which every factor of
 both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without
-a refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.{f" {note}" if note else ""}
+a refit; `-` where that was not measured. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
+
+*tree* is the commit that a row was measured at: {by_tree}.{f" {note}" if note else ""}
 
 | | classes |
 | --- | ---: |
@@ -405,8 +409,8 @@ def line(row: Row) -> str:
     fixed = "; ".join(row.frozen)
     told_apart = "; ".join(filter(None, (f"{row.stage}: {told(row.error)}" if row.error else "", fixed)))
     cells = [
-        row.name, row.family, number(row.proof), percent(row.attention), percent(row.mlp), number(row.weights),
-        number(row.permute), {True: "yes", False: "no", None: "-"}[row.loaded], f"{row.seconds:.0f}", told_apart,
+        row.name, row.family, row.tree, number(row.proof), percent(row.attention), percent(row.mlp),
+        number(row.weights), number(row.permute), {True: "yes", False: "no", None: "-"}[row.loaded], f"{row.seconds:.0f}", told_apart,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
