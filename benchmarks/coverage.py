@@ -408,9 +408,10 @@ def line(row: Row) -> str:
     """A class's row of the table."""
     fixed = "; ".join(row.frozen)
     told_apart = "; ".join(filter(None, (f"{row.stage}: {told(row.error)}" if row.error else "", fixed)))
+    loaded = {True: "yes", False: "no", None: "-"}[row.loaded]
     cells = [
         row.name, row.family, row.tree, number(row.proof), percent(row.attention), percent(row.mlp),
-        number(row.weights), number(row.permute), {True: "yes", False: "no", None: "-"}[row.loaded], f"{row.seconds:.0f}", told_apart,
+        number(row.weights), number(row.permute), loaded, f"{row.seconds:.0f}", told_apart,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
