@@ -3,7 +3,9 @@
     python -m benchmarks.coverage --rows out/coverage.jsonl --out docs/coverage.md [--classes 300] [--only Mixtral]
 
 Every class is tried in a process of its own, in its smallest form (`smallest.py`), with the example inputs that its
-adapter makes. What is measured stands in `--rows`, one line a class; classes that are there are not tried again.
+adapter makes. What is measured stands in `--rows`, one line a class with the commit of the tree (`--tree`). Classes
+that are there are not tried again, unless `--renew` asks for those of some trees (a regular expression): the much
+used families first, then what was proven but not free, then what was not traced.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import copy
 import json
 import multiprocessing
 import re
+import subprocess
 import tempfile
 import time
 import warnings
@@ -36,7 +39,8 @@ from hf_zipit.files import write_text
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
-from hf_zipit.symmetry.spec import factors
+from hf_zipit.symmetry.rules.shapes import EVERY_FEW
+from hf_zipit.symmetry.spec import AxisLabel, factors
 from hf_zipit.symmetry.trace import select_outputs
 
 MAPPINGS = (
@@ -68,8 +72,10 @@ FREE = 0.95
 """A class is free when this share of its attention and MLP matrices is."""
 
 ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm")
-BESIDE = re.compile(r"embed|position|relative|bias_table|(^|\.)(norm|ln)|router|gate\.weight|rotary")
+BESIDE = re.compile(r"embed|position|relative|rel_(pos|attn)|bias_table|(^|\.)(norm|ln)|router|gate\.weight|rotary")
 """Tensors in blocks that are neither attention nor MLP."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass
@@ -91,6 +97,7 @@ class Row:
     seconds: float = 0.0
     stage: str = "built"
     error: str | None = None
+    tree: str = ""
 
     @property
     def proven(self) -> bool:
@@ -133,7 +140,8 @@ def measure(row: Row, merging: bool = True) -> Iterator[Row]:
 def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | None, dict[str, int]]:
     """The shares of the attention and of the MLP matrices in blocks that are free, and what fixes the others.
 
-    A matrix is free where every factor of both of its axes moves: of a convolution's kernel, of its channels.
+    A matrix is free where every factor of both of its axes moves: of a convolution's kernel, of its channels. What
+    counts the parts of a fused matrix (`x[..., ::2]` is its gate, `x[..., 1::2]` what is gated) is no unit.
     """
     free: dict[bool, list[bool]] = {True: [], False: []}
     reasons: Counter[str] = Counter()
@@ -142,13 +150,20 @@ def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | Non
         inside = any(module.startswith(f"{block.path}.") for block in spec.blocks)
         if not inside or tensor.ndim < 2 or name not in spec.axes or BESIDE.search(name):
             continue
-        convolution = tensor.ndim > 2 and type(model.get_submodule(module)).__name__.startswith("Conv")
+        convolution = tensor.ndim > 2 and isinstance(model.get_submodule(module), CONVOLUTIONS)
         axes = spec.axes[name][:2] if convolution else spec.axes[name]
-        fixed = {f.space for label in axes for f in factors(label) if not spec.movable(f.space)}
+        fixed = set().union(*(fixed_units(spec, label) for label in axes))
         free[bool(ATTENTION.search(name))].append(not fixed)
         reasons.update({spec.spaces[space].frozen_by or "?" for space in fixed})
     attention, mlp = (sum(found) / len(found) if found else None for found in (free[True], free[False]))
     return attention, mlp, dict(reasons.most_common(3))
+
+
+def fixed_units(spec: MergeSpec, label: AxisLabel) -> set[str]:
+    """The spaces of an axis that do not move, but for what counts its parts where the units of these do."""
+    fixed = {f.space for f in factors(label) if not spec.movable(f.space)}
+    parts = {name for name in fixed if spec.spaces[name].frozen_by == EVERY_FEW}
+    return fixed - parts if parts and any(spec.movable(f.space) for f in factors(label)) else fixed
 
 
 def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
@@ -242,6 +257,28 @@ def classes() -> list[tuple[str, str, str]]:
     return [own[i] for i in range(rounds) for own in turns.values() if i < len(own)]
 
 
+def by_value(found: list[tuple[str, str, str]], known: Mapping[str, Row]) -> list[tuple[str, str, str]]:
+    """Classes in the order in which another measurement tells most, after what is known of them."""
+    much_used = set(MUCH_USED.split())
+
+    def place(one: tuple[str, str, str]) -> int:
+        row = known.get(one[0])
+        if one[1] in much_used:
+            return 0
+        if row is None:
+            return 4
+        return 1 if row.proven and not row.free else 2 if row.stage == "traced" else 3
+
+    return sorted(found, key=place)
+
+
+def commit() -> str:
+    """The commit of this tree, empty outside of git."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
+
+
 def apart(row: Row, merging: bool) -> Row:
     """The row of a class that is tried in a process of its own."""
     context = multiprocessing.get_context("fork")
@@ -301,9 +338,11 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
     for row in built:
         causes.update(row.frozen.keys())
     fixing = "\n".join(f"| {cause} | {count} |" for cause, count in causes.most_common(15))
-    columns = ["class", "family", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
+    trees = Counter(row.tree for row in rows).most_common()
+    by_tree = ", ".join(f"{count} of {tree or 'an unknown one'}" for tree, count in trees)
+    columns = ["class", "family", "tree", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
     head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
-    lines = [head, "| --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
+    lines = [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
     unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
     missing = "\n".join(f"| {row.name} | {told(row.error)} |" for row in unbuilt)
@@ -315,7 +354,9 @@ Classes of the Auto mappings in their smallest form, with random weights and exa
 then more. *proof* is the largest relative error of the outputs after a random element of the inferred group
 ([Symmetries](symmetries.md)); *attention* and *MLP* are the shares of the matrices in blocks of which every factor of
 both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without
-a refit. torch {torch.__version__}, transformers {transformers.__version__}, CPU.{f" {note}" if note else ""}
+a refit; `-` where that was not measured. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
+
+*tree* is the commit that a row was measured at: {by_tree}.{f" {note}" if note else ""}
 
 | | classes |
 | --- | ---: |
@@ -367,9 +408,10 @@ def line(row: Row) -> str:
     """A class's row of the table."""
     fixed = "; ".join(row.frozen)
     told_apart = "; ".join(filter(None, (f"{row.stage}: {told(row.error)}" if row.error else "", fixed)))
+    loaded = {True: "yes", False: "no", None: "-"}[row.loaded]
     cells = [
-        row.name, row.family, number(row.proof), percent(row.attention), percent(row.mlp), number(row.weights),
-        number(row.permute), {True: "yes", False: "no", None: "-"}[row.loaded], f"{row.seconds:.0f}", told_apart,
+        row.name, row.family, row.tree, number(row.proof), percent(row.attention), percent(row.mlp),
+        number(row.weights), number(row.permute), loaded, f"{row.seconds:.0f}", told_apart,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 
@@ -400,6 +442,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="The Markdown file to write.")] = None,
     count: Annotated[int | None, typer.Option("--classes", help="Try the first so many classes.")] = None,
     only: Annotated[str | None, typer.Option(help="Try (again) the classes whose name contains this.")] = None,
+    renew: Annotated[str | None, typer.Option(help="Try the classes again whose row's tree matches this.")] = None,
+    tree: Annotated[str | None, typer.Option(help="What the rows say of this tree, by default its commit.")] = None,
     note: Annotated[str, typer.Option(help="What else the page says of how its rows were measured.")] = "",
     merging: Annotated[bool, typer.Option(help="Merge, not only trace and prove.")] = True,
 ) -> None:
@@ -407,12 +451,14 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")
-    known = {row.name for row in read(rows)} if only is None else set()
+    tree = commit() if tree is None else tree
+    known = {row.name: row for row in read(rows)}
     rows.parent.mkdir(parents=True, exist_ok=True)
-    for name, family, mapping in classes()[:count]:
-        if name in known or (only is not None and not re.search(only, name)):
+    for name, family, mapping in by_value(classes()[:count], known):
+        again = name not in known or (renew is not None and re.fullmatch(renew, known[name].tree))
+        if not again if only is None else not re.search(only, name):
             continue
-        row = apart(Row(name, family, mapping), merging)
+        row = apart(Row(name, family, mapping, tree=tree), merging)
         with rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         typer.echo(line(row))

@@ -70,8 +70,13 @@ class Adapter:
         return images(config, generator)
 
     def towers(self, model: nn.Module) -> list[list[str]]:
-        """Chains of block paths: the longest list of equal modules in every part of the model that has one."""
-        chains = [(path, module) for path, module in model.named_modules() if self.is_chain(module)]
+        """Chains of block paths: the longest list of equal modules in every part of the model that has one.
+
+        Not in the head, where there are others: YOLOS' classifiers have three layers, and it may have two blocks.
+        """
+        every = [(path, module) for path, module in model.named_modules() if self.is_chain(module)]
+        head = tuple(f"{prefix}." for prefix in self.head(model))
+        chains = [(path, module) for path, module in every if not f"{path}.".startswith(head)] or every
         outermost = [
             (path, module)
             for path, module in chains
@@ -96,12 +101,13 @@ class Adapter:
         return tuple(name for name, _ in named if name != base)
 
     def outputs(self, model: nn.Module) -> tuple[str, ...] | None:
-        """The output fields that count; None for `logits` where there are any, else every tensor."""
+        """The output fields that count; None for every tensor, but no hidden states where there are logits."""
         return None
 
     def features(self, model: nn.Module) -> tuple[str, ...]:
         """Output fields in a basis that the merged model may change, because each task reads them through U_t."""
-        return () if self.head(model) else ("last_hidden_state", "pooler_output")
+        hidden = ("last_hidden_state", "encoder_last_hidden_state", "image_hidden_states", "pooler_output")
+        return () if self.head(model) else hidden
 
     def readout_positions(self, model: nn.Module) -> dict[str, str]:
         """Which positions the head reads: see `hf_zipit.refit.positions.Positions`."""

@@ -25,7 +25,7 @@ from hf_zipit.adapters import example_inputs
 from hf_zipit.errors import ExpertError
 from hf_zipit.modeling.base import ZipItPreTrainedModel
 from hf_zipit.modeling.configuration import ZipItConfig
-from hf_zipit.modeling.empty_model import empty_model
+from hf_zipit.modeling.empty_model import empty_model, untie
 from hf_zipit.modeling.entries import DenseEntry, Entry
 from hf_zipit.modeling.head_dims import head_dim_name
 from hf_zipit.planning.cut import ReadPoint, cut_model
@@ -64,6 +64,7 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         found = _without_readouts(merged, task, model, found, set(trunk))
     for name, tensor in model_tensors(model).items():
         tensor.copy_(found[name])
+    _tie(model)
     if difference(merged, model, task) > TOLERANCE:
         reason = "units of one expert were merged before its branch; merge at depth 1, or by 'permute'"
         raise ExpertError(_cannot(merged, task, reason))
@@ -72,6 +73,16 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
     model.config._commit_hash = getattr(config, "_commit_hash", None)
     model.merged_task = task  # for the recipe of the next merge
     return model
+
+
+def _tie(model: PreTrainedModel) -> None:
+    """Tie what is tied in the experts' class, if it came out equal; else its configuration says that nothing is."""
+    own = model_tensors(model)
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if all(own[name].equal(own[source]) for name, source in ties.items() if {name, source} <= own.keys()):
+        model.tie_weights()
+    else:
+        untie(model.config)
 
 
 def with_heads(config: ZipItConfig, merged: ZipItPreTrainedModel, task: str) -> ZipItConfig:

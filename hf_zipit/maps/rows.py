@@ -1,12 +1,13 @@
 """Axes whose units live within the units of another axis: the inputs of a grouped convolution.
 
 Its weight is `[groups x outputs, inputs, ...]`: every group has its own basis of the inputs, and the groups are on the
-first axis. So that axis is merged first, and then the second one, apart for every merged group.
+first axis. So that axis is merged first, and then the second one, apart for every merged group. (Where experts of a
+mixture are chosen in groups, an expert's hidden units live within its group and its place in it, both on one axis.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -17,7 +18,7 @@ from torch import Tensor
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.products import merged_sizes
 from hf_zipit.maps.space_map import Alignment, LinearMap, Map, SpaceMap
-from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Space, product_key, products
+from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, ProductKey, Space, product_key, products
 
 Along = Callable[[Tensor, int, AxisLabel, Alignment, MergeSpec, int], Tensor]
 """Brings one axis of one expert's tensor into merged units."""
@@ -33,7 +34,7 @@ def check_axes(label_axes: Sequence[AxisLabel], spec: MergeSpec) -> None:
     """Raise what `row_by_row` would.
 
     Raises:
-        SpecError: units of an axis live within units that are on no other axis, or within those of several.
+        SpecError: units of an axis live within units that do not stand side by side on one other axis.
     """
     if any(len(products(label)) > 1 for label in label_axes):  # each of what they are sums of, with the others
         for together in product(*map(products, label_axes)):
@@ -42,11 +43,11 @@ def check_axes(label_axes: Sequence[AxisLabel], spec: MergeSpec) -> None:
     for label in label_axes:
         movable = tuple(factor for factor in label if spec.movable(factor.space))
         outer = outer_elsewhere(movable, spec)
-        found = sum(name in product_key(other) for name in outer for other in label_axes)
-        if len(outer) > 1 or found != len(outer):
+        keys = [key for other in label_axes if not set(outer).isdisjoint(key := product_key(other))]
+        if outer and (len(keys) != 1 or not _side_by_side(outer, keys[0])):
             raise SpecError(
                 f"its axis {' x '.join(product_key(label))} has units that live within {' and '.join(outer)}, which "
-                "is not on one other axis; leave this layer out of the trunk by a smaller depth"
+                "do not stand side by side on one other axis; leave this layer out of the trunk by a smaller depth"
             )
 
 
@@ -76,9 +77,10 @@ def row_by_row(
     other = next(i for i, label in enumerate(label_axes) if outer[0] in product_key(label))
     key = product_key(label_axes[other])
     sizes = merged_sizes(key, alignment, spec)
-    place = key.index(outer[0])
-    shape = (prod(sizes[:place]), sizes[place], prod(sizes[place + 1 :]))
-    alone = replace(spec, spaces={**spec.spaces, **_without(label_axes[axis], outer[0], spec)})
+    start, stop = key.index(outer[0]), key.index(outer[0]) + len(outer)
+    shape = (prod(sizes[:start]), prod(sizes[start:stop]), prod(sizes[stop:]))
+    alone = replace(spec, spaces={**spec.spaces, **_without(label_axes[axis], outer, spec)})
+    places = product(*map(range, sizes[start:stop]))
     rows = tensor.unflatten(other, shape).movedim(other + 1, 0)
     merged = torch.stack(
         [
@@ -86,32 +88,38 @@ def row_by_row(
                 row.flatten(other, other + 1),
                 axis,
                 label_axes[axis],
-                {**alignment, **_row_maps(label_axes[axis], outer[0], number, alignment, spec)},
+                {**alignment, **_row_maps(label_axes[axis], dict(zip(outer, at, strict=True)), alignment, spec)},
                 alone,
                 expert,
             )
-            for number, row in enumerate(rows)
+            for at, row in zip(places, rows, strict=True)
         ]
     )
     return merged.unflatten(other + 1, (shape[0], shape[2])).movedim(0, other + 1).flatten(other, other + 2)
 
 
-def _without(label: AxisLabel, outer: str, spec: MergeSpec) -> dict[str, Space]:
+def _side_by_side(outer: tuple[str, ...], key: ProductKey) -> bool:
+    """Whether some spaces are factors of a product one after another, in this order."""
+    start = key.index(outer[0]) if outer[0] in key else len(key)
+    return key[start : start + len(outer)] == outer
+
+
+def _without(label: AxisLabel, outer: Collection[str], spec: MergeSpec) -> dict[str, Space]:
     """The spaces of a label, within everything but `outer`."""
     spaces = (spec.spaces[name] for name in product_key(label))
-    return {s.name: replace(s, within=tuple(name for name in s.within if name != outer)) for s in spaces}
+    return {s.name: replace(s, within=tuple(name for name in s.within if name not in outer)) for s in spaces}
 
 
-def _row_maps(label: AxisLabel, outer: str, row: int, alignment: Alignment, spec: MergeSpec) -> dict[str, Map]:
-    """The maps of a label's spaces inside one merged unit of `outer`."""
+def _row_maps(label: AxisLabel, at: Mapping[str, int], alignment: Alignment, spec: MergeSpec) -> dict[str, Map]:
+    """The maps of a label's spaces inside one merged unit of each of some spaces: the one whose number `at` gives."""
     maps: dict[str, Map] = {}
     for name in product_key(label):
         within, found = spec.spaces[name].within, alignment.get(name)
-        if found is None or outer not in within:
+        if found is None or set(within).isdisjoint(at):
             continue
-        axis = 1 + within.index(outer)
+        rows = (slice(None), *(at.get(outer, slice(None)) for outer in within))
         if isinstance(found, LinearMap):
-            maps[name] = LinearMap(found.matrices.select(axis, row), found.inverses.select(axis, row))
+            maps[name] = LinearMap(found.matrices[rows], found.inverses[rows])
         else:
-            maps[name] = SpaceMap(found.size, found.labels.select(axis, row))
+            maps[name] = SpaceMap(found.size, found.labels[rows])
     return maps

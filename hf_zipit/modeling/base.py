@@ -128,6 +128,10 @@ class ZipItPreTrainedModel(PreTrainedModel):
             raise ExpertError(f"The merged model {source[0]} is damaged: it {wrong}; save it again, or merge again.")
         return model
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """None: heads stay apart from embeddings, whatever the configurations of the branches say."""
+        return {}
+
     def add_residues(self, settings: Sequence[Mapping[str, Any]]) -> list[Residue]:
         """Per-task residues, zero until they are set, in the order of the settings: see `residues.py`.
 

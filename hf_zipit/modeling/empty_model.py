@@ -28,8 +28,13 @@ def source_class(architecture: str | None) -> type[PreTrainedModel]:
 
 
 def empty_model(config: ZipItConfig, task: str) -> PreTrainedModel:
-    """A model of the source class with the task's labels; its weights mean nothing."""
-    return source_class(config.source_architecture)(empty_model_config(config, task))
+    """A model of the source class with the task's labels; its weights mean nothing, and none are tied.
+
+    Its configuration says of ties what the source's does: some forward passes ask (UMT5 scales what its head reads).
+    """
+    model = source_class(config.source_architecture)(empty_model_config(config, task))
+    _set_ties(model.config, config.source_config)
+    return model
 
 
 def empty_model_config(config: ZipItConfig, task: str) -> PreTrainedConfig:
@@ -44,6 +49,15 @@ def empty_model_config(config: ZipItConfig, task: str) -> PreTrainedConfig:
     if config.problem_type is not None:
         own.problem_type = config.problem_type
     return own
+
+
+def _set_ties(config: PreTrainedConfig, source: PreTrainedConfig | None) -> None:
+    """Have a configuration say of tied weights what another one says."""
+    if hasattr(source, "tie_word_embeddings"):
+        config.tie_word_embeddings = source.tie_word_embeddings
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            _set_ties(inner, getattr(source, name, None))
 
 
 def untie(config: PreTrainedConfig) -> None:

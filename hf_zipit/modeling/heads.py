@@ -6,13 +6,23 @@ Signatures are explicit, because Trainer drops the columns of a dataset that are
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 import transformers
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForZeroShotImageClassification, DynamicCache, GenerationConfig, GenerationMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoModelForSpeechSeq2Seq,
+    AutoModelForZeroShotImageClassification,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
@@ -21,9 +31,10 @@ from ..errors import ZipItError
 from .base import Outputs, Task, ZipItPreTrainedModel
 from .configuration import ZipItConfig
 from .empty_model import source_class
-from .joint import joint_embedding, mask_foreign, pick, side_by_side, vote
+from .joint import joint_embedding, joint_loss, mask_foreign, pick, side_by_side, vote
 
-ANSWERS = ("logits", "start_logits", "end_logits", "pred_logits", "pred_boxes", "pred_masks", "class_queries_logits")
+ANSWERS = ("logits", "start_logits", "end_logits", "pred_logits", "pred_boxes", "pred_masks", "class_queries_logits",
+           "predicted_depth")  # fmt: skip
 """Outputs that are answers, not features, of models without classes of their own: spans, next tokens, boxes."""
 
 
@@ -60,6 +71,13 @@ class ZipItModel(ZipItPreTrainedModel):
                 f"add up to one answer, so name the one you mean, task={self.config.tasks[0]!r}."
             )
         return super().join(outputs)
+
+    def voted(self, outputs: dict[str, ModelOutput], *fields: str) -> ModelOutput:
+        """The tasks' outputs side by side, but for some fields, which are the log of the mean of the tasks'."""
+        joint = super().join(outputs)
+        for name in fields:
+            joint[name] = vote([output[name] for output in outputs.values()])
+        return joint
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, task: Task = None, **kwargs: Any) -> Outputs:
@@ -135,6 +153,35 @@ class ZipItForImageClassification(ZipItLabelled):
         self, pixel_values: Tensor | None = None, labels: Tensor | None = None, task: Task = None, **kwargs: Any
     ) -> Outputs:
         return self.compute(task, labels, pixel_values=pixel_values, **kwargs)
+
+
+class ZipItForAudioClassification(ZipItLabelled):
+    """Merged sound classifiers; logits `[batch, classes]`."""
+
+    source_suffix = "ForAudioClassification"
+    auto_class = "AutoModelForAudioClassification"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: Task = None,
+        **kwargs: Any,
+    ) -> Outputs:
+        return self.compute(
+            task, labels, input_values=input_values, input_features=input_features, attention_mask=attention_mask,
+            **kwargs,
+        )  # fmt: skip
+
+
+class ZipItForVideoClassification(ZipItForImageClassification):
+    """Merged classifiers of clips; logits `[batch, classes]`."""
+
+    source_suffix = "ForVideoClassification"
+    auto_class = "AutoModelForVideoClassification"
 
 
 class ZipItForText(ZipItLabelled):
@@ -221,9 +268,168 @@ class ZipItForCausalLM(ZipItForText, GenerationMixin):
         return super().generate(*args, task=chosen, **kwargs)
 
 
+class ZipItForQuestionAnswering(ZipItModel):
+    """Merged models that find an answer in a text; jointly, start and end are those of the mean of all experts."""
+
+    source_suffix = "ForQuestionAnswering"
+    auto_class = "AutoModelForQuestionAnswering"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        task: Task = None,
+        **kwargs: Any,
+    ) -> Outputs:
+        output = self.compute(
+            task, None, input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids,
+            start_positions=start_positions, end_positions=end_positions, **kwargs,
+        )  # fmt: skip
+        if self.choose(task) is None and start_positions is not None and end_positions is not None:
+            wanted = (("start_logits", start_positions), ("end_logits", end_positions))
+            losses = [joint_loss(output[name], positions.flatten()) for name, positions in wanted]
+            output = type(output)(**{**output, "loss": sum(losses) / 2})
+        return output
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        return self.voted(outputs, "start_logits", "end_logits")
+
+
+class ZipItForCTC(ZipItModel):
+    """Merged models that transcribe speech frame by frame; jointly by the mean of the distributions of all experts."""
+
+    source_suffix = "ForCTC"
+    auto_class = "AutoModelForCTC"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        input_features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: Task = None,
+        **kwargs: Any,
+    ) -> Outputs:
+        if labels is not None and not isinstance(self.choose(task), str):
+            raise ZipItError("The loss of a transcript is that of one task; name it.")
+        return self.compute(
+            task, labels, input_values=input_values, input_features=input_features, attention_mask=attention_mask,
+            **kwargs,
+        )  # fmt: skip
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        return self.voted(outputs, "logits")
+
+
+class ZipItForConditionalGeneration(ZipItModel):
+    """Merged models that write for an input: a text (T5), speech (Whisper) or an image (LLaVA).
+
+        merged.generate(input_features, task="french")   # as that expert does, with its cache
+        merged.generate(input_features)                  # every token by the mean of all experts
+
+    Joint logits are a vote, `[batch, tokens, vocabulary]`. The loss of given labels is that of one task.
+    """
+
+    source_suffix = ("ForConditionalGeneration", "MTModel", "ForSpeechSeq2Seq")
+    auto_class = "AutoModelForSeq2SeqLM"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        task: Task = None,
+        **kwargs: Any,
+    ) -> Outputs:
+        if not isinstance(self.choose(task), str):
+            if labels is not None:
+                raise ZipItError("The loss of a text that is written for an input is that of one task; name it.")
+            kwargs["use_cache"] = False  # each task would need a cache of its own
+        return self.compute(
+            task, labels, input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask, input_features=input_features, pixel_values=pixel_values,
+            **kwargs,
+        )  # fmt: skip
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        return self.voted(outputs, "logits")
+
+    def generate(self, inputs: Tensor | None = None, *, task: Task = None, **kwargs: Any) -> Any:
+        """As the experts' class does for one task; else with every token chosen by the mean of all tasks.
+
+        Raises ZipItError for an unknown task, or several tasks in one batch.
+        """
+        chosen = self.choose(task)
+        if isinstance(chosen, list):
+            raise ZipItError("A batch of several tasks cannot be generated; generate for one task at a time.")
+        branch: Any = self.branch(self.config.tasks[0] if chosen is None else chosen)
+        given = {**kwargs, **({} if inputs is None else {branch.main_input_name: inputs})}
+        if chosen is None:
+            read = {name: x for name, x in given.items() if isinstance(x, Tensor) and not name.startswith("decoder")}
+            own = kwargs.get("logits_processor") or ()
+            given["logits_processor"] = LogitsProcessorList([*own, _JointNext(self, read)])
+        return branch.generate(**given)
+
+
+class _JointNext(LogitsProcessor):
+    """The scores of the next token by the mean of all tasks, given what was written; what is ruled out stays so."""
+
+    def __init__(self, merged: ZipItForConditionalGeneration, inputs: Mapping[str, Tensor]) -> None:
+        self.merged, self.inputs = merged, inputs
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        read = {name: x.repeat_interleave(len(input_ids) // len(x), 0) for name, x in self.inputs.items()}
+        if self.merged.config.source_config.is_encoder_decoder:
+            read["decoder_input_ids"] = input_ids
+        else:
+            read |= {"input_ids": input_ids, "attention_mask": self._seen(read.get("attention_mask"), input_ids)}
+        logits = self.merged(**read, task=None)["logits"][:, -1].to(scores)
+        return logits.masked_fill(scores.isneginf(), -torch.inf)
+
+    @staticmethod
+    def _seen(mask: Tensor | None, ids: Tensor) -> Tensor:
+        """The prompt's mask, with ones for what was written."""
+        seen = torch.ones_like(ids)
+        if mask is not None:
+            seen[:, : mask.shape[1]] = mask
+        return seen
+
+
+class ZipItForObjectDetection(ZipItModel):
+    """Merged detectors, which answer for one task at a time."""
+
+    source_suffix = "ForObjectDetection"
+    auto_class = "AutoModelForObjectDetection"
+
+
+class ZipItForSemanticSegmentation(ZipItModel):
+    """Merged models that give every pixel a class, for one task at a time."""
+
+    source_suffix = "ForSemanticSegmentation"
+    auto_class = "AutoModelForSemanticSegmentation"
+
+
+class ZipItForDepthEstimation(ZipItModel):
+    """Merged models that give every pixel its depth, for one task at a time."""
+
+    source_suffix = "ForDepthEstimation"
+    auto_class = "AutoModelForDepthEstimation"
+
+
 MERGED_CLASSES: tuple[type[ZipItPreTrainedModel], ...] = (
     ZipItForImageClassification, ZipItForSequenceClassification, ZipItForTokenClassification, ZipItForMaskedLM,
-    ZipItForCausalLM,
+    ZipItForCausalLM, ZipItForAudioClassification, ZipItForVideoClassification, ZipItForQuestionAnswering, ZipItForCTC,
+    ZipItForConditionalGeneration, ZipItForObjectDetection, ZipItForSemanticSegmentation, ZipItForDepthEstimation,
 )  # fmt: skip
 
 
@@ -242,3 +448,5 @@ def build(config: ZipItConfig) -> ZipItPreTrainedModel:
 for _merged in (ZipItModel, *MERGED_CLASSES):
     getattr(transformers, _merged.auto_class).register(ZipItConfig, _merged, exist_ok=True)
 AutoModelForZeroShotImageClassification.register(ZipItConfig, ZipItModel, exist_ok=True)
+for _auto in (AutoModelForSpeechSeq2Seq, AutoModelForImageTextToText):
+    _auto.register(ZipItConfig, ZipItForConditionalGeneration, exist_ok=True)

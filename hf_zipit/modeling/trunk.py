@@ -14,11 +14,13 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ZipItError
@@ -182,7 +184,40 @@ def make_branch(model: nn.Module, trunk: nn.Module, shared: Sequence[str], task:
     for path in shared:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Shared(trunk, path, task))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and next(module.parameters(), None) is None:
+            module.__class__ = placed(type(module))
     return model
+
+
+class Placed:
+    """A model without parameters of its own, whose `device` and `dtype` are the trunk's: forward passes ask."""
+
+    def _like(self) -> Tensor:
+        stand_ins = (module for module in self.modules() if isinstance(module, Shared))  # type: ignore[attr-defined]
+        return next(parameter for module in stand_ins for parameter in module.target.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        return self._like().device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._like().dtype
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Pickle finds a class by its name, and that is the class that this one is made of."""
+        return _again, (type(self).__mro__[2],), self.__getstate__()
+
+
+def _again(model_class: type) -> Any:
+    made = placed(model_class)
+    return made.__new__(made)
+
+
+@cache
+def placed(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    return type(model_class.__name__, (Placed, model_class), {"__module__": model_class.__module__})
 
 
 def resize(trunk: nn.Module, shapes: dict[str, Sequence[int]]) -> None:

@@ -129,7 +129,7 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def first_difference(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
     """The first structural field in which two configurations differ, with both values; dotted where nested."""
     for field in sorted({*left, *right}):
-        if field in BOOKKEEPING or any(part in field for part in BEHAVIOUR_ONLY):
+        if field in BOOKKEEPING or any(part in str(field) for part in BEHAVIOUR_ONLY):
             continue
         a, b = left.get(field), right.get(field)
         if isinstance(a, Mapping) and isinstance(b, Mapping):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from hf_zipit.errors import RecipeError, SpecError
+from hf_zipit.symmetry.ops import is_within
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import AxisLabel, Crossing, MergeSpec, Place, Probe, ProductKey, product_key
 
@@ -219,7 +220,8 @@ def _entries(model: nn.Module, spec: MergeSpec, in_trunk: InTrunk, readouts: fro
         moving = any(_moves(label, spec) for label in crossing.axes)
         if not moving or not in_trunk(crossing.made) or in_trunk(crossing.read):
             continue
-        depth = next((i for i, path in enumerate(crossing.stack) if path in readouts), None)
+        # A list of heads is never run itself, only what is in it.
+        depth = next((i for i, path in enumerate(crossing.stack) if any(is_within(path, r) for r in readouts)), None)
         if depth is None:
             reader = crossing.stack[-1] if crossing.stack and crossing.stack[-1] else "the model itself"
             raise SpecError(

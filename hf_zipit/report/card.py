@@ -47,6 +47,14 @@ PIPELINES = {
     "ZipItForTokenClassification": "token-classification",
     "ZipItForMaskedLM": "fill-mask",
     "ZipItForCausalLM": "text-generation",
+    "ZipItForAudioClassification": "audio-classification",
+    "ZipItForVideoClassification": "video-classification",
+    "ZipItForQuestionAnswering": "question-answering",
+    "ZipItForCTC": "automatic-speech-recognition",
+    "ZipItForConditionalGeneration": "text2text-generation",
+    "ZipItForObjectDetection": "object-detection",
+    "ZipItForSemanticSegmentation": "image-segmentation",
+    "ZipItForDepthEstimation": "depth-estimation",
     "ZipItModel": "feature-extraction",
 }
 """The Hub's task of every merged class."""

@@ -19,7 +19,7 @@ def agreement_data(recipe: Recipe, experts: Mapping[str, PreTrainedModel], calib
 
     Where all of that data is read by the merges, it is their own data; None for experts that answer with no class.
     """
-    if any(merged_class(type(expert).__name__) is ZipItModel for expert in experts.values()):
+    if any(issubclass(merged_class(type(expert).__name__), ZipItModel) for expert in experts.values()):
         return None
     try:
         data = unlabelled(calibration_data(recipe, experts, held_out=True))

@@ -171,7 +171,7 @@ def labels_of(expert: PreTrainedModel) -> list[str] | None:
 
 def has_classes(expert: PreTrainedModel) -> bool:
     """Whether an expert is a classifier, so that data have to be matched to its labels."""
-    return merged_class(type(expert).__name__) not in (ZipItModel, ZipItForMaskedLM, ZipItForCausalLM)
+    return not issubclass(merged_class(type(expert).__name__), (ZipItModel, ZipItForMaskedLM, ZipItForCausalLM))
 
 
 def unlabelled(data: Mapping[str, Dataset] | Dataset) -> dict[str, Dataset] | Dataset:

@@ -171,7 +171,8 @@ class Atoms:
             leaves = self._leaves((Ref(atom),))
             if all(self.symmetry(leaf) is Symmetry.FIXED for leaf in leaves):
                 self._symmetry[atom] = Symmetry.FIXED
-                self._reason[atom] = self._reason[atom] or next(map(self.reason, sorted(leaves)), None)
+                why = next(map(self.reason, sorted(leaves)), "each of its units is a part of its own")
+                self._reason[atom] = self._reason[atom] or why
                 closed.append(atom)
         for atom in closed:
             del self._terms[atom]

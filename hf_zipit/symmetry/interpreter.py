@@ -68,6 +68,11 @@ class Interpreter:
         self.squares: set[fx.Node] = set()
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.ties = {name: group for group in tied_names(model) for name in group}
+        self.configured = {
+            f"{path}.{name}".removeprefix(".")
+            for path, module in self.modules.items()
+            for name in module._non_persistent_buffers_set
+        }
         self.towers = towers
         self.head = head
         self.start = Place((-1,) * len(towers))
@@ -202,7 +207,10 @@ class Interpreter:
         if tensor not in self.tensors:
             # Integers and masks can be reordered at most.
             allowed = Symmetry.LINEAR if fake.is_floating_point() else Symmetry.PERMUTATION
-            value = Value(self.atoms.fresh(n, allowed) for n in shape)
+            why = None
+            if tensor in self.configured:  # all experts have the same, and a merged model makes it again
+                allowed, why = Symmetry.FIXED, "a buffer that follows from the configuration"
+            value = Value(self.atoms.fresh(n, allowed, why) for n in shape)
             self.tensors |= dict.fromkeys(self.ties.get(tensor, [tensor]), value)
         self._tensor_of[node] = tensor
         return self.tensors[tensor]

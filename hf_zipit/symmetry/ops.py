@@ -116,6 +116,28 @@ def overload(node: fx.Node) -> str:
     return str(node.target).rpartition(".")[2]
 
 
+INTEGERS = "integers"
+"""Under this name a node of a constant holds what that is, a list of integers."""
+
+MOST_INTEGERS = 64
+"""A longer list is no choice of parts."""
+
+
+def neighbours(index: fx.Node) -> range | None:
+    """The units that an index reads, where it is a constant list of neighbours in their order, `x[:, [-2]]`.
+
+    They are counted from the end if they are negative.
+    """
+    while op_name(index) in ("lift_fresh_copy", "lift_fresh", "to", "clone", "detach"):
+        if any(map(is_in_place, index.users)):
+            return None
+        index = index.args[0]  # type: ignore[assignment]
+    found = index.meta.get(INTEGERS) or [0]
+    units = range(found[0], found[0] + len(found))
+    known = INTEGERS in index.meta and found == [*units] and (units.start >= 0 or units.stop <= 0)
+    return units if known else None
+
+
 def is_in_place(node: fx.Node) -> bool:
     return _packet(node).endswith("_") and not _packet(node).endswith("__")
 

@@ -61,7 +61,7 @@ def _perturbed(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim > 1:
-        fan_in = max(1, tensor[0].numel())
+        fan_in = max(1, tensor.shape[1:].numel())
         return tensor + noise / fan_in**0.5
     if tensor.numel() and bool((tensor > 0).all()):
         return tensor * torch.exp(VECTOR_NOISE * noise)

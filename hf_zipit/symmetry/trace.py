@@ -6,14 +6,17 @@ walks it with the rules of `rules/`; `naming.py` names what it found.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
+from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._functorch import config as functorch_config
 from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
@@ -22,7 +25,7 @@ from hf_zipit.symmetry.folding import find_folds
 from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.naming import Naming
-from hf_zipit.symmetry.ops import Value
+from hf_zipit.symmetry.ops import INTEGERS, MOST_INTEGERS, Value, op_name
 from hf_zipit.symmetry.rules import PATTERNS, RULES
 from hf_zipit.symmetry.spaces import Fold, Symmetry, Trace, products
 
@@ -40,29 +43,42 @@ class _Fields(nn.Module):
 
 
 def select_outputs(out: Any, fields: Sequence[str] | None) -> dict[str, Tensor]:
-    """The output tensors that count: the named fields, else `logits` where there are any, else every tensor."""
+    """The output tensors that count: the named fields, else every tensor.
+
+    Where some are logits, hidden states beside them do not count: what a detector answers are classes and boxes.
+    """
     if isinstance(out, Tensor):
         return {"output": out}
     named = dict(out.items()) if isinstance(out, Mapping) else {str(i): x for i, x in enumerate(out)}
-    if fields is None:
-        fields = ["logits"] if "logits" in named else [k for k, v in named.items() if isinstance(v, Tensor)]
-    return {name: named[name] for name in fields if isinstance(named.get(name), Tensor)}
+    found = {name: x for name, x in named.items() if isinstance(x, Tensor)}
+    if fields is not None:
+        return {name: found[name] for name in fields if name in found}
+    if any("logits" in name for name in found):
+        return {name: x for name, x in found.items() if "hidden_state" not in name and x.is_floating_point()}
+    return found
 
 
 def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str] | None) -> Any:
     """The exported program of one forward pass in eval mode, on fake tensors, without ops whose results nothing reads.
 
-    (BART slices its embeddings only to ask for a shape.)
+    (BART slices its embeddings only to ask for a shape.) Where the way through the model depends on what is in its
+    inputs (Longformer asks whether any token attends globally), it is the one that these inputs take.
 
     Raises:
-        SpecError: if `torch.export` cannot trace the model with these inputs.
+        SpecError: if `torch.export` cannot trace the model with these inputs, or the way through it depends on its
+            weights.
     """
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), warnings.catch_warnings(), experts_looked_up(model), without_stack_traces():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(_Fields(model, fields).eval(), (), kwargs=dict(inputs), strict=False)
+        with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces():
+            wanted = _Fields(model, fields).eval()
+            try:
+                program = torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
+            except Exception as error:  # it says so in many ways
+                if "data-dependent" not in str(error):
+                    raise
+                program = _along_the_inputs(wanted, inputs, error)
         program.graph.eliminate_dead_code()
         return program
     except Exception as error:  # torch.export raises many kinds
@@ -74,6 +90,55 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     finally:
         for name, module in model.named_modules():  # some models exchange modules while they run (BigBird)
             module.training = training.get(name, module.training)
+
+
+def _along_the_inputs(wanted: nn.Module, inputs: Mapping[str, Tensor], error: Exception) -> Any:
+    """The exported program of the way that a model takes with these very inputs: its tensors keep their values.
+
+    Raises:
+        Exception: `error`, where the weights have a part in which way that is: others would take another.
+    """
+    try:
+        with functorch_config.patch(fake_tensor_propagate_real_tensors=True):
+            program = torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
+    except Exception:  # of a model without values, on the meta device
+        raise error from None
+    parameters = program.graph_signature.inputs_to_parameters
+    weighed: set[fx.Node] = set()
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+            inner = node.op == "placeholder" and module is not program.graph_module  # what goes in is not known
+            if inner or node.name in parameters or not weighed.isdisjoint(node.all_input_nodes):
+                weighed.add(node)
+            if not weighed.isdisjoint(_decisive(node)):
+                raise error
+    return program
+
+
+def _decisive(node: fx.Node) -> list[fx.Node]:
+    """The arguments of an op on whose values, not only their sizes, it depends which way a model takes after it."""
+    if op_name(node) == "index":
+        indices = [index for index in node.args[1] if index is not None]  # type: ignore[union-attr]
+        return [index for index in indices if index.meta["val"].dtype in (torch.bool, torch.uint8)]  # type: ignore[union-attr]
+    deciding = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return node.all_input_nodes if deciding.intersection(getattr(node.target, "tags", ())) else []
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """What `torch.export` finds odd is told in the error, if it is one; it would print whole graphs."""
+    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
+    logs = [logging.getLogger(name) for name in names]
+    before = [log.level for log in logs]
+    try:
+        for log in logs:
+            log.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 @contextmanager
@@ -123,10 +188,25 @@ def _exported(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[s
 
     def make() -> Exported:
         program = export(model, inputs, fields)
+        note_integers(program)
         return Exported(program.graph, program.graph_module, program.graph_signature, program.call_spec)
 
     shapes = [(n, (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x)) for n, x in inputs.items()]
     return EXPORTED.get(trace_key(model, tuple(sorted(shapes)), tuple(fields or ()), fields is None), make)
+
+
+def note_integers(program: Any) -> None:
+    """Note at the nodes of constants what they hold, where it is a short list of integers: `x[:, [-2]]`."""
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    for node in program.graph.nodes:
+        found = program.constants.get(lifted.get(node.name))
+        if (
+            isinstance(found, Tensor)
+            and found.dtype == torch.int64
+            and found.ndim == 1
+            and len(found) <= MOST_INTEGERS
+        ):
+            node.meta[INTEGERS] = found.tolist()
 
 
 def trace(
@@ -146,7 +226,7 @@ def trace(
         inputs: example keyword inputs. Sizes do not matter, but the batch should be larger than one.
         towers: chains of block paths, each in execution order.
         head: path prefixes of the task head.
-        fields: output fields that count; see `select_outputs`.
+        fields: output fields that count; see `select_outputs` for what None means.
         features: output fields that may change basis, because the merged model reads them through U_t.
         folding: whether to infer what holds once the norms are folded (`Trace.folds`). Norms whose space gains nothing
             by it are left as they are.

@@ -98,7 +98,7 @@ def test_a_grouped_model_with_its_permuted_copies(method: str):
 
 def test_units_whose_outer_units_are_nowhere_are_told_before_work_starts():
     lost = ((Factor("inputs", dual=True),), ())
-    with pytest.raises(SpecError, match="inputs has units that live within groups, which is not on one other axis"):
+    with pytest.raises(SpecError, match="inputs has units that live within groups, which do not stand side by side"):
         check_axes(lost, SPEC)
     check_axes(WEIGHT, SPEC)
     model = tiny.build("regnet")
@@ -109,3 +109,17 @@ def test_units_whose_outer_units_are_nowhere_are_told_before_work_starts():
     axes = {**planned.spec.axes, name: ((), *planned.spec.axes[name][1:])}
     with pytest.raises(SpecError, match=f"{name} cannot be merged"):
         check_coverage(replace(planned.spec, axes=axes), planned.cut)
+
+
+def test_units_that_live_within_two_spaces_side_by_side_on_another_axis():
+    """The hidden units of experts that are chosen in groups: `[groups x experts, units]`."""
+    axes = ((Factor("groups"), Factor("experts")), (Factor("units"),))
+    sizes = (space("groups", 2), space("experts", 3, "groups"), space("units", 4, "groups", "experts"))
+    spec = spec_of(*sizes, axes={"w": axes})
+    w, generator = torch.randn(6, 4), torch.Generator().manual_seed(0)
+    order = random_element(spec, generator)["units"]
+    moved = apply_element({"w": w}, spec, {"units": order})["w"]
+    torch.testing.assert_close(moved, w.gather(1, order.flatten(0, 1)))
+    torch.testing.assert_close(to_merged(moved, axes, {"units": SpaceMap(4, order[None])}, spec, 0), w)
+    with pytest.raises(SpecError, match="side by side"):
+        check_axes(((Factor("experts"), Factor("groups")), (Factor("units"),)), spec)

@@ -20,6 +20,11 @@ from hf_zipit.modeling import (
     merged_class,
 )
 from hf_zipit.modeling.base import module_names
+from hf_zipit.modeling.heads import (
+    ZipItForConditionalGeneration,
+    ZipItForObjectDetection,
+    ZipItForQuestionAnswering,
+)
 
 from .by_hand import FAMILIES, hand_config, make_experts, make_inputs, merge_by_hand
 
@@ -122,7 +127,10 @@ def test_an_incomplete_configuration_builds_nothing(settings: dict, message: str
         ("RobertaForTokenClassification", ZipItForTokenClassification),
         ("BertForMaskedLM", ZipItForMaskedLM),
         ("CLIPModel", ZipItModel),
-        ("BertForQuestionAnswering", ZipItModel),
+        ("BertForQuestionAnswering", ZipItForQuestionAnswering),
+        ("T5ForConditionalGeneration", ZipItForConditionalGeneration),
+        ("DetrForObjectDetection", ZipItForObjectDetection),
+        ("BertForPreTraining", ZipItModel),
     ],
 )
 def test_the_merged_class_follows_the_source_class(source: str, merged: type) -> None:

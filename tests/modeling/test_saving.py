@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoModel, BertForMaskedLM
+
+import hf_zipit
 
 from .by_hand import FAMILIES, make_experts, make_inputs, merge_by_hand
 
@@ -53,6 +56,21 @@ def test_head_and_embeddings_are_not_tied_again(tmp_path: Path) -> None:
     for decoder, expert in zip(decoders, experts.values(), strict=True):
         assert isinstance(expert, BertForMaskedLM)
         assert torch.equal(decoder, expert.cls.predictions.decoder.weight)
+
+
+@torch.no_grad()
+def test_forward_passes_that_ask_whether_weights_are_tied_get_the_experts_answer(tmp_path: Path) -> None:
+    """UMT5 scales what its head reads if that is tied to the embeddings."""
+    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    expert = transformers.UMT5ForConditionalGeneration(transformers.UMT5Config(**sizes)).eval()
+    ids = torch.arange(3, 10)[None]
+    expected = expert(input_ids=ids, decoder_input_ids=ids).logits
+    merged = hf_zipit.merge({"a": expert, "b": copy.deepcopy(expert)}, method="identity", refit=None)
+    assert torch.equal(merged(input_ids=ids, decoder_input_ids=ids, task="a").logits, expected)
+    merged.expert("b").save_pretrained(tmp_path)
+    plain = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+    assert plain.lm_head.weight is plain.shared.weight
+    assert torch.equal(plain(input_ids=ids, decoder_input_ids=ids).logits, expected)
 
 
 @torch.no_grad()

@@ -444,7 +444,7 @@ class Attention(nn.Module):
 
 
 class Fused(nn.Module):
-    """One linear layer for query, key and value, taken apart by `chunk`, so in every head, or by a view."""
+    """One linear layer for query, key and value, taken apart by `chunk`, within heads, by a view, or head by head."""
 
     def __init__(self, by: str) -> None:
         super().__init__()
@@ -461,11 +461,26 @@ class Fused(nn.Module):
             q, k, v = y.unflatten(-1, (HEADS, 3 * HEAD_DIM)).chunk(3, -1)
         elif self.by == "unbind":
             q, k, v = y.unflatten(-1, (3, HEADS, HEAD_DIM)).unbind(2)
+        elif self.by == "heads":
+            y = y.view(2, 5, 3 * HEADS, HEAD_DIM)
+            q, k, v = y[..., : -2 * HEADS, :], y[:, :, [*range(-2 * HEADS, -HEADS)]], y[..., 2 * HEADS :, :]
         else:
             y = y.view(2, 5, HEADS, 3, HEAD_DIM).transpose(1, 3)
             q, k, v = (y[:, i].transpose(1, 2) for i in range(3))
         y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Windows(nn.Module):
+    """Hidden units at positions in overlapping windows, which share memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)  # [2, 8, 16]
+        return self.down(hidden.as_strided((2, 3, 4, 16), (8 * 16, 2 * 16, 16, 1)))
 
 
 class Routed(nn.Module):

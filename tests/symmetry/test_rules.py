@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from hf_zipit.errors import SpecError
-from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.proof import TOLERANCE
 from hf_zipit.symmetry.spaces import flipped
 from hf_zipit.symmetry.spec import Symmetry, product_key, products
@@ -37,6 +37,7 @@ from tests.symmetry.by_hand import (
     ResidualStream,
     Routed,
     TwoCuts,
+    Windows,
     rotary_cut_after,
     rotary_cut_before,
     scaled_and_rotated_by_head,
@@ -109,7 +110,7 @@ def test_grouped_queries_move_with_their_keys(kind):
     assert copies.within == inner.within == (groups.name,)  # the dims are the key's, which all copies share
 
 
-@pytest.mark.parametrize("by", ["chunk", "inner chunk", "unbind", "select"])
+@pytest.mark.parametrize("by", ["chunk", "inner chunk", "unbind", "select", "heads"])
 def test_the_pieces_of_fused_projections_are_spaces_of_their_own(by):
     model, spec, inputs = seeded(lambda: Fused(by), (2, 5, 6))
     assert worst_error(model, spec, inputs) <= TOLERANCE
@@ -120,6 +121,12 @@ def test_the_pieces_of_fused_projections_are_spaces_of_their_own(by):
     for heads, inner in (map(spec.spaces.get, product_key(product)) for product in (query, value)):
         assert (heads.symmetry, inner.symmetry, inner.within) == (PERMUTATION, LINEAR, (heads.name,))
     assert spec.axes["out.weight"][1] == flipped(value)
+
+
+def test_windows_that_share_memory_leave_what_they_do_not_slide_over():
+    model, spec, inputs = seeded(Windows, (2, 8, 6))
+    assert spec.spaces["up"].symmetry is LINEAR and not spec.unknown_ops
+    assert worst_error(model, spec, inputs) <= TOLERANCE
 
 
 def test_a_gate_moves_with_what_it_gates_and_not_with_what_stands_beside_them():
@@ -249,6 +256,22 @@ def test_one_tensor_under_two_names_has_one_label():
     assert spec.axes["first.scale"] == spec.axes["second.scale"]
 
 
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_table_that_is_not_saved_stays_as_it_is(saved):
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 16), nn.Linear(16, 4)
+            self.register_buffer("places", torch.randn(5, 16), persistent=saved)
+
+        def forward(self, x):
+            return self.down(self.up(x) + self.places)
+
+    spec = MergeSpec.from_model(Placed(), {"x": torch.randn(2, 5, 6)})
+    (space,) = spaces_of(spec, "down.weight", 1)
+    assert space.symmetry is (LINEAR if saved else FIXED)
+
+
 def test_integers_are_reordered_at_most():
     _, spec, _ = seeded(*WHOLE["learned queries"])
     assert [s.symmetry for s in spaces_of(spec, "rows", 0)] == [Symmetry.PERMUTATION]
@@ -256,8 +279,29 @@ def test_integers_are_reordered_at_most():
 
 def test_a_model_that_cannot_be_traced_is_told_in_one_sentence():
     class Jumpy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(3, 3)
+
         def forward(self, x):
-            return x if x.sum() > 0 else -x
+            return x if self.lin(x).sum() > 0 else -x
 
     with pytest.raises(SpecError, match="Jumpy could not be traced with inputs \\['x'\\]"):
         MergeSpec.from_model(Jumpy(), {"x": torch.ones(2, 3)})
+
+
+def test_where_a_model_asks_its_inputs_the_way_that_they_take_is_traced():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 16), nn.Linear(16, 4)
+
+        def forward(self, x, mask):
+            hidden = self.up(x)
+            return self.down(hidden.relu() if mask.any() else hidden)
+
+    for mask, symmetry in ((torch.ones(2, 1), Symmetry.PERMUTATION), (torch.zeros(2, 1), Symmetry.LINEAR)):
+        inputs = {"x": torch.randn(2, 3), "mask": mask}
+        spec = MergeSpec.from_model(Asking(), inputs)
+        assert spec.spaces["up"].symmetry is symmetry
+        assert prove(Asking(), spec, inputs=inputs) <= TOLERANCE

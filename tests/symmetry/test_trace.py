@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry.trace import select_outputs
 
 STATM = Path("/proc/self/statm")
 
@@ -63,3 +64,10 @@ def test_a_space_is_probed_where_it_is_read():
     (probe,) = spec.probes
     assert (probe.module, probe.where, probe.axis) == ("2", "input", -1)
     assert spec.size(probe.key) == 16
+
+
+def test_all_that_a_detector_answers_counts_but_not_its_hidden_states():
+    out = {name: torch.ones(2) for name in ("logits", "pred_boxes", "last_hidden_state")}
+    assert set(select_outputs(out, None)) == {"logits", "pred_boxes"}
+    del out["logits"]
+    assert set(select_outputs(out, None)) == set(out)

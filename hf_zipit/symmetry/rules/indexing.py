@@ -19,11 +19,13 @@ from hf_zipit.symmetry.ops import (
     PERMUTATION,
     Value,
     input_shape,
+    neighbours,
     op_name,
     rule,
     shape_of,
     without,
 )
+from hf_zipit.symmetry.rules.shapes import cut_out
 
 LOOKED_UP = "rows are looked up by index"
 
@@ -98,6 +100,8 @@ def index(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any]) -> 
         run.atoms.restrict(x.axes[at], PERMUTATION)
         return Value([*x.axes[:at], *numbers.axes, *x.axes[at + 1 :]])
     run.fix_numbers(indices, LOOKED_UP)
+    if len(used) == 1 and (units := neighbours(node.args[1][used[0]])) is not None:  # type: ignore[index]
+        return cut_out(run, node, x, used[0], units.start, units.stop)
     for i in used:
         run.atoms.restrict(x.axes[i], FIXED, LOOKED_UP)
         run.restrict_all(indices[i], FIXED, "it is an index")

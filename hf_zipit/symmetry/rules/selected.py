@@ -2,7 +2,7 @@
 
 Op by op, queries, keys and values would be entries along an axis of three, and have one basis. So a view is followed
 to what is selected from it: where nothing else happens to one of its new axes, what that axis counts are the terms of
-a direct sum.
+a direct sum. A part may be several entries: all heads but the last two, which are the keys and the values (Falcon).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import fx
 
 from hf_zipit.symmetry.atoms import Axis
 from hf_zipit.symmetry.interpreter import Interpreter
-from hf_zipit.symmetry.ops import Match, Value, is_in_place, op_name, pattern, shape_of
+from hf_zipit.symmetry.ops import Match, Value, is_in_place, neighbours, op_name, pattern, shape_of
 
 VIEWS = {"view", "reshape", "_unsafe_view", "unflatten"}
 MOST = 8
-"""An axis of more entries counts heads or positions."""
+"""An axis of more entries counts heads or positions, whose single entries are no parts."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,48 @@ def pick(run: Interpreter, node: fx.Node, x: Value, *, counted: Counted, path: S
     why = "it is split in pieces"
     axes = run.atoms.regroup(x.axes, [*shape[:at], count * prod(inner), *shape[last:]], why)
 
-    def part(number: int) -> Value:
-        (piece,) = run.atoms.take(axes[at], [prod(inner)] * count, [number], why)
-        known: list[Axis | None] = [*axes[:at], None, *run.atoms.regroup([piece], inner, why), *axes[at + 1 :]]
+    def part(entries: range) -> Value:
+        sizes = [n * prod(inner) for n in (entries.start, len(entries), count - entries.stop) if n]
+        (piece,) = run.atoms.take(axes[at], sizes, [1 if entries.start else 0], why)
+        kept, *within = run.atoms.regroup([piece], [len(entries), *inner], why)
+        known: list[Axis | None] = [*axes[:at], None, *within, *axes[at + 1 :]]
         for step in path:
             known = _followed(run, step, known)
-        return Value(axis for axis in known if axis is not None)
+        single = op_name(node) in ("select", "unbind")
+        return Value(kept if axis is None else axis for axis in known if axis is not None or not single)
 
     if op_name(node) == "unbind":
-        return tuple(part(i) for i in range(count))
-    return part(node.args[2] % count)  # type: ignore[operator]
+        return tuple(part(range(i, i + 1)) for i in range(count))
+    return part(_selected(node, _axis_selected(node), count))  # type: ignore[arg-type]
+
+
+def _axis_selected(node: fx.Node) -> int | None:
+    """The axis of its argument that an op selects entries from; None if it may do something else."""
+    name, rank = op_name(node), len(shape_of(node.args[0]))  # type: ignore[arg-type]
+    if name == "index":
+        used = [i for i, index in enumerate(node.args[1]) if index is not None]  # type: ignore[arg-type]
+        return used[0] if len(used) == 1 and neighbours(node.args[1][used[0]]) is not None else None  # type: ignore[index, arg-type]
+    if name in ("select", "unbind", "slice", "narrow"):
+        return (node.args[1] if len(node.args) > 1 else 0) % rank  # type: ignore[operator]
+    return None
+
+
+def _selected(node: fx.Node, axis: int, count: int) -> range | None:
+    """Which of the `count` entries of an axis an op selects, which stand side by side."""
+    if op_name(node) == "unbind":
+        return range(count)
+    if op_name(node) == "select":
+        start, stop = node.args[2], node.args[2] + 1  # type: ignore[operator]
+    elif op_name(node) == "index":
+        units = neighbours(node.args[1][axis])  # type: ignore[index, arg-type]
+        start, stop = units.start, units.stop  # type: ignore[union-attr]
+    else:
+        start, stop, step = [*node.args[2:], *(None, None, None)][:3]
+        if any(isinstance(at, fx.Node) for at in (start, stop, step)) or step not in (None, 1):
+            return None
+        start, stop = start or 0, count if stop is None else stop
+        return range(count)[start : start + stop if op_name(node) == "narrow" else stop]  # type: ignore[operator]
+    return range(start + count, stop + count) if start < 0 else range(start, stop)  # type: ignore[operator]
 
 
 def _followed(run: Interpreter, step: fx.Node, axes: list[Axis | None]) -> list[Axis | None]:
@@ -102,7 +134,7 @@ def _kept_place(at: int, step: fx.Node) -> int:
 
 
 def _counting(view: fx.Node) -> Iterator[Counted]:
-    """The small axes of a view that divide an axis of its source and have others inside."""
+    """The axes of a view that divide an axis of its source and have others inside."""
     source, shape = shape_of(view.args[0]), shape_of(view)  # type: ignore[arg-type]
     start, end, first = 0, 0, 0
     for last in range(1, len(source) + 1):
@@ -112,7 +144,7 @@ def _counting(view: fx.Node) -> Iterator[Counted]:
         if prod(shape[start:end]) != size:
             continue  # some axes of the source become one
         for axis in range(start, end - 1) if last - first == 1 else ():
-            if 1 < shape[axis] <= MOST:
+            if shape[axis] > 1:
                 yield Counted(view, axis, end - axis - 1)
         start, first = end, last
 
@@ -123,10 +155,10 @@ def _ends(node: fx.Node, axis: int, path: tuple[fx.Node, ...]) -> list[tuple[fx.
     for user in node.users:
         if user.op != "call_function" or is_in_place(user):
             return []
-        name, rank = op_name(user), len(shape_of(node))
-        if name in ("select", "unbind"):
-            dim = user.args[1] if len(user.args) > 1 else 0
-            if dim % rank != axis:  # type: ignore[operator]
+        if user.args[0] is node and _axis_selected(user) == axis:
+            count = shape_of(node)[axis]
+            entries = _selected(user, axis, count)
+            if not entries or (count > MOST and op_name(user) in ("select", "unbind")):
                 return []
             found.append((user, path))
             continue

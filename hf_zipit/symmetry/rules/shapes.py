@@ -240,6 +240,35 @@ def folded(run: Interpreter, node: fx.Node, x: Value, *_: Any) -> Value:
     return Value([samples, kept, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
 
 
+@rule("as_strided")
+def strided(run: Interpreter, node: fx.Node, x: Value, size: Sequence[int], stride: Sequence[int], *start: Any) -> Any:
+    """Windows that share memory (Longformer's chunks). Axes at both ends that stay as they are are untouched by it."""
+    shape, source = input_shape(node), node.args[0].meta["val"]  # type: ignore[union-attr]
+    strides, offset = list(source.stride()), source.storage_offset()
+    if start and start[0] not in (None, offset):
+        return run.unknown(node, x)
+    before, after = list(zip(shape, strides, strict=True)), list(zip(size, stride, strict=True))
+    first = next((i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), len(before))
+    most = min(len(before), len(after)) - first
+    last = next((i for i in range(most) if before[-1 - i] != after[-1 - i]), most)
+    middle, windows = before[first : len(before) - last], after[first : len(after) - last]
+    if not _addresses(windows) <= _addresses(middle):
+        return run.unknown(node, x)
+    for axis in x.axes[first : len(x.axes) - last]:
+        run.atoms.restrict(axis, FIXED, "a window slides over it")
+    kept = x.axes[:first], x.axes[len(x.axes) - last :]
+    run.parted([*kept[0], *kept[1]])
+    return Value([*kept[0], *(run.atoms.fresh(n, FIXED, "a window's place") for n, _ in windows), *kept[1]])
+
+
+def _addresses(axes: Sequence[tuple[int, int]]) -> set[int]:
+    """Where in memory the entries of axes with some sizes and strides stand."""
+    found = {0}
+    for size, stride in axes:
+        found = {address + i * stride for address in found for i in range(size)}
+    return found
+
+
 @rule("unfold")
 def unfold(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any) -> Value:
     """Windows of an axis, whose places stand on a new last axis."""
