@@ -23,7 +23,18 @@ from hf_zipit import __version__
 from hf_zipit.files import check_writable, write_json, write_text
 from hf_zipit.report.tables import share
 
-PAIRS = ("chars-roberta", "chars-mixed", "text-llama", "text-gpt2")
+PAIRS = (
+    "chars-roberta",
+    "chars-mixed",
+    "text-llama",
+    "text-gpt2",
+    "seq2seq-t5",
+    "speech",
+    "segmentation",
+    "detection",
+    "many-4",
+    "many-8",
+)
 EXCHANGED = "experts, exchanged"
 ALIGNMENTS = ("average", "permute")
 ROWS = (EXPERTS, EXCHANGED, *ALIGNMENTS, "permute + refit", CEILING)

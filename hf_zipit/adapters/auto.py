@@ -88,10 +88,13 @@ class Adapter:
         return isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(m) for m in module}) == 1
 
     def head(self, model: nn.Module) -> tuple[str, ...]:
-        """Path prefixes of the task head: whatever stands beside the base model."""
+        """Path prefixes of the task head: whatever stands beside the base model, or what puts out words (T5's)."""
         base = getattr(model, "base_model_prefix", "")
-        if not base or not hasattr(model, base) or getattr(model, base) is model or is_base_model(type(model)):
+        if not base or getattr(model, base, None) is model or is_base_model(type(model)):
             return ()
+        if not hasattr(model, base):
+            words = model.get_output_embeddings()
+            return tuple(name for name, module in model.named_children() if module is words)
         named = [*model.named_children(), *model.named_parameters(recurse=False)]
         return tuple(name for name, _ in named if name != base)
 
