@@ -36,7 +36,7 @@ class Seq2SeqT5(Recipe):
     name = "seq2seq-t5"
     about = "T5 (relative positions, encoder and decoder), notations of numbers and of dates"
     model_class = T5ForConditionalGeneration
-    schedule = Schedule(epochs=6, batch_size=64, learning_rate=3e-3, weight_decay=0.01)
+    schedule = Schedule(epochs=2, batch_size=32, learning_rate=1e-3, weight_decay=0.01)
     seeds = {"a": 111, "b": 112}
 
     def train_tokenizer(self) -> PreTrainedTokenizerBase:
