@@ -304,6 +304,16 @@ def test_scenes_show_the_things_in_their_boxes_the_last_in_front() -> None:
     assert (56 * boxes[0]).tolist() == [[24.0, 14.0, 24.0, 20.0], [42.0, 34.0, 28.0, 28.0]]
 
 
+def test_places_of_an_image_are_scored_by_their_own_candidates_where_one_is_asked_for() -> None:
+    labels = torch.tensor([[[0, 1], [IGNORED, 2]]])
+    said = torch.nn.functional.one_hot(torch.tensor([[[0, 1], [1, 1]]]), 3).movedim(-1, 1)
+    metric = Metric("pixel accuracy", classes={"a": ("x", "y", "ground")}, axis=1, joint=False)
+    data = {"x": said, "labels": labels}
+    pair = Pair("toy", {}, {"a": {"test": data}}, metric)
+    assert pair.score(lambda x: {"logits": x}, "a") == pytest.approx(2 / 3)
+    assert pair.joint_score(lambda x: {"logits": x}) is None
+
+
 def test_an_object_is_found_once_and_false_boxes_cost() -> None:
     boxes = torch.tensor(
         [[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5], [0.26, 0.25, 0.5, 0.5], [0.5, 0.5, 0.1, 0.1]]
