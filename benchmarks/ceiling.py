@@ -73,7 +73,7 @@ def distance(pair: Pair, merged: PreTrainedModel, task: str, batch: Tensors) -> 
         wanted, targets = with_inputs(pair.experts[task], pair.experts[task], paths, inputs)
     found, features = with_inputs(merged, merged.branch(task), paths, inputs | {"task": task})
     apart = [(features[path] - targets[path]).square().mean() / targets[path].var() for path in paths]
-    logits, soft = (output[pair.metric.output].log_softmax(-1).flatten(0, -2) for output in (found, wanted))
+    logits, soft = (pair.metric.logits(output).log_softmax(-1).flatten(0, -2) for output in (found, wanted))
     return kl_div(logits, soft, reduction="batchmean", log_target=True) + sum(apart)
 
 

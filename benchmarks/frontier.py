@@ -23,7 +23,18 @@ from hf_zipit import __version__
 from hf_zipit.files import check_writable, write_json, write_text
 from hf_zipit.report.tables import share
 
-PAIRS = ("chars-roberta", "chars-mixed", "text-llama", "text-gpt2")
+PAIRS = (
+    "chars-roberta",
+    "chars-mixed",
+    "text-llama",
+    "text-gpt2",
+    "seq2seq-t5",
+    "speech",
+    "segmentation",
+    "detection",
+    "many-4",
+    "many-8",
+)
 EXCHANGED = "experts, exchanged"
 ALIGNMENTS = ("average", "permute")
 ROWS = (EXPERTS, EXCHANGED, *ALIGNMENTS, "permute + refit", CEILING)
@@ -100,7 +111,7 @@ def progress(row: Row, means: dict[str, float]) -> float | None:
 def document(rows: Sequence[Row], split: str, samples: int, command: str) -> str:
     """The whole page in Markdown."""
     machines = "; or ".join(dict.fromkeys(row.machine for row in rows if row.machine))
-    versions = ", ".join(f"`{digest}`" for digest in dict.fromkeys(row.sources for row in rows if row.sources))
+    versions = versions_of(rows)
     legend = "\n".join(["| row | what it is |", "| --- | --- |", *(f"| {name} | {ABOUT[name]} |" for name in ROWS)])
     parts = [
         f"""# The frontier
@@ -120,9 +131,17 @@ Machine: {machines}. hf_zipit {__version__}, sources {versions}.
     ]
     for pair in dict.fromkeys(row.pair for row in rows):
         own = [row for row in rows if row.pair == pair]
-        parts += [f"## {pair}", f"{RECIPES[pair].about}.", table(own)]
+        about = f"{RECIPES[pair].about}."
+        if versions_of(own) != versions:
+            about += f" Sources {versions_of(own)}."
+        parts += [f"## {pair}", about, table(own)]
         parts += [f"{row.method} failed: {row.error}" for row in own if row.error]
     return "\n\n".join(parts) + "\n"
+
+
+def versions_of(rows: Sequence[Row]) -> str:
+    """The versions of the package's sources that rows were measured with."""
+    return ", ".join(f"`{digest}`" for digest in dict.fromkeys(row.sources for row in rows if row.sources))
 
 
 def main(
@@ -133,6 +152,7 @@ def main(
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples per task.")] = SAMPLES,
     numbers: Annotated[Path | None, typer.Option("--json", help="Where to keep the exact numbers.")] = None,
     reuse: Annotated[list[Path] | None, typer.Option(help="Take rows from such a file; may be repeated.")] = None,
+    reused_only: Annotated[bool, typer.Option("--reused-only", help="Measure nothing; show what is reused.")] = False,
 ) -> None:
     """Measure the hard pairs and their ceilings, and print the tables."""
     for target in filter(None, (out, numbers)):
@@ -142,7 +162,9 @@ def main(
         for method in ROWS:
             depth = None if method in (EXPERTS, EXCHANGED) else 1.0
             asked = {"pair": pair, "method": method, "depth": depth, "split": split.value, "samples": samples}
-            row = reused(known, asked) or measure_apart(measure_row, zoo=str(zoo), **asked)
+            row = reused(known, asked)
+            if row is None and not reused_only:
+                row = measure_apart(measure_row, zoo=str(zoo), **asked)
             if row is None:
                 continue
             rows.append(row)

@@ -10,18 +10,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
-def character_tokenizer(alphabet: Iterable[str], length: int, specials: Mapping[str, str]) -> PreTrainedTokenizerFast:
+def character_tokenizer(
+    alphabet: Iterable[str], length: int, specials: Mapping[str, str], entry: str = "."
+) -> PreTrainedTokenizerFast:
     """A tokenizer that cuts a text into its characters and puts nothing around it.
 
     Args:
         alphabet: the characters in the order of their ids, behind the special tokens.
         length: the number of characters a text is cut to.
         specials: the special tokens by role (`pad_token`, `unk_token`, ...) in the order of their ids.
+        entry: what is one entry, as a regular expression, where that is more than one character.
     """
     names = dict.fromkeys([*specials.values(), *alphabet])
     entries = {name: i for i, name in enumerate(names)}
     tokenizer = Tokenizer(models.WordLevel(entries, unk_token=specials["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(entry), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=length, model_input_names=["input_ids"], **specials

@@ -25,7 +25,7 @@ def export(pair: Pair, root: Path) -> Path:
         found = {}
         for split, rows in splits.items():
             data = Dataset.from_dict({name: tensor.numpy() for name, tensor in rows.items()})
-            if pair.metric.classes is not None:
+            if pair.metric.classes is not None and rows["labels"].ndim == 1:
                 data = data.cast_column("labels", ClassLabel(names=list(pair.metric.classes[task])))
             found[split] = data
         partial = folder.with_name(f".data-{task}.partial")

@@ -2,7 +2,8 @@
 
 A split is a dictionary of tensors with one row per sample, ready for the model, plus `labels`. Every score of the zoo
 is a share of hits: of the positions whose label is not -100, those where the largest entry of one output is the label.
-That covers classification, masked words, and zero-shot classification, where the classes' prompts go with every batch.
+That covers classification, of images or of their places, hidden and following tokens, and zero-shot classification,
+where the classes' prompts go with every batch. Detection counts its hits in its own way (`boxes`).
 """
 
 from __future__ import annotations
@@ -49,11 +50,13 @@ class Metric:
 
     Attributes:
         name: what is measured, for tables.
-        output: the output field whose last axis holds the candidates.
+        output: the output field that holds the candidates.
         classes: the names of every task's candidates, in label order; `None` where the tasks share their candidates (a
             vocabulary), so that a joint score has no meaning.
         prompts: by task, inputs that go with every batch of samples instead of the samples' own (zero-shot prompts).
         perplexity: whether the candidates are tokens that a language model gives probabilities.
+        axis: the candidates' axis in the output field.
+        joint: whether samples can be scored among the classes of all tasks, too.
     """
 
     name: str
@@ -61,15 +64,23 @@ class Metric:
     classes: Mapping[str, tuple[str, ...]] | None = None
     prompts: Mapping[str, Tensors] = field(default_factory=dict)
     perplexity: bool = False
+    axis: int = -1
+    joint: bool = True
 
     @torch.inference_mode()
     def hits(self, forward: Forward, data: Tensors, prompts: Tensors, batch_size: int = 256) -> float:
         """The share of hits of `forward` on a split."""
         hit = count = 0
-        for logits, labels in self.answers(forward, data, prompts, batch_size):
-            hit += int((logits.argmax(-1) == labels).sum())
-            count += len(labels)
+        for output, labels in outputs(forward, data, prompts, batch_size):
+            more, asked = self.tally(output, labels)
+            hit += more
+            count += asked
         return hit / count
+
+    def tally(self, output: Mapping[str, Any], labels: Tensor) -> tuple[int, int]:
+        """The hits of one batch, and out of how many."""
+        logits, asked = self.asked(output, labels)
+        return int((logits.argmax(-1) == asked).sum()), len(asked)
 
     @torch.inference_mode()
     def perplexity_of(self, forward: Forward, data: Tensors, prompts: Tensors, batch_size: int = 256) -> float:
@@ -84,15 +95,34 @@ class Metric:
         self, forward: Forward, data: Tensors, prompts: Tensors, batch_size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What `forward` says where something is asked, `[asked, candidates]`, and the labels, batch by batch."""
-        for batch in batches(data, batch_size):
-            labels = batch.pop("labels")
-            asked = labels != IGNORED
-            yield forward(**{**batch, **prompts})[self.output][asked], labels[asked]
+        return (self.asked(*each) for each in outputs(forward, data, prompts, batch_size))
+
+    def asked(self, output: Mapping[str, Any], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What one output says where something is asked, `[asked, candidates]`, and the labels there."""
+        asked = labels != IGNORED
+        return self.logits(output)[asked], labels[asked]
+
+    def logits(self, output: Mapping[str, Any]) -> Tensor:
+        """What a model says, with the candidates along the last axis."""
+        return output[self.output].movedim(self.axis, -1)
+
+    def targets(self, labels: Tensor) -> Tensor:
+        """A split's labels that are asked for, in a row."""
+        return labels[labels != IGNORED]
 
     def chance(self, data: Tensors) -> float:
         """The share of hits of always giving the split's most frequent label."""
-        labels = data["labels"][data["labels"] != IGNORED]
+        labels = self.targets(data["labels"])
         return float(labels.bincount().max() / labels.numel())
+
+
+def outputs(
+    forward: Forward, data: Tensors, prompts: Tensors, batch_size: int
+) -> Iterator[tuple[Mapping[str, Any], Tensor]]:
+    """What `forward` says to a split, and the labels, batch by batch."""
+    for batch in batches(data, batch_size):
+        labels = batch.pop("labels")
+        yield forward(**{**batch, **prompts}), labels
 
 
 def batches(data: Tensors, batch_size: int) -> Iterator[Tensors]:
@@ -138,9 +168,9 @@ class Pair:
     def joint_score(self, forward: Forward, split: str = "test") -> float | None:
         """The score on the samples of all tasks at once, among the classes of all tasks in order.
 
-        `None` where the tasks share their candidates.
+        `None` where that has no meaning.
         """
-        if self.metric.classes is None:
+        if self.metric.classes is None or not self.metric.joint:
             return None
         merged: list[Tensors] = []
         offset = 0

@@ -7,6 +7,9 @@ from benchmarks.zoo.pairs.chars_roberta import CharsMixed, CharsRoberta
 from benchmarks.zoo.pairs.fashion import FashionResNet, FashionViT
 from benchmarks.zoo.pairs.glosses_mlm import GlossesPreLayerNorm, GlossesRoberta
 from benchmarks.zoo.pairs.many import Many
+from benchmarks.zoo.pairs.scenes import Objects, Segmentation
+from benchmarks.zoo.pairs.seq2seq_t5 import Seq2SeqT5
+from benchmarks.zoo.pairs.speech import Speech
 from benchmarks.zoo.pairs.text_causal import TextGPT2, TextLlama
 from benchmarks.zoo.pairs.wordnet_bert import WordNetBert
 from benchmarks.zoo.recipe import Recipe
@@ -24,6 +27,10 @@ RECIPES: dict[str, Recipe] = {
         CharsMixed(),
         TextLlama(),
         TextGPT2(),
+        Seq2SeqT5(),
+        Speech(),
+        Segmentation(),
+        Objects(),
         *map(Many, (2, 3, 4, 6, 8)),
     )
 }

@@ -6,9 +6,11 @@ else is inferred from the traced forward pass. It works on live modules, never o
 
 from __future__ import annotations
 
+import copy
 import inspect
+import sys
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from hf_zipit.adapters.signature import BATCH, GRIDS, TOKENS, boxes, image_tokens, images, series, sound, videos
 from hf_zipit.registry import ADAPTERS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SOME_WORDS = 90
 """Size of a vocabulary whose configuration gives none."""
@@ -93,12 +98,12 @@ class Adapter:
         return isinstance(module, nn.ModuleList) and len(module) > 0 and len({type(m) for m in module}) == 1
 
     def head(self, model: nn.Module) -> tuple[str, ...]:
-        """Path prefixes of the task head: whatever stands beside the base model."""
+        """Path prefixes of the task head: whatever stands beside the base model, or beside its parts (T5, SigLIP)."""
         base = getattr(model, "base_model_prefix", "")
-        if not base or not hasattr(model, base) or getattr(model, base) is model or is_base_model(type(model)):
+        if not base or getattr(model, base, None) is model or is_base_model(type(model)):
             return ()
-        named = [*model.named_children(), *model.named_parameters(recurse=False)]
-        return tuple(name for name, _ in named if name != base)
+        shared = {base} if hasattr(model, base) else parts_of_base(model)
+        return tuple(name for name in parts(model) if name not in shared)
 
     def outputs(self, model: nn.Module) -> tuple[str, ...] | None:
         """The output fields that count; None for every tensor, but no hidden states where there are logits."""
@@ -133,6 +138,22 @@ def is_base_model(model_class: type[nn.Module]) -> bool:
     """Whether a class is its family's base model. One may call a part of itself by the name of that (DINOv3's)."""
     named = (names if isinstance(names, tuple) else (names,) for names in MODEL_MAPPING_NAMES.values())
     return any(model_class.__name__ in names for names in named)
+
+
+def parts_of_base(model: PreTrainedModel) -> set[str]:
+    """What a family's base model consists of; all that a model consists of where it has none that can be made."""
+    named = MODEL_MAPPING_NAMES.get(model.config.model_type, "")
+    name = named if isinstance(named, str) else named[0]
+    base_class = getattr(sys.modules[type(model).__module__], name, None)
+    if base_class is None:
+        return set(parts(model))
+    with torch.device("meta"):
+        return set(parts(base_class(copy.deepcopy(model.config))))
+
+
+def parts(model: nn.Module) -> list[str]:
+    """Names of the modules and parameters that a model itself holds."""
+    return [name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))]
 
 
 def with_images(text: Mapping[str, Tensor], seen: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

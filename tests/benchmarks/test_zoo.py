@@ -12,27 +12,41 @@ import torch
 from transformers import PreTrainedTokenizerBase, ResNetConfig
 
 from benchmarks.zoo import RECIPES, Metric, Pair, load, store
+from benchmarks.zoo.boxes import Detection, overlap
 from benchmarks.zoo.characters import encode_fixed
 from benchmarks.zoo.masking import shown
 from benchmarks.zoo.pair import IGNORED, Splits, trim
-from benchmarks.zoo.pairs import captions_clip, chars_roberta, fashion, glosses_mlm, many, text_causal
+from benchmarks.zoo.pairs import (
+    captions_clip,
+    chars_roberta,
+    fashion,
+    glosses_mlm,
+    many,
+    scenes,
+    seq2seq_t5,
+    speech,
+    text_causal,
+)
 from benchmarks.zoo.recipe import Recipe, Schedule, split_indices
 from benchmarks.zoo.sources import (
+    calls,
     ciphers,
     digits,
     drawings,
     fashion_mnist,
     gcide,
     inflections,
+    notations,
     numerals,
     timetable,
     wordnet,
 )
+from benchmarks.zoo.sources import scenes as scenes_source
 from benchmarks.zoo.training import fit
 from benchmarks.zoo.wordpiece import encode
 
 SHARED = Path(__file__).parents[3] / "shared" / "experts"
-TEXTS = [name for name in RECIPES if name.startswith(("wordnet", "glosses", "chars", "text"))]
+TEXTS = [name for name in RECIPES if name.startswith(("wordnet", "glosses", "chars", "text", "seq2seq"))]
 SMALL = {"train": 60, "validation": 40, "test": 40}
 
 
@@ -61,6 +75,8 @@ def little_data() -> Iterator[None]:
         patch.setattr(chars_roberta, "SAMPLES", SMALL)
         patch.setattr(many, "COUNTS", {**SMALL, "train": 200, "validation": 200, "test": 200})
         patch.setattr(text_causal, "WINDOWS", SMALL)
+        for pair in (scenes, seq2seq_t5, speech):
+            patch.setattr(pair, "SAMPLES", SMALL)
         patch.setattr(text_causal, "ENTRIES", 500)
         yield
 
@@ -68,6 +84,7 @@ def little_data() -> Iterator[None]:
 def _pairs(names: Iterable[str]) -> pytest.MarkDecorator:
     marks = {name: needs_wordnet if name in TEXTS else needs_fashion for name in RECIPES}
     marks |= {name: needs_gcide for name in RECIPES if name.startswith("text")}
+    marks |= dict.fromkeys(("seq2seq-t5", "speech"), ())
     return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in names])
 
 
@@ -92,7 +109,8 @@ def _first(data: dict, count: int) -> dict:
 
 def _texts(data: dict) -> set[tuple[int, ...]]:
     """The texts of a split, with the words that a mask hides."""
-    ids = shown(data) if data["labels"].ndim == 2 else data["input_ids"]
+    masked = data["labels"].shape == data["input_ids"].shape
+    ids = shown(data) if masked else data["input_ids"]
     return {tuple(row) for row in ids.tolist()}
 
 
@@ -105,12 +123,12 @@ def test_splits_have_rows_labels_and_all_tasks(name: str) -> None:
         assert list(parts) == ["train", "validation", "test"]
         for data in parts.values():
             assert len({len(tensor) for tensor in data.values()}) == 1
-            labels = data["labels"][data["labels"] != IGNORED]
-            candidates = len(tokenizer) if metric.classes is None else len(metric.classes[task])
+            labels = metric.targets(data["labels"])
+            candidates = len(tokenizer or calls.DIGITS) if metric.classes is None else len(metric.classes[task])
             assert labels.min() >= 0 and labels.max() < candidates
             if metric.classes is not None:
                 assert len(labels.unique()) == candidates
-            assert metric.chance(data) < 0.35
+            assert metric.chance(data) < 0.45
 
 
 @every_data
@@ -273,6 +291,76 @@ def test_turned_images_turn_back() -> None:
     pixels, labels = many.turned_fashion("train", torch.Generator().manual_seed(0))
     back = torch.stack([image.rot90(-turn) for image, turn in zip(pixels, labels.tolist(), strict=True)])
     assert torch.equal(back, many.fashion("train")[0][-len(pixels) :])
+
+
+def test_scenes_show_the_things_in_their_boxes_the_last_in_front() -> None:
+    things = torch.zeros(1, 2, 28, 28, dtype=torch.uint8)
+    things[0, 0, 4:24, 2:26], things[0, 1] = 100, 200
+    places = torch.tensor([[[0, 10], [20, 28]]])
+    drawn, owners, boxes = scenes_source.composed(things, places, torch.Generator().manual_seed(0))
+    assert (owners[0, 4:20, 12:36] == 0).all() and (owners[0, 20:48, 28:56] == 1).all()
+    assert (owners == 0).sum() == 20 * 24 - 4 * 8 and (owners == -1).sum() == 56**2 - 28**2 - (20 * 24 - 4 * 8)
+    assert (drawn[owners == 1] >= 200).all() and drawn[owners == -1].float().mean() < 100
+    assert (56 * boxes[0]).tolist() == [[24.0, 14.0, 24.0, 20.0], [42.0, 34.0, 28.0, 28.0]]
+
+
+def test_places_of_an_image_are_scored_by_their_own_candidates_where_one_is_asked_for() -> None:
+    labels = torch.tensor([[[0, 1], [IGNORED, 2]]])
+    said = torch.nn.functional.one_hot(torch.tensor([[[0, 1], [1, 1]]]), 3).movedim(-1, 1)
+    metric = Metric("pixel accuracy", classes={"a": ("x", "y", "ground")}, axis=1, joint=False)
+    data = {"x": said, "labels": labels}
+    pair = Pair("toy", {}, {"a": {"test": data}}, metric)
+    assert pair.score(lambda x: {"logits": x}, "a") == pytest.approx(2 / 3)
+    assert pair.joint_score(lambda x: {"logits": x}) is None
+
+
+def test_an_object_is_found_once_and_false_boxes_cost() -> None:
+    boxes = torch.tensor(
+        [[0.25, 0.25, 0.5, 0.5], [0.75, 0.75, 0.5, 0.5], [0.26, 0.25, 0.5, 0.5], [0.5, 0.5, 0.1, 0.1]]
+    )
+    assert overlap(boxes[:1], boxes)[0].tolist() == pytest.approx([1.0, 0.0, 0.49 / 0.51, 0.0025 / 0.2575])
+    labels = torch.full((1, 3, 5), float(IGNORED))
+    labels[0, :2] = torch.cat([torch.tensor([[0.0], [1.0]]), boxes[:2]], 1)
+
+    def found(*said: int) -> tuple[int, int]:
+        logits = torch.nn.functional.one_hot(torch.tensor([said]), 3).float()  # the last: nothing
+        return Detection("found objects").tally({"logits": logits, "pred_boxes": boxes[None]}, labels)
+
+    assert found(0, 1, 2, 2) == (2, 2)
+    assert found(0, 1, 0, 2) == (2, 3)  # a second box for the first object
+    assert found(0, 0, 2, 1) == (1, 4)  # a wrong class, and a box where there is nothing
+    assert found(2, 2, 2, 2) == (0, 2)
+
+
+def test_notations_say_the_same() -> None:
+    assert notations.number(3949) == {
+        "digits": "3949", "words": "three thousand nine hundred forty nine", "roman": "MMMCMXLIX"
+    }  # fmt: skip
+    assert notations.day(546) == {
+        "iso": "1991-07-01", "long": "july 1 1991", "short": "01.07.91", "mixed": "1.VII.1991"
+    }  # fmt: skip
+    recipe, tokenizer, splits = _data("seq2seq-t5")
+    for parts in splits.values():
+        for data in parts.values():
+            assert tokenizer.unk_token_id not in data["input_ids"] and tokenizer.unk_token_id not in data["labels"]
+            told, asked = data["decoder_input_ids"], data["labels"]
+            assert torch.equal(told[:, 1:][asked[:, 1:] != IGNORED], asked[:, :-1][asked[:, 1:] != IGNORED])
+            assert (told[:, 0] == tokenizer.pad_token_id).all() and (asked == tokenizer.eos_token_id).sum() == len(
+                told
+            )
+
+
+def test_a_frame_is_asked_for_the_digit_that_sounds_at_its_middle() -> None:
+    heard, said = calls.calls("tones", 20, torch.Generator().manual_seed(0))
+    assert (said[:, 0] == IGNORED).all() and said[said != IGNORED].unique().tolist() == list(range(10))
+    kept = torch.diff(said, dim=1) == 0
+    assert (~kept).sum(1).max() < calls.SOUNDS  # one piece a sound
+    recipe, _, splits = _data("speech")
+    labels = splits["a"]["train"]["labels"]
+    assert labels.shape[1] == len(speech.middles(calls.LENGTH)) == 99
+    with torch.no_grad():
+        logits = recipe.untrained("a", None)(heard[:1]).logits
+    assert logits.shape[1:] == (labels.shape[1], len(calls.DIGITS))
 
 
 @needs_fashion

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
+from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.errors import RecipeError, SpecError
 from hf_zipit.planning.cut import blocks_in_trunk, cut_model, tower_lengths
@@ -286,6 +288,20 @@ def test_a_table_that_the_head_reads_as_well_is_the_trunks_and_every_heads_own()
     trunk = cut_model(model, spec, 1).trunk
     assert trunk >= set(names)
     assert "lm_head.weight" not in trunk
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("T5ForConditionalGeneration", ("lm_head",)),
+        ("T5EncoderModel", ()),
+        ("SiglipForImageClassification", ("classifier",)),
+        ("WhisperForAudioClassification", ("projector", "classifier")),
+    ],
+)
+def test_a_class_that_holds_its_base_models_parts_side_by_side_has_a_head(name, head):
+    model = smallest_model(getattr(transformers, name))
+    assert adapter_for(model).head(model) == head
 
 
 def test_shared_layers_of_albert_are_one_block():

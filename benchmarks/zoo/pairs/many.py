@@ -83,7 +83,7 @@ class Many(Recipe):
 
     model_class = ViTForImageClassification
     folder = "many"
-    schedule = Schedule(epochs=2, batch_size=64, learning_rate=1e-3, weight_decay=0.05)
+    schedule = Schedule(epochs=4, batch_size=32, learning_rate=1e-3, weight_decay=0.05)
 
     def __init__(self, count: int) -> None:
         self.name = f"many-{count}"
