@@ -54,7 +54,7 @@ EVERY = 16
 """After so many steps the samples that are held out are looked at."""
 
 RIGHT = 0.003
-"""Answers that are off by less than this share of what a constant one is off by are right."""
+"""AnswerErrors that are off by less than this share of what a constant one is off by are right."""
 
 BETWEEN_SAMPLES = "logits_per_"
 """How the classes of `transformers` name similarities of samples to each other, which are no sample's answer."""
@@ -162,7 +162,7 @@ def refine_answers(fit: Fit, ending: Ending, readouts: Readouts) -> FittedAnswer
     Returns:
         The maps out of the trunk that go with them; None where there are no better ones.
     """
-    answers = Answers(fit, ending)
+    answers = AnswerErrors(fit, ending)
     layer = LastLayer(fit, ending, readouts)
     steps, step = fit.config.answer_steps, 0
     first = best = answers.held_out(layer)
@@ -339,7 +339,7 @@ class Size:
     spread: float
 
 
-class Answers:
+class AnswerErrors:
     """What the experts answer to samples of their own tasks, and how far a last layer is from that."""
 
     def __init__(self, fit: Fit, ending: Ending) -> None:

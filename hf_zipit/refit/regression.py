@@ -165,6 +165,10 @@ class Gram:
         return SecondMoments(*map(all_reduce, found.sums), start=start)
 
 
+ROUNDING = 1e-12
+"""Inputs that vary by less than this share of their energy do so by float32's rounding, and explain nothing."""
+
+
 @torch.no_grad()
 def ridge(moments: SecondMoments, prior: Tensor, strength: float, intercept: bool = True) -> tuple[Tensor, Tensor]:
     """The slope `[k, d]` and the intercept `[k]` (zeros where there is none), float64.
@@ -180,7 +184,8 @@ def ridge(moments: SecondMoments, prior: Tensor, strength: float, intercept: boo
     left, cross = moments.xx, moments.xy
     if intercept:
         left, cross = (torch.addr(of, moments.x, mean, alpha=-1) for of, mean in ((left, mean_x), (cross, mean_y)))
-    penalty = strength * left.diagonal().mean().clamp_min(1e-12)
+    least = ROUNDING * moments.xx.diagonal().mean()
+    penalty = torch.maximum(strength * left.diagonal().mean(), least).clamp_min(strength * 1e-12)
     left = torch.diagonal_scatter(left, left.diagonal() + penalty)
     start = torch.zeros_like(cross.T) if moments.start is None else moments.start.double()
     right = cross + penalty * (prior.to(start) - start).T
@@ -244,6 +249,6 @@ def scale_and_shift(
         x, y = torch.zeros_like(x), torch.zeros_like(y)
     variance = (xx / n - (x / n).square()).clamp_min(0)
     covariance = xy / n - x * y / n.square()
-    penalty = strength * variance.mean().clamp_min(1e-12)
+    penalty = torch.maximum(strength * variance.mean(), ROUNDING * (xx / n).mean()).clamp_min(strength * 1e-12)
     scale = (covariance + penalty * prior.to(variance)) / (variance + penalty)
     return scale, y / n - scale * x / n

@@ -8,7 +8,8 @@ model (`values.py`). At a module with weights
 - weights are solved by ridge regression (`regression.py`, `solvers.py`) towards the combined weights, and the walk
   goes on with them. Attention is solved as a whole (`attention_solver.py`).
 
-Where a branch leaves the trunk, the maps to the experts' own units are solved as well (`readouts.py`).
+Where a branch leaves the trunk, the maps to the experts' own units are solved as well (`solvers.py`). At last these
+maps and the last layer are fitted to what the experts answer (`answer_refinement.py`).
 
 Ours; relatives are PLeaS (arXiv 2407.02447) and RegMean++. Invariant: experts that compute the same (a model and
 its permuted copy) are a fixed point.
@@ -243,7 +244,8 @@ class Walk:
         """The nodes whose values of the experts are targets, or regressed on the merged model's."""
         single = [site for site in self.sites.values() if site.node not in self.in_attention]
         inputs = [own.site.node.args[0] for layer in self.attention.values() for own in layer.inputs]
-        targets = [site.stream or site.output for site in single]
+        shared = [site for places in self.shared for site in places]
+        targets = [site.stream or site.output for site in (*single, *shared)]
         return {
             *targets,
             *inputs,

@@ -10,7 +10,9 @@ from torch import fx, nn
 
 from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.config import RefitConfig
+from hf_zipit.planning.cut import tower_lengths
 from hf_zipit.planning.plan import Plan
+from hf_zipit.refit.answer_refinement import AT_ONCE, EVERY
 from hf_zipit.refit.mlp_solver import ROWS
 from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import NEARLY_ALL
@@ -146,6 +148,8 @@ def refit_work(planned: Plan, found: ForwardWork, samples: int) -> Work:
             work += choice(layers, total, experts, config.rows_per_input)
             work += refinement(layers, total, config.rows_per_input, config.unit_steps)
     work += Work(single=total * found.attention * experts)  # every expert's values under the merged weights
+    if list(planned.cut.blocks) == tower_lengths(planned.spec):
+        work += answers(found, total, config.answer_steps)
     return work + (_bases(planned, found, total) if config.stream_bases else Work())
 
 
@@ -180,6 +184,19 @@ def refinement(layers: tuple[WorkLayer, ...], samples: int, per_input: float, st
     limit = min(per_input, EQUATIONS) if per_input else EQUATIONS
     rows = enter(samples * reader.rows, min(reader.inputs * len(layers), ENOUGH // EQUATIONS), limit)
     return Work(single=3 * steps * rows * sum(2 * layer.inputs * layer.outputs for layer in layers))
+
+
+def answers(found: ForwardWork, samples: int, steps: int) -> Work:
+    """At most: steps forwards and backwards through the last MLP and the heads, and looks at what is held out."""
+    if not steps:
+        return Work()
+    last = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in (found.mlps or [()])[-1])
+    trunk = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in found.layers)
+    heads = max(found.forward - found.attention - trunk, 0.0)
+    looks = 1 + steps / EVERY
+    return Work(
+        single=steps * AT_ONCE * (3 * last + 4 * heads) + samples * ((1 + looks) * last + (1 + 2 * looks) * heads)
+    )
 
 
 def _bases(planned: Plan, found: ForwardWork, total: int) -> Work:

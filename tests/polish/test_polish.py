@@ -190,9 +190,9 @@ def test_the_card_calls_it_training(tmp_path: Path) -> None:
     merged(polish=FEW).save_pretrained(tmp_path / "trained")
     merged().save_pretrained(tmp_path / "merged")
     card, other = ((tmp_path / name / "README.md").read_text() for name in ("trained", "merged"))
-    assert "## Training" in card and "without training" not in card and "6 steps of AdamW" in card
+    assert "## Training" in card and "Nothing was trained" not in card and "6 steps of AdamW" in card
     assert "answers of the expert, b | 1.000 | 1.000 |" in card
-    assert "## Training" not in other and "without training" in other
+    assert "## Training" not in other and "Nothing was trained" in other
     recipe = yaml.safe_load((tmp_path / "trained" / "recipe.yaml").read_text())
     assert recipe["polish"]["steps"] == 6
     assert Recipe.from_dict(recipe).config("permute", 1.0).polish == PolishConfig(**FEW)
