@@ -166,6 +166,9 @@ def refine_answers(fit: Fit, ending: Ending, readouts: Readouts) -> FittedAnswer
     layer = LastLayer(fit, ending, readouts)
     steps, step = fit.config.answer_steps, 0
     first = best = answers.held_out(layer)
+    if not float(first.mean()) > RIGHT:
+        return None
+    layer.whiten()
     shorter, optimizer, found = 1.0, None, None
     while step < steps and float(best.mean()) > RIGHT and shorter > SHORTEST:
         if optimizer is None:
@@ -202,41 +205,49 @@ class LastLayer:
 
     def __init__(self, fit: Fit, ending: Ending, readouts: Readouts) -> None:
         self.fit, self.ending = fit, ending
-        self.white = self._whitenings(readouts)
-        self.own: dict[str, Tensor] = {}
+        values = fit.values
+        names = [name for site in ending.sites for name in (site.weight, site.bias) if name]
+        self.own = {name: values.merged[name].float().clone() for name in names}
+        self.readouts = {
+            entry: [tuple(x.to(values.device, torch.float32) for x in own) for own in maps]
+            for entry, maps in readouts.items()
+        }
+        self.white: dict[fx.Node | ReadPoint, tuple[Tensor, Tensor]] = {}
         self.turned: dict[str, tuple[Tensor, bool]] = {}
-        self.readouts: dict[ReadPoint, list[tuple[Tensor, Tensor]]] = {}
-        self.typical: list[float] = []
-        for site in ending.sites:
-            for name in filter(None, (site.weight, site.bias)):
-                if name not in self.own:
-                    self.own[name] = self._parameter(site, name)
-                    self.typical.append(_typical(self.own[site.weight]))
-        for entry, maps in readouts.items():
-            back = self.white[entry][1]
-            self.readouts[entry] = [(weight.to(back) @ back, bias.to(back).clone()) for weight, bias in maps]
-            self.typical += [_typical(weight) for weight, _ in self.readouts[entry] for _ in range(2)]
-        self.parameters = [*self.own.values(), *(x for maps in self.readouts.values() for own in maps for x in own)]
+
+    def whiten(self) -> None:
+        """Have parameters, in coordinates in which the inputs of linear maps are white; the function stays."""
+        self.white = self._whitenings()
+        for site in self.ending.sites:
+            if site.kind == "linear" and site.weight not in self.turned:
+                there, back = self.white[site.node.args[0]]  # type: ignore[index]
+                weight = self.own[site.weight]
+                self.own[site.weight] = (weight.mT if site.turned else weight) @ back
+                self.turned[site.weight] = there, site.turned
+        self.readouts = {
+            entry: [(weight @ self.white[entry][1], bias.clone()) for weight, bias in maps]
+            for entry, maps in self.readouts.items()
+        }
+        typical = {
+            name: _typical(self.own[site.weight]) for site in self.ending.sites for name in (site.weight, site.bias)
+        }
+        self.parameters = list(self.own.values())
+        self.typical = [typical[name] for name in self.own]
+        for pair in (pair for maps in self.readouts.values() for pair in maps):
+            self.parameters += pair
+            self.typical += [_typical(pair[0])] * 2
         for parameter in self.parameters:
             parameter.requires_grad_()
         self.keep()
         self.start = self.kept
 
-    def _parameter(self, site: RefitSite, name: str) -> Tensor:
-        tensor = self.fit.values.merged[name].float().clone()
-        if site.kind != "linear" or name != site.weight:
-            return tensor
-        there, back = self.white[site.node.args[0]]  # type: ignore[index]
-        self.turned[name] = there, site.turned
-        return (tensor.mT if site.turned else tensor) @ back
-
     @torch.no_grad()
-    def _whitenings(self, readouts: Readouts) -> dict[fx.Node | ReadPoint, tuple[Tensor, Tensor]]:
+    def _whitenings(self) -> dict[fx.Node | ReadPoint, tuple[Tensor, Tensor]]:
         """By linear map's input, and by entry, what makes it white, of one variance, and back again."""
         values = self.fit.values
         linear = {site.node.args[0] for site in self.ending.sites if site.kind == "linear"}
         places: list[tuple[fx.Node | ReadPoint, fx.Node, int]] = [(node, node, -1) for node in linear]  # type: ignore[misc]
-        places += [(entry, self.ending.readouts[entry], entry.axis) for entry in readouts]
+        places += [(entry, self.ending.readouts[entry], entry.axis) for entry in self.readouts]
         found: dict[fx.Node | ReadPoint, list[tuple[Tensor, Tensor]]] = {}
         for b in range(len(values.batches)):
             known = self._trunk(b, values.merged)
@@ -289,7 +300,7 @@ class LastLayer:
             weight = tensors[name] @ there
             tensors[name] = weight.mT if turned else weight
         maps = {
-            entry: [(weight @ self.white[entry][0], bias) for weight, bias in own]
+            entry: [(weight @ self.white[entry][0] if self.white else weight, bias) for weight, bias in own]
             for entry, own in self.readouts.items()
         }
         return tensors, maps
