@@ -53,6 +53,9 @@ SHORTEST = 0.05
 EVERY = 16
 """After so many steps the samples that are held out are looked at."""
 
+PASSES = 4
+"""So often, at most, steps go through all samples, if that is more than `EVERY` steps: they are as dear as heads."""
+
 RIGHT = 0.003
 """AnswerErrors that are off by less than this share of what a constant one is off by are right."""
 
@@ -164,7 +167,7 @@ def refine_answers(fit: Fit, ending: Ending, readouts: Readouts) -> FittedAnswer
     """
     answers = AnswerErrors(fit, ending)
     layer = LastLayer(fit, ending, readouts)
-    steps, step = fit.config.answer_steps, 0
+    steps, step = min(fit.config.answer_steps, max(EVERY, PASSES * len(answers.windows))), 0
     first = best = answers.held_out(layer)
     if not float(first.mean()) > RIGHT:
         return None

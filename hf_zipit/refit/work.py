@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from torch import fx, nn
 
@@ -12,7 +12,7 @@ from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.planning.cut import tower_lengths
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit.answer_refinement import AT_ONCE, EVERY
+from hf_zipit.refit.answer_refinement import AT_ONCE, EVERY, PASSES
 from hf_zipit.refit.mlp_solver import ROWS
 from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import NEARLY_ALL
@@ -190,6 +190,7 @@ def answers(found: ForwardWork, samples: int, steps: int) -> Work:
     """At most: steps forwards and backwards through the last MLP and the heads, and looks at what is held out."""
     if not steps:
         return Work()
+    steps = min(steps, max(EVERY, PASSES * ceil(samples / AT_ONCE)))
     last = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in (found.mlps or [()])[-1])
     trunk = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in found.layers)
     heads = max(found.forward - found.attention - trunk, 0.0)
