@@ -199,8 +199,8 @@ def merge(
         if planned.matched is not planned or not planned.config.corrections:  # moments of the bases are no expert's
             found = None  # their memory is needed
         read = statistics_for(planned, calibration, statistics)
-        share_rows(planned, maps)
         if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
+            share_rows(planned, maps)
             return write_merged(planned, maps, output_dir, processor=reading.get("processor"))
 
         def combine(maps: Alignment) -> dict[str, Tensor]:
