@@ -57,7 +57,7 @@ PASSES = 4
 """So often, at most, steps go through all samples, if that is more than `EVERY` steps: they are as dear as heads."""
 
 RIGHT = 0.003
-"""AnswerErrors that are off by less than this share of what a constant one is off by are right."""
+"""Answers that are off by less than this share of what a constant one is off by are right."""
 
 BETWEEN_SAMPLES = "logits_per_"
 """How the classes of `transformers` name similarities of samples to each other, which are no sample's answer."""
@@ -102,7 +102,7 @@ def find_ending(
 
     Of the MLPs those are last behind which norms and nothing else with weights of the trunk come.
     """
-    behind = _behind(program, set(readouts.values()))
+    behind = program.behind(readouts.values())
     fields = {name: node for name, node in program.outputs.items() if not name.startswith(BETWEEN_SAMPLES)}
     made = {name: node for name, node in fields.items() if node in behind}
     made = {name: node for name, node in made.items() if node.meta["val"].is_floating_point()}
@@ -116,7 +116,7 @@ def find_ending(
     nodes = set[fx.Node]()
     for mlp in mlps:
         own = {site.node for site in mlp.writers}
-        found = (own | _behind(program, own)) & reached
+        found = (own | program.behind(own)) & reached
         others = {sites[node].kind for node in found & sites.keys() - own - {mlp.reader.node}}
         if others <= {"norm", "gain"} and found.isdisjoint(behind):
             nodes |= found
@@ -128,15 +128,6 @@ def find_ending(
         tuple(node for node in program.nodes if node in needed and (node in behind or program.position[node] > end)),
         answers,
     )
-
-
-def _behind(program: Program, start: Collection[fx.Node]) -> set[fx.Node]:
-    """What depends on some nodes."""
-    reached = set(start)
-    for node in program.nodes:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return reached.difference(start)
 
 
 def _before(end: Collection[fx.Node]) -> set[fx.Node]:

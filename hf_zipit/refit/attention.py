@@ -125,10 +125,7 @@ def find_attention(
     program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, alignment: Alignment
 ) -> Iterator[Attention]:
     """The attention layers that can be solved as a whole."""
-    made = set(sites)  # and what depends on them
-    for node in program.nodes:
-        if not made.isdisjoint(node.all_input_nodes):
-            made.add(node)
+    made = program.behind(sites).union(sites)
     for node in program.nodes:
         name = op_name(node) if node.op == "call_function" else ""
         find = _attention if name == "scaled_dot_product_attention" else _weighing if name in WEIGHING else None

@@ -69,11 +69,8 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
 
 def _between(program: Program, first: Sequence[fx.Node], last: fx.Node) -> tuple[fx.Node, ...]:
     """The ops that depend on the first ones and that come before the last."""
-    reached = set(first)
-    for node in program.nodes[: program.position[last]]:
-        if not reached.isdisjoint(node.all_input_nodes):
-            reached.add(node)
-    return tuple(node for node in program.nodes[: program.position[last]] if node in reached.difference(first))
+    reached = program.behind(first)
+    return tuple(node for node in program.nodes[: program.position[last]] if node in reached)
 
 
 def _takes_apart(node: fx.Node, fused: Mapping[fx.Node, int]) -> bool:

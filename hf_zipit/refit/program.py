@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -273,6 +273,15 @@ class Program:
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
         found = out_of_place(node.target)(*arguments, **keywords)
         return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
+
+    def behind(self, start: Iterable[fx.Node]) -> set[fx.Node]:
+        """The ops that depend on some nodes, without these."""
+        first = set(start)
+        reached = set(first)
+        for node in self.nodes:
+            if not reached.isdisjoint(node.all_input_nodes):
+                reached.add(node)
+        return reached - first
 
     def made_of_weights(self, node: fx.Node) -> list[fx.Node]:
         """The ops before a node that no input has a part in: they make its weights, in the order they run."""

@@ -123,12 +123,12 @@ class Walk:
         self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.sites}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
-        self.mlps = {mlp.at: mlp for mlp in find_mlps(self.program, self.sites, spec) if config.choose_units}
+        mlps = list(find_mlps(self.program, self.sites, spec))
+        self.mlps = {mlp.at: mlp for mlp in mlps if config.choose_units}
         self.in_mlp = {site.node for mlp in self.mlps.values() for site in mlp.writers}
         self.chosen: set[fx.Node] = set()
         self.ending = None
         if config.answer_steps and list(cut.blocks) == tower_lengths(spec):  # branches are heads, and cheap
-            mlps = list(find_mlps(self.program, self.sites, spec))
             self.ending = find_ending(self.program, self.sites, mlps, self.readouts, model)
         self.read_at_the_end = set() if self.ending is None else self.ending.read
         self.splits: dict[Attention, SplitHeads] = {}
