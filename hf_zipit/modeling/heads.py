@@ -226,6 +226,14 @@ class ZipItForMaskedLM(ZipItForText):
     auto_class = "AutoModelForMaskedLM"
 
 
+def one_or_all(merged: ZipItPreTrainedModel, task: Task) -> str | None:
+    """The task that is generated for, or None for all; raises ZipItError for several tasks in one batch."""
+    chosen = merged.choose(task)
+    if isinstance(chosen, list):
+        raise ZipItError("A batch of several tasks cannot be generated; generate for one task at a time.")
+    return chosen
+
+
 class ZipItForCausalLM(ZipItForText, GenerationMixin):
     """Merged causal language models of one vocabulary; joint logits are a vote, `[batch, tokens, vocabulary]`.
 
@@ -256,9 +264,7 @@ class ZipItForCausalLM(ZipItForText, GenerationMixin):
 
         Raises ZipItError for an unknown task, or several tasks in one batch.
         """
-        chosen = self.choose(task)
-        if isinstance(chosen, list):
-            raise ZipItError("A batch of several tasks cannot be generated; generate for one task at a time.")
+        chosen = one_or_all(self, task)
         if chosen is None:
             kwargs["use_cache"] = False
         elif kwargs.get("use_cache", True) and not {"past_key_values", "cache_implementation"} & kwargs.keys():
@@ -369,9 +375,7 @@ class ZipItForConditionalGeneration(ZipItModel):
 
         Raises ZipItError for an unknown task, or several tasks in one batch.
         """
-        chosen = self.choose(task)
-        if isinstance(chosen, list):
-            raise ZipItError("A batch of several tasks cannot be generated; generate for one task at a time.")
+        chosen = one_or_all(self, task)
         branch: Any = self.branch(self.config.tasks[0] if chosen is None else chosen)
         given = {**kwargs, **({} if inputs is None else {branch.main_input_name: inputs})}
         if chosen is None:
