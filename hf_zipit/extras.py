@@ -8,6 +8,8 @@ from hf_zipit.errors import ZipItError
 
 EXTRAS = {
     "sklearn": ("scikit-learn", "eval", "the data set sklearn-digits and the metric f1"),
+    "jiwer": ("jiwer", "eval", "the metrics wer and cer"),
+    "pycocotools": ("pycocotools", "eval", "the metric mean_average_precision"),
     "matplotlib": ("matplotlib", "plots", "pictures"),
     "PIL": ("pillow", "vision", "images"),
     "peft": ("peft", "peft", "experts that are LoRA adapters"),

@@ -18,7 +18,7 @@ from hf_zipit.evaluation.side_by_side import SideBySide
 from hf_zipit.experts.loading import Expert, load_expert
 from hf_zipit.experts.vocabulary import one_vocabulary
 from hf_zipit.hub.processors import OwnProcessor
-from hf_zipit.modeling import ZipItForCausalLM, ZipItModel, ZipItPreTrainedModel
+from hf_zipit.modeling import ZipItForCausalLM, ZipItModel, ZipItPreTrainedModel, ZipItWriter
 from hf_zipit.modeling.empty_model import source_class
 
 
@@ -40,6 +40,7 @@ class Subject:
         offsets: for every task the joint id of its class 0.
         classes: how many classes a task has; None where labels are a vocabulary without names, or there are none.
         inputs: what a task's model reads.
+        kind: the merged class of such models.
         answers: whether it answers with a class or token, so that there is an accuracy.
         causal: whether an answer is for the next position.
         joins: whether all tasks can be asked with one input; experts with tokenizers of their own cannot.
@@ -49,6 +50,7 @@ class Subject:
     offsets: Mapping[str, int]
     classes: Mapping[str, int | None]
     inputs: Mapping[str, ModelInputs]
+    kind: type[ZipItPreTrainedModel]
     answers: bool
     causal: bool = False
     joins: bool = True
@@ -71,8 +73,9 @@ class Subject:
             experts = dict(zip(whole.tasks, whole.experts, strict=True))
             inputs = {task: ModelInputs.of(expert) for task, expert in experts.items()}
             return cls(
-                whole, whole.offsets(), classes, inputs, not whole.contrastive, whole.causal, one_vocabulary(experts)
-            )
+                whole, whole.offsets(), classes, inputs, whole.kind, not whole.plain, whole.causal,
+                one_vocabulary(experts),
+            )  # fmt: skip
         if not isinstance(whole, ZipItPreTrainedModel):
             raise DataError(
                 f"{type(whole).__name__} is not a merged model; pass one, or a mapping of task names to experts."
@@ -80,11 +83,17 @@ class Subject:
         whole = whole.for_task(None)
         source = source_class(whole.config.source_architecture)
         inputs = ModelInputs.of_class(source, whole.config.source_config, source.main_input_name)
-        classes = {task: len(whole.config.labels_of(task)) or None for task in whole.config.tasks}
+        answers = not isinstance(whole, ZipItModel)
+        classes = {task: answers and len(whole.config.labels_of(task)) or None for task in whole.config.tasks}
         return cls(
-            whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs),
-            not isinstance(whole, ZipItModel), isinstance(whole, ZipItForCausalLM),
+            whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs), type(whole), answers,
+            isinstance(whole, ZipItForCausalLM),
         )  # fmt: skip
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there have to be labels in what it reads."""
+        return self.answers or issubclass(self.kind, ZipItWriter)
 
     def processor(self, task: str) -> OwnProcessor:
         """What belongs to a task's model."""

@@ -22,9 +22,11 @@ from hf_zipit.data.processes import modes_kept
 from hf_zipit.errors import DataError, ZipItError
 from hf_zipit.evaluation.batches import Collate, Reading, Subject
 from hf_zipit.evaluation.intervals import Answers, Interval, accuracy_interval, calibration_error
+from hf_zipit.evaluation.kinds import answered, own_metrics
 from hf_zipit.evaluation.results import Accuracies, Evaluation
 from hf_zipit.experts.loading import Expert, Experts, load_experts
 from hf_zipit.hub.reasons import first_line
+from hf_zipit.modeling import ZipItWriter
 from hf_zipit.registry import suggestion
 
 if TYPE_CHECKING:  # a Trainer takes seconds to import
@@ -46,6 +48,10 @@ def evaluate(
 ) -> Evaluation:
     """Per-task and joint accuracy of a merged model, and of its experts beside it; and further metrics per task.
 
+    Models that answer with no class have no accuracy, but the metrics of their kind: word and character error rates of
+    transcripts, exact match and F1 of answers found in a text, mean IoU, mean average precision. Language models have
+    their perplexity beside the accuracy.
+
     Every share has its 95 % interval (bootstrap over samples); with experts, `comparison` has the paired differences
     to them and how often the model answers as they do.
 
@@ -56,9 +62,10 @@ def evaluate(
             model's inputs (or raw images and texts) and `labels`, ids of the task's own classes (-100 is not
             counted). Tasks of the model that are missing here are not measured.
             Labels of causal language models are the tokens themselves: every position answers for the next one.
+            What else is read of models that answer with no class: see the guide, docs/guides/evaluating.md.
         experts: the experts by task, as `merge` takes them.
         metrics: of `hf_zipit.metrics`, by name; modules of `evaluate`; or functions of an `EvalPrediction`, such as a
-            Trainer takes for `compute_metrics`. One or several.
+            Trainer takes for `compute_metrics`. One or several; by default those of the models' kind.
         processor: image processor, tokenizer or both in one, for raw images and texts; the model's own by default.
         columns: names in the data -> names of the model's inputs, `image`, `text` or `labels`.
         batch_size: samples per forward pass and device.
@@ -101,6 +108,7 @@ def _measured(
     subject: Subject, datasets: Mapping[str, Any], metrics: Sequence[Function], reading: Reading
 ) -> Evaluation:
     """The accuracies, where the model has classes, and the metrics by task."""
+    metrics = metrics or _find_metrics(own_metrics(subject))
     if not subject.answers and not metrics:
         raise DataError("The model answers with no class, so it has no accuracy; name metrics that fit it.")
     found, answers = _accuracy(subject, datasets, reading) if subject.answers else (None, {})
@@ -108,8 +116,15 @@ def _measured(
     scores: dict[str, dict[str, float]] = {}
     intervals: dict[str, dict[str, Interval]] = {}
     for task, data in datasets.items() if metrics else ():
-        scores[task], intervals[task], passes = {}, {}, {}
+        scores[task], intervals[task], passes, answers_read = {}, {}, {}, {}
         for metric in metrics:
+            if reads := getattr(metric, "reads", None):
+                if reads not in answers_read:
+                    answers_read[reads] = answered(subject, data, task, reading, reads)
+                scores[task] |= metric.measures(*answers_read[reads])
+                if metric.intervals is not None:
+                    intervals[task] |= metric.intervals(*answers_read[reads])
+                continue
             keep = getattr(metric, "preprocess", None)
             kept = getattr(keep, "__func__", keep)  # metrics that read the same thing share a pass
             if kept not in passes:
@@ -186,9 +201,10 @@ def _predict(
     from transformers import EvalPrediction, Trainer, TrainingArguments
 
     offset = subject.offsets[task] if jointly else 0
+    caches = ["past_key_values"] if subject.causal or issubclass(subject.kind, ZipItWriter) else None
     if reading.processor is None:
         reading = replace(reading, processor=subject.processor(task))
-    collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.answers)
+    collate = Collate(subject.inputs[task], reading, task, subject.classes[task], offset, subject.labelled)
     model = subject.model.for_task(None if jointly else task)
     model.joint_labels = jointly
     with tempfile.TemporaryDirectory() as folder, modes_kept([subject.model]):  # a Trainer puts it into eval mode
@@ -209,7 +225,7 @@ def _predict(
             preprocess_logits_for_metrics=_ahead(keep) if subject.causal else keep,
         )
         try:
-            found = trainer.predict(data, ignore_keys=["past_key_values"] if subject.causal else None)
+            found = trainer.predict(data, ignore_keys=caches)
         except ZipItError:
             raise
         except (ValueError, RuntimeError, IndexError, TypeError) as error:

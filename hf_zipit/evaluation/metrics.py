@@ -26,6 +26,12 @@ from transformers import EvalPrediction
 
 from hf_zipit.data.labels import IGNORED, first
 from hf_zipit.errors import DataError, RecipeError
+from hf_zipit.evaluation.answer_metrics import ANSWER_METRICS, AnswerMetric
+from hf_zipit.evaluation.answer_metrics import cer as cer
+from hf_zipit.evaluation.answer_metrics import mean_average_precision as mean_average_precision
+from hf_zipit.evaluation.answer_metrics import mean_iou as mean_iou
+from hf_zipit.evaluation.answer_metrics import squad as squad
+from hf_zipit.evaluation.answer_metrics import wer as wer
 from hf_zipit.evaluation.intervals import Interval, resampled
 from hf_zipit.extras import require
 from hf_zipit.registry import suggestion
@@ -81,7 +87,7 @@ class TrainerMetric(evaluate.Metric):
         raise NotImplementedError
 
 
-class AnswerMetric(TrainerMetric):
+class ClassMetric(TrainerMetric):
     """Metrics of the most likely class: predictions and references are class ids."""
 
     def __call__(self, found: EvalPrediction) -> dict[str, float]:
@@ -95,7 +101,7 @@ class AnswerMetric(TrainerMetric):
         return answers(logits)
 
 
-class Accuracy(AnswerMetric):
+class Accuracy(ClassMetric):
     """Share of right answers; for masked language models, over the masked positions."""
 
     description = "Share of right answers; labels of -100 do not count."
@@ -105,7 +111,7 @@ class Accuracy(AnswerMetric):
         return {"accuracy": float(np.mean(predictions == references))}
 
 
-class F1(AnswerMetric):
+class F1(ClassMetric):
     """Harmonic mean of precision and recall, averaged over the classes (`average="macro"`), as in scikit-learn."""
 
     description = "F1 score; labels of -100 do not count. `average` as in scikit-learn, 'macro' by default."
@@ -235,8 +241,8 @@ def answers(logits: Any, labels: Any = None) -> Tensor:
 
 accuracy, f1, perplexity, retrieval_recall = Accuracy(), F1(), Perplexity(), RetrievalRecall()
 
-METRICS: dict[str, TrainerMetric] = {
-    "accuracy": accuracy, "f1": f1, "perplexity": perplexity, "retrieval_recall": retrieval_recall
+METRICS: dict[str, TrainerMetric | AnswerMetric] = {
+    "accuracy": accuracy, "f1": f1, "perplexity": perplexity, "retrieval_recall": retrieval_recall, **ANSWER_METRICS
 }  # fmt: skip
 """The metrics that have a name."""
 
@@ -259,7 +265,7 @@ def _as_function(metric: Metric) -> Callable[[EvalPrediction], dict[str, float]]
             f"evaluate.load({metric!r})."
         )
     metric = METRICS[metric] if isinstance(metric, str) else metric
-    if isinstance(metric, TrainerMetric):
+    if isinstance(metric, (TrainerMetric, AnswerMetric)):
         return metric
     return ModuleOfAnswers(metric) if isinstance(metric, evaluate.EvaluationModule) else Named(metric)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from hf_zipit.data.labels import IGNORED
-from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, merged_class
+from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, ZipItModel, merged_class
 from hf_zipit.modeling.joint import vote
 
 
@@ -32,11 +32,13 @@ class SideBySide(nn.Module):
         kinds = {merged_class(type(expert).__name__) for expert in self.experts}
         self.causal = ZipItForCausalLM in kinds
         self.vocabulary = self.causal or ZipItForMaskedLM in kinds
-        self.contrastive = any(hasattr(expert, "get_image_features") for expert in self.experts)
+        self.kind = next(iter(kinds)) if len(kinds) == 1 else ZipItModel
+        contrastive = any(hasattr(expert, "get_image_features") for expert in self.experts)
+        self.plain = contrastive or (issubclass(self.kind, ZipItModel) and self.kind is not ZipItModel)
 
     def classes(self, task: str) -> int | None:
         """How many classes a task has; None where there is a vocabulary, or nothing to choose from."""
-        if self.vocabulary or self.contrastive:
+        if self.vocabulary or self.plain:
             return None
         return int(self.experts[self.tasks.index(task)].config.num_labels)
 
@@ -50,7 +52,7 @@ class SideBySide(nn.Module):
         if task is None:
             return self
         expert = self.experts[self.tasks.index(task)]
-        return expert if self.contrastive else SideBySide({task: expert})
+        return expert if self.plain else SideBySide({task: expert})
 
     def forward(self, task: str | None = None, labels: Tensor | None = None, **inputs: Any) -> ModelOutput:
         chosen = self.experts if task is None else [self.experts[self.tasks.index(task)]]

@@ -17,6 +17,7 @@ from hf_zipit.modeling.heads import ZipItForSequenceClassification as ZipItForSe
 from hf_zipit.modeling.heads import ZipItForTokenClassification as ZipItForTokenClassification
 from hf_zipit.modeling.heads import ZipItForVideoClassification as ZipItForVideoClassification
 from hf_zipit.modeling.heads import ZipItModel as ZipItModel
+from hf_zipit.modeling.heads import ZipItWriter as ZipItWriter
 from hf_zipit.modeling.heads import build as build
 from hf_zipit.modeling.heads import merged_class as merged_class
 

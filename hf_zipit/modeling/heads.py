@@ -32,6 +32,7 @@ from .base import Outputs, Task, ZipItPreTrainedModel
 from .configuration import ZipItConfig
 from .empty_model import source_class
 from .joint import joint_embedding, joint_loss, mask_foreign, pick, side_by_side, vote
+from .source_loss import noted_loss
 
 ANSWERS = ("logits", "start_logits", "end_logits", "pred_logits", "pred_boxes", "pred_masks", "class_queries_logits",
            "predicted_depth")  # fmt: skip
@@ -305,7 +306,33 @@ class ZipItForQuestionAnswering(ZipItModel):
         return self.voted(outputs, "start_logits", "end_logits")
 
 
-class ZipItForCTC(ZipItModel):
+class ZipItWriter(ZipItModel):
+    """Merged models that answer with a row of tokens, of one vocabulary: joint logits are a vote.
+
+    The joint loss is the one that the source class takes, of the joint logits. Raises ZipItError where it cannot be
+    told how that class takes it.
+    """
+
+    def compute(self, task: Task, labels: Tensor | None, /, **inputs: Any) -> ModelOutput:
+        if labels is None or self.choose(task) is not None:
+            return super().compute(task, labels, **inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        first: Any = self.branch(self.config.tasks[0])
+        with noted_loss(first) as noted:
+            joint = self.join(self.run_branches(lambda task: self.run_branch(task, {**inputs, "labels": labels})))
+        if not noted and not self.config.source_config.is_encoder_decoder:
+            raise ZipItError(
+                f"{self.config.source_architecture} takes its loss in a way of its own, so there is no joint one; "
+                f"name a task, task={self.config.tasks[0]!r}."
+            )
+        loss = noted[0](joint["logits"]) if noted else joint_loss(joint["logits"], labels)
+        return type(joint)(**{**joint, "loss": loss})
+
+    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
+        return self.voted(outputs, "logits")
+
+
+class ZipItForCTC(ZipItWriter):
     """Merged models that transcribe speech frame by frame; jointly by the mean of the distributions of all experts."""
 
     source_suffix = "ForCTC"
@@ -321,24 +348,19 @@ class ZipItForCTC(ZipItModel):
         task: Task = None,
         **kwargs: Any,
     ) -> Outputs:
-        if labels is not None and not isinstance(self.choose(task), str):
-            raise ZipItError("The loss of a transcript is that of one task; name it.")
         return self.compute(
             task, labels, input_values=input_values, input_features=input_features, attention_mask=attention_mask,
             **kwargs,
         )  # fmt: skip
 
-    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
-        return self.voted(outputs, "logits")
 
-
-class ZipItForConditionalGeneration(ZipItModel):
+class ZipItForConditionalGeneration(ZipItWriter):
     """Merged models that write for an input: a text (T5), speech (Whisper) or an image (LLaVA).
 
         merged.generate(input_features, task="french")   # as that expert does, with its cache
         merged.generate(input_features)                  # every token by the mean of all experts
 
-    Joint logits are a vote, `[batch, tokens, vocabulary]`. The loss of given labels is that of one task.
+    Joint logits are a vote, `[batch, tokens, vocabulary]`; the loss of given labels is that of the class itself.
     """
 
     source_suffix = ("ForConditionalGeneration", "MTModel", "ForSpeechSeq2Seq")
@@ -358,17 +380,12 @@ class ZipItForConditionalGeneration(ZipItModel):
         **kwargs: Any,
     ) -> Outputs:
         if not isinstance(self.choose(task), str):
-            if labels is not None:
-                raise ZipItError("The loss of a text that is written for an input is that of one task; name it.")
             kwargs["use_cache"] = False  # each task would need a cache of its own
         return self.compute(
             task, labels, input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask, input_features=input_features, pixel_values=pixel_values,
             **kwargs,
         )  # fmt: skip
-
-    def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
-        return self.voted(outputs, "logits")
 
     def generate(self, inputs: Tensor | None = None, *, task: Task = None, **kwargs: Any) -> Any:
         """As the experts' class does for one task; else with every token chosen by the mean of all tasks.

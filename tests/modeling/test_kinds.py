@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers as T
 from PIL import Image
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 import hf_zipit
@@ -28,7 +29,7 @@ def pair(
     torch.manual_seed(0)
     first = model_class(model_class.config_class(vocab_size=30, pad_token_id=0, **settings)).eval()
     second = copy.deepcopy(first)
-    head = second.get_output_embeddings() or second.qa_outputs
+    head = second.get_output_embeddings() or getattr(second, "lm_head", None) or second.qa_outputs
     head.weight = torch.nn.Parameter(head.weight + torch.randn_like(head.weight))
     experts = {"a": first, "b": second}
     return experts, hf_zipit.merge(experts, method="identity", refit=None)
@@ -58,8 +59,28 @@ def test_a_task_is_written_as_by_its_expert_and_all_by_their_mean(tmp_path: Path
     labels = IDS.clone()
     expected = experts["a"](input_ids=IDS, labels=labels).loss
     torch.testing.assert_close(loaded(input_ids=IDS, labels=labels, task="a").loss, expected)
-    with pytest.raises(ZipItError, match="that of one task"):
-        loaded(input_ids=IDS, labels=labels)
+    joint = loaded(input_ids=IDS, labels=labels)
+    expected = [expert(input_ids=IDS, labels=labels).logits.softmax(-1) for expert in experts.values()]
+    torch.testing.assert_close(joint.loss, F.nll_loss((sum(expected) / 2).log().flatten(0, 1), labels.flatten()))
+
+
+@torch.no_grad()
+def test_a_transcript_has_a_joint_loss_which_is_that_of_the_mean() -> None:
+    kernels = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    positions = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
+    experts, merged = pair(T.Wav2Vec2ForCTC, **sizes, **kernels, **positions)
+    sounds = {"input_values": torch.randn(2, 200), "attention_mask": torch.ones(2, 200).long()}
+    sounds["attention_mask"][1, 150:] = 0
+    labels = torch.tensor([[4, 5, 6], [7, 8, -100]])
+    losses = {task: expert(**sounds, labels=labels).loss for task, expert in experts.items()}
+    torch.testing.assert_close(merged(**sounds, labels=labels, task="b").loss, losses["b"])
+    mean = sum(expert(**sounds).logits.softmax(-1) for expert in experts.values()) / 2
+    frames = experts["a"]._get_feat_extract_output_lengths(sounds["attention_mask"].sum(-1))
+    written = torch.tensor([3, 2])
+    expected = F.ctc_loss(mean.log().transpose(0, 1), labels, frames, written, reduction="sum")
+    torch.testing.assert_close(merged(**sounds, labels=labels).loss, expected)
+    assert "_loss_function" not in vars(merged.branch("a"))
 
 
 @torch.no_grad()
