@@ -43,6 +43,24 @@ class Use:
     place: Place
 
 
+@dataclass(frozen=True)
+class Read:
+    """An axis that a module reads.
+
+    Attributes:
+        module, position: which of its input's axes it is.
+        axis: the axis.
+        others: the input's other axes, whose units are rows of what is observed there.
+        source: what the module reads.
+    """
+
+    module: str
+    position: int
+    axis: Axis
+    others: tuple[Axis, ...]
+    source: fx.Node
+
+
 class Interpreter:
     """Walks an exported graph. One instance, one graph.
 
@@ -82,7 +100,7 @@ class Interpreter:
         self.seen: list[tuple[Axis, ...]] = []
         self.chosen: list[tuple[tuple[Axis, ...], Axis]] = []
         self.loose: list[tuple[Axis, Axis]] = []
-        self.readers: list[tuple[str, int, Axis, fx.Node]] = []
+        self.readers: list[Read] = []
         self.writers: list[tuple[str, int, Axis]] = []
         self.held: list[Axis] = []
         self.order: dict[str, None] = {}
@@ -183,11 +201,13 @@ class Interpreter:
         """
         self.seen += [tuple(axes) for axes in groups]
 
-    def reads(self, node: fx.Node, axis: Axis, position: int, argument: int = 0) -> None:
-        """Note that an op reads an axis, at a position of an argument, where it can be observed."""
+    def reads(self, node: fx.Node, x: Value, position: int, argument: int = 0) -> None:
+        """Note that an op reads an axis of x, which is its `argument`, where it can be observed."""
         module = module_of(node)
         if isinstance(self.modules.get(module), LEAVES):
-            self.readers.append((module, position, axis, node.args[argument]))  # type: ignore[arg-type]
+            axes = list(x.axes)
+            axis = axes.pop(position)
+            self.readers.append(Read(module, position, axis, tuple(axes), node.args[argument]))  # type: ignore[arg-type]
 
     def writes(self, node: fx.Node, axis: Axis, position: int) -> None:
         """Note that an op puts out an axis, at a position, where it can be observed."""

@@ -186,7 +186,7 @@ class Naming:
         found: dict[Crossing, None] = {}
         for name, value, made, read, stack in self.run.crossings:
             axes = self.value_label(value)
-            if any(self.atoms.symmetry(ref) for axis in value.axes for ref in self._leaves(axis)) and any(axes):
+            if any(map(self.moves, value.axes)) and any(axes):
                 found[Crossing(name, axes, made, read, stack)] = None
         return tuple(found)
 
@@ -205,21 +205,31 @@ class Naming:
     def probes(self, spaces: Mapping[str, Space]) -> tuple[Probe, ...]:
         """Where to observe every product: at the inputs of what reads it, else at the outputs of what writes it.
 
-        A tensor that several modules read (the normed stream that query, key and value share) is observed once.
+        A tensor that several modules read (the normed stream that query, key and value share) is observed once. Where
+        another axis of it moves (heads), its rows are those of different units in each expert: that is no place to
+        observe what can be observed elsewhere.
         """
-        found: dict[Probe, None] = {}
+        found: dict[Probe, bool] = {}
         observed: set[fx.Node] = set()
-        for module, position, axis, source in self.run.readers:
-            parts = [] if source in observed else self._observable(axis, spaces)
+        for read in self.run.readers:
+            parts = [] if read.source in observed else self._observable(read.axis, spaces)
             if parts:
-                observed.add(source)
-            found |= {Probe(module, "input", position, product_key(p), _read(p), span): None for p, span in parts}
-        read = {probe.key for probe in found}
+                observed.add(read.source)
+            paired = not any(self.moves(axis) for axis in read.others)
+            for part, span in parts:
+                found[Probe(read.module, "input", read.position, product_key(part), _read(part), span)] = paired
+        known = {name for probe, paired in found.items() if paired for name in probe.key}
+        probes = {probe: None for probe, paired in found.items() if paired or not known >= {*probe.key}}
+        keys = {probe.key for probe in probes}
         for module, position, axis in self.run.writers:
             for part, span in self._observable(axis, spaces):
-                if product_key(part) not in read:
-                    found[Probe(module, "output", position, product_key(part), _read(part), span)] = None
-        return tuple(found)
+                if product_key(part) not in keys:
+                    probes[Probe(module, "output", position, product_key(part), _read(part), span)] = None
+        return tuple(probes)
+
+    def moves(self, axis: Axis) -> bool:
+        """Whether some of the units of an axis can move."""
+        return any(self.atoms.symmetry(ref) is not Symmetry.FIXED for ref in self._leaves(axis))
 
     def _observable(self, axis: Axis, spaces: Mapping[str, Space]) -> list[tuple[AxisLabel, Span]]:
         """The movable products that an axis is the sum of, and where they are on it."""

@@ -39,7 +39,7 @@ def linear(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any =
             run.atoms.restrict(axis, ONES)
     run.parted([inner], [out], lead)
     run.count_macs(node, count_of(node) * input_shape(node, 1)[1])
-    run.reads(node, x.axes[-1], -1)
+    run.reads(node, x, -1)
     run.writes(node, out, -1)
     return Value([*lead, out])
 
@@ -50,7 +50,7 @@ def addmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, weight: Value,
     run.atoms.tie(x.axes[1], dual(inner), "a product's inner axes do not fit")
     run.parted([inner], [out], [x.axes[0]])
     run.count_macs(node, count_of(node) * input_shape(node, 2)[0])
-    run.reads(node, x.axes[1], -1, argument=1)
+    run.reads(node, x, -1, argument=1)
     run.writes(node, out, -1)
     return run.broadcast(node, [Value([x.axes[0], out]), bias], ONES)
 
@@ -75,7 +75,7 @@ def conv(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = N
         run.atoms.restrict(axis, FIXED, "a convolution slides over it")
     run.parted([group, inner], [out], [samples])
     run.count_macs(node, count_of(node) * prod(input_shape(node, 1)[1:]))
-    run.reads(node, channels, 1)
+    run.reads(node, x, 1)
     run.writes(node, out, 1)
     return Value([samples, out, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
 
