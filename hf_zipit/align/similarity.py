@@ -36,19 +36,28 @@ Inside = dict[str, NDArray[np.int64]]
 
 @dataclass(frozen=True)
 class Family:
-    """A space that stands alone, and the open spaces within it; the root itself may be fixed."""
+    """A space that stands alone, and the open spaces within it; the root itself may be fixed.
+
+    Or a space within several others (the hidden units of experts that come in groups): it is its own root, and what is
+    in each of their `blocks` is solved while those keep their order.
+    """
 
     root: str
     inner: tuple[str, ...]
     open: bool
+    blocks: tuple[str, ...]
 
 
 def families(spec: MergeSpec) -> dict[str, Family]:
-    """What is solved together, by the root's name. (Spaces within two others keep their units: no model has any.)"""
+    """What is solved together, by the root's name."""
     found = {}
     for root, inside in spec.families():
         inner = tuple(space.name for space in inside if space.within == (root.name,))
-        found[root.name] = Family(root.name, inner, spec.movable(root.name))
+        found[root.name] = Family(root.name, inner, spec.movable(root.name), (root.name,))
+    for name, space in spec.spaces.items():
+        nested = all(spec.spaces[o].within in ((), space.within[:i]) for i, o in enumerate(space.within))
+        if len(space.within) > 1 and nested and spec.movable(name):
+            found[name] = Family(name, (name,), open=False, blocks=space.within)
     return found
 
 

@@ -37,6 +37,11 @@ FALCON = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "num_atte
 EFFICIENTNET = {"image_size": 32, "width_coefficient": 1.0, "depth_coefficient": 1.0, "in_channels": [32, 16],
                 "out_channels": [16, 24], "kernel_sizes": [3, 3], "strides": [1, 2], "num_block_repeats": [1, 2],
                 "expand_ratios": [1, 2], "depthwise_padding": [], "hidden_dim": 1280}  # fmt: skip
+DEEPSEEK = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 24, "moe_intermediate_size": 16,
+            "num_hidden_layers": 1, "first_k_dense_replace": 0, "n_routed_experts": 6, "n_group": 2, "topk_group": 1,
+            "num_experts_per_tok": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8,
+            "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+            "pad_token_id": 0}  # fmt: skip
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     # Its linear layers call `matmul`, so that no probe sees what is between those of its MLP.
@@ -48,6 +53,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "efficientnet": tiny.of(T.EfficientNetForImageClassification, T.EfficientNetConfig, **EFFICIENTNET),
     "mobilevit": tiny.of(T.MobileViTForImageClassification, T.MobileViTConfig, **MOBILEVIT),
     "detr": tiny.of(T.DetrForObjectDetection, T.DetrConfig, **DETR),
+    # The hidden units of its experts are two levels deep: in an expert, which is in a group.
+    "deepseek": tiny.of(T.DeepseekV3ForSequenceClassification, T.DeepseekV3Config, **DEEPSEEK),
+    # A layer of its reads the stream head by head, so that the heads are rows there.
+    "wavlm": tiny.of(T.WavLMForCTC, T.WavLMConfig, **{**tiny.WAV2VEC2, "num_hidden_layers": 1}),
 }
 
 

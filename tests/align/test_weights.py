@@ -139,6 +139,49 @@ def test_maps_to_a_reference_that_is_not_the_first(reference):
     assert_same(merged(exact, maps, spec), exact[reference])
 
 
+def grouped() -> MergeSpec:
+    """A mixture whose experts come in groups: their hidden units are within the expert and its group."""
+    chosen, inputs = (Factor("groups"), Factor("experts")), (Factor("inputs", dual=True),)
+    axes = {
+        "gate.weight": (chosen, inputs),
+        "up.weight": (chosen, (Factor("hidden"),), inputs),
+        "down.weight": (chosen, (Factor("outputs"),), (Factor("hidden", dual=True),)),
+    }
+    spaces = [space("groups", 3), space("experts", 4, "groups"), space("hidden", 5, "groups", "experts")]
+    return spec_of(*spaces, space("inputs", 6, fixed=True), space("outputs", 2, fixed=True), axes=axes)
+
+
+def drawn(spec: MergeSpec, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn([spec.length(label) for label in labels], generator=generator)
+        for name, labels in spec.axes.items()
+    }
+
+
+@pytest.mark.parametrize("reference", range(3))
+def test_units_two_levels_deep_are_brought_to_any_reference(reference):
+    spec = grouped()
+    weights = drawn(spec, 0)
+    exact = [permuted(weights, spec, seed) for seed in range(3)]
+    experts = [own if t == reference else noisy(own, t, 0.2) for t, own in enumerate(exact)]
+    maps = align(spec, {}, 3, "weights", weights=experts)
+    assert_same(merged(exact, maps, spec), exact[reference])
+
+
+def test_blocks_that_change_places_take_along_what_is_two_levels_deep():
+    spec = grouped()
+    descent = Descent(*_settled(spec, [drawn(spec, seed) for seed in (0, 1)]))
+
+    def blocks() -> list[tuple[float, ...]]:
+        return [tuple(block.flatten().tolist()) for block in descent._current("up.weight")]
+
+    assert descent.visit(descent.families["hidden"])
+    before = blocks()
+    assert descent.visit(descent.families["groups"], {"hidden"})
+    assert blocks() != before and set(blocks()) == set(before)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_order_of_the_experts_changes_names_only(count):
     """Experts that have little in common: which units are joined may not depend on who comes first."""

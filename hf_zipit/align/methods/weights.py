@@ -122,9 +122,18 @@ class Descent:
         pairing, inside, before, after = similarity.best_orders(family)
         if after - before <= RELATIVE_GAIN * abs(after):
             return False
+        for name, space in self.spec.spaces.items():
+            if family.root in space.within and name in self.orders and name not in inside:  # deeper: its blocks move
+                rows = self.orders[name].movedim(space.within.index(family.root), 0)[pairing]
+                for inner in set(inside) & set(space.within):
+                    first = space.within.index(inner)  # not 0, which is the root's
+                    chosen = inside[inner].reshape(*inside[inner].shape, *(1 for _ in rows.shape[2:]))
+                    rows = rows.movedim(first, 1).take_along_dim(chosen, 1).movedim(1, first)
+                self.orders[name] = rows.movedim(0, space.within.index(family.root))
         for name, chosen in inside.items():
-            own = self.orders.get(name, torch.arange(chosen.shape[1]).expand(chosen.shape))
-            self.orders[name] = own[pairing].gather(1, chosen)
+            own = self.orders.get(name, torch.arange(chosen.shape[1]).expand(chosen.shape)).reshape(chosen.shape)
+            sizes = [self.spec.spaces[outer].size for outer in family.blocks]
+            self.orders[name] = own[pairing].gather(1, chosen).reshape(*sizes, -1)
         if family.open:
             self.orders[family.root] = self.orders.get(family.root, torch.arange(len(pairing)))[pairing]
         return True
@@ -146,7 +155,7 @@ class Descent:
 
     def _similarity(self, family: Family, unknown: Collection[str]) -> Similarity:
         units = {name: self.spec.spaces[name].size for name in family.inner}
-        similarity = Similarity(self.spec.spaces[family.root].size, units)
+        similarity = Similarity(self.spec.size(family.blocks), units)
         for name in self.tensors[family.root]:
             factors, labels = self.factors[name], self.spec.axes[name]
             if not set(factors).isdisjoint(unknown):
@@ -155,10 +164,10 @@ class Descent:
             # A space that is on two axes is seen from each of them, while the other keeps its order.
             for place in range(1 if present else factors.count(family.root)):
                 x, y = (
-                    factors_first(own, labels, [family.root, *present], self.spec, {}, place)
+                    factors_first(own, labels, [*family.blocks, *present], self.spec, {}, place)
                     for own in (self.a[name], self._current(name))
                 )
-                similarity.add(tuple(present), x, y)
+                similarity.add(tuple(present), *(part.flatten(0, len(family.blocks) - 1) for part in (x, y)))
         return similarity
 
 
@@ -177,7 +186,26 @@ def maps_to(
                 labels[expert] = orders[name].argsort(-1)
             elif expert < reference and name in (orders := pairs[expert, reference]):
                 # The rows are counted by the expert's own blocks there, by the reference's in a map.
-                blocks = [orders[outer].argsort() for outer in space.within if outer in orders]
-                labels[expert] = orders[name][blocks[0]] if blocks else orders[name]
+                rows = orders[name]
+                for place, outer in enumerate(space.within):
+                    if outer in orders:
+                        rows = by_reference(rows, place, outer, orders, spec)
+                labels[expert] = rows
         maps[name] = SpaceMap(space.size, labels)
     return maps
+
+
+def by_reference(rows: Tensor, place: int, outer: str, orders: Orders, spec: MergeSpec) -> Tensor:
+    """Rows along the axis `place`, of the units of `outer`, in the order of the reference's units.
+
+    The axes before it are in that order already.
+    """
+    order = orders[outer]
+    for i, around in enumerate(spec.spaces[outer].within):
+        if around in orders:
+            order = by_reference(order, i, around, orders, spec)
+    order = order.argsort(-1)
+    if not spec.spaces[outer].within:
+        return rows.index_select(place, order)
+    index = order.reshape(*order.shape, *(1 for _ in rows.shape[place + 1 :]))
+    return rows.take_along_dim(index, place)
