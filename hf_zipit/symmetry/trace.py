@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
 from torch.fx import config as fx_config
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.overrides import TorchFunctionMode
 
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.folding import find_folds
@@ -71,7 +72,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     training = {name: module.training for name, module in model.named_modules()}
     model.eval()
     try:
-        with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces():
+        with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces(), PlacesAsColumns():
             wanted = _Fields(model, fields).eval()
             try:
                 program = torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
@@ -92,6 +93,16 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
             module.training = training.get(name, module.training)
 
 
+class PlacesAsColumns(TorchFunctionMode):
+    """`nonzero(as_tuple=True)` as the columns of `nonzero()`: as one op, fake tensors with values lose its size."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.nonzero, Tensor.nonzero) and kwargs.get("as_tuple"):
+            return args[0].nonzero().unbind(1)
+        return function(*args, **kwargs)
+
+
 def _along_the_inputs(wanted: nn.Module, inputs: Mapping[str, Tensor], error: Exception) -> Any:
     """The exported program of the way that a model takes with these very inputs: its tensors keep their values.
 
@@ -108,11 +119,17 @@ def _along_the_inputs(wanted: nn.Module, inputs: Mapping[str, Tensor], error: Ex
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             inner = node.op == "placeholder" and module is not program.graph_module  # what goes in is not known
-            if inner or node.name in parameters or not weighed.isdisjoint(node.all_input_nodes):
+            read = not weighed.isdisjoint(node.all_input_nodes) and op_name(node) not in SIZES_ONLY
+            if inner or node.name in parameters or read:
                 weighed.add(node)
             if not weighed.isdisjoint(_decisive(node)):
                 raise error
     return program
+
+
+SIZES_ONLY = {"sym_size", "sym_numel", "sym_stride", "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like",
+              "ones_like", "full_like", "empty_like"}  # fmt: skip
+"""Ops that read of a tensor how large it is, not what is in it."""
 
 
 def _decisive(node: fx.Node) -> list[fx.Node]:

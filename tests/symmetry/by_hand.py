@@ -67,6 +67,18 @@ def assigned(x: Tensor) -> Tensor:
     return y
 
 
+def rows_written(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[torch.tensor([0, 1]), torch.tensor([3, 0])] = x[torch.tensor([1, 0]), torch.tensor([2, 2])]
+    return y
+
+
+def number_written(x: Tensor) -> Tensor:
+    y = x.clone()
+    y[torch.tensor([0, 1]), torch.tensor([3, 0])] = 1.0
+    return y
+
+
 def copied(x: Tensor) -> Tensor:
     y = x.clone()
     y[..., :4].copy_(x[..., 4:])
@@ -178,7 +190,10 @@ CASES: dict[str, Case] = {
     "cast": Case(lambda x: x.to(torch.float64).to(torch.float32), LINEAR),
     "sum of two": Case(lambda x: x + x.roll(1, 1), LINEAR),
     "weighted tokens": Case(lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True) * 0 + 1), ONES, tight=False),
-    "copied": Case(lambda x: torch.zeros_like(x).copy_(x), PERMUTATION, tight=False),
+    "copied": Case(lambda x: torch.zeros_like(x).copy_(x), LINEAR),
+    "rows written": Case(rows_written, LINEAR),
+    "a number written": Case(number_written, PERMUTATION, tight=False),
+    "from where a tensor says": Case(lambda x: x.narrow(1, torch.tensor(2), 2), LINEAR),
     "noise on the tokens": Case(lambda x: x * torch.rand(2, 5, 1), LINEAR),
     "read for nothing": Case(shaped_like_a_unit, LINEAR),
     "bias": Case(lambda x, b: x + b, LINEAR, extra={"b": vector()}),
@@ -381,7 +396,7 @@ CASES: dict[str, Case] = {
     "places of the largest": Case(lambda x: x.topk(3).indices.float(), FIXED),
     "argmax": Case(lambda x: x.argmax(-1).float().unsqueeze(-1), FIXED),
     "with positions": Case(lambda x: x + torch.arange(WIDTH), FIXED),
-    "assigned": Case(assigned, (FIXED, PERMUTATION), tight=False),
+    "assigned": Case(assigned, (FIXED, LINEAR), tight=False),
     "other units in place": Case(copied, LINEAR),
     "a part in place": Case(doubled_part, (LINEAR, FIXED), tight=False),
 }
@@ -433,7 +448,7 @@ class Attention(nn.Module):
     @staticmethod
     def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         weights = torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1)
-        return torch.einsum("bhqk,bhkd->bhqd", weights, v)
+        return torch.einsum("...qk,...kd->...qd", weights, v)
 
     @staticmethod
     def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -305,3 +305,28 @@ def test_where_a_model_asks_its_inputs_the_way_that_they_take_is_traced():
         spec = MergeSpec.from_model(Asking(), inputs)
         assert spec.spaces["up"].symmetry is symmetry
         assert prove(Asking(), spec, inputs=inputs) <= TOLERANCE
+
+
+def test_places_that_the_inputs_name_are_read_however_large_what_weights_made_is():
+    """As Longformer's global tokens: how many there are is in the inputs, and it asks how wide a tensor became."""
+
+    class Marked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 16), nn.Linear(16, 4)
+
+        def forward(self, x, mask):
+            hidden, most = self.up(x), mask.long().sum(1).max()
+            rows, places = mask.nonzero(as_tuple=True)
+            marked = hidden.new_zeros(2, most, 16)
+            marked[rows, places * 0] = hidden[rows, places]
+            wide = torch.cat([marked, hidden], 1)
+            wide = wide.relu() if wide.size(1) == 7 else wide
+            return self.down(wide.narrow(1, most, wide.size(1) - most))
+
+    inputs = {"x": torch.randn(2, 5, 3), "mask": torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]])}
+    torch.manual_seed(0)
+    model = Marked()
+    spec = MergeSpec.from_model(model, inputs)
+    assert spec.spaces["up"].symmetry is Symmetry.LINEAR and not spec.unknown_ops
+    assert prove(model, spec, inputs=inputs) <= TOLERANCE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from math import prod
+from string import ascii_letters
 from typing import Any
 
 from torch import fx
@@ -135,7 +136,7 @@ def baddbmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, y: Value, **
 
 @rule("einsum")
 def einsum(run: Interpreter, node: fx.Node, equation: str, operands: Sequence[Value], *_: Any, **__: Any) -> Any:
-    match = re.fullmatch(r"([A-Za-z]+(?:,[A-Za-z]+)?)->([A-Za-z]*)", equation.replace(" ", ""))
+    match = re.fullmatch(r"([A-Za-z]+(?:,[A-Za-z]+)?)->([A-Za-z]*)", _spelled_out(equation, operands))
     terms = match[1].split(",") if match else []
     repeated = any(len(set(term)) < len(term) for term in terms)
     found: dict[str, list[Axis]] = {}
@@ -160,6 +161,18 @@ def einsum(run: Interpreter, node: fx.Node, equation: str, operands: Sequence[Va
     for group in (shared, *([*kept, *(free for free in term if free not in shared)] for term in terms)):
         run.parted([found[letter][0] for letter in group])
     return Value(found[letter][0] for letter in result)
+
+
+def _spelled_out(equation: str, operands: Sequence[Value]) -> str:
+    """An equation with letters for the leading axes that `...` stands for, as many in every operand; else as it is."""
+    equation = equation.replace(" ", "")
+    terms = equation.partition("->")[0].split(",")
+    named = [len(term) - 3 if term.startswith("...") else -1 for term in terms]
+    counts = {len(operand.axes) - n for n, operand in zip(named, operands, strict=False)}
+    if min(named) < 0 or len(counts) > 1:
+        return equation
+    unused = [letter for letter in ascii_letters if letter not in equation]
+    return equation.replace("...", "".join(unused[: counts.pop()]))
 
 
 @rule("scaled_dot_product_attention")

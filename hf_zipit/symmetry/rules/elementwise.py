@@ -156,10 +156,15 @@ def prelu(run: Interpreter, node: fx.Node, x: Value, weight: Value) -> Value:
     return Value(x.axes)
 
 
-@rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
-      "scalar_tensor", "empty", "new_empty", "empty_like")  # fmt: skip
+@rule("ones", "full", "new_ones", "new_full", "ones_like", "full_like", "scalar_tensor")
 def constant(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
     return run.fresh_like(node, PERMUTATION)
+
+
+@rule("zeros", "new_zeros", "zeros_like", "empty", "new_empty", "empty_like")
+def nothing_yet(run: Interpreter, node: fx.Node, *_: Any, **__: Any) -> Value:
+    """Zeros are zeros in every basis; what is empty is written before it is read."""
+    return run.fresh_like(node, LINEAR)
 
 
 @rule("arange", "linspace", "eye", "rand", "randn", "randint", "randperm", "tril_indices", "triu_indices")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from hf_zipit.symmetry.atoms import Axis
 from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.ops import (
     FIXED,
@@ -127,6 +128,31 @@ def masked(run: Interpreter, node: fx.Node, x: Value, used: Sequence[int], indic
     run.parted(kept)
     new = run.atoms.fresh(shape_of(node)[start], FIXED, "a mask selects from it")
     return Value([*kept[:start], new, *kept[start:]])
+
+
+@rule("index_put")
+def index_put(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any], values: Value, *_: Any) -> Any:
+    """Values written to the places that are indexed by integers, along neighbouring axes, or added there."""
+    used = [i for i, index in enumerate(indices) if isinstance(index, Value)]
+    integers = all(node.args[1][i].meta["val"].dtype == torch.int64 for i in used)  # type: ignore[index, union-attr]
+    if not integers or used != list(range(used[0], used[-1] + 1)):
+        return run.unknown(node, x, indices, values)
+    for i in used:
+        run.atoms.restrict(x.axes[i], FIXED, LOOKED_UP)
+        run.restrict_all(indices[i], FIXED, "it is an index")
+    kept = without(x, used)
+    run.parted(kept)
+    places = max(len(indices[i].axes) for i in used)
+    written: list[Axis | None] = [*kept[: used[0]], *[None] * places, *kept[used[0] :]]
+    given = [*[()] * (len(written) - len(values.axes)), *values.axes]
+    for own, other in zip(written, given, strict=True):
+        if own is None:
+            run.atoms.restrict(other, FIXED, LOOKED_UP)
+        elif other:
+            run.atoms.tie(own, other, "what is written does not fit")
+        else:
+            run.atoms.restrict(own, PERMUTATION)  # one number for all of its units
+    return Value(x.axes)
 
 
 @rule("masked_scatter")

@@ -116,6 +116,8 @@ def cut_out(run: Interpreter, node: fx.Node, x: Value, dim: int = 0, start: Any 
     size, kept = input_shape(node)[dim], shape_of(node)[dim]
     if kept == size:
         return Value(x.axes)
+    if isinstance(start, Value):  # where it starts is in a tensor
+        return replaced(run, node, x, dim, "a part of it is sliced off")
     start = max(start + size, 0) if start and start < 0 else start or 0
     if not kept:  # nothing is read
         axes = list(x.axes)
