@@ -39,6 +39,7 @@ from hf_zipit.files import write_text
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
+from hf_zipit.symmetry.rules.rotary import NUMBERED_PAIRS
 from hf_zipit.symmetry.rules.shapes import EVERY_FEW
 from hf_zipit.symmetry.spec import AxisLabel, factors
 from hf_zipit.symmetry.trace import select_outputs
@@ -162,7 +163,7 @@ def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | Non
 def fixed_units(spec: MergeSpec, label: AxisLabel) -> set[str]:
     """The spaces of an axis that do not move, but for what counts its parts where the units of these do."""
     fixed = {f.space for f in factors(label) if not spec.movable(f.space)}
-    parts = {name for name in fixed if spec.spaces[name].frozen_by == EVERY_FEW}
+    parts = {name for name in fixed if spec.spaces[name].frozen_by in (EVERY_FEW, NUMBERED_PAIRS)}
     return fixed - parts if parts and any(spec.movable(f.space) for f in factors(label)) else fixed
 
 

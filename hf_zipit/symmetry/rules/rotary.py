@@ -14,6 +14,10 @@ product of complex numbers.
 A norm beside the embedding (Qwen3) scales every unit by a number of its own, which no rotation passes but the half
 turn: a pair of units that both change their sign. The scale itself stays as it is then.
 
+Some models rotate the two units of all pairs by themselves, and put them side by side (GPT-OSS). DeepSeek takes
+neighbours and puts out halves: there the units are numbered by their pair and their place in it on one side, by their
+place and their pair on the other, and what is rotated are the two places of every pair.
+
 Taken op by op, the halves would be pieces whose products with cos and sin fix them. So the whole forms are searched
 first, and only these. An embedding of a part of the units (GPT-NeoX) is one of a term of a direct sum.
 """
@@ -57,6 +61,9 @@ UNIT_BY_UNIT = PASSING | {"cos", "sin", "neg", "slice", "narrow"}
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "reshape_as", "view_as", "unflatten"}
 
+NUMBERED_PAIRS = "the pairs of a rotary embedding are numbered"
+"""What counts pairs is no unit: it stands still while the units of every pair are rotated."""
+
 A_SCALE = "every unit has a scale of its own, and a rotary embedding rotates its pairs of units"
 
 
@@ -64,7 +71,7 @@ A_SCALE = "every unit has a scale of its own, and a rotary embedding rotates its
 def find_rotations(graph: fx.Graph) -> Iterator[Match]:
     """The rotary embeddings of a graph, and the scales before and after them."""
     for node in graph.nodes:
-        found = _rotation(node) or _complex_rotation(node)
+        found = _rotation(node) or _complex_rotation(node) or _rotation_of_parts(node)
         if found is not None:
             yield found
             yield from _scales(found.arguments[0], before=True)
@@ -85,6 +92,18 @@ def rotate(run: Interpreter, node: fx.Node, x: Value, *angles: Value, turns: Sym
     for value in angles:
         run.atoms.restrict(value.axes[-1], FIXED, "every pair has an angle of its own")
     return Value([*kept.axes, units])
+
+
+def rotate_and_move(run: Interpreter, node: fx.Node, x: Value, *angles: Value, turns: Symmetry) -> Value:
+    """A rotary embedding of pairs that are halves in x (`turns`) and neighbours after it, or the other way round."""
+    count = shape_of(node)[-1] // 2
+    pairs, places = run.atoms.fresh(count, FIXED, NUMBERED_PAIRS), run.atoms.fresh(2)
+    before, after = pairs + places, places + pairs
+    if turns is ROTARY:
+        before, after = after, before
+    run.atoms.tie(x.axes[-1], before, "a rotary embedding rotates its pairs of units")
+    rotated = rotate(run, node, Value([*x.axes[:-1], places]), *angles, turns=ROTARY)
+    return Value([*rotated.axes[:-1], run.atoms.resolve(after)])
 
 
 def scale_pairs(
@@ -178,6 +197,63 @@ def _quarter_rotation(node: fx.Node) -> tuple[fx.Node | None, Symmetry, tuple[fx
     return x, turns, (node, joined, minus, first, second)
 
 
+def _rotation_of_parts(node: fx.Node) -> Match | None:
+    """The rotary embedding whose result is `a cos - b sin` beside `b cos + a sin`, a and b the two parts of x."""
+    joined = node if _is(node, "cat") else _interleaved(node)
+    if joined is None or not _is_last(joined, 1) or len(joined.args[0]) != 2:  # type: ignore[arg-type]
+        return None
+    if joined is not node and not _once(joined):
+        return None
+    difference, total = joined.args[0]  # type: ignore[misc]
+    if not (_is(difference, "sub") and _is(total, "add") and _once(difference) and _once(total)):
+        return None
+    products = [*difference.args, *total.args]
+    if (
+        len(products) != 4
+        or difference.kwargs
+        or total.kwargs
+        or not all(_is(p, "mul") and _once(p) for p in products)
+    ):
+        return None
+    crossed = [{*pair.args} for pair in products[2:]]
+    for a, cos in _both_ways(products[0]):
+        for b, sin in _both_ways(products[1]):
+            if {b, cos} not in crossed or {a, sin} not in crossed or a is b or cos is sin:
+                continue
+            for turns in (ROTARY, NEIGHBOURS):
+                x, steps = _parts(a, b, turns)
+                if x is not None and shape_of(x) == shape_of(node) and _half_as_wide(cos, x) and _half_as_wide(sin, x):
+                    same = turns is (ROTARY if joined is node else NEIGHBOURS)
+                    rule = partial(rotate if same else rotate_and_move, turns=turns)
+                    inside = (difference, total, *products, *steps, *([] if joined is node else [joined]))
+                    return Match(node, rule, (x, cos, sin), inside)
+    return None
+
+
+def _parts(a: fx.Node, b: fx.Node, turns: Symmetry) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+    """The x whose first and second units of every pair two nodes are, each read twice, and the ops in between."""
+    nothing = None, ()
+    if len(a.users) != 2 or len(b.users) != 2:
+        return nothing
+    if _is(a, "slice") and _is(b, "slice"):
+        x = a.args[0]
+        halves = _cuts_half(a, x, 0, turns) and _cuts_half(b, x, 1, turns)  # type: ignore[arg-type]
+        return (x, (a, b)) if halves else nothing  # type: ignore[return-value]
+    (pieces, first), (others, second) = (n.args if "getitem" in str(n.target) else (None, None) for n in (a, b))
+    if turns is not ROTARY or pieces is None or pieces is not others or (first, second) != (0, 1):
+        return nothing
+    if op_name(pieces) not in ("chunk", "split", "split_with_sizes") or len(pieces.users) != 2:
+        return nothing
+    dim = pieces.args[2] if len(pieces.args) > 2 else 0
+    x, sizes = pieces.args[0], [list(piece.shape) for piece in pieces.meta["val"]]
+    last = dim % len(shape_of(x)) == len(shape_of(x)) - 1
+    return (x, (a, b, pieces)) if last and len(sizes) == 2 and sizes[0] == sizes[1] else nothing
+
+
+def _half_as_wide(angles: fx.Node, x: fx.Node) -> bool:
+    return shape_of(angles)[-1:] == [shape_of(x)[-1] // 2]
+
+
 def _interleaved(node: fx.Node) -> fx.Node | None:
     """The stack along a new last axis of which a node is that axis and the one before it as one."""
     stacked = node.args[0] if _is(node, *RESHAPES) else None
@@ -189,7 +265,12 @@ def _interleaved(node: fx.Node) -> fx.Node | None:
 
 def _is_half(node: Any, x: fx.Node, number: int, turns: Symmetry) -> bool:
     """Whether a node, read once, is of x's last axis the first (0) or the second (1) of every pair."""
-    if not (_is(node, "slice") and _once(node) and node.args[0] is x and _is_last(node, 1)):
+    return _cuts_half(node, x, number, turns) and _once(node)
+
+
+def _cuts_half(node: Any, x: fx.Node, number: int, turns: Symmetry) -> bool:
+    """The same, however often it is read."""
+    if not (_is(node, "slice") and node.args[0] is x and _is_last(node, 1)):
         return False
     start, end, step = [*node.args[2:], *(None, None, None)][:3]
     units = shape_of(x)[-1]
