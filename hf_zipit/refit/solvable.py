@@ -393,7 +393,7 @@ def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
     """Whether what a site puts out can be brought into merged units along its last axis alone.
 
     The scale of a norm of each head cannot: which head is whose, its own units do not tell. Nor can a table both of
-    whose axes move.
+    whose axes move, or one whose rows do: the biases of a mixture's experts.
     """
     label = site.label(spec)
     if site.part is not None:
@@ -403,6 +403,8 @@ def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
             axis for i, axis in enumerate(spec.axes.get(site.weight, ())) if i != len(spec.axes[site.weight]) - 1
         ]
         return bool(label) and not any(spec.movable(name) for axis in others for name in product_key(axis))
+    if site.kind == "embedding":
+        return not any(spec.movable(name) for name in product_key(spec.axes[site.weight][0]))
     if site.kind not in ("norm", "group_norm", "gain"):
         return True
     own = {name for name in product_key(label) if spec.movable(name)}

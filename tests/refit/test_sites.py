@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers as T
@@ -44,6 +46,16 @@ def test_a_class_of_other_layers_is_solved_and_a_reordered_copy_comes_back(name:
     report = RefitReport.of(result)
     assert not [name for name in report.untouched if not any(word in name for word in KEPT)]
     assert max(e for by_task in report.errors.values() for e in by_task.values()) < 1e-5
+
+
+def test_the_biases_of_a_mixtures_experts_are_no_table_that_is_solved():
+    torch.manual_seed(0)
+    sizes = {**tiny.DECODER, "num_hidden_layers": 1, "intermediate_size": 16, "head_dim": 8, "pad_token_id": 0}
+    model = T.GptOssForCausalLM(T.GptOssConfig(**sizes, num_local_experts=4, num_experts_per_tok=2)).eval()
+    inputs = calibration(model)
+    twins = {"a": model, "b": copy.deepcopy(model)}
+    result = merge(twins, inputs, method="permute", refit={"micro_batch": 8}, corrections=())
+    assert_same(outputs(result, inputs, model, task="b"), outputs(model, inputs, model), 1e-3)
 
 
 def test_a_mixture_of_models_that_differ_is_fitted_better_than_by_combining():

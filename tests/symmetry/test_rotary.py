@@ -8,6 +8,7 @@ import transformers as T
 
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import TOLERANCE
+from hf_zipit.symmetry.rules.rotary import NUMBERED_PAIRS
 from hf_zipit.symmetry.spec import Symmetry, product_key, products
 from tests import tiny
 from tests.symmetry.checks import BROKEN, next_symmetries, with_symmetry, worst_error
@@ -26,6 +27,15 @@ ROTATED = {
         T.EsmForMaskedLM, T.EsmConfig, **tiny.TEXT, position_embedding_type="rotary", pad_token_id=1, mask_token_id=2
     ),
     "phi3, fused and sliced": tiny.EVERYTHING["phi3"],
+    "gpt-oss, halves by themselves": tiny.of(
+        T.GptOssForCausalLM,
+        T.GptOssConfig,
+        **tiny.DECODER,
+        head_dim=8,
+        num_local_experts=2,
+        pad_token_id=0,
+        num_experts_per_tok=1,
+    ),
     "dinov3, patches only": tiny.of(T.DINOv3ViTModel, T.DINOv3ViTConfig, **tiny.IMAGE),
 }
 PARTLY_ROTATED = {
@@ -44,6 +54,12 @@ SCALED = {
     "olmo2, all heads": tiny.of(T.Olmo2ForCausalLM, T.Olmo2Config, **tiny.DECODER),
     "hunyuan, after": tiny.of(T.HunYuanDenseV1ForCausalLM, T.HunYuanDenseV1Config, **tiny.DECODER, head_dim=8),
 }
+
+
+DEEPSEEK = tiny.of(
+    T.DeepseekV3ForCausalLM, T.DeepseekV3Config, **tiny.TEXT, first_k_dense_replace=2, q_lora_rank=8, kv_lora_rank=8,
+    qk_rope_head_dim=8, qk_nope_head_dim=4, v_head_dim=8, num_key_value_heads=4, pad_token_id=0,
+)  # fmt: skip
 
 
 def traced(builder):
@@ -89,3 +105,14 @@ def test_neighbours_are_rotated_and_scaled_pairs_change_their_signs(name):
     assert worst_error(model, spec) <= TOLERANCE
     for more in next_symmetries(turned[0]):
         assert worst_error(model, with_symmetry(spec, turned[0].name, more)) > BROKEN
+
+
+def test_neighbours_that_come_out_as_halves_are_rotated_pair_by_pair():
+    model, spec = traced(DEEPSEEK)
+    first, _ = rotary_spaces(spec)  # the two units of every pair, of all heads: their key has none
+    (pairs,) = (spec.spaces[name] for name in first.within)
+    assert (first.size, pairs.size, pairs.frozen_by) == (2, 4, NUMBERED_PAIRS)
+    assert worst_error(model, spec) <= TOLERANCE
+    for more in next_symmetries(first):
+        assert worst_error(model, with_symmetry(spec, first.name, more)) > BROKEN
+    assert worst_error(model, with_symmetry(spec, pairs.name, Symmetry.PERMUTATION)) > BROKEN
