@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 from hf_zipit.data.inputs import ModelInputs, first_of, prepare, tensor_of
 from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.data.sources import rename
-from hf_zipit.errors import DataError
-from hf_zipit.evaluation.side_by_side import SideBySide
+from hf_zipit.errors import DataError, ZipItError
+from hf_zipit.evaluation.side_by_side import SideBySide, answers_ahead
 from hf_zipit.experts.loading import Expert, load_expert
 from hf_zipit.experts.vocabulary import one_vocabulary
 from hf_zipit.hub.processors import OwnProcessor
-from hf_zipit.modeling import ZipItForCausalLM, ZipItModel, ZipItPreTrainedModel, ZipItWriter
+from hf_zipit.hub.reasons import first_line
+from hf_zipit.modeling import ZipItModel, ZipItPreTrainedModel, ZipItWriter
 from hf_zipit.modeling.empty_model import source_class
 
 
@@ -87,7 +89,7 @@ class Subject:
         classes = {task: answers and len(whole.config.labels_of(task)) or None for task in whole.config.tasks}
         return cls(
             whole, whole.config.offsets(), classes, dict.fromkeys(classes, inputs), type(whole), answers,
-            isinstance(whole, ZipItForCausalLM),
+            answers_ahead(type(whole), whole.config.source_config),
         )  # fmt: skip
 
     @property
@@ -100,6 +102,20 @@ class Subject:
         if isinstance(self.model, SideBySide):
             return OwnProcessor(self.model.experts[self.model.tasks.index(task)])
         return OwnProcessor(self.model, self.model.branch_names[task])
+
+
+@contextmanager
+def told_in_a_sentence(subject: Subject, task: str) -> Iterator[None]:
+    """What a model or its processor raises about the data of a task, as a DataError."""
+    try:
+        yield
+    except ZipItError:
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError) as error:
+        raise DataError(
+            f"{subject.inputs[task].architecture} cannot run on the evaluation data of the task {task!r}: "
+            f"{first_line(error)}; give data that were prepared as the experts' own."
+        ) from error
 
 
 @dataclass(frozen=True)

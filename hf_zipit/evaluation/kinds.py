@@ -23,7 +23,7 @@ from hf_zipit.data.labels import IGNORED, LABEL_COLUMNS
 from hf_zipit.data.processes import running
 from hf_zipit.data.sources import rename
 from hf_zipit.errors import DataError
-from hf_zipit.evaluation.batches import Reading, Subject
+from hf_zipit.evaluation.batches import Reading, Subject, told_in_a_sentence
 from hf_zipit.hub.processors import OwnProcessor
 from hf_zipit.modeling import (
     ZipItForCausalLM,
@@ -269,7 +269,8 @@ def answered(subject: Subject, data: Any, task: str, reading: Reading, reads: st
             if number % state.num_processes == state.process_index:
                 renamed = [rename(row, reading.columns) for row in rows]
                 columns = {column: [row[column] for row in renamed] for column in renamed[0]}
-                own, expected = kind.ask(model, Batch(columns, inputs, given, task))
+                with told_in_a_sentence(subject, task):
+                    own, expected = kind.ask(model, Batch(columns, inputs, given, task))
                 said += own
                 right += expected
     if state.num_processes > 1:

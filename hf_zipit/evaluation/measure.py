@@ -19,13 +19,12 @@ from torch import Tensor
 
 from hf_zipit.data.labels import first
 from hf_zipit.data.processes import modes_kept
-from hf_zipit.errors import DataError, ZipItError
-from hf_zipit.evaluation.batches import Collate, Reading, Subject
+from hf_zipit.errors import DataError
+from hf_zipit.evaluation.batches import Collate, Reading, Subject, told_in_a_sentence
 from hf_zipit.evaluation.intervals import Answers, Interval, accuracy_interval, calibration_error
 from hf_zipit.evaluation.kinds import answered, own_metrics
 from hf_zipit.evaluation.results import Accuracies, Evaluation
 from hf_zipit.experts.loading import Expert, Experts, load_experts
-from hf_zipit.hub.reasons import first_line
 from hf_zipit.modeling import ZipItWriter
 from hf_zipit.registry import suggestion
 
@@ -224,15 +223,8 @@ def _predict(
             data_collator=collate,
             preprocess_logits_for_metrics=_ahead(keep) if subject.causal else keep,
         )
-        try:
+        with told_in_a_sentence(subject, task):
             found = trainer.predict(data, ignore_keys=caches)
-        except ZipItError:
-            raise
-        except (ValueError, RuntimeError, IndexError, TypeError) as error:
-            raise DataError(
-                f"{subject.inputs[task].architecture} cannot run on the evaluation data of the task {task!r}: "
-                f"{first_line(error)}; give data that were prepared as the experts' own."
-            ) from error
     labels = found.label_ids[:, 1:] if subject.causal else found.label_ids
     return EvalPrediction(found.predictions, labels)
 

@@ -12,8 +12,20 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput
 
 from hf_zipit.data.labels import IGNORED
-from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, ZipItModel, merged_class
+from hf_zipit.modeling import (
+    ZipItForCausalLM,
+    ZipItForConditionalGeneration,
+    ZipItForMaskedLM,
+    ZipItModel,
+    merged_class,
+)
 from hf_zipit.modeling.joint import vote
+
+
+def answers_ahead(kind: type[nn.Module], config: Any) -> bool:
+    """Whether every position of such models answers for the next one, as of GPT-2 and LLaVA."""
+    reads_on = issubclass(kind, ZipItForConditionalGeneration) and not getattr(config, "is_encoder_decoder", False)
+    return issubclass(kind, ZipItForCausalLM) or reads_on
 
 
 class SideBySide(nn.Module):
@@ -30,7 +42,9 @@ class SideBySide(nn.Module):
         self.tasks = list(experts)
         self.experts = nn.ModuleList(experts.values())
         kinds = {merged_class(type(expert).__name__) for expert in self.experts}
-        self.causal = ZipItForCausalLM in kinds
+        self.causal = any(
+            answers_ahead(merged_class(type(e).__name__), getattr(e, "config", None)) for e in self.experts
+        )
         self.vocabulary = self.causal or ZipItForMaskedLM in kinds
         self.kind = next(iter(kinds)) if len(kinds) == 1 else ZipItModel
         contrastive = any(hasattr(expert, "get_image_features") for expert in self.experts)

@@ -19,6 +19,7 @@ import hf_zipit
 from hf_zipit import metrics
 from hf_zipit.errors import DataError
 from hf_zipit.evaluation.kinds import likeliest_spans
+from hf_zipit.evaluation.side_by_side import answers_ahead
 from tests.modeling.test_kinds import IDS, bart, pair
 from tests.processors import tokenizer
 
@@ -101,6 +102,8 @@ def test_what_is_written_for_a_text_has_a_perplexity_and_error_rates_where_they_
     assert found.scores["b"]["perplexity"] == pytest.approx(expected.item(), rel=1e-4)
     assert found.expert_scores["b"]["perplexity"] == pytest.approx(expected.item(), rel=1e-4)
     assert hf_zipit.evaluate(merged, {"b": rows}, metrics="wer", processor=tokenizer()).scores["b"]["wer"] > 0
+    assert not answers_ahead(type(merged), experts["b"].config)
+    assert answers_ahead(type(merged), T.LlavaConfig())
 
 
 def test_spans_are_measured_by_exact_match_and_f1() -> None:
@@ -120,6 +123,8 @@ def test_spans_are_measured_by_exact_match_and_f1() -> None:
     asked = {"question": "the photo", "context": "a red boot of the shirt", "answers": {"text": ["boot"]}}
     words = hf_zipit.evaluate(merged, {"b": [asked, asked]}, metrics="squad", processor=tokenizer()).scores["b"]
     assert words["exact_match"] in (0.0, 1.0)
+    with pytest.raises(DataError, match="cannot run on the evaluation data of the task 'b'"):
+        hf_zipit.evaluate(merged, {"b": [{**rows[0], "input_ids": IDS[0] + 30}]})
     with pytest.raises(DataError, match="neither a 'question'"):
         hf_zipit.evaluate(merged, {"b": [{"input_ids": IDS[0]}]})
 

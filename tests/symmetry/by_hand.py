@@ -73,6 +73,12 @@ def rows_written(x: Tensor) -> Tensor:
     return y
 
 
+def masked_rows_written(x: Tensor) -> Tensor:
+    y, mask = torch.zeros_like(x), torch.tensor([[True, False, True, False, False], [False] * 4 + [True]])
+    y[mask] = x[mask]
+    return y
+
+
 def number_written(x: Tensor) -> Tensor:
     y = x.clone()
     y[torch.tensor([0, 1]), torch.tensor([3, 0])] = 1.0
@@ -192,6 +198,7 @@ CASES: dict[str, Case] = {
     "weighted tokens": Case(lambda x: x * torch.sigmoid(x.detach().sum(-1, keepdim=True) * 0 + 1), ONES, tight=False),
     "copied": Case(lambda x: torch.zeros_like(x).copy_(x), LINEAR),
     "rows written": Case(rows_written, LINEAR),
+    "masked rows written": Case(masked_rows_written, LINEAR),
     "a number written": Case(number_written, PERMUTATION, tight=False),
     "from where a tensor says": Case(lambda x: x.narrow(1, torch.tensor(2), 2), LINEAR),
     "noise on the tokens": Case(lambda x: x * torch.rand(2, 5, 1), LINEAR),

@@ -132,17 +132,21 @@ def masked(run: Interpreter, node: fx.Node, x: Value, used: Sequence[int], indic
 
 @rule("index_put")
 def index_put(run: Interpreter, node: fx.Node, x: Value, indices: Sequence[Any], values: Value, *_: Any) -> Any:
-    """Values written to the places that are indexed by integers, along neighbouring axes, or added there."""
+    """Values written to the places that a mask or integers along neighbouring axes name, or added there."""
     used = [i for i, index in enumerate(indices) if isinstance(index, Value)]
-    integers = all(node.args[1][i].meta["val"].dtype == torch.int64 for i in used)  # type: ignore[index, union-attr]
-    if not integers or used != list(range(used[0], used[-1] + 1)):
-        return run.unknown(node, x, indices, values)
+    kinds = {node.args[1][i].meta["val"].dtype for i in used}  # type: ignore[index, union-attr]
+    if kinds == {torch.bool} and len(used) == 1:
+        places, along = 1, range(used[0], used[0] + len(indices[used[0]].axes))
+    else:
+        places, along = max(len(indices[i].axes) for i in used), range(used[0], used[-1] + 1)
+        if kinds != {torch.int64} or used != [*along]:
+            return run.unknown(node, x, indices, values)
     for i in used:
-        run.atoms.restrict(x.axes[i], FIXED, LOOKED_UP)
         run.restrict_all(indices[i], FIXED, "it is an index")
-    kept = without(x, used)
+    for i in along:
+        run.atoms.restrict(x.axes[i], FIXED, LOOKED_UP)
+    kept = without(x, along)
     run.parted(kept)
-    places = max(len(indices[i].axes) for i in used)
     written: list[Axis | None] = [*kept[: used[0]], *[None] * places, *kept[used[0] :]]
     given = [*[()] * (len(written) - len(values.axes)), *values.axes]
     for own, other in zip(written, given, strict=True):
