@@ -178,8 +178,8 @@ def renumbered(task: str, model: PreTrainedModel, places: Mapping[int, int], len
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding) and module.num_embeddings == len(old) and module.weight is not old:
             raise ExpertError(
-                f"the expert {task!r} reads numbers of tokens through a second table, {name}, which is not tied to the "
-                "first; vocabulary='union' renumbers one; tie them, or leave the option out"
+                f"the expert {task!r} reads tokens through a second table, {name}, which is not tied to the first; "
+                "vocabulary='union' renumbers one; tie them, or leave the option out"
             )
     head = model.get_output_embeddings()
     sha256 = getattr(model, "known_sha256", None) or fingerprint_experts({task: model})[task]

@@ -69,7 +69,7 @@ class ZipItConfig(PreTrainedConfig):
             source's, by the layer's path in the source model.
         rotary_pairs: which of the source's rotary pairs these heads have, for layers with a rotary embedding.
         output_bias: whether the logits of tokens have a bias, one for each task, that the source class does not give
-            them: with one vocabulary for several tokenizers it rules out the tokens that a task's expert does not have.
+            them: with one vocabulary for several tokenizers it rules out what a task's expert has no token for.
         depth: the share of blocks in the trunk, if known.
         cut: the path of the first block outside the trunk, if any.
         method: how the model was made, free-form.

@@ -119,9 +119,8 @@ def test_what_cannot_be_united_is_one_sentence(tmp_path: Path):
 def test_writers_never_write_what_their_expert_cannot(tmp_path: Path, name: str, tied: bool):
     for seed, task in enumerate(WORDS):
         own = tokenizer(WORDS[task], "words")
-        numbers = {"pad": own.pad_token_id, "bos": own.cls_token_id, "eos": own.sep_token_id}
-        size = {"vocab_size": len(own), "tie_word_embeddings": tied, **{f"{n}_token_id": i for n, i in numbers.items()}}
-        tiny.build(name, seed, **size).save_pretrained(tmp_path / task)
+        roles = {"pad_token_id": own.pad_token_id, "bos_token_id": own.cls_token_id, "eos_token_id": own.sep_token_id}
+        tiny.build(name, seed, vocab_size=len(own), tie_word_embeddings=tied, **roles).save_pretrained(tmp_path / task)
         own.save_pretrained(tmp_path / task)
     folders = {task: tmp_path / task for task in WORDS}
     loaded, both = load_experts(folders), united(load_experts(folders))
