@@ -18,7 +18,7 @@ QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "
 
 
 def run(path: Path) -> None:
-    """Execute a notebook in an empty folder, and keep what it put out; raises CellExecutionError where a cell fails."""
+    """Execute a notebook in an empty folder, and keep what it put out; raises CellExecutionError if a cell fails."""
     import os
 
     import nbformat

@@ -100,7 +100,7 @@ def test_hf_installs_the_extension_and_merges_with_it(tmp_path: Path, vits: Path
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     listed = hf(home, "extensions", "list").stdout
-    assert "someone/hf-zipit" in listed and "without training" in listed
+    assert "someone/hf-zipit" in listed and "Merge Hugging Face models" in listed
 
 
 def test_the_doctor_looks_where_hf_does() -> None:
