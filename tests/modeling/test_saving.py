@@ -142,9 +142,8 @@ def test_a_fresh_process_that_trusts_the_folder_loads_it(tmp_path: Path) -> None
 @pytest.mark.parametrize(("name", "depth"), [("bert-masked", 0.5), ("gpt2", 1.0), ("bart", 0.0)])
 @pytest.mark.parametrize("count", [56, 44])
 def test_a_vocabulary_is_made_longer_or_shorter(tmp_path: Path, name: str, depth: float, count: int) -> None:
-    merged = hf_zipit.merge(
-        {task: tiny.build(name, seed) for seed, task in enumerate("ab")}, method="identity", depth=depth
-    )
+    experts = {task: tiny.build(name, seed) for seed, task in enumerate("ab")}
+    merged = hf_zipit.merge(experts, method="identity", depth=depth)
     ids = torch.tensor([[3, 7, 9, 2]])
     before = merged(input_ids=ids, task="b").logits
     assert len(merged.resize_token_embeddings(count).weight) == count
