@@ -1,4 +1,4 @@
-"""`evaluate.evaluator` measures a view of a merged model as it measures the expert, with the metrics of this package."""
+"""`evaluate.evaluator` measures a view of a merged model as it measures the expert, with this package's metrics."""
 
 from __future__ import annotations
 
