@@ -1,4 +1,4 @@
-"""`hf zipit ...`: the console script is what `hf` looks for in an extension."""
+"""`hf zipit ...`: the console script is what `hf` looks for in an extension, and shells to complete a command."""
 
 from __future__ import annotations
 
@@ -105,3 +105,10 @@ def test_hf_installs_the_extension_and_merges_with_it(tmp_path: Path, vits: Path
 
 def test_the_doctor_looks_where_hf_does() -> None:
     assert Path(doctor.EXTENSION) == extensions.EXTENSIONS_ROOT / "hf-zipit" / extensions.MANIFEST_FILENAME
+
+
+def test_shells_complete_our_commands() -> None:
+    asked = {"_HF_ZIPIT_COMPLETE": "bash_complete", "COMP_WORDS": "hf-zipit ver", "COMP_CWORD": "1"}
+    code = "import sys; sys.argv = ['hf-zipit']; from hf_zipit.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.stdout.split() == ["plain,verify"]
