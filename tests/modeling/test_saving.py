@@ -139,8 +139,7 @@ def test_a_fresh_process_that_trusts_the_folder_loads_it(tmp_path: Path) -> None
         assert (again / "model.safetensors").read_bytes() == (tmp_path / family / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("name", "depth"), [("bert-masked", 0.5), ("gpt2", 1.0), ("bart", 0.0)])
-@pytest.mark.parametrize("count", [56, 44])
+@pytest.mark.parametrize(("name", "depth", "count"), [("bert-masked", 0.5, 56), ("gpt2", 1.0, 44), ("bart", 0.0, 56)])
 def test_a_vocabulary_is_made_longer_or_shorter(tmp_path: Path, name: str, depth: float, count: int) -> None:
     experts = {task: tiny.build(name, seed) for seed, task in enumerate("ab")}
     merged = hf_zipit.merge(experts, method="identity", depth=depth)
