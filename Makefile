@@ -1,5 +1,7 @@
 # A fresh machine needs Python (3.10 to 3.13) and make; everything else is installed into .venv on first use.
 PYTHON ?= python3
+# `make dist` tries what it builds on each of these: PYTHONS="python3.10 python3.11 python3.12 python3.13".
+PYTHONS ?= $(PYTHON)
 # The account that the repository is under, for the links in what is published.
 OWNER ?= OWNER
 VENV := .venv
@@ -40,7 +42,7 @@ $(NIGHTLY): $(INSTALLED)
 	touch $@
 
 nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, and the notebooks
-	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/experts
+	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/cli/test_hf_extension.py tests/running/test_verify.py tests/experts
 
 notebooks: $(NIGHTLY) ## run the notebooks of the docs and keep what they put out
 	$(BIN)/python -m benchmarks.notebooks
@@ -69,16 +71,20 @@ $(DOCUMENTED): $(INSTALLED)
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	touch $@
 
-dist: $(INSTALLED) ## build sdist and wheel into dist/, check them, try the wheel in a bare environment
+dist: $(INSTALLED) ## build sdist and wheel into dist/, check them, try both in bare environments of PYTHONS
 	$(PIP) install -c constraints.txt build twine
 	$(BIN)/python .ci/publishable.py --owner $(OWNER) --out build/tree
-	rm -rf dist build/bare
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist build/tree
 	$(BIN)/python -m twine check --strict dist/*
-	$(PYTHON) -m venv build/bare
-	build/bare/bin/python -m pip install --quiet -c constraints.txt $(TORCH)
-	build/bare/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
-	cd build && bare/bin/python ../.ci/try_wheel.py
+	for python in $(PYTHONS); do \
+		for built in dist/*.whl dist/*.tar.gz; do \
+			rm -rf build/bare && $$python -m venv build/bare && \
+			build/bare/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(TORCH) && \
+			build/bare/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $$built && \
+			(cd build && bare/bin/python ../.ci/try_wheel.py) || exit 1; \
+		done; \
+	done
 
 clean: ## remove everything that was built
 	rm -rf $(VENV) build dist site out *.egg-info .pytest_cache .ruff_cache

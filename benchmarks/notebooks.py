@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ QUIET = {"TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "
 
 
 def run(path: Path) -> None:
-    """Execute a notebook in place; raises nbclient's CellExecutionError where a cell fails."""
+    """Execute a notebook in an empty folder, and keep what it put out; raises CellExecutionError if a cell fails."""
     import os
 
     import nbformat
@@ -25,7 +26,9 @@ def run(path: Path) -> None:
 
     os.environ |= QUIET
     book = nbformat.read(path, as_version=4)
-    NotebookClient(book, timeout=600, kernel_name="python3").execute()
+    with tempfile.TemporaryDirectory() as room:
+        place = {"metadata": {"path": room}}
+        NotebookClient(book, timeout=600, kernel_name="python3", resources=place).execute()
     for cell in book.cells:
         cell.metadata.clear()  # when it ran
         if cell.cell_type == "code":

@@ -15,6 +15,7 @@ EXTRAS = {
     "peft": ("peft", "peft", "experts that are LoRA adapters"),
     "optuna": ("optuna", "search", "search --sampler tpe"),
     "gradio": ("gradio", "app", "the page in the browser"),
+    "codecarbon": ("codecarbon", "co2", "--co2 and what a card says of emissions"),
     "sentence_transformers": ("sentence-transformers", "st", "merging SentenceTransformers"),
 }
 """By the name it is imported by: the package, the extra that brings it, what it is for."""

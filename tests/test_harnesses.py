@@ -1,4 +1,4 @@
-"""lm-evaluation-harness and MTEB measure a task of a merged model as they measure its expert."""
+"""lm-evaluation-harness, lighteval and MTEB measure a task of a merged model as they measure its expert."""
 
 from __future__ import annotations
 
@@ -29,6 +29,21 @@ doc_to_text: "{{{{question}}}}"
 doc_to_choice: "{{{{choices}}}}"
 doc_to_target: "{{{{answer}}}}"
 metric_list: [{{metric: acc}}]
+"""
+
+LIGHTEVAL = """
+from lighteval.metrics.metrics import Metrics
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc
+
+def prompt(line, task_name=None):
+    choices = [f" {choice}" for choice in line["choices"]]
+    return Doc(task_name=task_name, query=line["question"], choices=choices, gold_index=line["answer"])
+
+TASKS_TABLE = [LightevalTaskConfig(
+    name="colours", prompt_function=prompt, hf_repo="data", hf_subset="default", hf_avail_splits=["test"],
+    evaluation_splits=["test"], metrics=[Metrics.loglikelihood_acc], stop_sequence=[],
+)]
 """
 
 
@@ -91,3 +106,40 @@ def test_mteb_takes_a_merged_encoder(tmp_path: Path):
     for task, expert in experts.items():
         view = st.SentenceTransformer(str(tmp_path / "both"), config_kwargs={"task": task}, device="cpu")
         assert score(view) == pytest.approx(score(expert), abs=1e-6)
+
+
+def test_lighteval_takes_a_task_of_a_merged_decoder_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lighteval")
+    from lighteval.logging.evaluation_tracker import EvaluationTracker
+    from lighteval.models.transformers.transformers_model import TransformersModelConfig
+    from lighteval.pipeline import ParallelismManager, Pipeline, PipelineParameters
+
+    monkeypatch.chdir(tmp_path)
+    builtin = "lighteval.tasks.registry.Registry._load_from_files"
+    monkeypatch.setattr(builtin, staticmethod(lambda *_: {}))  # its own tasks download while they are imported
+    monkeypatch.setattr(builtin.replace("files", "subdirs"), staticmethod(lambda *_: {}))
+    rows = [{"question": TEXTS[i % 4], "choices": ["red boot", "blue cap"], "answer": i % 2} for i in range(12)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "colours.py").write_text(LIGHTEVAL)
+    experts = {task: tiny.build("llama", seed, vocab_size=len(WORDS)) for seed, task in enumerate("ab")}
+    apart = hf_zipit.merge(experts, depth=0.0)
+
+    def scores(model: LlamaForCausalLM, folder: Path) -> list[list[float]]:
+        model.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        pipeline = Pipeline(
+            "colours|0",
+            PipelineParameters(launcher_type=ParallelismManager.NONE, custom_tasks_directory="own/colours.py"),
+            EvaluationTracker(output_dir=str(folder / "results")),
+            TransformersModelConfig(model_name=str(folder), batch_size=4, max_length=16, device="cpu"),
+        )
+        pipeline.evaluate()
+        (found,) = pipeline.evaluation_tracker.details.values()
+        return [list(map(float, each["model_response"]["logprobs"])) for each in found]
+
+    for task, expert in experts.items():
+        own, taken = scores(expert, tmp_path / task), scores(apart.expert(task), tmp_path / f"{task}-taken")
+        assert len(own) == len(rows)
+        assert torch.allclose(torch.tensor(own), torch.tensor(taken), atol=1e-3)

@@ -15,6 +15,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel, build
+from hf_zipit.modeling.empty_model import has_output_bias
 from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.compatible import CLASSIFIERS
 from hf_zipit.planning.cut import Cut, ReadPoint, towers
@@ -67,6 +68,7 @@ def configured(
         trunk_shapes={name: list(shape) for name, shape in shapes.items() if tuple(shape) != first[name].shape},
         head_dims={path: cut.width for path, cut in (head_cuts or {}).items()},
         rotary_pairs={path: cut.pairs for path, cut in (head_cuts or {}).items() if cut.pairs is not None},
+        output_bias=has_output_bias(planned.model),
         depth=cut.depth,
         cut=first_own_block(spec, cut),
     )

@@ -56,6 +56,9 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
     if config.residues:
         raise ExpertError(_cannot(merged, task, "it has residues per task; take the expert that it was merged from"))
+    if config.output_bias:
+        reason = "its head rules out tokens that only other experts have; take the expert that it was merged from"
+        raise ExpertError(_cannot(merged, task, reason))
     model = empty_model(with_heads(config, merged, task), task).eval()
     trunk, branch = model_tensors(merged.trunk), model_tensors(merged.branches[key])
     found = {name: (trunk if name in trunk else branch)[name] for name in model_tensors(model)}

@@ -42,6 +42,7 @@ def record(
     }
     if calibration is not None:
         found["batch_size"] = calibration.batch_size
+        found["calibration_data"] = calibration.fingerprint()
     if refit_errors is not None:
         found["refit_errors"] = packed(refit_errors)
     if polished is not None:

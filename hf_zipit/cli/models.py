@@ -11,6 +11,7 @@ import typer
 from hf_zipit.cli.app import app
 from hf_zipit.cli.options import (
     Classes,
+    Co2,
     ColumnNames,
     Device,
     DryRun,
@@ -78,6 +79,7 @@ def merge(
         typer.Option(help="Of tokenizers that differ: union matches tokens by their text."),
     ] = "same",
     seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    co2: Co2 = None,
     device: Device = None,
     dry_run: DryRun = False,
     as_json: Json = False,
@@ -116,7 +118,7 @@ def merge(
         if dry_run:
             print_plans(recipe, as_json, say)
             return
-        result = run_recipe(recipe, save="model", say=say)
+        result = run_recipe(recipe, save="model", say=say, co2=co2)
     print_result(result, as_json)
 
 
@@ -319,6 +321,9 @@ def verify(
     column: ColumnNames = None,
     classes: Classes = None,
     samples: Annotated[int | None, typer.Option(help="At most this many samples of each task.", min=1)] = None,
+    calibration: Annotated[
+        bool, typer.Option("--calibration", help="Read the calibration data that the recipe names again, too.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -334,7 +339,7 @@ def verify(
         from hf_zipit.running.verify import verify as verified
 
         data = Data(dataset, split, columns=parse_columns(column), samples=samples) if dataset else None
-        checks = verified(model, data, parse_classes(classes), say)
+        checks = verified(model, data, parse_classes(classes), say, calibration=calibration)
     if as_json:
         print_json([check.to_dict() for check in checks])
     else:

@@ -30,6 +30,16 @@ Device = Annotated[
     typer.Option("--device", help="Where to run: cpu, cuda, cuda:1, mps; a GPU by default.", show_default=False),
 ]
 
+Co2 = Annotated[
+    str | None,
+    typer.Option(
+        "--co2",
+        metavar="COUNTRY",
+        help="Have the card say what the run emitted (codecarbon); the machine's country, as FRA.",
+        show_default=False,
+    ),
+]
+
 Classes = Annotated[
     list[str] | None,
     typer.Option(

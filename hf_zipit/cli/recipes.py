@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import Device, DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
+from hf_zipit.cli.options import Co2, Device, DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
 from hf_zipit.extras import require
@@ -23,6 +23,7 @@ def run(
     recipe: RecipePath,
     dry_run: DryRun = False,
     out: Out = None,
+    co2: Co2 = None,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -38,7 +39,7 @@ def run(
             return
         from hf_zipit.running.run import run_recipe
 
-        result = run_recipe(loaded, say=say)
+        result = run_recipe(loaded, say=say, co2=co2)
     print_result(result, as_json)
 
 

@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -36,6 +37,7 @@ from hf_zipit.data.labels import IGNORED
 from hf_zipit.data.processes import all_reduce_sum
 from hf_zipit.data.sources import Columns, by_task, raw_batches, rows_of
 from hf_zipit.errors import DataError, is_out_of_memory
+from hf_zipit.experts.fingerprint import digest_strings, digest_tensors
 from hf_zipit.hub.processors import OwnProcessor
 
 logger = logging.getLogger(__name__)
@@ -365,6 +367,22 @@ class Calibration:
                 CalibrationBatch(task, partial(dict, piece), part._keeper) for piece in pieces(chosen, self.batch_size)
             ]
         return part
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of samples by task, or of all, and the sha256 of what models read of them; empty if none was.
+
+        It depends on the batches' size, which pads them. Of several processes each reads its share, and all call this.
+        """
+        if not self._streams:
+            return {}
+        own = [
+            (number, digest_tensors(sorted(batch.inputs.items()), str(batch.task)))
+            for number, batch in enumerate(in_turns(self._streams.values()))
+            if number % self.processes == self.process
+        ]
+        digests = sorted(gather_object(own)) if self.processes > 1 else own
+        samples = {"all" if task is None else task: count for task, count in self.counts.items()}
+        return {"samples": samples, "sha256": digest_strings(digest for _, digest in digests)}
 
     @property
     def counts(self) -> dict[str | None, int]:

@@ -26,6 +26,7 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.experts.fingerprint import fingerprint_experts
 from hf_zipit.experts.processors import files_of
 from hf_zipit.hub.processors import Files, load_processor, same, write_files
+from hf_zipit.modeling.empty_model import add_output_bias
 
 TOKENIZER = "tokenizer.json"
 
@@ -118,8 +119,8 @@ def one_vocabulary(experts: Mapping[str, nn.Module]) -> bool:
 def united(experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
     """The experts with one vocabulary: copies, but for those to which nothing has to be done.
 
-    Raises ExpertError if an expert has no tokenizer, one that cannot be renumbered, or a head for which a token that
-    is not there cannot be ruled out.
+    Models that write end at the token that ends a text of any expert. Raises ExpertError if an expert has no
+    tokenizer, one that cannot be renumbered, or tables of tokens that are not tied.
     """
     if all(hasattr(model, "held_rows") for model in experts.values()):  # they were brought to one before
         return dict(experts)
@@ -145,7 +146,20 @@ def united(experts: Mapping[str, PreTrainedModel]) -> dict[str, PreTrainedModel]
             places[task][number] = union[name]
     if all(length == rows(experts[task]) and all(a == b for a, b in places[task].items()) for task in experts):
         return dict(experts)
-    return {task: renumbered(task, model, places[task], length) for task, model in experts.items()}
+    roles = ((task, vocabulary, vocabulary.roles.get("eos")) for task, vocabulary in vocabularies.items())
+    ends = list(dict.fromkeys(places[task][own.numbers[token]] for task, own, token in roles if token))
+    found = {task: renumbered(task, model, places[task], length) for task, model in experts.items()}
+    for model in found.values():
+        if ends and model.can_generate():
+            for config in configs_of(model):
+                config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    return found
+
+
+def configs_of(model: PreTrainedModel) -> list[Any]:
+    """What holds numbers of special tokens: the model's configuration, that of its text, and that of writing."""
+    found = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+    return list({id(config): config for config in found if config is not None}.values())
 
 
 def rows(model: PreTrainedModel) -> int:
@@ -161,29 +175,34 @@ def renumbered(task: str, model: PreTrainedModel, places: Mapping[int, int], len
     old = model.get_input_embeddings().weight
     here = {number: place for number, place in places.items() if number < len(old)}
     source, target = torch.tensor(list(here)), torch.tensor(list(here.values()))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings == len(old) and module.weight is not old:
+            raise ExpertError(
+                f"the expert {task!r} reads tokens through a second table, {name}, which is not tied to the first; "
+                "vocabulary='union' renumbers one; tie them, or leave the option out"
+            )
     head = model.get_output_embeddings()
-    if head is not None and len(target) < length and getattr(head, "bias", None) is None:
-        raise ExpertError(
-            f"the head of the expert {task!r} has a logit for every token and no bias, so that tokens which only "
-            "other experts have cannot be ruled out; vocabulary='union' is for encoders, classifiers and masked models"
-        )
     sha256 = getattr(model, "known_sha256", None) or fingerprint_experts({task: model})[task]
     files = renumbered_files(task, files_of(model), places, length)
-    values = [old, head.weight, head.bias] if head is not None else [old]  # the model that was passed keeps them
-    model = copy.deepcopy(model)
+    last = getattr(model, "final_logits_bias", None)  # of BART and its kin, beside the head
+    model = copy.deepcopy(model)  # the model that was passed keeps its own
     model.resize_token_embeddings(length, mean_resizing=False)
-    inputs, head = model.get_input_embeddings(), model.get_output_embeddings()
-    new = [(inputs.weight, 0.0)] + ([(head.weight, 0.0), (head.bias, NEVER)] if head is not None else [])
-    for (tensor, fill), own in zip(new, values, strict=True):
-        if tensor is None:
-            continue
-        tensor.fill_(fill)
-        tensor[target] = own[source]
+    inputs, new = model.get_input_embeddings(), model.get_output_embeddings()
+    moved = [(inputs.weight, old, 0.0)]
+    if new is not None:
+        if new.bias is None:
+            add_output_bias(model)
+        moved += [(new.weight, head.weight, 0.0), (new.bias, head.bias, NEVER)]
+    if last is not None:
+        moved.append((model.final_logits_bias[0], last[0], 0.0))
+    for tensor, own, lacking in moved:
+        tensor.fill_(lacking)
+        tensor[target] = 0.0 if own is None else own[source]
     inputs.padding_idx = here.get(inputs.padding_idx, inputs.padding_idx)
-    for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():
+    for config in configs_of(model):
         for name, value in list(vars(config).items()):
-            if name.endswith("token_id"):
-                many = isinstance(value, list)
+            if name.endswith("token_id") and value is not None:
+                many = isinstance(value, (list, tuple))
                 moved = [places.get(number, number) for number in (value if many else [value])]
                 setattr(config, name, moved if many else moved[0])
     model.held_rows = torch.zeros(length, dtype=torch.bool).index_fill(0, target, True)

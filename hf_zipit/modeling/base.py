@@ -42,7 +42,8 @@ from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_modu
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
 from .residues import Residue, make_residues, residue_of
-from .trunk import check_shared, make_branch, resize, run_together, take_trunk
+from .token_tables import resize_tables
+from .trunk import check_shared, make_branch, record_trunk, resize, run_together, take_trunk
 
 logger = logging.get_logger(__name__)
 
@@ -56,6 +57,9 @@ PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token"
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
 
 
+RECORDED = ("output_hidden_states", "output_attentions")
+"""Arguments of a forward pass that ask for what blocks compute."""
+
 MOMENTS, STATISTICS = "moments.safetensors", "statistics.safetensors"
 
 
@@ -68,7 +72,8 @@ class Savable(Protocol):
 class ZipItPreTrainedModel(PreTrainedModel):
     """What all merged models have in common: building, choosing a task, running trunk and branches, saving.
 
-    `output_hidden_states` and `output_attentions` give what the branches compute themselves, not the trunk's blocks.
+    `output_hidden_states` and `output_attentions` give those of all blocks: the trunk's in merged units, the branches'
+    in their experts'. In a joint forward pass the trunk then runs once for every task.
     """
 
     config_class = ZipItConfig
@@ -181,6 +186,28 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return next(iter(self.branches.values())).get_input_embeddings()
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, of the embedding and of every task's head.
+
+        Raises ZipItError for a model with residues, which belong to tensors of one size.
+        """
+        text = self.config.source_config.get_text_config()
+        count = text.vocab_size if new_num_tokens is None else new_num_tokens
+        if pad_to_multiple_of is not None:
+            count = -(-count // pad_to_multiple_of) * pad_to_multiple_of
+        if self.config.residues:
+            raise ZipItError("A model with residues keeps its vocabulary; merge without them to change it.")
+        if count != text.vocab_size:
+            before = resize_tables(self, list(self.branches.values()), count, mean_resizing)
+            for branch in (self, *self.branches.values()):
+                config = getattr(branch.config, "source_config", branch.config)
+                config.get_text_config().vocab_size = count
+            for shape in self.config.trunk_shapes.values():  # of tables that are as wide as a merged stream
+                shape[0] = count if len(shape) == 2 and shape[0] == before else shape[0]
+        return self.get_input_embeddings()
+
     # ------------------------------------------------------------------------------------------- tasks
 
     def for_task(self, task: str | None) -> ZipItPreTrainedModel:
@@ -246,10 +273,10 @@ class ZipItPreTrainedModel(PreTrainedModel):
         key = self.branch_names[task]
         return leave(self.branches[key](**inputs), self.config.exits, self.exits[key])
 
-    def run_branches(self, run: Callable[[str], ModelOutput]) -> dict[str, ModelOutput]:
-        """What `run` gives for every task on the same batch; the trunk runs once."""
+    def run_branches(self, run: Callable[[str], ModelOutput], recording: bool = False) -> dict[str, ModelOutput]:
+        """What `run` gives for every task on the same batch; the trunk runs once, `recording` once for every task."""
         outputs = {}
-        with run_together() as memo:
+        with run_together(recording) as memo:
             for task in self.config.tasks:
                 memo.next_branch()
                 outputs[task] = run(task)
@@ -267,9 +294,13 @@ class ZipItPreTrainedModel(PreTrainedModel):
         """
         inputs = {name: value for name, value in inputs.items() if value is not None}
         chosen = self.choose(task)
+        recording = any(inputs.get(name) for name in RECORDED)
+        if recording and not getattr(self.trunk, "recorded", False):
+            record_trunk(next(iter(self.branches.values())))
+            self.trunk.recorded = True  # also for views and copies
         if isinstance(chosen, str):
             return self.run_branch(chosen, inputs if labels is None else {**inputs, "labels": labels})
-        outputs = self.run_branches(lambda name: self.run_branch(name, inputs))
+        outputs = self.run_branches(lambda name: self.run_branch(name, inputs), recording)
         joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
         if labels is not None:
             doubtful = chosen is None and self.config.joint == "concatenate"

@@ -68,6 +68,8 @@ class ZipItConfig(PreTrainedConfig):
         head_dims: the width of a head in the trunk's attention layers that have more and narrower heads than the
             source's, by the layer's path in the source model.
         rotary_pairs: which of the source's rotary pairs these heads have, for layers with a rotary embedding.
+        output_bias: whether the logits of tokens have a bias, one for each task, that the source class does not give
+            them: with one vocabulary for several tokenizers it rules out what a task's expert has no token for.
         depth: the share of blocks in the trunk, if known.
         cut: the path of the first block outside the trunk, if any.
         method: how the model was made, free-form.
@@ -101,6 +103,7 @@ class ZipItConfig(PreTrainedConfig):
     trunk_shapes: dict[str, list[int]] | None = None
     head_dims: dict[str, int] | None = None
     rotary_pairs: dict[str, list[int]] | None = None
+    output_bias: bool = False
     depth: float | None = None
     cut: str | None = None
     method: dict[str, Any] | None = None

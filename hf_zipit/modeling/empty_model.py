@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 
+import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ZipItError
@@ -33,8 +35,22 @@ def empty_model(config: ZipItConfig, task: str) -> PreTrainedModel:
     Its configuration says of ties what the source's does: some forward passes ask (UMT5 scales what its head reads).
     """
     model = source_class(config.source_architecture)(empty_model_config(config, task))
+    if config.output_bias:
+        add_output_bias(model)
     _set_ties(model.config, config.source_config)
     return model
+
+
+def add_output_bias(model: PreTrainedModel) -> None:
+    """Give the layer that makes the logits of tokens a bias of zeros."""
+    head = model.get_output_embeddings()
+    head.bias = nn.Parameter(torch.zeros(len(head.weight), dtype=head.weight.dtype, device=head.weight.device))
+    model.added_output_bias = True
+
+
+def has_output_bias(model: nn.Module) -> bool:
+    """Whether that layer has a bias which the model's class does not give it: whether `add_output_bias` was here."""
+    return getattr(model, "added_output_bias", False)
 
 
 def empty_model_config(config: ZipItConfig, task: str) -> PreTrainedConfig:

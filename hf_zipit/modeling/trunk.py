@@ -25,6 +25,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import ZipItError
 
+try:
+    from transformers.utils.output_capturing import install_all_output_capturing_hooks
+except ImportError:  # older ones collect what layers return, wherever these are
+    install_all_output_capturing_hooks = None  # type: ignore[assignment]
+
 
 class Shared(nn.Module):
     """Stand-in for a module of the trunk: calls it, or returns what it already returned in this joint forward.
@@ -70,15 +75,18 @@ class Shared(nn.Module):
 class Memo:
     """What the shared modules returned in the joint forward that is running, by module and number of the call."""
 
-    def __init__(self) -> None:
+    def __init__(self, recording: bool = False) -> None:
         self.outputs: dict[tuple[int, int], tuple[Any, list[int]]] = {}
         self.calls: Counter[int] = Counter()
+        self.recording = recording  # what is recorded is recorded while it is computed: for every branch again
 
     def next_branch(self) -> None:
         """Every branch counts its calls from the start: a module may be called several times within one."""
         self.calls.clear()
 
     def recall(self, module: nn.Module, compute: Callable[[], Any]) -> Any:
+        if self.recording:
+            return compute()
         key = (id(module), self.calls[id(module)])
         self.calls[id(module)] += 1
         known = self.outputs.get(key)
@@ -138,10 +146,13 @@ def running_task() -> str | None:
 
 
 @contextmanager
-def run_together() -> Iterator[Memo]:
-    """Inside, shared modules are computed once. Call `next_branch()` of the memo before every branch."""
+def run_together(recording: bool = False) -> Iterator[Memo]:
+    """Inside, shared modules are computed once. Call `next_branch()` of the memo before every branch.
+
+    `recording`: once for every branch, each of which records what they compute.
+    """
     now = _now()
-    before, now.memo = now.memo, Memo()
+    before, now.memo = now.memo, Memo(recording)
     try:
         yield now.memo
     finally:
@@ -167,13 +178,7 @@ def take_trunk(model: nn.Module, shared: Sequence[str]) -> nn.Module:
         return model
     trunk = nn.Module()
     for path in shared:
-        *parents, name = path.split(".")
-        node = trunk
-        for parent in parents:
-            if parent not in node._modules:
-                node.add_module(parent, nn.Module())
-            node = node._modules[parent]
-        node.add_module(name, model.get_submodule(path))
+        add_under(trunk, path, model.get_submodule(path))
     return trunk
 
 
@@ -188,6 +193,40 @@ def make_branch(model: nn.Module, trunk: nn.Module, shared: Sequence[str], task:
         if isinstance(module, PreTrainedModel) and next(module.parameters(), None) is None:
             module.__class__ = placed(type(module))
     return model
+
+
+def record_trunk(branch: nn.Module) -> None:
+    """Have the trunk's modules tell a branch that asks for hidden states or attentions what they compute.
+
+    transformers hooks a model's own modules, to which those behind stand-ins do not belong: they get the hooks of the
+    models that they are a part of in the branch. To be called once.
+    """
+    if install_all_output_capturing_hooks is None:
+        return
+    parts: dict[str, dict[str, nn.Module]] = {}
+    models = [name for name, module in branch.named_modules() if isinstance(module, PreTrainedModel)]
+    for path, module in branch.named_modules():
+        if isinstance(module, Shared) and not isinstance(module.target, PreTrainedModel):  # which records by itself
+            owner = max((name for name in models if not name or path.startswith(f"{name}.")), key=len, default=None)
+            if owner is not None:
+                parts.setdefault(owner, {})[path[len(owner) + bool(owner) :]] = module.target
+    for owner, modules in parts.items():
+        model_class = type(branch.get_submodule(owner))
+        holder = model_class.__new__(model_class)
+        nn.Module.__init__(holder)
+        for path, module in modules.items():
+            add_under(holder, path, module)
+        install_all_output_capturing_hooks(holder)
+
+
+def add_under(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module into an otherwise empty one, under its path."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root._modules[parent]  # type: ignore[assignment]
+    root.add_module(name, module)
 
 
 class Placed:

@@ -14,9 +14,9 @@ from hf_zipit.symmetry.proof import model_tensors
 
 # Not "token_id": the forward pass looks for `pad_token_id` (RoBERTa's positions) and `eos_token_id` (what CLIP pools).
 BEHAVIOUR_ONLY = (
-    "drop", "initializer", "bos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id", "problem_type",
-    "output_", "use_cache", "return_dict", "label", "classifier", "mask", "apply_spec", "gradient_checkpointing",
-    "summary", "loss", "tie_",
+    "drop", "initializer", "bos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id", "forced_",
+    "problem_type", "output_", "use_cache", "return_dict", "label", "classifier", "mask", "apply_spec",
+    "gradient_checkpointing", "summary", "loss", "tie_",
 )  # fmt: skip
 """Parts of the names of configuration fields that experts may differ in: they change training, not the network."""
 

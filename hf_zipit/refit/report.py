@@ -79,7 +79,7 @@ class RefitReport:
         every = [used for used, known in self.rows.values() if used == known]
         some = [used for used, known in self.rows.values() if used < known]
         if not some:
-            return f"all rows, at most {most:,}: no regression has inputs enough to make do with fewer"
+            return f"all rows (at most {most:,}): every layer is small enough to read them all"
         told = (
             f"{min(some):,} to {max(some):,} of at most {most:,} rows in {len(some)} regressions, as many as their "
             "inputs need (rows_per_input)"

@@ -9,6 +9,7 @@ Invariants: the card claims nothing of weights that it does not have. If they ar
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ class Result:
         datasets: that the experts' cards name.
         changed: whether the weights are not those that were measured.
         agreement: how often it answers as the experts do, where there were no labels to measure on.
+        read: of the calibration data how many samples of each task were read, and their sha256.
+        emissions: what the run emitted, as metadata; see `running.emissions`.
     """
 
     name: str
@@ -110,6 +113,8 @@ class Result:
     datasets: Sequence[str] = ()
     changed: bool = False
     agreement: Accuracies | None = None
+    read: Mapping[str, Any] = field(default_factory=dict)
+    emissions: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: PreTrainedModel, name: str) -> Result:
@@ -143,6 +148,8 @@ class Result:
             datasets=list(dict.fromkeys(d for e in experts.values() for d in e.get("datasets", []))),
             changed=changed,
             agreement=_accuracy(found.get("agreement"), tasks),
+            read=method.get("calibration_data") or {},
+            emissions=method.get("emissions") or {},
         )
 
 
@@ -194,6 +201,7 @@ def card_metadata(model: PreTrainedModel, result: Result, tags: Sequence[str] = 
         **result.licence,
         base_model=repos or None,
         base_model_relation="merge" if repos else None,
+        co2_eq_emissions=dict(result.emissions) or None,
         datasets=[name for name in datasets if is_repo(name)] or None,
         eval_results=measured or None,
         library_name="hf_zipit",
@@ -274,6 +282,7 @@ def card_text(
         where=repo_id or f"{SOMEWHERE}{result.name}",
         processor_folders=processor_folders(model),
         recipe=recipe.strip(),
+        recipe_sha256=hashlib.sha256(recipe.encode()).hexdigest(),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
         accuracies=accuracies,
         accuracy_words=accuracy_words,

@@ -24,6 +24,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.recipe.sections import Recipe
 from hf_zipit.running.agreement import agreement_data
 from hf_zipit.running.data import calibration_data, recipe_data, unlabelled
+from hf_zipit.running.emissions import Emitted, emissions
 from hf_zipit.running.experts import Say, recipe_experts
 from hf_zipit.running.results import RunResult
 from hf_zipit.running.writing import write_all, write_model
@@ -41,7 +42,7 @@ def _plans(recipe: Recipe, experts: Mapping[str, PreTrainedModel]) -> dict[tuple
     return {point: plan(experts, config, base=recipe.base, data=data) for point, config in recipe.configs.items()}
 
 
-def run_recipe(recipe: Recipe, *, save: Save = "all", say: Say = lambda _: None) -> RunResult:
+def run_recipe(recipe: Recipe, *, save: Save = "all", say: Say = lambda _: None, co2: str | None = None) -> RunResult:
     """Run a recipe.
 
     Args:
@@ -49,12 +50,14 @@ def run_recipe(recipe: Recipe, *, save: Save = "all", say: Say = lambda _: None)
         save: `"all"` writes the results, the picture, the trained experts and the kept model with its card into the
             recipe's folder; `"model"` only the model, as that folder.
         say: is told in a few words what is being done.
+        co2: the country where the machine stands, by its ISO code of three letters: the card then says what the run
+            emitted, as codecarbon estimates it.
 
     Raises:
         ZipItError: its subclasses say what is wrong with the experts, the data, the recipe or the output folder.
     """
-    with cpu_threads(recipe.threads):
-        return _run(recipe, save, say)
+    with cpu_threads(recipe.threads), emissions(co2) as emitted:
+        return _run(recipe, save, say, emitted)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def cpu_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
+def _run(recipe: Recipe, save: Save, say: Say, emitted: Emitted) -> RunResult:
     experts = recipe_experts(recipe, say, train=True, as_stored=recipe.runs_nothing)
     plans = _plans(recipe, experts)
     calibration = None
@@ -125,6 +128,8 @@ def _run(recipe: Recipe, save: Save, say: Say) -> RunResult:
     if not writes:
         return result
     say(f"writing to {recipe.folder}")
+    if (found := emitted()) is not None:
+        kept_model.config.method["emissions"] = found
     if save == "model":
         return write_model(result, kept_model, folder)
     return write_all(result, kept_model, experts, say)

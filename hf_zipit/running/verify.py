@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, ZipItError
 from hf_zipit.evaluation.intervals import Interval
 from hf_zipit.evaluation.measure import accuracy
@@ -21,12 +22,12 @@ from hf_zipit.experts.loading import load_expert
 from hf_zipit.experts.origins import card_data
 from hf_zipit.hub.cache import local_folder
 from hf_zipit.modeling import ZipItPreTrainedModel
-from hf_zipit.recipe.sections import Data
+from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.report.card import RECIPE, Result
 from hf_zipit.report.doctor import Check
 from hf_zipit.report.recorded import recorded_recipe
-from hf_zipit.running.data import merged_task_data
-from hf_zipit.running.experts import Say
+from hf_zipit.running.data import calibration_data, merged_task_data, unlabelled
+from hf_zipit.running.experts import Say, recipe_experts
 from hf_zipit.running.saved import load_merged
 
 SAME = 0.005
@@ -35,7 +36,7 @@ SAME = 0.005
 
 def verify(
     source: str, data: Data | None = None, classes: Mapping[str, Sequence[int | str]] | None = None,
-    say: Say = lambda _: None,
+    say: Say = lambda _: None, *, calibration: bool = False,
 ) -> list[Check]:  # fmt: skip
     """The findings, one for every claim; `good` is False where a claim does not hold.
 
@@ -44,6 +45,7 @@ def verify(
         data: what to measure its scores on again; without it they are not checked.
         classes: by task, what the data calls its classes: see `merged_task_data`.
         say: is told what is being done.
+        calibration: whether to read the calibration data again, too, which its recipe names.
 
     Raises:
         ExpertError: the model cannot be loaded, or is not a merged one.
@@ -56,6 +58,7 @@ def verify(
         *_experts(model, say),
         _recipe(model, source),
         _licence(model, source),
+        *([_calibration(model, say)] if calibration else ()),
         *(_scores(model, source, data, classes, say) if data else ()),
     ]
 
@@ -117,6 +120,27 @@ def _recipe(model: PreTrainedModel, source: str) -> Check:
     if keys:
         return Check("recipe", f"{RECIPE} differs in {', '.join(sorted(keys))}", False, "hf-zipit card MODEL --write")
     return Check("recipe", f"{RECIPE} is what the model was made by")
+
+
+def _calibration(model: PreTrainedModel, say: Say) -> Check:
+    """What the recipe's calibration data is now, beside what the merge read."""
+    what, method = "calibration data", model.config.method
+    claimed = (method.get("calibration_data") or {}).get("sha256")
+    recipe = Recipe.from_dict(recorded_recipe(model, "again"))
+    if claimed is None or recipe.calibration is None:
+        told = "none was read" if claimed is None else "it was passed from Python, so that no recipe names it"
+        return Check(what, told)
+    say("reading the calibration data")
+    try:
+        experts = recipe_experts(recipe, say, train=False, as_stored=True)
+        data = unlabelled(calibration_data(recipe, experts))
+        read = Calibration(data, batch_size=recipe.calibration.batch_size).read(experts)
+        found = read.fingerprint()["sha256"]
+    except ZipItError as error:
+        return Check(what, str(error), False, "ask whoever merged it where the data is now")
+    if found == claimed:
+        return Check(what, f"{sum(read.counts.values()):,} samples, sha256 {found[:12]}...")
+    return Check(what, f"sha256 {found[:12]}..., not {claimed[:12]}...", False, "the data set was changed since")
 
 
 def _licence(model: PreTrainedModel, source: str) -> Check:

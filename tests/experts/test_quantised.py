@@ -1,4 +1,4 @@
-"""Experts that bitsandbytes quantised: what is merged is the plain model that they stand for."""
+"""bitsandbytes: of experts that it quantised the plain model is merged, and a merged model is loaded in 8 bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hf_zipit
 from hf_zipit.experts.loading import load_expert
@@ -36,3 +36,16 @@ def test_a_quantised_expert_is_dequantised(tmp_path: Path, kind: str):
     other = tiny.build("bert-sequence", 1, hidden_size=64, intermediate_size=128)
     merged = hf_zipit.merge({"a": quantised, "b": other}, tokens["input_ids"], method="permute")
     assert merged.config.source_config.to_dict().get("quantization_config") is None
+
+
+def test_a_merged_model_is_loaded_in_8_bits(tmp_path: Path):
+    experts = {task: tiny.build("llama", seed) for seed, task in enumerate("ab")}
+    merged = hf_zipit.merge(experts, method="weights")
+    merged.save_pretrained(tmp_path)
+    settings = BitsAndBytesConfig(load_in_8bit=True)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=settings)
+    ids = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(0))
+    assert any(type(module).__name__ == "Linear8bitLt" for module in small.trunk.modules())
+    for given in ({"task": "a"}, {}):
+        wanted, found = merged(input_ids=ids, **given).logits, small(input_ids=ids, **given).logits.float()
+        assert (found - wanted).abs().max() < 0.1 * wanted.abs().max()

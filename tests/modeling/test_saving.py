@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors import safe_open
 from transformers import AutoModel, BertForMaskedLM
 
 import hf_zipit
+from tests import tiny
 
 from .by_hand import FAMILIES, make_experts, make_inputs, merge_by_hand
 
@@ -135,3 +137,17 @@ def test_a_fresh_process_that_trusts_the_folder_loads_it(tmp_path: Path) -> None
         again = tmp_path / f"{family}-again"
         assert [path.name for path in again.glob("*.py")] == ["modeling_hf_zipit.py"]
         assert (again / "model.safetensors").read_bytes() == (tmp_path / family / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("name", "depth", "count"), [("bert-masked", 0.5, 56), ("gpt2", 1.0, 44), ("bart", 0.0, 56)])
+def test_a_vocabulary_is_made_longer_or_shorter(tmp_path: Path, name: str, depth: float, count: int) -> None:
+    experts = {task: tiny.build(name, seed) for seed, task in enumerate("ab")}
+    merged = hf_zipit.merge(experts, method="identity", depth=depth)
+    ids = torch.tensor([[3, 7, 9, 2]])
+    before = merged(input_ids=ids, task="b").logits
+    assert len(merged.resize_token_embeddings(count).weight) == count
+    after, kept = merged(input_ids=ids, task="b").logits, min(count, 50)
+    assert after.shape[-1] == count and torch.allclose(after[..., :kept], before[..., :kept], atol=1e-6)
+    merged.save_pretrained(tmp_path / "m")
+    again = type(merged).from_pretrained(tmp_path / "m")
+    assert torch.equal(again(input_ids=ids).logits, merged(input_ids=ids).logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from hf_zipit.report.card import DEPTH_PICTURE, REFIT_PICTURE, Result
 from hf_zipit.report.recorded import recorded_recipe
 from hf_zipit.running.run import cpu_threads, run_recipe
 from hf_zipit.running.saved import load_merged
+from hf_zipit.running.verify import _calibration as calibration_check
+from hf_zipit.running.verify import verify
 from tests import tiny
 from tests.cli.conftest import call  # noqa: F401  # a fixture
 from tests.hub.card_rules import problems
@@ -41,6 +44,19 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         torch.manual_seed(seed)
         ViTForImageClassification(config).save_pretrained(folder / task)
     return {task: folder / task for task in DIGITS}
+
+
+def test_the_card_says_what_was_read_and_verify_reads_it_again(run):
+    model = load_merged(str(run.model))
+    read = model.config.method["calibration_data"]
+    assert read["samples"] == {"low": 32, "high": 32}
+    card = (run.model / "README.md").read_text()
+    assert f"64 unlabelled samples from sklearn-digits, sha256 `{read['sha256']}`" in card
+    assert hashlib.sha256((run.model / "recipe.yaml").read_bytes()).hexdigest() in card
+    (same,) = [check for check in verify(str(run.model), calibration=True) if check.what == "calibration data"]
+    assert same.good and read["sha256"][:12] in same.found
+    model.config.method["recipe"]["seed"] = 5  # draws other samples
+    assert not calibration_check(model, print).good
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +108,7 @@ def test_the_card_tells_what_was_measured(run):
             assert f"| {metric} | {name} | {found['low'][metric]:.4g} | {found['high'][metric]:.4g} |" in card
     for text in ("# digits", "experts side by side", DEPTH_PICTURE, REFIT_PICTURE, "The best of them", "```yaml"):
         assert text in card
-    assert "observed on unlabelled data from sklearn-digits" in card
+    assert "observed on 64 unlabelled samples from sklearn-digits" in card
 
 
 def test_a_card_of_other_weights_claims_nothing(run, tmp_path: Path):

@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from safetensors.torch import load_file, save_file
 
 import hf_zipit
+from hf_zipit.errors import RecipeError
 from hf_zipit.evaluation.measure import accuracy
-from hf_zipit.recipe.sections import Data
+from hf_zipit.recipe.sections import Data, ExpertEntry, Recipe
 from hf_zipit.report.card import Result, remember
+from hf_zipit.running.run import run_recipe
 from hf_zipit.running.saved import load_merged
 from hf_zipit.running.verify import verify
 from tests import tiny
@@ -90,3 +93,18 @@ def test_changed_weights_and_scores_that_were_made_up_are_found(merged: Path, da
     model.trunk.vit.embeddings.cls_token.data += 1
     model.save_pretrained(merged)
     assert "weights" in wrong(merged)
+
+
+def test_a_card_says_what_the_run_emitted(tmp_path: Path):
+    pytest.importorskip("codecarbon")
+    for seed, task in enumerate(NAMES):
+        tiny.build("vit", seed, num_labels=2).save_pretrained(tmp_path / task)
+    experts = {task: ExpertEntry(model=str(tmp_path / task)) for task in NAMES}
+    recipe = Recipe(name="both", experts=experts, method=("average",), output=tmp_path / "out")
+    with pytest.raises(RecipeError, match="no country 'Atlantis'"):
+        run_recipe(recipe, co2="Atlantis")
+    assert "co2" not in (run_recipe(recipe).model / "README.md").read_text()
+    card = (run_recipe(recipe, co2="fra").model / "README.md").read_text()
+    told = yaml.safe_load(card.split("---")[1])["co2_eq_emissions"]
+    assert 0 < told["emissions"] < 100 and told["geographical_location"] == "France"
+    assert "g of CO2 equivalents (France, estimated by codecarbon" in card
