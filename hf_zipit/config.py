@@ -88,7 +88,7 @@ class RefitConfig:
         choose_units: let experts' units stay units of their own in MLPs, of all experts' those that explain most,
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
         unit_steps: fit the units of MLPs to what the stream lacks through their nonlinearity, by at most so many steps
-            of L-BFGS; 0 leaves them as they were solved.
+            of Adam; 0 leaves them as they were solved.
         answer_steps: fit the last layer and the maps out of the trunk to what the experts answer to samples of their
             own tasks, by at most so many steps of Adam; 0 leaves them as they were solved.
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
@@ -106,8 +106,8 @@ class RefitConfig:
     rows_per_input: int = 32
     split_heads: bool = True
     choose_units: bool = True
-    unit_steps: int = 20
-    answer_steps: int = 64
+    unit_steps: int = 128
+    answer_steps: int = 128
     stream_bases: bool = True
     micro_batch: int = 64
     memory_gb: float | None = None

@@ -17,7 +17,7 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlp_solver import best_units, left_over
 from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.stream_basis import explained, lost_with_scales, principal_basis, read_metric
-from hf_zipit.refit.unit_refinement import FittedRows
+from hf_zipit.refit.unit_refinement import MlpRows
 from hf_zipit.symmetry.spaces import Reader
 
 from .. import tiny
@@ -213,7 +213,7 @@ def test_units_are_fitted_through_their_nonlinearity():
     ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
     data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
     left = []
-    for steps in (0, 20):
+    for steps in (0, 128):
         refit = {"unit_steps": steps, "split_heads": False}
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
         with torch.no_grad():
@@ -227,11 +227,11 @@ def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
     models, data = pair("vit")
     split, refine, results = unit_refinement.split_rows, unit_refinement.refine_units, []
 
-    def opposed(fit: Fit, mlp: Mlp) -> tuple[FittedRows, FittedRows]:
-        fitted, _ = split(fit, mlp)
+    def opposed(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
+        fitted, _, spread = split(fit, mlp)
         unit_refinement.solve_reader(fit, mlp, fitted)
         made = unit_refinement.WhiteMlp(fit, mlp, fitted)(fitted.x).detach()
-        return fitted, replace(fitted, y=2 * made - fitted.y)
+        return fitted, replace(fitted, y=2 * made - fitted.y), spread
 
     with patch.object(unit_refinement, "split_rows", opposed), patch.object(mlp_solver, "refine_units") as called:
         called.side_effect = lambda fit, mlp: results.append(refine(fit, mlp))
