@@ -10,8 +10,7 @@ the heads are the experts'. x is what the merged model feeds into the layer, and
 divergence (`answers.py`), as a share of what a constant answer is off by. Some steps of Adam do most of it
 (`steps.py`).
 
-Steps go through the samples of one task after the other, so many at a time, whatever the size of micro-batches and
-wherever they are. Of heads that make an answer of every row, such as one over a vocabulary, as many rows are run as
+Of heads that make an answer of every row, such as one over a vocabulary, as many rows are run as
 there is room for.
 """
 
@@ -30,11 +29,8 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.last_layer import LastLayer
 from hf_zipit.refit.positions import Picked, at_rows
 from hf_zipit.refit.solvers import Readouts
-from hf_zipit.refit.steps import is_held_out, take_steps
+from hf_zipit.refit.steps import Windows, take_steps
 from hf_zipit.symmetry.ops import shape_of
-
-AT_ONCE = 64
-"""Samples that a step sees."""
 
 EVERY = 16
 """After so many steps the samples that are held out are looked at."""
@@ -98,12 +94,7 @@ class AnswerErrors:
 
     def __init__(self, fit: Fit, ending: Ending) -> None:
         self.fit, self.ending, self.values = fit, ending, fit.values
-        counts = torch.zeros(len(fit.tasks) + 1, device=fit.values.device)
-        for batch in self.values.batches:
-            counts[self._kind(batch.task)] += batch.real
-        counted = enumerate(fit.all_reduce(counts).tolist())
-        found = ((kind, first) for kind, count in counted for first in range(0, int(count), AT_ONCE))
-        self.windows = sorted(found, key=lambda window: window[::-1])  # the tasks take turns
+        self.windows = Windows(fit)
         with torch.no_grad():
             self.sizes = self._sizes()
 
@@ -112,7 +103,7 @@ class AnswerErrors:
         total = self.fit.zeros(len(self.fit.tasks))
         with torch.no_grad():
             for b in range(len(self.values.batches)):
-                held = self._is_held(b)
+                held = self.windows.held(b)
                 if bool(held.any()):
                     for t, name, off in self._off(layer, b, held):
                         total[t] += off.to(total) / self._whole(t, name, self.sizes[t, name].held)
@@ -120,17 +111,13 @@ class AnswerErrors:
 
     def backward(self, layer: LastLayer, step: int) -> None:
         """Add up the gradients of this process's samples in a step."""
-        kind, first = self.windows[step % len(self.windows)]
-        for b, batch in enumerate(self.values.batches):
-            if self._kind(batch.task) == kind and batch.first < first + AT_ONCE and first < batch.first + batch.real:
-                number = self._numbers(b)
-                seen = (number >= first) & (number < first + AT_ONCE) & ~self._is_held(b)
-                share = 1 / sum(window[0] == kind for window in self.windows)
-                errors = [
-                    off / self._whole(t, name, share * self.sizes[t, name].fitted)
-                    for t, name, off in self._off(layer, b, seen)
-                ]
-                torch.stack(errors).sum().backward()
+        share = self.windows.share(step)
+        for b, seen in self.windows.seen(step):
+            errors = [
+                off / self._whole(t, name, share * self.sizes[t, name].fitted)
+                for t, name, off in self._off(layer, b, seen)
+            ]
+            torch.stack(errors).sum().backward()
 
     def _whole(self, t: int, name: str, weight: float) -> float:
         """What a sum of errors is divided by: every field of a task counts alike."""
@@ -184,7 +171,7 @@ class AnswerErrors:
         kinds = {name: kind for name, (_, kind) in self.ending.answers.items()}
         sums: dict[tuple[int, str], Tensor] = {}
         for b in range(len(self.values.batches)):
-            held = self._is_held(b)
+            held = self.windows.held(b)
             rows = self._rows(b, torch.ones_like(held))
             for t in self._tasks(b):
                 for name, y in self._expert(t, b, rows).items():
@@ -218,18 +205,6 @@ class AnswerErrors:
         picked, weights = self._pick(b)
         every = weights.new_zeros(count).index_put_((torch.arange(count, device=rows.device)[picked],), weights)
         return every[rows] * samples[rows * len(samples) // count]
-
-    def _numbers(self, b: int) -> Tensor:
-        """The samples' numbers among those of their task."""
-        batch = self.values.batches[b]
-        return batch.first + torch.arange(batch.size, device=self.values.device)
-
-    def _is_held(self, b: int) -> Tensor:
-        return is_held_out(self._numbers(b))
-
-    def _kind(self, task: int | None) -> int:
-        """The number of a task; the last one for samples of unknown tasks."""
-        return len(self.fit.tasks) if task is None else task
 
     def _tasks(self, b: int) -> list[int]:
         task = self.values.batches[b].task

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -33,6 +33,9 @@ SHORTER = 0.3
 
 SHORTEST = 0.05
 """and end where they would be shorter than this."""
+
+SAMPLES = 64
+"""So many of a task are in a window."""
 
 Weights = TypeVar("Weights")
 
@@ -134,6 +137,51 @@ def take_steps(
                 layer.restore()
                 shorter, optimizer = shorter * SHORTER, None
     return None if found is None else (found, best)
+
+
+class Windows:
+    """The samples that steps see: so many of one task at a time, the tasks taking turns.
+
+    Whatever the size of micro-batches, and whichever process has them.
+    """
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit = fit
+        counts = torch.zeros(len(fit.tasks) + 1, device=fit.values.device)
+        for batch in fit.values.batches:
+            counts[self._kind(batch.task)] += batch.real
+        counted = enumerate(fit.all_reduce(counts).tolist())
+        found = ((kind, first) for kind, count in counted for first in range(0, int(count), SAMPLES))
+        self._windows = sorted(found, key=lambda window: window[::-1])
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def share(self, step: int) -> float:
+        """What a step sees of its task's samples."""
+        kind, _ = self._windows[step % len(self)]
+        return 1 / sum(window[0] == kind for window in self._windows)
+
+    def seen(self, step: int) -> Iterator[tuple[int, Tensor]]:
+        """The micro-batches of this process that have some of a step's samples, and which `[samples]` of theirs."""
+        kind, first = self._windows[step % len(self)]
+        for b, batch in enumerate(self.fit.values.batches):
+            if self._kind(batch.task) == kind and batch.first < first + SAMPLES and first < batch.first + batch.real:
+                number = self._numbers(b)
+                yield b, (number >= first) & (number < first + SAMPLES) & ~is_held_out(number)
+
+    def held(self, b: int) -> Tensor:
+        """Which samples `[samples]` of a micro-batch are held out."""
+        return is_held_out(self._numbers(b))
+
+    def _numbers(self, b: int) -> Tensor:
+        """The samples' numbers among those of their task."""
+        batch = self.fit.values.batches[b]
+        return batch.first + torch.arange(batch.size, device=self.fit.values.device)
+
+    def _kind(self, task: int | None) -> int:
+        """The number of a task; the last one for samples of unknown tasks."""
+        return len(self.fit.tasks) if task is None else task
 
 
 def is_held_out(samples: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import turned_linear
 from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.refit.stage import BASIS_ROWS
-from hf_zipit.refit.steps import HELD_OUT
+from hf_zipit.refit.steps import HELD_OUT, SAMPLES
 from hf_zipit.symmetry.ops import op_name, shape_of
 
 PRODUCTS = {"matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2}
@@ -196,7 +196,7 @@ def answers(found: ForwardWork, samples: int, steps: int) -> Work:
     """At most: steps forwards and backwards through the last MLP and the heads, and looks at what is held out."""
     if not steps:
         return Work()
-    at_once, every = answer_refinement.AT_ONCE, answer_refinement.EVERY
+    at_once, every = SAMPLES, answer_refinement.EVERY
     steps = min(steps, max(every, answer_refinement.PASSES * ceil(samples / at_once)))
     last = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in (found.mlps or [()])[-1])
     trunk = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in found.layers)
