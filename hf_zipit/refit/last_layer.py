@@ -60,7 +60,9 @@ class LastLayer(WhiteLayer[LastWeights]):
     def _whitenings(self) -> dict[fx.Node | ReadPoint, tuple[Tensor, Tensor]]:
         """By linear map's input, and by entry, what makes it white, of one variance, and back again."""
         values = self.fit.values
-        linear = {site.node.args[0] for site in self.ending.sites if site.kind == "linear"}
+        linear = dict.fromkeys(
+            site.node.args[0] for site in self.ending.sites if site.kind == "linear"
+        )  # in one order
         places: list[tuple[fx.Node | ReadPoint, fx.Node, int]] = [(node, node, -1) for node in linear]  # type: ignore[misc]
         places += [(entry, self.ending.readouts[entry], entry.axis) for entry in self.readouts]
         found: dict[fx.Node | ReadPoint, list[tuple[Tensor, Tensor]]] = {}
