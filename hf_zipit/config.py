@@ -87,8 +87,10 @@ class RefitConfig:
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
         choose_units: let experts' units stay units of their own in MLPs, of all experts' those that explain most,
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
+        attention_steps: fit attention layers to what the stream lacks through their softmax, by at most so many steps
+            of Adam; 0 leaves them as they were solved.
         unit_steps: fit the units of MLPs to what the stream lacks through their nonlinearity, by at most so many steps
-            of L-BFGS; 0 leaves them as they were solved.
+            of Adam; 0 leaves them as they were solved.
         answer_steps: fit the last layer and the maps out of the trunk to what the experts answer to samples of their
             own tasks, by at most so many steps of Adam; 0 leaves them as they were solved.
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
@@ -106,8 +108,9 @@ class RefitConfig:
     rows_per_input: int = 32
     split_heads: bool = True
     choose_units: bool = True
-    unit_steps: int = 20
-    answer_steps: int = 64
+    attention_steps: int = 32
+    unit_steps: int = 128
+    answer_steps: int = 128
     stream_bases: bool = True
     micro_batch: int = 64
     memory_gb: float | None = None
@@ -123,7 +126,7 @@ class RefitConfig:
                 raise RecipeError(f"refit's {name} is {value}; it must be above 0")
         if self.micro_batch < 1:
             raise RecipeError(f"refit's micro_batch is {self.micro_batch}; it must be at least 1")
-        for name in ("rows_per_input", "unit_steps", "answer_steps"):
+        for name in ("rows_per_input", "attention_steps", "unit_steps", "answer_steps"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be at least 0")
 

@@ -18,7 +18,8 @@ Two ways to make the merged heads, of which each layer gets the one whose logits
   rotary pairs those that say most. Heads of different experts rarely agree, but each is of low rank. The layer has as
   many weights and operations as before.
 
-Everything is closed-form: two passes over the inputs a layer and two singular value decompositions a head.
+All of this is closed-form: two passes over the inputs a layer and two singular value decompositions a head. What it
+leaves is fitted in steps (`attention_refinement.py`).
 
 Ours; comparing heads by circuits is from *A Mathematical Framework for Transformer Circuits* (2021).
 """
@@ -36,6 +37,7 @@ from hf_zipit.maps.products import factor_indices, merged_sizes
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.modeling.head_dims import HeadCut, pair_units
 from hf_zipit.refit.attention import Attention, Heads
+from hf_zipit.refit.attention_refinement import SolvedHeads, refine_attention
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import (
     LogitFactors,
@@ -48,12 +50,12 @@ from hf_zipit.refit.head_factors import (
     rotary_factors,
     value_factors,
 )
+from hf_zipit.refit.merged_attention import Block, MergedAttention
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import SecondMoments, ridge
 from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
 from hf_zipit.refit.values import MERGED
-from hf_zipit.symmetry.ops import shape_of
 from hf_zipit.symmetry.spec import product_key
 
 AGREED = 1e-3
@@ -139,7 +141,8 @@ class AttentionSolver:
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
         self.regressed: dict[Heads, list[tuple[Tensor, Tensor]]] = {}
         self.moments: dict[Heads, SecondMoments] = {}
-        self.blocks: list[tuple[Tensor, ...]] = []  # queries and keys of heads as wide as an expert's
+        self.forward = MergedAttention(fit, attention)
+        self.blocks: list[Block] = []
 
     def solve(self) -> HeadCut | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -161,11 +164,20 @@ class AttentionSolver:
             if others.lost_share < logits.lost_share:
                 self._write_split(split, others)
                 self._solve_values(split, self._split_starts(split))
+                self._refine(split, self._kept(split, others), self.cut.scale)  # type: ignore[union-attr]
                 fit.values.program.adopt(self.cut.arguments)  # type: ignore[union-attr]
                 return HeadCut(split.width, others.pairs)
         self._write_paired(heads, logits)
         self._solve_values(heads, self._paired_starts(heads, projection))
+        self._refine(heads, slice(heads.width))
         return None
+
+    def _refine(self, heads: MergedHeads, units: slice | list[int], scale: float = 1.0) -> None:
+        """Fit all of the layer to what the stream lacks, from where it is."""
+        groups, shared_by = len(heads.values), heads.shared_by
+        solved = SolvedHeads(self.blocks, units, groups, shared_by, scale)
+        if self.fit.config.attention_steps:
+            refine_attention(self.fit, self.forward, solved)
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
@@ -254,11 +266,7 @@ class AttentionSolver:
 
     def _rows(self, own: Heads, member: Member) -> Tensor:
         slope, shift = (part[member.units] for part in self.regressed[own][member.expert])
-        return torch.cat([slope, shift[:, None]], 1) if self._has_shift(own) else slope
-
-    def _has_shift(self, own: Heads) -> bool:
-        """Whether a map's bias makes a difference."""
-        return own.site.bias is not None and (own is self.attention.query or self.attention.logits == "rotary")
+        return torch.cat([slope, shift[:, None]], 1) if self.forward.has_shift(own) else slope
 
     def _paired_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
         rotary, found = self.attention.logits == "rotary", []
@@ -294,8 +302,8 @@ class AttentionSolver:
         near = nearest_phases if self.attention.logits == "rotary" else nearest_basis
         turned = [near(own.query, own.key, towards) for own, *towards in zip(logits.found, before, asked, strict=True)]
         queries, keys = (torch.cat([part.flatten(0, -2) for part in parts]) for parts in zip(*turned, strict=True))
-        self._write(query, queries)
-        self._write(key, keys)
+        self.forward.write(query, queries)
+        self.forward.write(key, keys)
         self.blocks = [(queries, keys)]
 
     def _write_split(self, heads: MergedHeads, logits: MergedLogits) -> None:
@@ -304,50 +312,25 @@ class AttentionSolver:
         assert cut is not None
         queries = torch.cat([own.query for own in logits.found])
         keys = torch.stack([own.key for own in logits.found])
-        self._write(attention.query, padded(queries.flatten(0, 1) * cut.scale, heads.count * heads.width))
-        self._write(attention.key, padded(keys.flatten(0, 1), heads.groups * heads.width))
-        kept = slice(heads.width) if logits.pairs is None else pair_units(logits.pairs, attention.width)
+        self.forward.write(attention.query, padded(queries.flatten(0, 1) * cut.scale, heads.count * heads.width))
+        self.forward.write(attention.key, padded(keys.flatten(0, 1), heads.groups * heads.width))
+        kept = self._kept(heads, logits)
         whole = [part.new_zeros(len(part), attention.width, part.shape[-1]) for part in (queries, keys)]
         for all_units, part in zip(whole, (queries, keys), strict=True):
             all_units[:, kept] = part
         by_expert = [part.flatten(0, 1).chunk(len(self.tasks)) for part in whole]
         self.blocks = list(zip(*by_expert, strict=True))
 
-    def _write(self, own: Heads, rows: Tensor) -> None:
-        self.fit.write(own.site, *self._affine(own, rows), own.rows)
-
-    def _affine(self, own: Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A slope and a shift of rows that may have both."""
-        return (rows[:, :-1], rows[:, -1]) if self._has_shift(own) else (rows, rows[:, 0] * 0)
+    def _kept(self, heads: MergedHeads, logits: MergedLogits) -> slice | list[int]:
+        """Which units of an expert's head split heads have."""
+        return slice(heads.width) if logits.pairs is None else pair_units(logits.pairs, self.attention.width)
 
     def _combined(self, own: Heads) -> Tensor:
         """The combined weight, with the bias as one more column if it makes a difference."""
         weight = self.fit.matrix(own.site)[own.rows]
-        if not self._has_shift(own):
+        if not self.forward.has_shift(own):
             return weight
         return torch.cat([weight, self.fit.bias(own.site)[own.rows, None]], 1)  # type: ignore[index]
-
-    def _asked(self, b: int) -> tuple[Tensor, Tensor]:
-        """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
-        attention, values = self.attention, self.fit.values
-        found = []
-        for block in self.blocks or [(None, None)]:
-            parts = []
-            for node, own, rows in zip(attention.node.args, (attention.query, attention.key), block, strict=False):
-                known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
-                parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
-            found.append(parts)
-        query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-        return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-
-    def _put_out(self, own: Heads, rows: Tensor, b: int) -> Tensor:
-        """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""
-        x = self.fit.values.of(own.site.node.args[0], MERGED, b)
-        slope, shift = (part.to(x) for part in self._affine(own, rows))
-        made = functional.linear(x, slope, shift)
-        whole = made.new_zeros(*made.shape[:-1], self.fit.matrix(own.site).shape[0])
-        whole[..., own.rows] = made
-        return whole
 
     # Values and the output projection --------------------------------------------------------------------------------
 
@@ -381,7 +364,7 @@ class AttentionSolver:
         every = [mix for mix in mixes for _ in range(shared)]
         found, shift = ridge(moments.mixed(torch.block_diag(*every), first), first, penalty, output.bias is not None)
         self.fit.write(output, padded(found.mT, heads.count * heads.width).mT, shift)
-        self._put_means(every, heads.count)
+        self._put_means(every)
 
     def _values(self, heads: MergedHeads) -> tuple[Tensor, Tensor]:
         """What the merged heads of each group mix: slopes `[groups, values, d]`, shifts `[groups, values]`."""
@@ -401,37 +384,20 @@ class AttentionSolver:
         for b in range(len(fit.values.batches)):
             x = fit.values.of(attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
             values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
-            means = self._means(values.repeat_interleave(heads.shared_by, 1), b)
+            means = self.forward.means(values.repeat_interleave(heads.shared_by, 1), b, self.blocks)
             fit.values.store[attention.node, "means", b] = means
             means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
             gram.add(at_rows(means, -1, rows), fit.targets.of(attention.output, b, rows), picked)
         return gram.reduce(fit.all_reduce)
 
-    def _put_means(self, mixes: Sequence[Tensor], count: int) -> None:
+    def _put_means(self, mixes: Sequence[Tensor]) -> None:
         """What the merged layer's attention gives: the mix of what was averaged is the average of the mix."""
         values, node = self.fit.values, self.attention.node
         for b in range(len(values.batches)):
             means = values.store[node, "means", b]
             values.store.pop((node, "means", b))
-            mixed = means @ torch.stack(list(mixes)).mT.to(means)
-            more = count - len(mixes)  # heads of zeros behind the others
-            mixed = functional.pad(mixed, (0, 0, 0, 0, 0, more)) if more else mixed
-            values.store[node, MERGED, b] = mixed.flatten(0, 1) if len(shape_of(node)) == 3 else mixed
-
-    def _means(self, values: Tensor, b: int) -> Tensor:
-        """Values `[samples, heads, positions, any]` averaged by the merged model's attention weights."""
-        node, weights = self.attention.node, self.attention.weights
-        if weights is not None:
-            found = self.fit.values.peek(weights, b, {})
-            return found.reshape(*values.shape[:2], *found.shape[-2:]) @ values
-        query, key = self._asked(b)
-        # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
-        more = max(0, values.shape[-1] - query.shape[-1])
-        query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
-        if node.kwargs.get("scale") is None:
-            query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
-        return self.fit.values.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
+            self.forward.put(means @ torch.stack(list(mixes)).mT.to(means), b)
 
     def _paired_starts(self, heads: MergedHeads, projection: Tensor) -> list[Start]:
         """The combined model's: its projection, and its values of a head as a mix of the experts'."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from hf_zipit.refit.program import Program
+from hf_zipit.refit.rewrites import turned_linear
 from hf_zipit.refit.solvable import RefitSite, setting
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import MergeSpec, product_key, products
@@ -63,7 +64,7 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
             if reader.stream is not None and all(site.stream is None for site in writers[name]):
                 between = _between(program, [site.node for site in writers[name]], reader.node)
                 fused = {site.node: len(products(site.label(spec))) for site in writers[name]}
-                if all(_unit_by_unit(node) or _takes_apart(node, fused) for node in between):
+                if all(unit_by_unit(node) or _takes_apart(node, fused) for node in between):
                     yield Mlp(tuple(writers[name]), reader, between)
 
 
@@ -82,6 +83,20 @@ def _takes_apart(node: fx.Node, fused: Mapping[fx.Node, int]) -> bool:
     return last and node.args[1] == fused.get(source)  # type: ignore[arg-type]
 
 
-def _unit_by_unit(node: fx.Node) -> bool:
+def row_by_row(node: fx.Node, made: Set[fx.Node]) -> bool:
+    """Whether an op computes a row of its result, along the last axis, from the rows of some values there alone."""
+    source, *others = node.all_input_nodes
+    if source not in made:
+        return False
+    if op_name(node) == "slice":  # of all there is
+        return shape_of(node) == shape_of(source)
+    if op_name(node) == "linear" or node.target is turned_linear:
+        return made.isdisjoint(others)
+    if op_name(node) == "layer_norm":
+        return len(node.args[1]) == 1 and made.isdisjoint(others)  # type: ignore[arg-type]
+    return unit_by_unit(node) and all(x in made or len(shape_of(x)) <= 1 for x in others)
+
+
+def unit_by_unit(node: fx.Node) -> bool:
     """Whether an op computes every number of its result from the numbers at the same place alone."""
     return torch.Tag.pointwise in getattr(node.target, "tags", ()) or op_name(node) in UNTAGGED

@@ -31,9 +31,10 @@ from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.cut import Cut, tower_lengths
-from hf_zipit.refit.answer_refinement import find_ending, refine_answers
+from hf_zipit.refit.answer_refinement import refine_answers
 from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
+from hf_zipit.refit.ending import find_ending
 from hf_zipit.refit.fit import Fit, Targets, relative_errors, rows_used
 from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
 from hf_zipit.refit.mlp_solver import choose_units

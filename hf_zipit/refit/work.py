@@ -12,7 +12,7 @@ from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.planning.cut import tower_lengths
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit.answer_refinement import AT_ONCE, EVERY, PASSES
+from hf_zipit.refit import answer_refinement, unit_refinement
 from hf_zipit.refit.mlp_solver import ROWS
 from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import NEARLY_ALL
@@ -20,7 +20,7 @@ from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import turned_linear
 from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.refit.stage import BASIS_ROWS
-from hf_zipit.refit.unit_refinement import ENOUGH, EQUATIONS
+from hf_zipit.refit.steps import HELD_OUT, SAMPLES
 from hf_zipit.symmetry.ops import op_name, shape_of
 
 PRODUCTS = {"matmul": 1, "bmm": 1, "mm": 1, "addmm": 2, "baddbmm": 2}
@@ -146,7 +146,7 @@ def refit_work(planned: Plan, found: ForwardWork, samples: int) -> Work:
     if config.choose_units:
         for layers in found.mlps:
             work += choice(layers, total, experts, config.rows_per_input)
-            work += refinement(layers, total, config.rows_per_input, config.unit_steps)
+            work += refinement(layers, total, config.unit_steps)
     work += Work(single=total * found.attention * experts)  # every expert's values under the merged weights
     if list(planned.cut.blocks) == tower_lengths(planned.spec):
         work += answers(found, total, config.answer_steps)
@@ -178,25 +178,32 @@ def choice(layers: tuple[WorkLayer, ...], samples: int, experts: int, per_input:
     )
 
 
-def refinement(layers: tuple[WorkLayer, ...], samples: int, per_input: float, steps: int) -> Work:
-    """At most: a step runs the layer forwards and backwards, the latter at twice the price."""
+def refinement(layers: tuple[WorkLayer, ...], samples: int, steps: int) -> Work:
+    """At most: a step runs the layer forwards and backwards, the latter at twice the price; and all of it twice."""
     *writers, reader = layers
-    limit = min(per_input, EQUATIONS) if per_input else EQUATIONS
-    rows = enter(samples * reader.rows, min(reader.inputs * len(layers), ENOUGH // EQUATIONS), limit)
-    return Work(single=3 * steps * rows * sum(2 * layer.inputs * layer.outputs for layer in layers))
+    used = min(samples * reader.rows, unit_refinement.ROOM / (writers[0].inputs + reader.outputs))
+    steps = min(steps, max(unit_refinement.FEW, unit_refinement.PASSES * ceil(used / unit_refinement.AT_ONCE)))
+    looks = (1 + steps / unit_refinement.EVERY) / HELD_OUT
+    rows = 3 * steps * min(unit_refinement.AT_ONCE, used) + (2 + looks) * used
+    inside = reader.inputs * (reader.inputs + 2 * reader.outputs) + writers[0].inputs ** 2
+    return Work(
+        single=rows * sum(2 * layer.inputs * layer.outputs for layer in layers) + 2 * used * inside,
+        double=2 * reader.inputs**3,
+    )
 
 
 def answers(found: ForwardWork, samples: int, steps: int) -> Work:
     """At most: steps forwards and backwards through the last MLP and the heads, and looks at what is held out."""
     if not steps:
         return Work()
-    steps = min(steps, max(EVERY, PASSES * ceil(samples / AT_ONCE)))
+    at_once, every = SAMPLES, answer_refinement.EVERY
+    steps = min(steps, max(every, answer_refinement.PASSES * ceil(samples / at_once)))
     last = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in (found.mlps or [()])[-1])
     trunk = sum(2 * layer.rows * layer.inputs * layer.outputs for layer in found.layers)
     heads = max(found.forward - found.attention - trunk, 0.0)
-    looks = 1 + steps / EVERY
+    looks = 1 + steps / every
     return Work(
-        single=steps * AT_ONCE * (3 * last + 4 * heads) + samples * ((1 + looks) * last + (1 + 2 * looks) * heads)
+        single=steps * at_once * (3 * last + 4 * heads) + samples * ((1 + looks) * last + (1 + 2 * looks) * heads)
     )
 
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
-from hf_zipit.refit import RefitReport, mlp_solver, stage, unit_refinement
+from hf_zipit.refit import RefitReport, attention_refinement, mlp_solver, stage, steps, unit_refinement
 from hf_zipit.refit.answers import divergence, spread_of, statistics
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlp_solver import best_units, left_over
 from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.stream_basis import explained, lost_with_scales, principal_basis, read_metric
-from hf_zipit.refit.unit_refinement import FittedRows
+from hf_zipit.refit.unit_refinement import MlpRows
 from hf_zipit.symmetry.spaces import Reader
 
 from .. import tiny
@@ -213,8 +213,8 @@ def test_units_are_fitted_through_their_nonlinearity():
     ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
     data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
     left = []
-    for steps in (0, 20):
-        refit = {"unit_steps": steps, "split_heads": False}
+    for count in (0, 128):
+        refit = {"unit_steps": count, "split_heads": False}
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
         with torch.no_grad():
             off = [merged(**other[t], task=t).logits - m(**other[t]).logits for t, m in zip("ab", models, strict=True)]
@@ -227,11 +227,11 @@ def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
     models, data = pair("vit")
     split, refine, results = unit_refinement.split_rows, unit_refinement.refine_units, []
 
-    def opposed(fit: Fit, mlp: Mlp) -> tuple[FittedRows, FittedRows]:
-        fitted, _ = split(fit, mlp)
+    def opposed(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
+        fitted, _, spread = split(fit, mlp)
         unit_refinement.solve_reader(fit, mlp, fitted)
         made = unit_refinement.WhiteMlp(fit, mlp, fitted)(fitted.x).detach()
-        return fitted, replace(fitted, y=2 * made - fitted.y)
+        return fitted, replace(fitted, y=2 * made - fitted.y), spread
 
     with patch.object(unit_refinement, "split_rows", opposed), patch.object(mlp_solver, "refine_units") as called:
         called.side_effect = lambda fit, mlp: results.append(refine(fit, mlp))
@@ -247,8 +247,8 @@ def test_the_last_layer_is_fitted_to_what_experts_answer():
     ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
     data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
     left = []
-    for steps in (0, 64):
-        refit = {"unit_steps": 0, "answer_steps": steps}
+    for count in (0, 64):
+        refit = {"unit_steps": 0, "answer_steps": count}
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
         with torch.no_grad():
             pairs = [
@@ -256,7 +256,7 @@ def test_the_last_layer_is_fitted_to_what_experts_answer():
             ]
         left.append(float(sum(divergence(*pair, "choice").mean() for pair in pairs)))
         report = RefitReport.of(merged)
-        assert report is not None and bool(report.answers) == bool(steps)
+        assert report is not None and bool(report.answers) == bool(count)
     assert left[1] < 0.97 * left[0]
     assert all(after < before for before, after in report.answers.values())
     same = merge({"a": models[0], "b": models[0]}, data, method="identity", refit=True)
@@ -274,3 +274,27 @@ def test_a_constant_answer_is_off_by_the_spread(kind: str):
     off = weight @ divergence(best.expand_as(answers), answers, kind) / weight.sum()
     torch.testing.assert_close(spread_of(mean, inside, kind), off)
     torch.testing.assert_close(divergence(answers, answers, kind), torch.zeros(50, dtype=torch.float64))
+
+
+def test_attention_is_fitted_through_its_softmax(monkeypatch: pytest.MonkeyPatch):
+    """Also on samples that nothing was fitted to, and the same whatever the micro-batches."""
+    monkeypatch.setattr(steps, "SAMPLES", 8)
+    monkeypatch.setattr(attention_refinement, "LOOKED_AT", 100)
+    models = tiny.pair("llama")
+    for model in models:
+        for part, tensor in model.named_parameters():
+            if "q_proj" in part or "k_proj" in part:
+                tensor.data *= 8  # random experts attend to all positions alike otherwise
+    ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
+    data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
+    left = []
+    for count, micro_batch in ((0, 16), (32, 16), (32, 8)):
+        refit = {"attention_steps": count, "unit_steps": 0, "answer_steps": 0, "rows_per_input": 0}
+        refit |= {"micro_batch": micro_batch}
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
+        with torch.no_grad():
+            off = [merged(**other[t], task=t).logits - m(**other[t]).logits for t, m in zip("ab", models, strict=True)]
+        left.append(float(sum(x.square().mean() for x in off)))
+    before, after, again = left
+    assert after < 0.97 * before
+    assert after == pytest.approx(again, rel=0.02)

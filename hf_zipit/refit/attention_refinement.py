@@ -1,0 +1,253 @@
+"""Attention in the refit: heads are fitted to what the stream lacks, through their softmax.
+
+Heads were chosen by their logits, and values solved for the weights that these give. Together with the output
+projection they are the solution of a nonlinear least squares problem,
+
+    min  sum_i w_i || O softmax(q(x) k(x)^T) v(x)_i + c - y_i ||^2
+
+with x what the merged model feeds into the layer and y what the stream lacks, both known. Steps of Adam on some
+samples at a time (`steps.py`), in coordinates in which the inputs of linear maps are white, bring it nearer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.head_factors import padded
+from hf_zipit.refit.merged_attention import Block, MergedAttention
+from hf_zipit.refit.positions import at_rows
+from hf_zipit.refit.steps import WhiteLayer, Windows, take_steps, typical_size, whitening
+from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.ops import shape_of
+
+EVERY = 16
+"""After so many steps the samples that are held out are looked at; fewer steps are of no use."""
+
+PASSES = 2
+"""So often, at most, steps go through all samples."""
+
+LOOKED_AT = 8
+"""About so many micro-batches are enough to see how far samples that are held out are off."""
+
+RIGHT = 0.02
+"""Nothing is fitted where what is left is no more than this share of the stream's own variance."""
+
+EVERYTHING = slice(None)
+
+
+@dataclass(frozen=True)
+class SolvedHeads:
+    """A layer's heads, as they were solved.
+
+    Attributes:
+        blocks: queries and keys.
+        units: those of a head's own that a merged head has; the others are zeros in the blocks.
+        groups, shared_by: how many heads have values, and how many heads share one's.
+        scale: what queries are multiplied by where they are written.
+    """
+
+    blocks: list[Block]
+    units: slice | list[int]
+    groups: int
+    shared_by: int
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class HeadWeights:
+    """Queries and keys of `SolvedHeads.units` alone; values and the output projection of heads that are not empty."""
+
+    blocks: list[Block]
+    value: Tensor
+    value_bias: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+
+    def linear(self) -> Iterator[Tensor]:
+        """The weights of linear maps."""
+        for block in self.blocks:
+            yield from block
+        yield from (self.value, self.output)
+
+    def biases(self) -> list[Tensor]:
+        return [bias for bias in (self.value_bias, self.output_bias) if bias is not None]
+
+
+def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> bool:
+    """Write better queries, keys and values, and an output projection, into the merged model.
+
+    Returns:
+        Whether there are any; what the layer's attention gives is then up to date.
+    """
+    if forward.attention.weights is not None or forward.attention.fused:
+        return False
+    windows = Windows(fit)
+    steps = min(fit.config.attention_steps, PASSES * len(windows))
+    if steps < EVERY:
+        return False
+    before = forward.take()
+    layer = WhiteHeads(fit, forward, heads)
+    errors = AttentionErrors(fit, forward, windows)
+    first = errors.held_out(layer)
+    found = take_steps(fit, layer, errors, first=first, steps=steps, every=EVERY, right=RIGHT * errors.spread)
+    fit.targets.forget(forward.attention.output)
+    if found is None:
+        for b, means in enumerate(before):
+            forward.put(means, b)
+        return False
+    layer.write(found[0])
+    return True
+
+
+class WhiteHeads(WhiteLayer[HeadWeights]):
+    """An attention layer as a function of its input, with parameters in which inputs of linear maps are white."""
+
+    @torch.no_grad()
+    def __init__(self, fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> None:
+        self.fit, self.forward, self.heads = fit, forward, heads
+        attention, values = forward.attention, forward.attention.value
+        width, slots = attention.width, heads.groups * heads.shared_by
+        self.width = len(range(width)[heads.units]) if isinstance(heads.units, slice) else len(heads.units)
+        value_bias, output_bias = fit.bias(values.site), fit.bias(attention.output)
+        rows = heads.groups * self.width
+        own = HeadWeights(
+            [(self._narrow(query), self._narrow(key)) for query, key in heads.blocks],
+            fit.matrix(values.site)[values.rows][:rows].float(),
+            None if value_bias is None else value_bias[values.rows][:rows].float().clone(),
+            fit.matrix(attention.output)[:, : slots * self.width].float(),
+            None if output_bias is None else output_bias.float().clone(),
+        )
+        inputs = [self._white(own_map.site.node.args[0]) for own_map in (attention.query, attention.key, values)]
+        means = self._whitening(self._mixed(own, b) for b in range(len(fit.values.batches)))
+        self.white = [*inputs[:2] * len(heads.blocks), inputs[2], means]
+        self.own = self._turned(own, [back for _, back in self.white])
+        linear, biases = list(self.own.linear()), self.own.biases()
+        sizes = [typical_size(weight) for weight in linear]
+        both = [size for size, bias in zip(sizes[-2:], (value_bias, output_bias), strict=True) if bias is not None]
+        self.set_parameters([*linear, *biases], [*sizes, *both])
+
+    def __call__(self, b: int) -> Tensor:
+        """What the layer adds to the stream of a micro-batch, `[rows, units]`."""
+        own = self._now()
+        return functional.linear(self._mixed(own, b).flatten(0, -2), own.output, own.output_bias)
+
+    @torch.no_grad()
+    def weights(self) -> HeadWeights:
+        own = self._now()
+        biases = (None if bias is None else bias.clone() for bias in (own.value_bias, own.output_bias))
+        blocks = [(query.clone(), key.clone()) for query, key in own.blocks]
+        value_bias, output_bias = biases
+        return HeadWeights(blocks, own.value.clone(), value_bias, own.output.clone(), output_bias)
+
+    @torch.no_grad()
+    def write(self, own: HeadWeights) -> None:
+        """Put weights into the merged model, and keep what attention gives with them."""
+        fit, attention, heads = self.fit, self.forward.attention, self.heads
+        queries, keys = (torch.cat(parts) for parts in zip(*own.blocks, strict=True))
+        for maps, rows in ((attention.query, queries * heads.scale), (attention.key, keys)):
+            self.forward.write(maps, padded(rows, maps.count))
+        value, output = attention.value, attention.output
+        bias = None if own.value_bias is None else padded(own.value_bias[:, None], value.count)[:, 0]
+        fit.write(value.site, padded(own.value, value.count), bias, value.rows)
+        fit.write(output, padded(own.output.mT, fit.matrix(output).shape[1]).mT, own.output_bias)
+        for b in range(len(fit.values.batches)):
+            self.forward.put(self._means(own, b), b)
+
+    def _now(self) -> HeadWeights:
+        return self._turned(self.own, [there for there, _ in self.white])
+
+    def _turned(self, own: HeadWeights, turns: Sequence[Tensor]) -> HeadWeights:
+        """Weights of other inputs; a column for a bias stays as it is."""
+        weights = [
+            torch.cat([weight[:, : len(turn)] @ turn, weight[:, len(turn) :]], 1)
+            for weight, turn in zip(own.linear(), turns, strict=True)
+        ]
+        *asked, value, output = weights
+        blocks = list(zip(asked[::2], asked[1::2], strict=True))
+        return HeadWeights(blocks, value, own.value_bias, output, own.output_bias)
+
+    def _means(self, own: HeadWeights, b: int) -> Tensor:
+        """`[samples, heads, positions, width]`."""
+        x = self.fit.values.of(self.forward.attention.value.site.node.args[0], MERGED, b)
+        values = functional.linear(x, own.value, own.value_bias).unflatten(-1, (self.heads.groups, -1)).transpose(1, 2)
+        blocks = [(self._whole(query), self._whole(key)) for query, key in own.blocks]
+        return self.forward.means(values.repeat_interleave(self.heads.shared_by, 1), b, blocks)
+
+    def _mixed(self, own: HeadWeights, b: int) -> Tensor:
+        """What the output projection reads of the heads that are not empty, `[samples, positions, units]`."""
+        return self._means(own, b).transpose(1, 2).flatten(2)
+
+    def _narrow(self, rows: Tensor) -> Tensor:
+        """Queries or keys of the units that merged heads have."""
+        return rows.unflatten(0, (-1, self.forward.attention.width))[:, self.heads.units].flatten(0, 1).float()
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        """Queries or keys as wide as an expert's."""
+        narrow = rows.unflatten(0, (-1, self.width))
+        whole = narrow.new_zeros(len(narrow), self.forward.attention.width, narrow.shape[-1])
+        whole[:, self.heads.units] = narrow
+        return whole.flatten(0, 1)
+
+    def _white(self, node: fx.Node) -> tuple[Tensor, Tensor]:
+        values = self.fit.values
+        return self._whitening(values.of(node, MERGED, b) for b in range(len(values.batches)))
+
+    def _whitening(self, found: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+        parts = []
+        for b, x in enumerate(found):
+            rows, weight = self.fit.rows.pick(x.shape, b, -1, x.shape[-1])
+            parts.append((at_rows(x, -1, rows), weight.to(x)))
+        return whitening(self.fit, parts)
+
+
+class AttentionErrors:
+    """How far an attention layer is from what the stream lacks, as a share of that.
+
+    Attributes:
+        spread: how far the stream varies, as a share of the same.
+    """
+
+    @torch.no_grad()
+    def __init__(self, fit: Fit, forward: MergedAttention, windows: Windows) -> None:
+        self.fit, self.site, self.windows = fit, forward.attention.output, windows
+        every = max(1, fit.rows.all_batches // LOOKED_AT)
+        batches = fit.values.batches
+        self.looked_at = [b for b, batch in enumerate(batches) if batch.number % every == 0]
+        whole, sums = fit.zeros(1), fit.zeros(3 + fit.outputs(self.site))
+        for b in range(len(batches)):
+            held, weight, y = self._split(b)
+            whole += (weight * ~held) @ y.square().sum(1)
+            if b in self.looked_at:
+                stream, weight = fit.targets.reached(self.site, b, EVERYTHING), weight * held
+                squares = [weight @ part.square().sum(1) for part in (y, stream)]
+                sums += torch.cat([torch.stack([*squares, weight.sum()]), weight @ stream]).to(sums)
+        lacking, square, count, *_ = sums = fit.all_reduce(sums)
+        self.whole, self.lacking = (max(float(x), 1e-30) for x in (fit.all_reduce(whole), lacking))
+        self.spread = float(square - sums[3:] @ sums[3:] / count.clamp_min(1e-30)) / self.lacking
+
+    def held_out(self, layer: WhiteHeads) -> Tensor:
+        total = self.fit.zeros(1)
+        with torch.no_grad():
+            for b in self.looked_at:
+                held, weight, y = self._split(b)
+                total += ((weight * held) @ (layer(b) - y).square().sum(1)).to(total)
+        return self.fit.all_reduce(total) / self.lacking
+
+    def backward(self, layer: WhiteHeads, step: int) -> None:
+        for b, seen in self.windows.seen(step):
+            _, weight, y = self._split(b)
+            weight = weight * seen.repeat_interleave(len(y) // len(seen))
+            (weight @ (layer(b) - y).square().sum(1) * (len(self.windows) / self.whole)).backward()
+
+    def _split(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Which rows of a micro-batch are held out, what each counts, and what the stream lacks there."""
+        y = self.fit.targets.of(self.site, b, EVERYTHING)
+        weight = self.fit.rows.weights(shape_of(self.site.stream or self.site.output), b, self.site.target_axis)
+        held = self.windows.held(b)
+        return held.repeat_interleave(len(y) // len(held)), weight.to(y), y

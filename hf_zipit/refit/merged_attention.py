@@ -1,0 +1,93 @@
+"""What an attention layer of the merged model computes with some queries and keys, before the walk gets there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from hf_zipit.refit.attention import Attention, Heads
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.ops import shape_of
+
+Block = tuple[Tensor, Tensor]
+"""Queries and keys of some heads as wide as an expert's, `[heads * head_dim, n]`; a bias that matters is a column."""
+
+
+class MergedAttention:
+    """The layer as far as the means of values."""
+
+    def __init__(self, fit: Fit, attention: Attention) -> None:
+        self.fit, self.attention = fit, attention
+
+    def means(self, values: Tensor, b: int, blocks: Sequence[Block]) -> Tensor:
+        """Values `[samples, heads, positions, any]` averaged by the attention weights of the heads in `blocks`.
+
+        Without any, by those of the queries and keys that the model has.
+        """
+        node, weights = self.attention.node, self.attention.weights
+        if weights is not None:
+            found = self.fit.values.peek(weights, b, {})
+            return found.reshape(*values.shape[:2], *found.shape[-2:]) @ values
+        query, key = self._asked(b, blocks)
+        # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
+        more = max(0, values.shape[-1] - query.shape[-1])
+        query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
+        if node.kwargs.get("scale") is None:
+            query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
+        return self.fit.values.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
+
+    def put(self, means: Tensor, b: int) -> None:
+        """Keep the means as what the layer's attention gives; heads of zeros come behind where the layer has more."""
+        node, values = self.attention.node, self.fit.values
+        width = self.fit.matrix(self.attention.output).shape[1]
+        more = width // means.shape[-1] - means.shape[1]
+        means = functional.pad(means, (0, 0, 0, 0, 0, more)) if more else means
+        values.store[node, MERGED, b] = means.flatten(0, 1) if len(shape_of(node)) == 3 else means
+
+    def take(self) -> list[Tensor]:
+        """What was kept, by micro-batch; it is made anew from now on."""
+        node, values = self.attention.node, self.fit.values
+        found = []
+        for b, batch in enumerate(values.batches):
+            means = values.store[node, MERGED, b]
+            values.store.pop((node, MERGED, b))
+            found.append(means.unflatten(0, (batch.size, -1)) if means.dim() == 3 else means)
+        return found
+
+    def has_shift(self, own: Heads) -> bool:
+        """Whether a map's bias makes a difference."""
+        return own.site.bias is not None and (own is self.attention.query or self.attention.logits == "rotary")
+
+    def write(self, own: Heads, rows: Tensor) -> None:
+        """Put queries or keys into the merged model."""
+        self.fit.write(own.site, *self._affine(own, rows), own.rows)
+
+    def _affine(self, own: Heads, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A slope and a shift of rows that may have both."""
+        return (rows[:, :-1], rows[:, -1]) if self.has_shift(own) else (rows, rows[:, 0] * 0)
+
+    def _asked(self, b: int, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+        """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
+        attention, values = self.attention, self.fit.values
+        found = []
+        for block in blocks or [(None, None)]:
+            parts = []
+            for node, own, rows in zip(attention.node.args, (attention.query, attention.key), block, strict=False):
+                known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
+                parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
+            found.append(parts)
+        query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+    def _put_out(self, own: Heads, rows: Tensor, b: int) -> Tensor:
+        """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""
+        x = self.fit.values.of(own.site.node.args[0], MERGED, b)
+        slope, shift = (part.to(x) for part in self._affine(own, rows))
+        made = functional.linear(x, slope, shift)
+        whole = made.new_zeros(*made.shape[:-1], self.fit.matrix(own.site).shape[0])
+        whole[..., own.rows] = made
+        return whole
