@@ -71,6 +71,10 @@ def set_typed(settings: Any, where: str) -> None:
         object.__setattr__(settings, f.name, value)
 
 
+OWN = 11 / 9
+"""How often a sample's own expert counts in the refit's targets, where each of the others counts once."""
+
+
 @checked
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
@@ -78,7 +82,8 @@ class RefitConfig:
 
     Attributes:
         own_task_weight: w, the weight of a task's own expert in the target on that task's samples; the others share
-            1 - w. From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1.
+            1 - w. From 1/T (all experts on all samples, for experts that are useful on each other's data) to 1. None,
+            the default: `OWN` times what each of the others has, 0.55 of two experts and 0.15 of eight.
         readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the penalty on the distance to the combined weights, relative to the mean of the Gram matrix's
             diagonal.
@@ -102,7 +107,7 @@ class RefitConfig:
             lowered on the others', all by the same amount, so that the order within a task stays as it is.
     """
 
-    own_task_weight: float = 0.55
+    own_task_weight: float | None = None
     readout_weight: float = 30.0
     ridge: float = 1e-4
     rows_per_input: int = 32
@@ -118,7 +123,7 @@ class RefitConfig:
 
     def __post_init__(self) -> None:
         set_typed(self, "refit")
-        if not 0 < self.own_task_weight <= 1:
+        if self.own_task_weight is not None and not 0 < self.own_task_weight <= 1:
             raise RecipeError(f"refit's own_task_weight is {self.own_task_weight}; it must be above 0 and at most 1")
         for name in ("readout_weight", "ridge", "memory_gb"):
             value = getattr(self, name)
@@ -129,6 +134,15 @@ class RefitConfig:
         for name in ("rows_per_input", "attention_steps", "unit_steps", "answer_steps"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be at least 0")
+
+    def shares(self, task: int | None, experts: int) -> list[float]:
+        """How much each expert counts in the target of samples of a task, or of an unknown one; they sum to one."""
+        if task is None:
+            return [1 / experts] * experts
+        own = OWN / (OWN + experts - 1) if self.own_task_weight is None else self.own_task_weight
+        # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
+        others = max((1 - own) / (experts - 1), 1e-9)
+        return [own if t == task else others for t in range(experts)]
 
 
 @checked

@@ -31,8 +31,8 @@ from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 class Targets:
     """The targets of one refit, from the experts' values as they are computed."""
 
-    def __init__(self, values: Values, spec: MergeSpec, alignment: Alignment, own_task_weight: float) -> None:
-        self.values, self.spec, self.alignment, self.own_task_weight = values, spec, alignment, own_task_weight
+    def __init__(self, values: Values, spec: MergeSpec, alignment: Alignment, config: RefitConfig) -> None:
+        self.values, self.spec, self.alignment, self.config = values, spec, alignment, config
         self._scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
         self._rows: dict[tuple[RefitSite, str, int], Picked | None] = {}
         self._orders: dict[tuple[AxisLabel, int], Tensor | None] = {}
@@ -113,12 +113,7 @@ class Targets:
 
     def weights(self, task: int | None) -> list[float]:
         """How much each expert counts in the target of samples of a task."""
-        count = len(self.values.experts)
-        if task is None:
-            return [1 / count] * count
-        # Never quite zero: units that only other experts have are to be what they are there, on these samples too.
-        others = max((1 - self.own_task_weight) / (count - 1), 1e-9)
-        return [self.own_task_weight if t == task else others for t in range(count)]
+        return self.config.shares(task, len(self.values.experts))
 
     def _in_merged_units(self, y: Tensor, axis: int, label: AxisLabel, expert: int) -> Tensor:
         """T M_t y; where the map is one-to-one only a look-up, or nothing at all."""

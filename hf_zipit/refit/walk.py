@@ -147,7 +147,7 @@ class Walk:
             seed=seed,
             device=device,
         )
-        targets = Targets(values, spec, alignment, config.own_task_weight)
+        targets = Targets(values, spec, alignment, config)
         self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
         self.errors: dict[str, dict[str, float]] = {}
         self.rows: dict[str, tuple[int, int]] = {}

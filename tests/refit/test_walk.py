@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from hf_zipit import merge
 from hf_zipit.align.stage import align_trunk
 from hf_zipit.combine.combine import combine_trunk
-from hf_zipit.config import MergeConfig
+from hf_zipit.config import OWN, MergeConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.maps.space_map import Alignment, SpaceMap
@@ -360,6 +360,13 @@ def test_own_weight_is_the_own_experts_share():
     for who in values.experts:
         values.store[site.node, who, 0] = torch.full((8, 17, 32), who + 1.0)
     torch.testing.assert_close(targets.of(site, 0), torch.full((8, 17, 32), 0.8 * 1 + 0.2 * 2))
+
+
+@pytest.mark.parametrize("experts", [2, 4, 8])
+def test_an_own_expert_counts_as_often_as_another_however_many_there_are(experts: int):
+    own, *others = RefitConfig().shares(0, experts)
+    assert own / others[0] == pytest.approx(OWN) and len(set(others)) == 1
+    assert own + sum(others) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["vit", "clip", "bert-masked"])
