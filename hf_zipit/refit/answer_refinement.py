@@ -29,7 +29,7 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.last_layer import LastLayer
 from hf_zipit.refit.positions import Picked, at_rows
 from hf_zipit.refit.solvers import Readouts
-from hf_zipit.refit.steps import Windows, take_steps
+from hf_zipit.refit.steps import Windows, by_row, take_steps
 from hf_zipit.symmetry.ops import shape_of
 
 EVERY = 16
@@ -139,7 +139,7 @@ class AnswerErrors:
         rows, _ = self._pick(b)
         count = prod(self._shape[:-1])
         rows = torch.arange(count, device=samples.device)[rows]
-        return rows[samples[rows * len(samples) // count]]
+        return rows[by_row(samples, count)[rows]]
 
     @property
     def _shape(self) -> list[int]:
@@ -204,7 +204,7 @@ class AnswerErrors:
         count = prod(self._shape[:-1])
         picked, weights = self._pick(b)
         every = weights.new_zeros(count).index_put_((torch.arange(count, device=rows.device)[picked],), weights)
-        return every[rows] * samples[rows * len(samples) // count]
+        return (every * by_row(samples, count))[rows]
 
     def _tasks(self, b: int) -> list[int]:
         task = self.values.batches[b].task

@@ -22,7 +22,7 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import padded
 from hf_zipit.refit.merged_attention import Block, MergedAttention
 from hf_zipit.refit.positions import at_rows
-from hf_zipit.refit.steps import WhiteLayer, Windows, take_steps, typical_size, whitening
+from hf_zipit.refit.steps import WhiteLayer, Windows, by_row, take_steps, typical_size, whitening
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
 
@@ -91,15 +91,14 @@ def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> 
     steps = min(fit.config.attention_steps, PASSES * len(windows))
     if steps < EVERY:
         return False
-    before = forward.take()
+    forward.drop()
     layer = WhiteHeads(fit, forward, heads)
     errors = AttentionErrors(fit, forward, windows)
     first = errors.held_out(layer)
     found = take_steps(fit, layer, errors, first=first, steps=steps, every=EVERY, right=RIGHT * errors.spread)
     fit.targets.forget(forward.attention.output)
     if found is None:
-        for b, means in enumerate(before):
-            forward.put(means, b)
+        layer.put(layer.first)
         return False
     layer.write(found[0])
     return True
@@ -116,14 +115,16 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         self.width = len(range(width)[heads.units]) if isinstance(heads.units, slice) else len(heads.units)
         value_bias, output_bias = fit.bias(values.site), fit.bias(attention.output)
         rows = heads.groups * self.width
-        own = HeadWeights(
+        self.first = own = HeadWeights(
             [(self._narrow(query), self._narrow(key)) for query, key in heads.blocks],
             fit.matrix(values.site)[values.rows][:rows].float(),
             None if value_bias is None else value_bias[values.rows][:rows].float().clone(),
             fit.matrix(attention.output)[:, : slots * self.width].float(),
             None if output_bias is None else output_bias.float().clone(),
         )
-        inputs = [self._white(own_map.site.node.args[0]) for own_map in (attention.query, attention.key, values)]
+        nodes = [maps.site.node.args[0] for maps in (attention.query, attention.key, values)]
+        white = {node: self._white(node) for node in dict.fromkeys(nodes)}  # type: ignore[arg-type]
+        inputs = [white[node] for node in nodes]
         means = self._whitening(self._mixed(own, b) for b in range(len(fit.values.batches)))
         self.white = [*inputs[:2] * len(heads.blocks), inputs[2], means]
         self.own = self._turned(own, [back for _, back in self.white])
@@ -156,7 +157,12 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         bias = None if own.value_bias is None else padded(own.value_bias[:, None], value.count)[:, 0]
         fit.write(value.site, padded(own.value, value.count), bias, value.rows)
         fit.write(output, padded(own.output.mT, fit.matrix(output).shape[1]).mT, own.output_bias)
-        for b in range(len(fit.values.batches)):
+        self.put(own)
+
+    @torch.no_grad()
+    def put(self, own: HeadWeights) -> None:
+        """Keep what attention gives with some weights."""
+        for b in range(len(self.fit.values.batches)):
             self.forward.put(self._means(own, b), b)
 
     def _now(self) -> HeadWeights:
@@ -185,7 +191,8 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
 
     def _narrow(self, rows: Tensor) -> Tensor:
         """Queries or keys of the units that merged heads have."""
-        return rows.unflatten(0, (-1, self.forward.attention.width))[:, self.heads.units].flatten(0, 1).float()
+        narrow = rows.unflatten(0, (-1, self.forward.attention.width))[:, self.heads.units].flatten(0, 1)
+        return narrow.to(self.fit.values.device, torch.float32)
 
     def _whole(self, rows: Tensor) -> Tensor:
         """Queries or keys as wide as an expert's."""
@@ -242,12 +249,11 @@ class AttentionErrors:
     def backward(self, layer: WhiteHeads, step: int) -> None:
         for b, seen in self.windows.seen(step):
             _, weight, y = self._split(b)
-            weight = weight * seen.repeat_interleave(len(y) // len(seen))
+            weight = weight * by_row(seen, len(y))
             (weight @ (layer(b) - y).square().sum(1) * (len(self.windows) / self.whole)).backward()
 
     def _split(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
         """Which rows of a micro-batch are held out, what each counts, and what the stream lacks there."""
         y = self.fit.targets.of(self.site, b, EVERYTHING)
         weight = self.fit.rows.weights(shape_of(self.site.stream or self.site.output), b, self.site.target_axis)
-        held = self.windows.held(b)
-        return held.repeat_interleave(len(y) // len(held)), weight.to(y), y
+        return by_row(self.windows.held(b), len(y)), weight.to(y), y

@@ -48,15 +48,10 @@ class MergedAttention:
         means = functional.pad(means, (0, 0, 0, 0, 0, more)) if more else means
         values.store[node, MERGED, b] = means.flatten(0, 1) if len(shape_of(node)) == 3 else means
 
-    def take(self) -> list[Tensor]:
-        """What was kept, by micro-batch; it is made anew from now on."""
-        node, values = self.attention.node, self.fit.values
-        found = []
-        for b, batch in enumerate(values.batches):
-            means = values.store[node, MERGED, b]
-            values.store.pop((node, MERGED, b))
-            found.append(means.unflatten(0, (batch.size, -1)) if means.dim() == 3 else means)
-        return found
+    def drop(self) -> None:
+        """Forget what was kept; it is made anew from now on."""
+        for b in range(len(self.fit.values.batches)):
+            self.fit.values.store.pop((self.attention.node, MERGED, b))
 
     def has_shift(self, own: Heads) -> bool:
         """Whether a map's bias makes a difference."""

@@ -189,6 +189,11 @@ def is_held_out(samples: Tensor) -> Tensor:
     return samples % HELD_OUT == HELD_OUT - 1
 
 
+def by_row(samples: Tensor, rows: int) -> Tensor:
+    """What is known of samples `[n]`, of the rows that they have one after the other `[rows]`."""
+    return samples[torch.arange(rows, device=samples.device) * len(samples) // rows]
+
+
 def whitening(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """C `[d, d]` for which C x is white, as far as the ridge allows, and its inverse.
 

@@ -12,7 +12,7 @@ from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.planning.cut import tower_lengths
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit import answer_refinement, unit_refinement
+from hf_zipit.refit import answer_refinement, attention_refinement, unit_refinement
 from hf_zipit.refit.mlp_solver import ROWS
 from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.positions import NEARLY_ALL
@@ -148,6 +148,7 @@ def refit_work(planned: Plan, found: ForwardWork, samples: int) -> Work:
             work += choice(layers, total, experts, config.rows_per_input)
             work += refinement(layers, total, config.unit_steps)
     work += Work(single=total * found.attention * experts)  # every expert's values under the merged weights
+    work += attention(found, total, config.attention_steps)
     if list(planned.cut.blocks) == tower_lengths(planned.spec):
         work += answers(found, total, config.answer_steps)
     return work + (_bases(planned, found, total) if config.stream_bases else Work())
@@ -176,6 +177,17 @@ def choice(layers: tuple[WorkLayer, ...], samples: int, experts: int, per_input:
     return Work(single, double) + regression(
         WorkLayer(inputs.site, inputs.rows, inputs.inputs, experts * inputs.inputs), samples, per_input
     )
+
+
+def attention(found: ForwardWork, samples: int, steps: int) -> Work:
+    """At most: steps forwards and backwards through attention and its maps, and looks at what is held out."""
+    steps = min(steps, attention_refinement.PASSES * ceil(samples / SAMPLES))
+    if not found.attention or steps < attention_refinement.EVERY:
+        return Work()
+    in_mlps = {layer.site.node for layers in found.mlps for layer in layers}
+    maps = [layer for layer in found.layers if layer.site.kind == "linear" and layer.site.node not in in_mlps]
+    part = found.attention + sum(2 * layer.rows * layer.inputs * layer.outputs for layer in maps)
+    return Work(single=part * (3 * steps * SAMPLES + (1 + steps / attention_refinement.EVERY) * samples))
 
 
 def refinement(layers: tuple[WorkLayer, ...], samples: int, steps: int) -> Work:

@@ -119,7 +119,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     # In a process of its own: what is free in the heap of a long one is in use without being needed.
     found = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True, check=True)
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > size
-    assert int(found.stdout.split()[-1]) < size / 2.5
+    assert int(found.stdout.split()[-1]) < size / 2.4
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
