@@ -31,7 +31,7 @@ of all weights by a share of themselves is worth about the square of it."""
 SHORTER = 0.3
 """Steps become shorter by this where they did not help,"""
 
-SHORTEST = 0.005
+SHORTEST = 0.05
 """and end where they would be shorter than this."""
 
 SAMPLES = 64
