@@ -10,8 +10,7 @@ the heads are the experts'. x is what the merged model feeds into the layer, and
 divergence (`answers.py`), as a share of what a constant answer is off by. Some steps of Adam do most of it
 (`steps.py`).
 
-Of heads that make an answer of every row, such as one over a vocabulary, as many rows are run as
-there is room for.
+Of heads that make an answer of every row, such as one over a vocabulary, as many rows are run as there is room for.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ samples at a time (`steps.py`), in coordinates in which the inputs of linear map
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -140,11 +140,9 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
 
     @torch.no_grad()
     def weights(self) -> HeadWeights:
-        own = self._now()
-        biases = (None if bias is None else bias.clone() for bias in (own.value_bias, own.output_bias))
-        blocks = [(query.clone(), key.clone()) for query, key in own.blocks]
-        value_bias, output_bias = biases
-        return HeadWeights(blocks, own.value.clone(), value_bias, own.output.clone(), output_bias)
+        own = self._now()  # all of it new but for the biases
+        biases = {name: getattr(own, name) for name in ("value_bias", "output_bias")}
+        return replace(own, **{name: bias if bias is None else bias.clone() for name, bias in biases.items()})
 
     @torch.no_grad()
     def write(self, own: HeadWeights) -> None:

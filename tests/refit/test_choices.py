@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
-from hf_zipit.refit import RefitReport, attention_refinement, mlp_solver, stage, steps, unit_refinement
+from hf_zipit.refit import (
+    RefitReport,
+    answer_refinement,
+    attention_refinement,
+    mlp_solver,
+    stage,
+    steps,
+    unit_refinement,
+)
 from hf_zipit.refit.answers import divergence, spread_of, statistics
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlp_solver import best_units, left_over
@@ -239,16 +247,21 @@ def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
     assert results and not any(results)
 
 
-def test_the_last_layer_is_fitted_to_what_experts_answer():
-    """Also on samples that nothing was fitted to; and it stays where there is nothing to gain."""
+def test_the_last_layer_is_fitted_to_what_experts_answer(monkeypatch: pytest.MonkeyPatch):
+    """Also on samples that nothing was fitted to, and where there is room for a part of the answers alone.
+
+    And it stays where there is nothing to gain.
+    """
     models = tiny.pair("llama")
     for model in models:
         model.lm_head.weight.data *= 20  # random experts answer nearly the same to everything otherwise
     ids = torch.randint(3, 49, (4, 64, 7), generator=torch.Generator().manual_seed(0))
     data, other = ({t: {"input_ids": x} for t, x in zip("ab", part, strict=True)} for part in (ids[:2], ids[2:]))
     left = []
-    for count in (0, 64):
+    for count, room in ((0, None), (64, None), (64, 64 * 7 * 25)):  # half of the answers
         refit = {"unit_steps": 0, "answer_steps": count}
+        if room is not None:
+            monkeypatch.setattr(answer_refinement, "NUMBERS", room)
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
         with torch.no_grad():
             pairs = [
@@ -258,6 +271,7 @@ def test_the_last_layer_is_fitted_to_what_experts_answer():
         report = RefitReport.of(merged)
         assert report is not None and bool(report.answers) == bool(count)
     assert left[1] < 0.97 * left[0]
+    assert left[2] < 0.97 * left[0] and left[2] != left[1]
     assert all(after < before for before, after in report.answers.values())
     same = merge({"a": models[0], "b": models[0]}, data, method="identity", refit=True)
     report = RefitReport.of(same)
