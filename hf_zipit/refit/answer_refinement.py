@@ -40,7 +40,7 @@ PASSES = 8
 RIGHT = 0.003
 """Answers that are off by less than this share of what a constant one is off by are right."""
 
-NUMBERS = 2**25
+NUMBERS = 2**24
 """No more answers than this to a micro-batch are fitted, and where these have to be made as a whole none are: there is
 no room for their gradients."""
 
