@@ -113,14 +113,14 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         attention, values = forward.attention, forward.attention.value
         width, slots = attention.width, heads.groups * heads.shared_by
         self.width = len(range(width)[heads.units]) if isinstance(heads.units, slice) else len(heads.units)
-        value_bias, output_bias = fit.bias(values.site), fit.bias(attention.output)
+        (value, value_bias), (output, output_bias) = fit.affine(values.site), fit.affine(attention.output)
         rows = heads.groups * self.width
         self.first = own = HeadWeights(
             [(self._narrow(query), self._narrow(key)) for query, key in heads.blocks],
-            fit.matrix(values.site)[values.rows][:rows].float(),
-            None if value_bias is None else value_bias[values.rows][:rows].float().clone(),
-            fit.matrix(attention.output)[:, : slots * self.width].float(),
-            None if output_bias is None else output_bias.float().clone(),
+            value[values.rows][:rows],
+            None if value_bias is None else value_bias[values.rows][:rows],
+            output[:, : slots * self.width],
+            output_bias,
         )
         nodes = [maps.site.node.args[0] for maps in (attention.query, attention.key, values)]
         white = {node: self._white(node) for node in dict.fromkeys(nodes)}  # type: ignore[arg-type]

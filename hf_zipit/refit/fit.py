@@ -235,6 +235,12 @@ class Fit:
         """What a linear map or a convolution adds, its scale left out; None if it has no bias."""
         return None if site.bias is None else self.values.tensors[who][site.bias][site.rows]
 
+    def affine(self, site: RefitSite) -> tuple[Tensor, Tensor | None]:
+        """The merged model's weight `[outputs, inputs]` and bias `[outputs]`, if it has one, their scale included."""
+        bias = self.bias(site)
+        scale = scale_of(site, self.values, MERGED)
+        return self.matrix(site).float().clone(), None if bias is None else (bias * scale).float().clone()
+
     def outputs(self, site: RefitSite) -> int:
         """How many units the merged model puts out at a site."""
         return self.values.merged[site.weight].shape[site.unit_axis] if site.part is None else site.part[1]

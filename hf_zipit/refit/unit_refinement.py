@@ -142,8 +142,7 @@ class UnitErrors:
 
 def layer_weights(fit: Fit, site: RefitSite) -> list[Tensor]:
     """A linear map's weight `[outputs, inputs]` and, if it has one, its bias as they are in the merged model."""
-    weight = fit.matrix(site).float().clone()
-    return [weight] if site.bias is None else [weight, fit.values.merged[site.bias].float().clone()]
+    return [part for part in fit.affine(site) if part is not None]
 
 
 def units(fit: Fit, mlp: Mlp, x: Tensor, own: LayerWeights, b: int = 0) -> Tensor:
