@@ -244,9 +244,7 @@ def _points(
         crossing.value: [(axis, label) for axis, label in enumerate(crossing.axes) if _moves(label, spec)]
         for crossing, _ in found
     }
-    # Beside other values of its form, the one that crosses is not surely what comes first.
-    deeper = all(path in crossing.beside and depth + 1 < len(crossing.stack) for crossing, depth in found)
-    if len(moving) == 1 and not deeper and all(len(axes) == 1 for axes in moving.values()):
+    if len(moving) == 1 and all(len(axes) == 1 for axes in moving.values()):
         yield from (ReadPoint(path, *axes[0]) for axes in moving.values())
         return
     inner: dict[str, list[tuple[Crossing, int]]] = {}
@@ -261,8 +259,8 @@ def _points(
                 "another depth"
             )
         inner.setdefault(crossing.stack[depth + 1], []).append((crossing, depth + 1))
-    for module, own in inner.items():
-        yield from _points(model, spec, module, own)
+    for deeper, own in inner.items():
+        yield from _points(model, spec, deeper, own)
 
 
 def _takes_a_sequence(module: nn.Module) -> bool:

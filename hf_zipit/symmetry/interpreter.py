@@ -106,8 +106,7 @@ class Interpreter:
         self.order: dict[str, None] = {}
         self.macs: Counter[str] = Counter()
         self.unknown_ops: dict[str, dict[str, None]] = defaultdict(dict)
-        self.crossings: list[tuple[fx.Node, Value, Place, Place, tuple[str, ...]]] = []
-        self.given: dict[str, dict[fx.Node, None]] = defaultdict(dict)
+        self.crossings: list[tuple[str, Value, Place, Place, tuple[str, ...]]] = []
         self._place: dict[fx.Node, Place] = {}
         self._tensor_of: dict[fx.Node, str] = {}
 
@@ -335,10 +334,7 @@ class Interpreter:
             self.uses[tensor].append(Use(module, place))
         for source, made in zip(sources, parents, strict=True):
             if made != place and source not in self._tensor_of and isinstance(values[source], Value):
-                self.crossings.append((source, values[source], made, place, stack))
-            if source not in self._tensor_of and isinstance(values[source], Value):
-                for path in {*stack} - {*module_stack(source)}:
-                    self.given[path][source] = None
+                self.crossings.append((source.name, values[source], made, place, stack))
 
     def _alias(self, tensor: str, module: str) -> str:
         """Under which of its names a tied tensor is used here; export keeps only one name for all its uses."""

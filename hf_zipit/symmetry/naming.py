@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from hf_zipit.symmetry.atoms import Axis, Ref
 from hf_zipit.symmetry.interpreter import Interpreter, Use
-from hf_zipit.symmetry.ops import Value, shape_of
+from hf_zipit.symmetry.ops import Value
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
     Block,
@@ -184,19 +184,11 @@ class Naming:
 
     def crossings(self) -> tuple[Crossing, ...]:
         found: dict[Crossing, None] = {}
-        for source, value, made, read, stack in self.run.crossings:
+        for name, value, made, read, stack in self.run.crossings:
             axes = self.value_label(value)
-            moving = [place for place, axis in enumerate(value.axes) if self.moves(axis)]
-            if moving and any(axes):
-                beside = tuple(path for path in stack if self._given_another(path, source, moving))
-                found[Crossing(source.name, axes, made, read, stack, beside)] = None
+            if any(map(self.moves, value.axes)) and any(axes):
+                found[Crossing(name, axes, made, read, stack)] = None
         return tuple(found)
-
-    def _given_another(self, path: str, source: fx.Node, moving: Sequence[int]) -> bool:
-        """Whether a module reads another value with as many axes, and as many units on those that move."""
-        own = shape_of(source)
-        shapes = [shape_of(other) for other in self.run.given[path] if other is not source]
-        return any(len(s) == len(own) and all(s[i] == own[i] for i in moving) for s in shapes)
 
     def spaces(self) -> dict[str, Space]:
         return {

@@ -188,8 +188,6 @@ class Crossing:
         made: where it is made.
         read: where it is read.
         stack: the module that reads it, after all that contain it, outermost first.
-        beside: those of them that read another value of the same form as well, made outside of them: what one of them
-            is given first may be either.
     """
 
     value: str
@@ -197,7 +195,6 @@ class Crossing:
     made: Place
     read: Place
     stack: tuple[str, ...]
-    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
