@@ -158,11 +158,7 @@ class AnswerErrors:
 
     def _run(self, t: int, b: int, given: Mapping[fx.Node, Tensor]) -> dict[str, Tensor]:
         """What expert t's branch makes of the values that it reads."""
-        values, known = self.values, dict(given)
-        for node in self.ending.heads:
-            known[node] = values.program.run(
-                node, lambda x: known[x] if x in known else values.of(x, t, b), values.tensors[t], values.inputs[b]
-            )
+        known = self.values.follow(self.ending.heads, given, t, b)
         return {name: classes_last(known[node].float()) for name, (node, _) in self.ending.answers.items()}
 
     def _sizes(self) -> dict[tuple[int, str], Size]:

@@ -79,18 +79,17 @@ class HeadWeights:
         return [bias for bias in (self.value_bias, self.output_bias) if bias is not None]
 
 
-def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> bool:
-    """Write better queries, keys and values, and an output projection, into the merged model.
+def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> None:
+    """Write better queries, keys and values, and an output projection, into the merged model, if there are any.
 
-    Returns:
-        Whether there are any; what the layer's attention gives is then up to date.
+    What the layer's attention gives is up to date afterwards.
     """
     if forward.attention.weights is not None or forward.attention.fused:
-        return False
+        return
     windows = Windows(fit)
     steps = min(fit.config.attention_steps, PASSES * len(windows))
     if steps < EVERY:
-        return False
+        return
     forward.drop()
     layer = WhiteHeads(fit, forward, heads)
     errors = AttentionErrors(fit, forward, windows)
@@ -99,9 +98,8 @@ def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> 
     fit.targets.forget(forward.attention.output)
     if found is None:
         layer.put(layer.first)
-        return False
-    layer.write(found[0])
-    return True
+    else:
+        layer.write(found[0])
 
 
 class WhiteHeads(WhiteLayer[HeadWeights]):

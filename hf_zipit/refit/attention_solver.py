@@ -176,8 +176,7 @@ class AttentionSolver:
         """Fit all of the layer to what the stream lacks, from where it is."""
         groups, shared_by = len(heads.values), heads.shared_by
         solved = SolvedHeads(self.blocks, units, groups, shared_by, scale)
-        if self.fit.config.attention_steps:
-            refine_attention(self.fit, self.forward, solved)
+        refine_attention(self.fit, self.forward, solved)
 
     # Which heads -----------------------------------------------------------------------------------------------------
 

@@ -94,12 +94,7 @@ class LastLayer(WhiteLayer[LastWeights]):
 
     def _trunk(self, b: int, tensors: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
         """The values of the trunk's last ops."""
-        values, known = self.fit.values, dict[fx.Node, Tensor]()
-        for node in self.ending.nodes:
-            known[node] = values.program.run(
-                node, lambda x: known[x] if x in known else values.of(x, MERGED, b), tensors, values.inputs[b], True
-            )
-        return known
+        return self.fit.values.follow(self.ending.nodes, {}, MERGED, b, tensors)
 
     def read(self, b: int, tasks: Sequence[int], rows: Tensor | None) -> Iterator[dict[fx.Node, Tensor]]:
         """What the branch of every task reads, in its expert's own units; `rows` of it, or as it is."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.nn import functional
 
 from hf_zipit.refit.fit import Fit
@@ -147,17 +147,8 @@ def layer_weights(fit: Fit, site: RefitSite) -> list[Tensor]:
 
 def units(fit: Fit, mlp: Mlp, x: Tensor, own: LayerWeights, b: int = 0) -> Tensor:
     """What an MLP's units put out with weights of one's own, on rows of a batch: all ops between go unit by unit."""
-    values = fit.values
-    known: dict[fx.Node, Tensor] = {site.node: functional.linear(x, *own[site]) for site in mlp.writers}
-    for node in mlp.between:
-        known[node] = values.program.run(
-            node,
-            lambda used: known[used] if used in known else values.of(used, MERGED, b),
-            values.merged,
-            values.inputs[b],
-            merged=True,
-        )
-    return known[mlp.reader.node.args[0]]  # type: ignore[index]
+    known = {site.node: functional.linear(x, *own[site]) for site in mlp.writers}
+    return fit.values.follow(mlp.between, known, MERGED, b)[mlp.reader.node.args[0]]  # type: ignore[index]
 
 
 def solve_reader(fit: Fit, mlp: Mlp, rows: MlpRows) -> None:

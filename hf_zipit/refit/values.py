@@ -216,6 +216,29 @@ class Values:
             return self.store[node, MERGED, b]
         return self.program.run(node, lambda used: self.peek(used, b, known), self.merged, self.inputs[b], True)
 
+    def follow(
+        self,
+        nodes: Iterable[fx.Node],
+        known: Mapping[fx.Node, Tensor],
+        who: int,
+        b: int,
+        tensors: Mapping[str, Tensor] | None = None,
+    ) -> dict[fx.Node, Any]:
+        """Known values and those of ops in a row that follow from them, which are not kept.
+
+        `tensors` are a model's own where none are given.
+        """
+        found = dict(known)
+        for node in nodes:
+            found[node] = self.program.run(
+                node,
+                lambda used: found[used] if used in found else self.of(used, who, b),
+                self.tensors[who] if tensors is None else tensors,
+                self.inputs[b],
+                who == MERGED,
+            )
+        return found
+
     def run_again(self, changed: Iterable[fx.Node], upto: fx.Node) -> None:
         """Bring the merged model's values before a node up to date after weights were written."""
         stale = set(changed)
