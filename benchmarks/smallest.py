@@ -89,6 +89,7 @@ SWIN = {"num_heads": [2, 4, 8, 8], "depths": [1, 1, 1, 1], "embed_dim": 16, "win
 PAGE = {"coordinate_size": 6, "shape_size": 4, "input_size": 64}
 GRID_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
 DPT = {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3], "neck_hidden_sizes": [16, 16, 16, 16]}
+UPER = {"num_hidden_layers": 4, "out_indices": [1, 2, 3, 4], "pool_scales": [1, 2], "auxiliary_channels": 16}
 
 OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
@@ -107,6 +108,7 @@ OWN: dict[str, dict[str, Any]] = {
         GRID_ROPE,
     ),
     **dict.fromkeys(("layoutlmv2", "layoutlmv3"), PAGE),
+    **dict.fromkeys(("beit", "data2vec-vision"), UPER),
     "bit": {"num_groups": 4},
     "dpt": DPT,
     **dict.fromkeys(("eomt", "eomt_dinov3"), {"num_blocks": 1}),
