@@ -55,11 +55,13 @@ def build(
     root: str | Path,
     reuse: str | Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    shift: int = 0,
 ) -> None:
     """Put the named pairs' experts into `root`: what is there stays, what `reuse` has is copied, the rest is trained.
 
     Args:
         say: is called with one line for every expert that was copied or trained.
+        shift: is added to every seed of training; a shift wants a root of its own.
     """
     root = Path(root)
     for name in names:
@@ -72,12 +74,12 @@ def build(
                 _write(root / _folder(recipe) / task, lambda folder, source=source: _copy(source, folder))
                 say(f"{name} {task}: copied from {source}")
             else:
-                say(f"{name} {task}: {_train(recipe, task, root)}")
+                say(f"{name} {task}: {_train(recipe, task, root, shift)}")
 
 
-def _train(recipe: Recipe, task: str, root: Path) -> str:
+def _train(recipe: Recipe, task: str, root: Path, shift: int) -> str:
     """Train and save one expert; returns its record as a line."""
-    seed = recipe.seeds[task]
+    seed = recipe.seeds[task] + shift
     tokenizer = _tokenizer(recipe, root)
     data = recipe.splits(tokenizer)[task]
     metric = recipe.metric(tokenizer)

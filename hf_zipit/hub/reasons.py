@@ -76,7 +76,9 @@ def why(error: BaseException, source: str, revision: str | None = None) -> str:
         return f"nobody is logged in; {LOG_IN}"
     status = next((link.response.status_code for link in chain if isinstance(link, HfHubHTTPError)), None)
     if status in (401, 403):
-        return f"the Hub refuses it to this user; {LOG_IN} with a token that may do it"
+        owner = source.partition("/")[0]
+        whose = f"a token that may do it, a member's if {owner} is an organisation"
+        return f"the Hub refuses it to this user; {LOG_IN} with {whose}"
     if is_a(HFValidationError):
         return "there is no such folder, and it is not a repo id, which is a name or user/name"
     if is_a(EntryNotFoundError) and not is_a(LocalEntryNotFoundError):

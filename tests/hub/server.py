@@ -29,6 +29,9 @@ from .card_rules import problems
 TOKENS = {"hf_me": "me", "hf_other": "other"}
 """Who logs in with which token."""
 
+MEMBERS = {"lab": {"me"}, "rivals": {"other"}}
+"""Who belongs to which organisation, and may write to all that it owns."""
+
 ROOT = Path(__file__).parents[2]
 
 Files = dict[str, bytes]
@@ -177,20 +180,24 @@ class Answers(BaseHTTPRequestHandler):
             raise RefusedError(401, message="Invalid credentials in Authorization header")
         return TOKENS.get(given)
 
+    def owns(self, name: str) -> bool:
+        """Whether the user is the repo's owner or belongs to the organisation that is."""
+        owner = name.partition("/")[0]
+        return self.user is not None and (self.user == owner or self.user in MEMBERS.get(owner, ()))
+
     def readable(self, name: str, *, files: bool = False) -> Repo:
         """The repo, if the user may see it; with `files` if he may have its files, too."""
         repo, user = self.hub.repos.get(name), self.user
-        owner = name.partition("/")[0]
-        if repo is None or (repo.private and user != owner):
+        if repo is None or (repo.private and not self.owns(name)):
             # The real one does not tell strangers whether a repo exists.
             raise RefusedError(401 if user is None else 404, "RepoNotFound", "Repository not found")
-        if files and repo.gated and user != owner and user not in repo.readers:
+        if files and repo.gated and not self.owns(name) and user not in repo.readers:
             raise RefusedError(401 if user is None else 403, "GatedRepo", f"Access to model {name} is restricted.")
         return repo
 
     def writable(self, name: str) -> Repo:
         repo = self.readable(name)
-        if self.user != name.partition("/")[0]:
+        if not self.owns(name):
             raise RefusedError(403, message="you don't have the rights to write to this repo")
         return repo
 
@@ -213,7 +220,7 @@ class Answers(BaseHTTPRequestHandler):
             raise RefusedError(401, message="Invalid username or password.")
         self.break_if("create")
         name = f"{asked.get('organization') or user}/{asked['name']}"
-        if name.partition("/")[0] != user:
+        if not self.owns(name):
             raise RefusedError(
                 403, message=f'You don\'t have the rights to create a model under the namespace "{name}"'
             )
@@ -226,7 +233,13 @@ class Answers(BaseHTTPRequestHandler):
     def whoami(self) -> None:
         if self.user is None:
             raise RefusedError(401, message="Invalid username or password.")
-        self.answer({"name": self.user, "type": "user", "orgs": []})
+        self.answer(
+            {
+                "name": self.user,
+                "type": "user",
+                "orgs": [{"name": name} for name, members in MEMBERS.items() if self.user in members],
+            }
+        )
 
     def validate(self) -> None:
         found = problems(json.loads(self.body)["content"])

@@ -150,6 +150,15 @@ def test_moments_go_along_where_they_are_given(hub: Hub, client: Client, merged_
     assert hub.repos["me/both"].files["moments.safetensors"] == b"moments"
 
 
+def test_a_member_pushes_to_an_organisation_and_others_cannot(hub: Hub, client: Client, merged_folder: Path):
+    push(client, merged_folder, "lab/both", private=True)
+    assert hub.repos["lab/both"].private and "model.safetensors" in hub.repos["lab/both"].files
+    assert client(LOADS, repo="lab/both")["result"]
+    hub.add("rivals/theirs")
+    assert "a member's if rivals" in push(client, merged_folder, "rivals/theirs")["error"]
+    assert len(hub.repos["rivals/theirs"].commits) == 1
+
+
 OFFLINE = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = True"
 ONLINE = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = False"
 
@@ -158,6 +167,7 @@ ONLINE = "from huggingface_hub import constants; constants.HF_HUB_OFFLINE = Fals
     ("repo", "settings", "reason"),
     [
         ("other/both", {}, "log in"),
+        ("rivals/both", {}, "a member's if rivals is an organisation"),
         ("me/both", {"token": False}, "log in"),
         ("me/both", {"token": "hf_wrong"}, "log in"),
         ("me/both/x", {}, "not a repo id"),
