@@ -3,7 +3,7 @@
     python -m benchmarks.spread --zoo zoo --out docs/spread.md
 
 The first pair of seeds is the zoo's own, the others are those shifted by 1000, 2000, ..., in `ZOO/shift-1000` and so
-on; experts that are missing are trained (minutes each). Every row is measured in a process of its own, as in the results.
+on; experts that are missing are trained (minutes each). Every row is measured in a process of its own.
 `--json` keeps the rows and takes those that it has; `--measured` writes the page from what there is.
 """
 
