@@ -1,5 +1,6 @@
 """Experts with quantised weights: dequantised where the library that quantised them is there, for integers cannot be
-averaged. What is merged is the plain model that transformers makes of them, in float32.
+averaged. What is merged is the plain model, in float32: the one that transformers makes of them where it can
+(bitsandbytes), else the one whose layers are read off the quantised ones (GPTQ, AWQ, torchao, compressed-tensors).
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.checkpoints import PLAIN
@@ -38,7 +41,7 @@ def load_dequantised(
         model, found = model_class.from_pretrained(
             source, config=config, revision=revision, output_loading_info=True, **PLAIN
         )
-        return model.dequantize(torch.float32), {**found, "integer_keys": []}
+        return plain_model(model), {**found, "integer_keys": []}
     except Exception as error:  # each library in its own way
         raise ExpertError(
             f"the weights in {source} are quantised ({kind}) and could not be dequantised here ({first_line(error)}); "
@@ -54,9 +57,54 @@ def dequantised(task: str, model: nn.Module) -> nn.Module:
     if not getattr(model, "is_quantized", False):
         return model
     try:
-        return copy.deepcopy(model).dequantize(torch.float32).eval()
+        return plain_model(copy.deepcopy(model)).eval()
     except Exception as error:  # each library in its own way
         raise ExpertError(
             f"the weights of the expert {task!r} are quantised ({kind_of(model.config)}) and could not be dequantised "
             f"({first_line(error)}); load it without quantisation"
         ) from error
+
+
+def plain_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without quantisation, in float32; `model` is of no use afterwards.
+
+    Raises whatever the library that quantised it does.
+    """
+    try:
+        return model.dequantize(torch.float32)
+    except NotImplementedError:  # of most libraries
+        return read_off(model)
+
+
+@torch.no_grad()
+def read_off(model: PreTrainedModel) -> PreTrainedModel:
+    """A plain model of the same class that computes what a quantised one does, in float32.
+
+    Where the library put a layer of its own, that layer is a linear map still, and what it makes of the unit vectors
+    is its weight. Where it put a tensor of its own, the tensor can dequantise itself. The rest is copied.
+    """
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    with no_init_weights():
+        plain = type(model)(config).float()
+    for name, module in plain.named_modules():
+        given = model.get_submodule(name)
+        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(given, type(module)):
+            unit = torch.eye(given.in_features, dtype=model.dtype, device=model.device)
+            bias = given(torch.zeros_like(unit[:1]))[0].float()
+            weight = given(unit).float() - bias
+            module.weight.copy_(weight.T if isinstance(module, nn.Linear) else weight)
+            if module.bias is not None:
+                module.bias.copy_(bias)
+            continue
+        for own, tensor in given.named_parameters(recurse=False):
+            getattr(module, own).copy_(as_plain(tensor))
+        for own, buffer in given.named_buffers(recurse=False):
+            setattr(module, own, buffer.clone())
+    plain.tie_weights()
+    return plain.eval()
+
+
+def as_plain(tensor: Tensor) -> Tensor:
+    """The values of a parameter, whose type may be a library's own."""
+    return tensor if type(tensor) in (nn.Parameter, Tensor) else tensor.dequantize()
