@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from hf_zipit.errors import ExpertError
 from hf_zipit.experts.checkpoints import PLAIN
@@ -39,7 +41,7 @@ def load_dequantised(
     kind = kind_of(config)
     try:
         model, found = model_class.from_pretrained(
-            source, config=config, revision=revision, output_loading_info=True, **PLAIN
+            source, config=at_once(config), revision=revision, output_loading_info=True, **PLAIN
         )
         return plain_model(model), {**found, "integer_keys": []}
     except Exception as error:  # each library in its own way
@@ -47,6 +49,15 @@ def load_dequantised(
             f"the weights in {source} are quantised ({kind}) and could not be dequantised here ({first_line(error)}); "
             "install what they need, or save what `model.dequantize()` gives, and merge that"
         ) from error
+
+
+def at_once(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with which libraries that can do so dequantise while they load (compressed-tensors, FP8)."""
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(str(kind_of(config)))
+    if known is not None and "dequantize" in signature(known).parameters:
+        config = copy.deepcopy(config)
+        config.quantization_config = {**dict(config.quantization_config), "dequantize": True}
+    return config
 
 
 def dequantised(task: str, model: nn.Module) -> nn.Module:
@@ -70,6 +81,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 
     Raises whatever the library that quantised it does.
     """
+    if getattr(model, "hf_quantizer", None) is None:  # its weights were dequantised when they were loaded
+        return model.float()
     try:
         return model.dequantize(torch.float32)
     except NotImplementedError:  # of most libraries
@@ -80,8 +93,8 @@ def plain_model(model: PreTrainedModel) -> PreTrainedModel:
 def read_off(model: PreTrainedModel) -> PreTrainedModel:
     """A plain model of the same class that computes what a quantised one does, in float32.
 
-    Where the library put a layer of its own, that layer is a linear map still, and what it makes of the unit vectors
-    is its weight. Where it put a tensor of its own, the tensor can dequantise itself. The rest is copied.
+    A layer that holds other tensors than a plain one is a linear map still, and what it makes of the unit vectors is
+    its weight. A tensor of a library's own type can dequantise itself. The rest is copied.
     """
     config = copy.deepcopy(model.config)
     del config.quantization_config
@@ -89,7 +102,7 @@ def read_off(model: PreTrainedModel) -> PreTrainedModel:
         plain = type(model)(config).float()
     for name, module in plain.named_modules():
         given = model.get_submodule(name)
-        if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(given, type(module)):
+        if isinstance(module, (nn.Linear, Conv1D)) and shapes(given) != shapes(module):
             unit = torch.eye(given.in_features, dtype=model.dtype, device=model.device)
             bias = given(torch.zeros_like(unit[:1]))[0].float()
             weight = given(unit).float() - bias
@@ -103,6 +116,12 @@ def read_off(model: PreTrainedModel) -> PreTrainedModel:
             setattr(module, own, buffer.clone())
     plain.tie_weights()
     return plain.eval()
+
+
+def shapes(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of a module's own parameters and buffers, by name."""
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    return {name: tensor.shape for name, tensor in own}
 
 
 def as_plain(tensor: Tensor) -> Tensor:
