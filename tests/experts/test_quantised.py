@@ -111,7 +111,8 @@ def ids(seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", SAVING)
-def test_a_quantised_expert_is_dequantised(tmp_path: Path, kind: str):
+def test_a_quantised_expert_is_dequantised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    monkeypatch.chdir(tmp_path)  # where gptqmodel writes its log
     tiny.build("llama", 0, **WIDE).save_pretrained(tmp_path / "plain")
     SAVING[kind](tmp_path / "plain", tmp_path / "quantised")
     quantised = AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", device_map="cpu")
