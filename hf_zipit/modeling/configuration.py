@@ -25,6 +25,7 @@ except ImportError:  # transformers up to 5.17 builds no configuration inside an
 from ..errors import ZipItError
 from ..files.known import without_secrets
 from ..registry import suggestion
+from ..schema import packed, unpacked
 
 Labels = dict[int, str]
 
@@ -41,6 +42,10 @@ SHOWN = (
     "seed",
 )
 """Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
+
+BY_LAYER = ("trunk_shapes", "head_dims", "rotary_pairs", "rescaled", "residues")
+"""Fields that say how modules are built, layer by layer: a line each in the file, however many layers there are. Maps
+of units are tensors, and stand with the others in the safetensors file."""
 
 
 @strict
@@ -98,11 +103,11 @@ class ZipItConfig(PreTrainedConfig):
     shared: list[str] | tuple[str, ...] = ()
     entries: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     exits: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
-    rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | None = None
-    residues: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
-    trunk_shapes: dict[str, list[int]] | None = None
-    head_dims: dict[str, int] | None = None
-    rotary_pairs: dict[str, list[int]] | None = None
+    rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str | None = None
+    residues: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str = ()
+    trunk_shapes: dict[str, list[int]] | str | None = None
+    head_dims: dict[str, int] | str | None = None
+    rotary_pairs: dict[str, list[int]] | str | None = None
     output_bias: bool = False
     depth: float | None = None
     cut: str | None = None
@@ -116,6 +121,8 @@ class ZipItConfig(PreTrainedConfig):
         self.source_config = copy.deepcopy(self.source_config)
         if SubConfigSpec is None and isinstance(self.source_config, dict):
             self.source_config = AutoConfig.for_model(**self.source_config)
+        for name in BY_LAYER:
+            setattr(self, name, unpacked(getattr(self, name)))
         for name in ("tasks", "shared", "entries", "exits", "residues", "joint_names"):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
@@ -134,8 +141,9 @@ class ZipItConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without what logs in somewhere."""
-        return without_secrets(super().to_dict())
+        """As in transformers, without what logs in somewhere, and `BY_LAYER` in a line each."""
+        found = without_secrets(super().to_dict())
+        return found | {name: packed(found[name]) for name in BY_LAYER if found.get(name)}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:

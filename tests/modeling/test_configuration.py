@@ -83,6 +83,28 @@ def test_a_configuration_survives_json(family: str, shared: tuple[str, ...], tmp
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "zipit"
 
 
+def test_however_many_layers_a_configuration_is_short_and_older_files_are_read(tmp_path) -> None:
+    layers = [f"layers.{place}" for place in range(50)]
+    by_layer = {
+        "trunk_shapes": {f"{layer}.weight": [2, 3] for layer in layers},
+        "head_dims": dict.fromkeys(layers, 8),
+        "rotary_pairs": dict.fromkeys(layers, [0, 2, 4]),
+        "rescaled": [{"module": layer, "where": "input", "axis": -1, "size": 2} for layer in layers],
+        "residues": [
+            {"task": "a", "tensor": f"{layer}.weight", "shape": [2, 3], "kind": "signs", "size": 1} for layer in layers
+        ],
+    }
+    config = hand_config(make_experts("vit"), **by_layer)
+    config.save_pretrained(tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    assert text.count("\n") < hand_config(make_experts("vit")).to_json_string().count("\n") + 10
+    older = json.dumps(json.loads(text) | by_layer)
+    for written in (text, older):
+        (tmp_path / "config.json").write_text(written)
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        assert {name: getattr(loaded, name) for name in by_layer} == by_layer
+
+
 def test_a_configuration_leaves_the_experts_alone() -> None:
     experts = make_experts("vit")
     before = {task: (expert.config.to_dict(), expert.config._attn_implementation) for task, expert in experts.items()}
