@@ -18,6 +18,7 @@ import typer
 from benchmarks.ceiling import CEILING, START, STEPS, measure_ceiling
 from benchmarks.measure import EXPERTS, METHODS, SEED, Row, measure, measure_apart
 from benchmarks.results import SAMPLES, Split, checked, known_rows, number, reused
+from benchmarks.sampling import updated
 from benchmarks.zoo import RECIPES, load
 from hf_zipit import __version__
 from hf_zipit.files import check_writable, write_json, write_text
@@ -123,6 +124,8 @@ Pairs that were made because they hurt, at depth 1, and the *ceiling*: what a mo
 learns from the same experts on the same unlabelled samples by gradients. Scores are shares of hits on the {split}
 split; *of experts* is their mean in percent of the experts' mean, *of the way* the share of the way from the best
 alignment (0 %) to the ceiling (100 %), *size* counts parameters, with one expert as 1, heads of all tasks included.
+Every pair was trained from one pair of seeds; [how much it varies](spread.md) between pairs of seeds was measured for
+some. The sampling error below the pairs is that of the test split, at 95 % (binomial).
 
 Calibration: {samples} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
 Machine: {machines}. hf_zipit {__version__}, sources {versions}.
@@ -177,7 +180,7 @@ def main(
     ]
     words += [f"--split {split.value}"] if split != Split.test else []
     words += [f"--samples {samples}"] if samples != SAMPLES else []
-    page = document(rows, split.value, samples, " ".join(words))
+    page = updated(document(rows, split.value, samples, " ".join(words)), zoo)
     typer.echo(page)
     if out is not None:
         write_text(out, page)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from benchmarks.zoo.pair import Pair
+from benchmarks.zoo.pair import Metric, Pair, Splits
 from benchmarks.zoo.recipe import Recipe
 from benchmarks.zoo.table import RECIPES
 from benchmarks.zoo.training import fit
@@ -48,6 +48,12 @@ def load(name: str, root: str | Path, train: bool = True) -> Pair:
     experts = {task: recipe.model_class.from_pretrained(folder).eval() for task, folder in folders.items()}
     tokenizer = _tokenizer(recipe, root)
     return Pair(name, experts, recipe.splits(tokenizer), recipe.metric(tokenizer), tokenizer)
+
+
+def splits_of(recipe: Recipe, root: str | Path) -> tuple[Splits, Metric]:
+    """A pair's data and how it is scored, without its experts."""
+    tokenizer = _tokenizer(recipe, Path(root))
+    return recipe.splits(tokenizer), recipe.metric(tokenizer)
 
 
 def build(
