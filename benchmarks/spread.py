@@ -28,7 +28,7 @@ PAIRS = {
     "fashion-resnet": 3,
     "segmentation": 3,
     "seq2seq-t5": 3,
-    "text-llama": 2,
+    "text-llama": 1,
     "fashion-vit": 1,
     "chars-mixed": 1,
 }
