@@ -54,11 +54,11 @@ the best and, unlike averaging, exact for experts that are near each other or re
 
 {chr(10).join(lines)}
 
-All of this page is of one pair of seeds for each pair of models; [how much it varies](spread.md), and what the default keeps
-now, was measured with several. The rows of the refit here are from before it chose the bases of residual streams and the
-units of MLPs and fitted them in steps ([what was tried](refit.md#what-was-tried)): it takes longer now and keeps more. Measured again since, on the same machine: fashion-vit *chosen + refit*
-.848, .934 (99.8 %), fashion-resnet *chosen + refit* .906, .967 (98.8 %), *permute + refit* .904, .966 (98.7 %); both
-*permute* rows are what they were.
+All of this page is of one pair of seeds for each pair of models; [how much it varies](spread.md), and what the default
+keeps now, was measured with several. The rows of the refit here are from before it chose the bases of residual streams
+and the units of MLPs and fitted them in steps ([what was tried](refit.md#what-was-tried)): it takes longer now.
+Measured again in between, on the same machine: fashion-vit *chosen + refit* .848, .934 (99.8 %), fashion-resnet
+*chosen + refit* .906, .967 (98.8 %), *permute + refit* .904, .966 (98.7 %); both *permute* rows are what they were.
 """
 
 

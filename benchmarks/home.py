@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from textwrap import fill
 
 from hf_zipit.report.plots import COLOURS, add_legend, drawing, save_picture
 
 SHARE = r"([\d.]+) %(?: \(([\d.]+) to ([\d.]+)\))?"
-ROW = re.compile(rf"^\| ([^|]+) \|(?:[^|]+\|)* {SHARE} \| {SHARE} \|$", re.MULTILINE)
+ROW = re.compile(rf"^\| ([^|\n]+) \| \d+ \| {SHARE} \| {SHARE} \|$", re.MULTILINE)
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = [found.groups() for found in ROW.finditer(Path("README.md").read_text(encoding="utf-8"))]
     places = range(len(rows))
-    with drawing(8.4, 0.9 + 0.45 * len(rows), **{"axes.grid.axis": "x"}) as figure:
+    with drawing(8.4, 0.9 + 0.5 * len(rows), **{"axes.grid.axis": "x"}) as figure:
         axis = figure.subplots()
         for shift, first, told, colour in (
             (-0.19, 1, "average of the weights", "#B8B8B8"),
@@ -37,7 +38,7 @@ def main() -> None:
             axis.barh([place + shift for place in places], values, 0.36, color=colour, label=told, zorder=3)
             for place, value, high in zip(places, values, highest, strict=True):
                 axis.text(high + 0.8, place + shift, f"{value:.1f} %", va="center", fontsize=9)
-        axis.set_yticks(places, [row[0] for row in rows])
+        axis.set_yticks(places, [fill(row[0], 38) for row in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, 116)
         axis.set_xticks(range(0, 101, 20))
