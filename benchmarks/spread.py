@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Annotated
 
 import typer
@@ -57,9 +58,12 @@ def place_of(entry: dict) -> tuple[str, int, str]:
 
 def told(values: Iterable[str]) -> str:
     """The median, with the lowest and the highest in brackets where there are several values."""
-    ordered = sorted(values, key=lambda value: float(value.split()[0]))
-    middle = ordered[len(ordered) // 2]
-    return middle if len(ordered) == 1 else f"{middle} ({ordered[0].split()[0]} to {ordered[-1].split()[0]})"
+    texts = sorted(values, key=lambda text: float(text.split()[0]))
+    if len(texts) == 1:
+        return texts[0]
+    (low, *_), (number, *unit), (high, *_) = (text.split() for text in (texts[0], texts[len(texts) // 2], texts[-1]))
+    middle = f"{median(float(text.split()[0]) for text in texts):.{len(number.partition('.')[2])}f}"
+    return f"{' '.join([middle if number[0] != '.' else middle.removeprefix('0'), *unit])} ({low} to {high})"
 
 
 def line(pair: str, by_shift: dict[int, dict[str, Row]]) -> list[str]:

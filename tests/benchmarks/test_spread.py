@@ -14,7 +14,7 @@ def rows(shift: int, kept: float) -> dict[str, Row]:
 
 def test_several_seeds_are_told_by_median_lowest_and_highest() -> None:
     assert told(["9.5 %", "10.0 %", "8.0 %"]) == "9.5 % (8.0 to 10.0)"
-    assert told([".852"]) == ".852"
+    assert told([".852"]) == ".852" and told([".85", ".89"]) == ".87 (.85 to .89)"
     page = document(
         {"fashion-vit": {shift: rows(shift, kept) for shift, kept in ((0, 0.5), (1000, 0.9), (2000, 0.75))}}
     )
