@@ -75,6 +75,10 @@ OWN = 11 / 9
 """How often a sample's own expert counts in the refit's targets, where each of the others counts once."""
 
 
+RIDGE, MANY, STRONGEST = 1e-4, 512, 3e-2
+"""The ridge of regressions on so many samples a task, and the largest one, of few."""
+
+
 @checked
 @dataclass(frozen=True, kw_only=True)
 class RefitConfig:
@@ -86,7 +90,8 @@ class RefitConfig:
             the default: `OWN` times what each of the others has, 0.55 of two experts and 0.15 of eight.
         readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the penalty on the distance to the combined weights, relative to the mean of the Gram matrix's
-            diagonal.
+            diagonal. None, the default: 1e-4 for 512 given samples a task or more, and for fewer as many times that
+            as 512 is times their number, squared: 6.4e-3 for 64.
         rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
@@ -98,6 +103,8 @@ class RefitConfig:
             of Adam; 0 leaves them as they were solved.
         answer_steps: fit the last layer and the maps out of the trunk to what the experts answer to samples of their
             own tasks, by at most so many steps of Adam; 0 leaves them as they were solved.
+        written_samples: where a task has fewer samples than this, and its expert writes (a causal language model or an
+            encoder-decoder), it writes the others; see `hf_zipit.data.written`. 0 for none.
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
             stream are allowed, or would be but for the scales of post-LN norms.
         micro_batch: samples that go through a module at once.
@@ -109,13 +116,14 @@ class RefitConfig:
 
     own_task_weight: float | None = None
     readout_weight: float = 30.0
-    ridge: float = 1e-4
+    ridge: float | None = None
     rows_per_input: int = 32
     split_heads: bool = True
     choose_units: bool = True
     attention_steps: int = 32
     unit_steps: int = 128
     answer_steps: int = 128
+    written_samples: int = 512
     stream_bases: bool = True
     micro_batch: int = 64
     memory_gb: float | None = None
@@ -131,9 +139,15 @@ class RefitConfig:
                 raise RecipeError(f"refit's {name} is {value}; it must be above 0")
         if self.micro_batch < 1:
             raise RecipeError(f"refit's micro_batch is {self.micro_batch}; it must be at least 1")
-        for name in ("rows_per_input", "attention_steps", "unit_steps", "answer_steps"):
+        for name in ("rows_per_input", "attention_steps", "unit_steps", "answer_steps", "written_samples"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be at least 0")
+
+    def for_samples(self, count: float) -> RefitConfig:
+        """The settings for so many given samples a task, with their ridge."""
+        if self.ridge is not None:
+            return self
+        return replace(self, ridge=min(RIDGE * max(MANY / max(count, 1.0), 1.0) ** 2, STRONGEST))
 
     def shares(self, task: int | None, experts: int) -> list[float]:
         """How much each expert counts in the target of samples of a task, or of an unknown one; they sum to one."""

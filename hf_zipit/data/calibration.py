@@ -368,6 +368,22 @@ class Calibration:
             ]
         return part
 
+    def and_more(self, more: Mapping[str | None, Inputs]) -> Calibration:
+        """The same calibration data, and behind it further samples of some tasks, which are prepared already."""
+        whole = replace(self)
+        whole.tasks, whole.inputs = self.tasks, self.inputs
+        whole._streams = {
+            task: [
+                *batches,
+                *(
+                    CalibrationBatch(task, partial(dict, piece), whole._keeper)
+                    for piece in (pieces(more[task], self.batch_size) if task in more else ())
+                ),
+            ]
+            for task, batches in self._streams.items()
+        }
+        return whole
+
     def fingerprint(self) -> dict[str, Any]:
         """The number of samples by task, or of all, and the sha256 of what models read of them; empty if none was.
 

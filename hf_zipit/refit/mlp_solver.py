@@ -79,11 +79,13 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
     candidates = _candidates(fit, mlp)
     moments, square = _moments(fit, mlp, candidates)
     gram, cross, lacking = _centred(moments, square) if mlp.reader.bias else (moments.xx, moments.xy, square)
+    pairs = torch.arange(candidates.pairs, device=gram.device)
+    own = off(gram, cross, lacking, candidates.columns[:, : candidates.pairs].to(gram))
     penalty = fit.config.ridge * gram.diagonal()[: candidates.pairs].mean().clamp_min(1e-12)
     gram.diagonal().add_(penalty)
-    pairs = torch.arange(candidates.pairs, device=gram.device)
     left = left_over(gram, cross, lacking, pairs)
-    chosen = best_units(gram, cross, candidates.pairs).sort().values if left > AGREED else pairs
+    agreed = min(own, left) <= AGREED  # the ridge of few samples hides it
+    chosen = pairs if agreed else best_units(gram, cross, candidates.pairs).sort().values
     keep = torch.equal(chosen, pairs) or left_over(gram, cross, lacking, chosen) > WORTH * left
     if keep:
         for site in mlp.writers:
@@ -92,7 +94,7 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
         for site, (weight, bias) in candidates.maps.items():
             fit.write(site, weight[:, chosen].flatten(0, 1), bias[:, chosen].flatten())
         fit.write(mlp.reader, candidates.columns[:, chosen])
-    refined = left > AGREED and fit.config.unit_steps > 0 and refine_units(fit, mlp)
+    refined = not agreed and fit.config.unit_steps > 0 and refine_units(fit, mlp)
     fit.values.run_again([site.node for site in mlp.writers], mlp.at)
     return refined or not keep
 
@@ -164,6 +166,16 @@ def left_over(gram: Tensor, cross: Tensor, square: Tensor, chosen: Tensor) -> fl
     left, right = gram[chosen[:, None], chosen], cross[chosen]
     explained = (solve_positive(left, right, NOTHING * left.diagonal().max().clamp_min(1e-24)) * right).sum()
     return float(1 - explained / square.clamp_min(1e-30))
+
+
+def off(gram: Tensor, cross: Tensor, square: Tensor, slope: Tensor) -> float:
+    """The fraction of the targets' square sum that a slope `[k, m]` on the first m inputs leaves, without a penalty.
+
+    Args: as for `left_over`.
+    """
+    count = slope.shape[1]
+    left = square + ((slope @ gram[:count, :count] - 2 * cross[:count].T) * slope).sum()
+    return float(left / square.clamp_min(1e-30))
 
 
 def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:

@@ -16,6 +16,7 @@ from hf_zipit.adapters import adapter_for
 from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
+from hf_zipit.data.written import with_written
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.hub.reasons import first_line
 from hf_zipit.maps.space_map import Alignment, LinearMap
@@ -62,9 +63,13 @@ def refit_trunk(
         return Refitted(dict(trunk))
     if calibration is None:
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
+    given = calibration.counts
+    config = config.for_samples(sum(given.values()) / len(planned.tasks))
+    calibration = with_written(calibration, planned.experts, config.written_samples, planned.config.seed)
+    written = {task: count - given[task] for task, count in calibration.counts.items() if count > given[task]}
     remedy = "check the experts' weights and the calibration data"
     try:
-        work = partial(_refit, planned, trunk, maps, calibration, combine or partial(combine_trunk, planned))
+        work = partial(_refit, planned, config, trunk, maps, calibration, combine or partial(combine_trunk, planned))
         refitted = calibration.while_it_fits(work)
     except torch.linalg.LinAlgError as error:
         gather_moments(planned.spec, planned.folded, calibration)  # raises what names the expert and the module
@@ -72,17 +77,18 @@ def refit_trunk(
     for name, tensor in refitted.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ExpertError(f"the refit leaves numbers that are not finite in {name}; {remedy}")
-    return refitted
+    return replace(refitted, report=replace(refitted.report, written=written))
 
 
 def _refit(
     planned: Plan,
+    config: RefitConfig,
     trunk: Mapping[str, Tensor],
     maps: Alignment,
     calibration: Calibration,
     combine: Callable[[Alignment], Mapping[str, Tensor]],
 ) -> Refitted:
-    model, config = planned.model, planned.config.refit
+    model = planned.model
     batches = calibration.micro_batches(config.micro_batch)
     if len(batches) < calibration.processes:
         raise DataError(

@@ -304,7 +304,7 @@ def test_attention_is_fitted_through_its_softmax(monkeypatch: pytest.MonkeyPatch
     left = []
     for count, micro_batch in ((0, 16), (32, 16), (32, 8)):
         refit = {"attention_steps": count, "unit_steps": 0, "answer_steps": 0, "rows_per_input": 0}
-        refit |= {"micro_batch": micro_batch}
+        refit |= {"micro_batch": micro_batch, "written_samples": 0, "ridge": 1e-4}
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
         with torch.no_grad():
             off = [merged(**other[t], task=t).logits - m(**other[t]).logits for t, m in zip("ab", models, strict=True)]

@@ -339,7 +339,7 @@ def plan_of(models: Mapping[str, PreTrainedModel]) -> Plan:
 def small_walk(models, data, maps: Alignment | None = None, **settings: object) -> Walk:
     """A walk whose weights are of no matter; `maps` are for its targets alone."""
     planned = plan_of(dict(zip("ab", models, strict=True)))
-    config = RefitConfig(micro_batch=8, **settings)
+    config = RefitConfig(micro_batch=8, **settings).for_samples(len(next(iter(data["a"].values()))))
     alignment = align_trunk(planned)
     walk = Walk(
         models[0], [model_tensors(m) for m in models], combine_trunk(planned, alignment),

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_zipit import merge
+from hf_zipit import Calibration, merge
+from hf_zipit.data.written import with_written
 from hf_zipit.schema import unpacked
 from tests import tiny
 
@@ -31,11 +32,19 @@ def data(name: str) -> dict[str, dict[str, Tensor]]:
 
 def refitted(name: str, accelerator: Accelerator | None) -> PreTrainedModel:
     models = dict(zip("ab", tiny.pair(name), strict=True))
-    config = {"micro_batch": 4, "rows_per_input": 4, "own_task_weight": 0.8, "ridge": 1e-2}
+    config = {"micro_batch": 4, "rows_per_input": 4, "own_task_weight": 0.8, "ridge": 1e-2, "written_samples": 0}
     return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, seed=5)
 
 
+def written(accelerator: Accelerator | None) -> Tensor:
+    """What an expert writes."""
+    models = dict(zip("ab", tiny.pair("gpt2"), strict=True))
+    calibration = Calibration(data("gpt2"), accelerator=accelerator).read(models)
+    return with_written(calibration, models, 16, seed=5).whole("b")["input_ids"]
+
+
 def work(accelerator: Accelerator, folder: Path) -> None:
+    save_file({"tokens": written(accelerator)}, folder / f"written-{accelerator.process_index}.safetensors")
     for name in NAMES:
         model = refitted(name, accelerator)
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
