@@ -106,7 +106,8 @@ class Interpreter:
         self.order: dict[str, None] = {}
         self.macs: Counter[str] = Counter()
         self.unknown_ops: dict[str, dict[str, None]] = defaultdict(dict)
-        self.crossings: list[tuple[str, Value, Place, Place, tuple[str, ...]]] = []
+        self.crossings: list[tuple[fx.Node, Value, Place, Place, tuple[str, ...]]] = []
+        self.given: dict[str, dict[fx.Node, None]] = defaultdict(dict)
         self._place: dict[fx.Node, Place] = {}
         self._tensor_of: dict[fx.Node, str] = {}
 
@@ -332,13 +333,32 @@ class Interpreter:
             self.order[module] = None
         for tensor in used:
             self.uses[tensor].append(Use(module, place))
-        for source, made in zip(sources, parents, strict=True):
-            if made != place and source not in self._tensor_of and isinstance(values[source], Value):
-                self.crossings.append((source.name, values[source], made, place, stack))
+        for source in sources:
+            if source in self._tensor_of or not isinstance(values[source], Value):
+                continue
+            origin, reading = handed_on(source, stack)
+            if self._place[origin] != place:
+                self.crossings.append((origin, values[source], self._place[origin], place, reading))
+            for path in {*reading} - {*module_stack(origin)}:
+                self.given[path][origin] = None
 
     def _alias(self, tensor: str, module: str) -> str:
         """Under which of its names a tied tensor is used here; export keeps only one name for all its uses."""
         return next((name for name in self.ties.get(tensor, ()) if name.rpartition(".")[0] == module), tensor)
+
+
+def handed_on(source: fx.Node, stack: tuple[str, ...]) -> tuple[fx.Node, tuple[str, ...]]:
+    """The value that an op reads, and the modules in which it surely is the one that goes into them.
+
+    A cast to the type that a tensor has hands on that tensor. In an exported graph all that read the tensor later read
+    the cast, wherever that was made: a block whose norm casts its input adds the cast to its stream.
+    """
+    while op_name(source) in ("to", "type_as") and isinstance(given := source.args[0], fx.Node):
+        if source.meta["val"].dtype != given.meta["val"].dtype:
+            break
+        stack = tuple(own for own, other in zip(stack, module_stack(source), strict=False) if own == other)
+        source = given
+    return source, stack
 
 
 def _touches_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:
