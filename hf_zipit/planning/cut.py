@@ -259,8 +259,8 @@ def _points(
                 yield points.pop()
                 return
             raise SpecError(
-                f"{spec.architecture} cannot be cut before {path}: it reads a value of the trunk beside others; choose "
-                "another depth"
+                f"{spec.architecture} cannot be cut before {path}: it reads a value of the trunk beside others; "
+                "choose another depth"
             )
         inner.setdefault(crossing.stack[depth + 1], []).append((crossing, depth + 1))
     for module, own in inner.items():
