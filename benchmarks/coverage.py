@@ -43,7 +43,7 @@ from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
 from hf_zipit.symmetry.rules.rotary import NUMBERED_PAIRS
 from hf_zipit.symmetry.rules.shapes import EVERY_FEW
-from hf_zipit.symmetry.spec import AxisLabel, factors
+from hf_zipit.symmetry.spec import AxisLabel, factors, fitted
 from hf_zipit.symmetry.trace import select_outputs
 
 MAPPINGS = (
@@ -210,7 +210,7 @@ def through_norms(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
         norm.momentum = None  # the average of all batches, which is one
         norm.train()
     if norms:
-        model(**inputs)
+        model(**fitted(inputs, model))
     for norm in norms:
         norm.eval()
 
@@ -250,9 +250,9 @@ def worst(result: nn.Module, experts: Mapping[str, PreTrainedModel], inputs: Map
             few["use_cache"] = False  # states of past tokens are of no use here, as in a merge
         fields = adapter_for(expert).outputs(expert)
         with same_draws():
-            expected = select_outputs(expert(**few), fields)
+            expected = select_outputs(expert(**fitted(few, expert)), fields)
         with same_draws():
-            found = select_outputs(result(**few, task=task), fields)
+            found = select_outputs(result(**fitted(few, expert), task=task), fields)
         for name, tensor in expected.items():
             if not tensor.is_floating_point():
                 continue

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from transformers.utils.logging import tqdm
 
+from hf_zipit.adapters.signature import packed
 from hf_zipit.config import AUTO
 from hf_zipit.data.calibration import Calibration, CalibrationBatch
 from hf_zipit.data.processes import all_reduce_sum, free_memory, placed, solving_device
@@ -209,7 +210,7 @@ def arguments_for(expert: nn.Module, inputs: Mapping[str, Tensor], device: torch
     dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), torch.float32)
     arguments: dict[str, Any] = {
         name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in inputs.items()
+        for name, tensor in packed(inputs).items()
     }
     if "use_cache" in inspect.signature(type(expert).forward).parameters:
         arguments["use_cache"] = False  # keys and values of past tokens are of no use here

@@ -348,15 +348,17 @@ class Interpreter:
 
 
 def handed_on(source: fx.Node, stack: tuple[str, ...]) -> tuple[fx.Node, tuple[str, ...]]:
-    """The value that an op reads, and the modules in which it surely is the one that goes into them.
+    """The value that an op reads, and those of the modules around it that surely are given it.
 
     A cast to the type that a tensor has hands on that tensor. In an exported graph all that read the tensor later read
     the cast, wherever that was made: a block whose norm casts its input adds the cast to its stream.
     """
     while op_name(source) in ("to", "type_as") and isinstance(given := source.args[0], fx.Node):
-        if source.meta["val"].dtype != given.meta["val"].dtype:
-            break
-        stack = tuple(own for own, other in zip(stack, module_stack(source), strict=False) if own == other)
+        cast = module_stack(source)
+        if source.meta["val"].dtype != given.meta["val"].dtype or module_stack(given)[: len(cast)] == cast:
+            break  # what a module made itself it can only have returned
+        if stack[: len(cast)] != cast:  # cast within another module: only what contains both is surely given it
+            stack = tuple(own for own, other in zip(stack, cast, strict=False) if own == other)
         source = given
     return source, stack
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit.adapters import adapter_for, example_inputs
+from hf_zipit.adapters.signature import packed
 from hf_zipit.errors import SpecError
 from hf_zipit.steady import same_draws, steady
 from hf_zipit.symmetry.group import apply_element, random_element, transform
@@ -144,7 +145,7 @@ def run_with(
     model.eval()
     try:
         with torch.no_grad(), same_draws():
-            out = torch.func.functional_call(model, dict(tensors), (), dict(inputs), tie_weights=False)
+            out = torch.func.functional_call(model, dict(tensors), (), packed(inputs), tie_weights=False)
         return select_outputs(out, fields)
     finally:
         for module, mode in training:
