@@ -220,6 +220,7 @@ def samples(model: PreTrainedModel) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     inputs: dict[str, Tensor] = {}
     examples = adapter_for(model).inputs(model)
+    named = {"image_token_id", "image_token_index"} & {*vars(model.config)}
     for name, example in examples.items():
         if not isinstance(example, Tensor):
             continue
@@ -227,7 +228,7 @@ def samples(model: PreTrainedModel) -> dict[str, Tensor]:
         few = example.unique()
         if example.is_floating_point() and len(few) > 1:
             inputs[name] = torch.randn(shape, generator=generator)
-        elif name.endswith("input_ids") and "pixel_values" in examples:
+        elif name.endswith("input_ids") and "pixel_values" in examples and named:
             inputs[name] = example[:1].expand(shape)  # its image tokens have to stay
         elif name.endswith("input_ids"):
             ends = example[:1, -1:]  # where every text has one end, it stays the only one
