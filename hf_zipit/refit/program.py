@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,7 +23,6 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
 from hf_zipit.refit.rewrites import rewrite
-from hf_zipit.steady import same_draws
 from hf_zipit.symmetry.interpreter import tied_names
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.ops import is_in_place, is_within, module_stack, op_name
@@ -276,10 +274,7 @@ class Program:
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
-        # Every model's value is of the same draws.
-        draws = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-        with same_draws() if draws else nullcontext():
-            found = out_of_place(node.target)(*arguments, **keywords)
+        found = out_of_place(node.target)(*arguments, **keywords)
         return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
 
     def behind(self, start: Iterable[fx.Node]) -> set[fx.Node]:
