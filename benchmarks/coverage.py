@@ -33,6 +33,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 import hf_zipit
+from benchmarks.other_modules import OTHERS, other
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.auto import forward_names
@@ -63,6 +64,9 @@ MUCH_USED = """
     wavlm audio-spectrogram-transformer videomae
 """
 """Families that many people use, by our judgement."""
+
+MODULE = "module"
+"""Stands for an Auto mapping where a model is no class of transformers (`other_modules.py`)."""
 
 SECONDS = 150
 """A class that takes longer is given up."""
@@ -123,19 +127,22 @@ class Row:
 
 def measure(row: Row, merging: bool = True) -> Iterator[Row]:
     """The row of a class, again after every stage."""
-    model = smallest_model(getattr(transformers, row.name))
+    if row.mapping == MODULE:
+        model, inputs = other(row.family, row.name)
+    else:
+        model, inputs = smallest_model(getattr(transformers, row.name)), None
     row.parameters, row.stage = sum(p.numel() for p in model.parameters()), "traced"
     yield row
-    spec = MergeSpec.from_model(model)
+    spec = MergeSpec.from_model(model, inputs)
     row.unknown = list(spec.unknown_ops)
     row.stage = "proven"
     yield row
-    row.proof = max(prove(model, spec, seed=seed) for seed in range(2))
+    row.proof = max(prove(model, spec, seed=seed, inputs=inputs) for seed in range(2))
     row.attention, row.mlp, row.frozen = shares(spec, model)
     row.stage = "merged"
     yield row
     if merging:
-        yield from merged(row, model, spec)
+        yield from merged(row, model, spec) if inputs is None else merged_module(row, model, spec, inputs)
     row.stage = "done"
     yield row
 
@@ -192,7 +199,30 @@ def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
     row.permute = worst(result, experts, inputs)
 
 
-def with_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+@torch.no_grad()
+def merged_module(row: Row, model: nn.Module, spec: MergeSpec, inputs: Mapping[str, Tensor]) -> Iterator[Row]:
+    """The same of a model that is told its example inputs; one that is no Hugging Face model is not saved."""
+    generator = torch.Generator().manual_seed(1)
+    model = with_tensors(model, {**model_tensors(model), **perturb(model.state_dict(), generator)})
+    data = {name: x.repeat(SAMPLES // len(x), *[1] * (x.ndim - 1)) for name, x in inputs.items()}
+    data = {n: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for n, x in data.items()}
+    through_norms(model, data)
+    moved = apply_element(model_tensors(model), spec, random_element(spec, generator, permutations_only=True))
+    experts = {"a": model, "b": with_tensors(model, moved)}
+    expected = select_outputs(model(**data), None)
+    for method in ("weights", "permute"):
+        given = None if method == "weights" else data
+        settings: dict[str, Any] = {"method": method, "refit": None, "corrections": {}, "example_inputs": inputs}
+        result = hf_zipit.merge(experts, given, **settings)
+        task = {"task": "b"} if isinstance(result, PreTrainedModel) else {}
+        found = select_outputs(result(**data, **task), None)
+        errors = [float((found[n] - x).abs().max() / x.abs().max().clamp_min(1e-12)) for n, x in expected.items()]
+        setattr(row, method, max(errors))
+        row.stage = "merged by permute"
+        yield row
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     """A copy of a model with other tensors."""
     made = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -202,7 +232,7 @@ def with_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTr
 
 
 @torch.no_grad()
-def through_norms(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+def through_norms(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
     """Have the statistics of BatchNorms be the inputs': with others a deep random network computes a constant."""
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
@@ -345,6 +375,8 @@ def _work(row: Row, connection: Connection, merging: bool) -> None:
 
 def page(rows: list[Row], command: str, note: str = "") -> str:
     """The whole page in Markdown; `note` says what else is to know of the rows."""
+    others = [row for row in rows if row.mapping == MODULE]
+    rows = [row for row in rows if row.mapping != MODULE]
     built = [row for row in rows if row.stage != "built"]
     counts = {
         "classes tried": rows,
@@ -403,6 +435,12 @@ reordered copy comes back (empty where no merge was measured).
 ## Classes
 
 {chr(10).join(lines)}
+
+## Other models
+
+Plain `torch.nn` modules and models of other packages, merged with `example_inputs`, none of them saved.
+
+{chr(10).join([*lines[:2], *map(line, others)])}
 
 ## Not built
 
@@ -477,7 +515,8 @@ def main(
     tree = commit() if tree is None else tree
     known = {row.name: row for row in read(rows)}
     rows.parent.mkdir(parents=True, exist_ok=True)
-    for name, family, mapping in by_value(classes()[:count], known):
+    modules = [(name, package, MODULE) for package, own in OTHERS.items() for name in own]
+    for name, family, mapping in [*by_value(classes()[:count], known), *modules]:
         again = name not in known or (renew is not None and re.fullmatch(renew, known[name].tree))
         if not again if only is None else not re.search(only, name):
             continue
