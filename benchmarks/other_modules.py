@@ -134,17 +134,17 @@ class Embedding(nn.Module):
     """The modules of a `SentenceTransformer`, whose features are the arguments."""
 
     def __init__(self) -> None:
-        from sentence_transformers.models import Normalize, Pooling
+        from sentence_transformers.models import Dense, Normalize, Pooling
 
         super().__init__()
         sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 60}
         self.model = transformers.BertModel(transformers.BertConfig(num_hidden_layers=2, **sizes))
-        self.pooling, self.normalize = Pooling(32), Normalize()
+        self.pooling, self.dense, self.normalize = Pooling(32), Dense(32, 16), Normalize()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         tokens = self.model(input_ids, attention_mask).last_hidden_state
         features = self.pooling({"token_embeddings": tokens, "attention_mask": attention_mask})
-        return self.normalize(features)["sentence_embedding"]
+        return self.normalize(self.dense(features))["sentence_embedding"]
 
 
 def sentences() -> Made:

@@ -128,8 +128,11 @@ def check_classes(experts: Mapping[str, nn.Module]) -> None:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration; what a plain module holds under that name may be anything."""
     config = getattr(model, "config", None)
-    return without_secrets(config.to_dict()) if config is not None else {}
+    if isinstance(config, PreTrainedConfig):
+        return without_secrets(config.to_dict())
+    return dict(config) if isinstance(config, Mapping) else {}
 
 
 def first_difference(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:
