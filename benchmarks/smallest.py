@@ -154,6 +154,8 @@ def small(config: PreTrainedConfig) -> dict[str, Any]:
                 settings[name].setdefault("out_features", value.out_features)
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             settings[name] = min(SIZES[name], value) if value > 0 else value
+        elif name == "image_size" and isinstance(value, (list, tuple)):
+            settings[name] = [SIZES[name]] * len(value)
         elif name in LISTS and isinstance(value, (list, tuple)):
             settings[name] = [LISTS[name](i) for i in range(len(value))]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:
