@@ -32,7 +32,10 @@ from hf_zipit.symmetry.ops import (
 from hf_zipit.symmetry.spaces import Place, Symmetry
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
-"""Modules whose input and output are exactly those of the one op they call, so that a hook sees what the rule saw."""
+"""Modules whose input and output are those of the one op they call, so that a hook sees what the rule saw.
+
+But for a class of theirs that turns the axes before it and after it (Parakeet's head).
+"""
 
 
 @dataclass
@@ -204,17 +207,17 @@ class Interpreter:
 
     def reads(self, node: fx.Node, x: Value, position: int, argument: int = 0) -> None:
         """Note that an op reads an axis of x, which is its `argument`, where it can be observed."""
-        module = module_of(node)
-        if isinstance(self.modules.get(module), LEAVES):
+        module, source = module_of(node), node.args[argument]
+        if isinstance(self.modules.get(module), LEAVES) and not _turned_in(module, source):
             axes = list(x.axes)
             axis = axes.pop(position)
-            self.readers.append(Read(module, position, axis, tuple(axes), node.args[argument]))  # type: ignore[arg-type]
+            self.readers.append(Read(module, position, axis, tuple(axes), source))  # type: ignore[arg-type]
 
     def writes(self, node: fx.Node, axis: Axis, position: int) -> None:
         """Note that an op puts out an axis, at a position, where it can be observed."""
         self.held.append(axis)
         module = module_of(node)
-        if isinstance(self.modules.get(module), LEAVES):
+        if isinstance(self.modules.get(module), LEAVES) and not any(_turned_in(module, user) for user in node.users):
             self.writers.append((module, position, axis))
 
     # The walk -------------------------------------------------------------------------------------------------------
@@ -345,6 +348,11 @@ class Interpreter:
     def _alias(self, tensor: str, module: str) -> str:
         """Under which of its names a tied tensor is used here; export keeps only one name for all its uses."""
         return next((name for name in self.ties.get(tensor, ()) if name.rpartition(".")[0] == module), tensor)
+
+
+def _turned_in(module: str, node: Any) -> bool:
+    """Whether a module turns axes by an op."""
+    return isinstance(node, fx.Node) and op_name(node) in ("transpose", "permute") and module_of(node) == module
 
 
 def handed_on(source: fx.Node, stack: tuple[str, ...]) -> tuple[fx.Node, tuple[str, ...]]:
