@@ -383,8 +383,9 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
         "built in a small size": built,
         "traced and proven at 1e-5": [row for row in built if row.proven],
         "with 95 % of attention and MLP matrices free": [row for row in built if row.free],
-        "a reordered copy comes back by `weights`": [r for r in built if r.weights is not None and r.weights <= SAME],
-        "a reordered copy comes back by `permute`": [r for r in built if r.permute is not None and r.permute <= SAME],
+        "merged with a reordered copy of themselves": [r for r in built if r.weights is not None],
+        "the copy comes back by `weights`": [r for r in built if r.weights is not None and r.weights <= SAME],
+        "the copy comes back by `permute`": [r for r in built if r.permute is not None and r.permute <= SAME],
         "saved and loaded by Auto": [row for row in built if row.loaded],
         "traced, but not proven": [r for r in built if r.proof is not None and not r.proven],
     }
@@ -399,6 +400,7 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
     head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
     lines = [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
+    lost = [row for row in built if row.proven and not (row.back and row.permute is not None)]
     unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
     missing = "\n".join(f"| {row.name} | {told(row.error)} |" for row in unbuilt)
     return f"""# Coverage
@@ -422,6 +424,10 @@ a refit; `-` where that was not measured. torch {torch.__version__}, transformer
 | cause | classes |
 | --- | ---: |
 {fixing}
+
+## Proven, but not brought back
+
+{chr(10).join([head, *lines[1:2], *map(line, sorted(lost, key=lambda row: row.name))]) if lost else "None."}
 
 ## {len(MUCH_USED.split())} families that are much used
 
