@@ -284,7 +284,7 @@ def _addresses(axes: Sequence[tuple[int, int]]) -> set[int]:
 @rule("unfold")
 def unfold(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any) -> Value:
     """Windows of an axis, whose places stand on a new last axis."""
-    moved = replaced(run, node, x, dim, "a window slides over it")
+    moved = replaced(run, node, x, dim % len(x.axes), "a window slides over it")  # the result has one axis more
     return Value([*moved.axes, run.atoms.fresh(shape_of(node)[-1], FIXED, "a window's place")])
 
 
