@@ -25,6 +25,7 @@ from benchmarks.measure import SEED
 from benchmarks.zoo import RECIPES, Pair, load
 from benchmarks.zoo.pair import Forward
 from hf_zipit.config import RefitConfig
+from hf_zipit.data.written import write_samples
 from hf_zipit.merging import merge
 
 
@@ -46,9 +47,14 @@ def settings_of(text: str) -> dict[str, Any]:
     return {**asdict(RefitConfig()), **{name.strip(): json.loads(value) for name, value in pairs}}
 
 
-def trial(pair: Pair, settings: Mapping[str, Any], method: str, samples: int, tokenizer: bool) -> str:
+def trial(
+    pair: Pair, settings: Mapping[str, Any], method: str, samples: int, tokenizer: bool, written: bool = False
+) -> str:
     """One merge with a refit and how good it is, as a line."""
     data = {task: pair.calibration(task, samples, SEED) for task in pair.experts}
+    if written:
+        length = next(iter(data.values()))["input_ids"].shape[1]
+        data = write_samples(pair.experts, samples, length, SEED)
     started = time.process_time()
     merged = merge(
         pair.experts,
@@ -77,13 +83,14 @@ def main(
     method: Annotated[str, typer.Option(help="The alignment.")] = "permute",
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples per task.")] = 512,
     tokenizer: Annotated[bool, typer.Option(help="Give the tokenizer, which names the mask.")] = True,
+    written: Annotated[bool, typer.Option(help="No data: the experts write samples of the same length.")] = False,
 ) -> None:
     """Merge pairs with every one of some settings of the refit."""
     disable_progress_bar()
     for name in pair:
         loaded = load(name, zoo, train=False)
         for text in tries:
-            typer.echo(f"{name} [{text}]: {trial(loaded, settings_of(text), method, samples, tokenizer)}")
+            typer.echo(f"{name} [{text}]: {trial(loaded, settings_of(text), method, samples, tokenizer, written)}")
 
 
 if __name__ == "__main__":

@@ -90,8 +90,8 @@ class RefitConfig:
             the default: `OWN` times what each of the others has, 0.55 of two experts and 0.15 of eight.
         readout_weight: how often the positions that the head reads (a class token, masked tokens) count.
         ridge: lambda, the penalty on the distance to the combined weights, relative to the mean of the Gram matrix's
-            diagonal. None, the default: 1e-4 for 512 given samples a task or more, and for fewer as many times that
-            as 512 is times their number, squared: 6.4e-3 for 64.
+            diagonal. None, the default: 1e-4 for 512 given samples a task or more, (512 / n)^2.5 times that for n,
+            which is 1.8e-2 for 64, and at most 3e-2.
         rows_per_input: about this many rows (tokens, positions) per input unit enter a Gram matrix; 0 for all.
         split_heads: let every expert's attention heads stay heads of their own, each with 1/T of the width, in layers
             where that is nearer to the experts than pairing them; the model stays as large and as fast.
@@ -147,7 +147,7 @@ class RefitConfig:
         """The settings for so many given samples a task, with their ridge."""
         if self.ridge is not None:
             return self
-        return replace(self, ridge=min(RIDGE * max(MANY / max(count, 1.0), 1.0) ** 2, STRONGEST))
+        return replace(self, ridge=min(RIDGE * max(MANY / max(count, 1.0), 1.0) ** 2.5, STRONGEST))
 
     def shares(self, task: int | None, experts: int) -> list[float]:
         """How much each expert counts in the target of samples of a task, or of an unknown one; they sum to one."""

@@ -1,7 +1,8 @@
 """Further calibration samples, of experts that write: what they go on with is like what they were trained on.
 
 Few samples say little about what a layer sees elsewhere. A causal language model goes on from the first tokens of
-samples that are there. An encoder-decoder answers to samples that begin like one and end like another.
+samples that are there, or from any token where there are none (`write_samples`). An encoder-decoder answers to samples
+that begin like one and end like another.
 
 Ours. Calibration data that a language model writes itself is known from quantisation (LLM-QAT, arXiv 2305.17888).
 """
@@ -12,12 +13,16 @@ import logging
 from collections.abc import Mapping
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from hf_zipit.data.calibration import Calibration, Inputs, size_of, without_labels
 from hf_zipit.data.processes import placed
+from hf_zipit.errors import DataError
+from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.hub.reasons import first_line
+from hf_zipit.steady import steady
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +36,37 @@ TOKENS = 2**16
 
 AT_ONCE = 64
 """Samples that are written side by side."""
+
+
+@steady
+def write_samples(experts: Experts, samples: int = 512, length: int = 128, seed: int = 0) -> dict[str, Inputs]:
+    """Calibration data for `merge` that causal language models write from nothing: `input_ids` `[samples, length]`.
+
+    Args:
+        experts: the models by task name, as for `merge`.
+        samples: of every task.
+        length: of each, in tokens; about what the experts were trained on is best.
+        seed: of what is drawn: the first token, all alike, and those that follow by what the expert says.
+
+    Raises:
+        DataError: an expert is no causal language model, or the numbers are too small.
+        ExpertError: as `merge` does.
+    """
+    if samples < 1 or length < 2:
+        raise DataError(f"Of {samples} samples of {length} tokens nothing can be written; ask for more.")
+    found = {}
+    for task, expert in load_experts(experts, least=1).items():
+        if not isinstance(expert, PreTrainedModel) or not expert.can_generate() or expert.config.is_encoder_decoder:
+            raise DataError(
+                f"The expert {task!r} ({type(expert).__name__}) writes nothing by itself; give calibration data."
+            )
+        draw = torch.Generator().manual_seed(seed)
+        words = expert.get_input_embeddings().weight.shape[0]
+        first = torch.randint(words, (samples, 1), generator=draw)
+        asked = {expert.main_input_name: first, MASK: torch.ones_like(first)}
+        with placed([expert], Accelerator().device), torch.no_grad():
+            found[task] = {expert.main_input_name: _generated(expert, asked, length - 1, seed, ends=False)}
+    return found
 
 
 def with_written(calibration: Calibration, experts: Mapping[str, nn.Module], samples: int, seed: int) -> Calibration:

@@ -13,8 +13,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_zipit import Calibration, merge
+from hf_zipit import Calibration, merge, write_samples
 from hf_zipit.data.written import TOKENS, with_written
+from hf_zipit.errors import DataError
 from hf_zipit.refit import RefitReport
 
 GIVEN, WANTED, LENGTH = 6, 20, 10
@@ -123,3 +124,15 @@ def test_who_does_not_write_reads_what_was_given():
     for given, wanted in ((samples("right"), GIVEN), (long, WANTED)):
         data = Calibration({"a": given, "b": given}).read(llamas)
         assert with_written(data, llamas, wanted, seed=0) is data
+
+
+def test_causal_models_need_no_data():
+    models = {"a": llama(), "b": llama(2.0)}
+    data = write_samples(models, samples=WANTED, length=LENGTH)
+    assert all(data[task]["input_ids"].shape == (WANTED, LENGTH) for task in models)
+    assert len(data["a"]["input_ids"][:, 0].unique()) > 1
+    assert RefitReport.of(merge(models, data, refit={"written_samples": 0})).written == {}
+    with pytest.raises(DataError, match="writes nothing by itself"):
+        write_samples({"a": t5()})
+    with pytest.raises(DataError, match="nothing can be written"):
+        write_samples(models, length=1)
