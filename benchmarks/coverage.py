@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -33,15 +33,18 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 import hf_zipit
+from benchmarks.other_modules import OTHERS, other
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
+from hf_zipit.adapters.auto import forward_names
 from hf_zipit.files import write_text
+from hf_zipit.steady import same_draws
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
 from hf_zipit.symmetry.rules.rotary import NUMBERED_PAIRS
 from hf_zipit.symmetry.rules.shapes import EVERY_FEW
-from hf_zipit.symmetry.spec import AxisLabel, factors
+from hf_zipit.symmetry.spec import AxisLabel, factors, fitted
 from hf_zipit.symmetry.trace import select_outputs
 
 MAPPINGS = (
@@ -61,6 +64,9 @@ MUCH_USED = """
     wavlm audio-spectrogram-transformer videomae
 """
 """Families that many people use, by our judgement."""
+
+MODULE = "module"
+"""Stands for an Auto mapping where a model is no class of transformers (`other_modules.py`)."""
 
 SECONDS = 150
 """A class that takes longer is given up."""
@@ -121,19 +127,22 @@ class Row:
 
 def measure(row: Row, merging: bool = True) -> Iterator[Row]:
     """The row of a class, again after every stage."""
-    model = smallest_model(getattr(transformers, row.name))
+    if row.mapping == MODULE:
+        model, inputs = other(row.family, row.name)
+    else:
+        model, inputs = smallest_model(getattr(transformers, row.name)), None
     row.parameters, row.stage = sum(p.numel() for p in model.parameters()), "traced"
     yield row
-    spec = MergeSpec.from_model(model)
+    spec = MergeSpec.from_model(model, inputs)
     row.unknown = list(spec.unknown_ops)
     row.stage = "proven"
     yield row
-    row.proof = max(prove(model, spec, seed=seed) for seed in range(2))
+    row.proof = max(prove(model, spec, seed=seed, inputs=inputs) for seed in range(2))
     row.attention, row.mlp, row.frozen = shares(spec, model)
     row.stage = "merged"
     yield row
     if merging:
-        yield from merged(row, model, spec)
+        yield from merged(row, model, spec) if inputs is None else merged_module(row, model, spec, inputs)
     row.stage = "done"
     yield row
 
@@ -172,9 +181,10 @@ def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(1)
     saved = perturb(model.state_dict(), generator)  # what is not saved is computed anew
     model = with_tensors(model, {**model_tensors(model), **saved})
+    inputs = samples(model)
+    through_norms(model, inputs)
     moved = apply_element(model_tensors(model), spec, random_element(spec, generator, permutations_only=True))
     experts = {"a": model, "b": with_tensors(model, moved)}
-    inputs = samples(model)
     result = hf_zipit.merge(experts, method="weights", refit=None, corrections={})
     row.weights, row.stage = worst(result, experts, inputs), "loaded"
     yield row
@@ -189,7 +199,30 @@ def merged(row: Row, model: PreTrainedModel, spec: MergeSpec) -> Iterator[Row]:
     row.permute = worst(result, experts, inputs)
 
 
-def with_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTrainedModel:
+@torch.no_grad()
+def merged_module(row: Row, model: nn.Module, spec: MergeSpec, inputs: Mapping[str, Tensor]) -> Iterator[Row]:
+    """The same of a model that is told its example inputs; one that is no Hugging Face model is not saved."""
+    generator = torch.Generator().manual_seed(1)
+    model = with_tensors(model, {**model_tensors(model), **perturb(model.state_dict(), generator)})
+    data = {name: x.repeat(SAMPLES // len(x), *[1] * (x.ndim - 1)) for name, x in inputs.items()}
+    data = {n: torch.randn(x.shape, generator=generator) if x.is_floating_point() else x for n, x in data.items()}
+    through_norms(model, data)
+    moved = apply_element(model_tensors(model), spec, random_element(spec, generator, permutations_only=True))
+    experts = {"a": model, "b": with_tensors(model, moved)}
+    expected = select_outputs(model(**data), None)
+    for method in ("weights", "permute"):
+        given = None if method == "weights" else data
+        settings: dict[str, Any] = {"method": method, "refit": None, "corrections": {}, "example_inputs": inputs}
+        result = hf_zipit.merge(experts, given, **settings)
+        task = {"task": "b"} if isinstance(result, PreTrainedModel) else {}
+        found = select_outputs(result(**data, **task), None)
+        errors = [float((found[n] - x).abs().max() / x.abs().max().clamp_min(1e-12)) for n, x in expected.items()]
+        setattr(row, method, max(errors))
+        row.stage = "merged by permute"
+        yield row
+
+
+def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     """A copy of a model with other tensors."""
     made = copy.deepcopy(model).eval()
     with torch.no_grad():
@@ -198,11 +231,26 @@ def with_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> PreTr
     return made
 
 
+@torch.no_grad()
+def through_norms(model: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+    """Have the statistics of BatchNorms be the inputs': with others a deep random network computes a constant."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average of all batches, which is one
+        norm.train()
+    if norms:
+        model(**fitted(inputs, model))
+    for norm in norms:
+        norm.eval()
+
+
 def samples(model: PreTrainedModel) -> dict[str, Tensor]:
     """More of the adapter's example inputs, drawn at random where they are."""
     generator = torch.Generator().manual_seed(3)
     inputs: dict[str, Tensor] = {}
     examples = adapter_for(model).inputs(model)
+    named = {"image_token_id", "image_token_index"} & {*vars(model.config)}
     for name, example in examples.items():
         if not isinstance(example, Tensor):
             continue
@@ -210,7 +258,7 @@ def samples(model: PreTrainedModel) -> dict[str, Tensor]:
         few = example.unique()
         if example.is_floating_point() and len(few) > 1:
             inputs[name] = torch.randn(shape, generator=generator)
-        elif name.endswith("input_ids") and "pixel_values" in examples:
+        elif name.endswith("input_ids") and "pixel_values" in examples and named:
             inputs[name] = example[:1].expand(shape)  # its image tokens have to stay
         elif name.endswith("input_ids"):
             ends = example[:1, -1:]  # where every text has one end, it stays the only one
@@ -227,13 +275,17 @@ def samples(model: PreTrainedModel) -> dict[str, Tensor]:
 def worst(result: nn.Module, experts: Mapping[str, PreTrainedModel], inputs: Mapping[str, Tensor]) -> float:
     """The largest relative difference of a merged model's outputs from its experts'."""
     errors = [0.0]
-    few = {name: tensor[:4] for name, tensor in inputs.items()}
+    few: dict[str, Any] = {name: tensor[:4] for name, tensor in inputs.items()}
     for task, expert in experts.items():
+        if "use_cache" in forward_names(expert):
+            few["use_cache"] = False  # states of past tokens are of no use here, as in a merge
         fields = adapter_for(expert).outputs(expert)
-        expected = select_outputs(expert(**few), fields)
-        found = select_outputs(result(**few, task=task), fields)
+        with same_draws():
+            expected = select_outputs(expert(**fitted(few, expert)), fields)
+        with same_draws():
+            found = select_outputs(result(**fitted(few, expert), task=task), fields)
         for name, tensor in expected.items():
-            if name in adapter_for(expert).features(expert) or not tensor.is_floating_point():
+            if not tensor.is_floating_point():
                 continue
             error = (found[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-12)
             errors.append(float(error))
@@ -323,14 +375,17 @@ def _work(row: Row, connection: Connection, merging: bool) -> None:
 
 def page(rows: list[Row], command: str, note: str = "") -> str:
     """The whole page in Markdown; `note` says what else is to know of the rows."""
+    others = [row for row in rows if row.mapping == MODULE]
+    rows = [row for row in rows if row.mapping != MODULE]
     built = [row for row in rows if row.stage != "built"]
     counts = {
         "classes tried": rows,
         "built in a small size": built,
         "traced and proven at 1e-5": [row for row in built if row.proven],
         "with 95 % of attention and MLP matrices free": [row for row in built if row.free],
-        "a reordered copy comes back by `weights`": [r for r in built if r.weights is not None and r.weights <= SAME],
-        "a reordered copy comes back by `permute`": [r for r in built if r.permute is not None and r.permute <= SAME],
+        "merged with a reordered copy of themselves": [r for r in built if r.weights is not None],
+        "the copy comes back by `weights`": [r for r in built if r.weights is not None and r.weights <= SAME],
+        "the copy comes back by `permute`": [r for r in built if r.permute is not None and r.permute <= SAME],
         "saved and loaded by Auto": [row for row in built if row.loaded],
         "traced, but not proven": [r for r in built if r.proof is not None and not r.proven],
     }
@@ -345,6 +400,7 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
     head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
     lines = [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
+    lost = [row for row in built if row.proven and not (row.back and row.permute is not None)]
     unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
     missing = "\n".join(f"| {row.name} | {told(row.error)} |" for row in unbuilt)
     return f"""# Coverage
@@ -369,6 +425,10 @@ a refit; `-` where that was not measured. torch {torch.__version__}, transformer
 | --- | ---: |
 {fixing}
 
+## Proven, but not brought back
+
+{chr(10).join([head, *lines[1:2], *map(line, sorted(lost, key=lambda row: row.name))]) if lost else "None."}
+
 ## {len(MUCH_USED.split())} families that are much used
 
 The best class of each: whether it is proven, whether 95 % of its attention and MLP matrices are free, and whether a
@@ -381,6 +441,12 @@ reordered copy comes back (empty where no merge was measured).
 ## Classes
 
 {chr(10).join(lines)}
+
+## Other models
+
+Plain `torch.nn` modules and models of other packages, merged with `example_inputs`, none of them saved.
+
+{chr(10).join([*lines[:2], *map(line, others)])}
 
 ## Not built
 
@@ -455,7 +521,8 @@ def main(
     tree = commit() if tree is None else tree
     known = {row.name: row for row in read(rows)}
     rows.parent.mkdir(parents=True, exist_ok=True)
-    for name, family, mapping in by_value(classes()[:count], known):
+    modules = [(name, package, MODULE) for package, own in OTHERS.items() for name in own]
+    for name, family, mapping in [*by_value(classes()[:count], known), *modules]:
         again = name not in known or (renew is not None and re.fullmatch(renew, known[name].tree))
         if not again if only is None else not re.search(only, name):
             continue

@@ -29,7 +29,7 @@ NAMES: tuple[tuple[int, str], ...] = (
         moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
         moe_shared_expert_intermediate_size expert_ffn_dim intermediate_size_mlp block_ff_dim attention_ffn_dim
         linear_units text_intermediate_dim decoder_mlp_dim alignment_intermediate_size projection_intermediate_size
-        projection_hidden_dim speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim"""),
+        projection_hidden_dim dff speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim"""),
     (LAYERS, """
         num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
         num_decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers decoder_num_layers num_block_records
@@ -41,11 +41,12 @@ NAMES: tuple[tuple[int, str], ...] = (
         num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads attention_heads
         encoder_num_attention_heads decoder_num_attention_heads num_query_heads t2u_encoder_attention_heads
         t2u_decoder_attention_heads speech_encoder_attention_heads fusion_num_attention_heads resampler_n_heads
-        num_self_attention_heads nheads perceiver_num_heads resampler_num_heads"""),
+        num_self_attention_heads nheads perceiver_num_heads resampler_num_heads swa_num_attention_heads
+        index_n_heads linear_num_heads"""),
     (2, """
         num_key_value_heads n_head_kv num_kv_heads encoder_num_key_value_heads decoder_num_key_value_heads
         num_experts_per_tok moe_topk moe_top_k top_k_experts linear_num_key_heads num_conv_pos_embedding_groups
-        num_key_value_heads_global n_group num_feat_extract_layers"""),
+        num_key_value_heads_global n_group num_feat_extract_layers swa_num_key_value_heads o_groups"""),
     (1, """
         topk_group first_k_dense_replace num_dense_layers moe_layer_start_index num_nextn_predict_layers
         n_shared_experts"""),
@@ -55,16 +56,18 @@ NAMES: tuple[tuple[int, str], ...] = (
     (8, """
         head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim d_kv kv_channels attention_head_dim global_head_dim
         linear_key_head_dim linear_value_head_dim mamba_d_state mamba_d_head state_size patch_size index_head_dim
-        key_value_channels attention_key_size query_pre_attn_scalar num_queries rotary_dim"""),
+        key_value_channels attention_key_size query_pre_attn_scalar num_queries rotary_dim swa_head_dim
+        mamba_chunk_size ssm_state_size mamba_n_heads mamba_num_heads mamba_head_dim linear_head_dim"""),
     (16, """
-        kv_lora_rank q_lora_rank qk_head_dim classifier_proj_size num_codevectors_per_group embedding_size"""),
+        kv_lora_rank q_lora_rank o_lora_rank qk_head_dim classifier_proj_size num_codevectors_per_group
+        embedding_size"""),
     (40, """
         max_position_embeddings n_positions sliding_window max_2d_position_embeddings max_sequence_length seq_length
-        attention_window_size chunk_attention_size"""),
+        attention_window_size chunk_attention_size sliding_window_size rel_extent"""),
     (VOCABULARY, """
         vocab_size text_vocab_size decoder_vocab_size src_vocab_size tgt_vocab_size encoder_vocab_size
         vocab_size_per_layer_input"""),
-    (64, "image_size"),
+    (64, "image_size mamba_d_ssm"),
 )  # fmt: skip
 """Sizes, and the names that configurations give them."""
 
@@ -151,6 +154,8 @@ def small(config: PreTrainedConfig) -> dict[str, Any]:
                 settings[name].setdefault("out_features", value.out_features)
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool):
             settings[name] = min(SIZES[name], value) if value > 0 else value
+        elif name == "image_size" and isinstance(value, (list, tuple)):
+            settings[name] = [SIZES[name]] * len(value)
         elif name in LISTS and isinstance(value, (list, tuple)):
             settings[name] = [LISTS[name](i) for i in range(len(value))]
         elif name.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:

@@ -9,11 +9,14 @@ import pytest
 import torch
 import transformers as T
 from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import hf_zipit
+from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
-from hf_zipit.adapters.signature import boxes, series, sound, videos
+from hf_zipit.adapters.signature import boxes, packed, patches, series, sound, videos
 from hf_zipit.errors import DataError, RecipeError, SpecError
+from hf_zipit.refit.program import forward_pass
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
@@ -105,6 +108,26 @@ def test_clips_and_series_have_the_sizes_of_the_configuration():
     assert list(made) == ["past_values", "future_values", "future_time_features", "past_observed_mask"]
     assert [made[name].shape[1] for name in accepted] == [7, 7, 2, 2]
     assert boxes(["bbox"], 5)["bbox"].shape == (2, 5, 4)
+
+
+def test_images_with_grids_are_cut_into_patches_and_given_in_one_row():
+    config = SimpleNamespace(patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=1)
+    made = patches(config, ["hidden_states", "grid_thw"], torch.Generator())
+    assert made["hidden_states"].shape == (2, 16, 32)
+    assert made["grid_thw"].prod(1).tolist() == [16, 16]
+    assert packed(made)["hidden_states"].shape == (32, 32)
+    assert packed({"hidden_states": made["hidden_states"]})["hidden_states"].shape == (2, 16, 32)
+    assert not patches(config, ["hidden_states"], torch.Generator())
+
+
+def test_a_trace_holds_for_one_grid():
+    model = smallest_model(Qwen2_5_VisionTransformerPretrainedModel)
+    made = adapter_for(model).inputs(model)
+    longer = {"hidden_states": made["hidden_states"], "grid_thw": torch.tensor([[1, 2, 8]] * 2)}
+    for inputs in (made, longer):
+        assert prove(model, MergeSpec.from_model(model, inputs), inputs=inputs) <= TOLERANCE
+    with pytest.raises(SpecError, match="refit=None"):
+        forward_pass(model, made, None)
 
 
 def test_texts_have_as_many_image_tokens_as_their_images_need():

@@ -31,6 +31,14 @@ CASES = {
         ),
         {"neck.reassemble_stage"},
     ),
+    # Of the four maps that its decoding head is given, one comes from the trunk as it is, the others from the head.
+    "beit": (
+        tiny.of(
+            T.BeitForSemanticSegmentation, T.BeitConfig, **SMALL, image_size=32, patch_size=8,
+            out_indices=[1, 2, 3, 4], pool_scales=[1], use_auxiliary_head=False,
+        ),
+        {"fpn.fpn1", "fpn.fpn2", "fpn.fpn4", "decode_head.lateral_convs.2"},
+    ),
 }  # fmt: skip
 
 

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from hf_zipit.adapters.signature import BATCH, GRIDS, TOKENS, boxes, image_tokens, images, series, sound, videos
+from hf_zipit.adapters.signature import (
+    BATCH,
+    GRIDS,
+    TOKENS,
+    boxes,
+    image_tokens,
+    images,
+    patches,
+    series,
+    sound,
+    videos,
+)
 from hf_zipit.registry import ADAPTERS
 
 if TYPE_CHECKING:
@@ -41,7 +52,9 @@ class Adapter:
         if "input_ids" in names:
             inputs |= self.text_inputs(text_config(config), generator)
             inputs |= boxes(accepted, inputs["input_ids"].shape[1])
-        if "pixel_values" in names:
+        if cut := patches(config, accepted, generator):
+            inputs |= cut
+        elif "pixel_values" in names:
             seen = self.image_inputs(getattr(config, "vision_config", None) or config, generator)
             inputs = with_images(inputs, seen, model) if "input_ids" in inputs else seen
         inputs |= videos(config, accepted, generator) | sound(config, accepted, generator)

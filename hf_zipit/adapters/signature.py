@@ -5,7 +5,7 @@ Each function returns the inputs of one kind, batch first, none where the model 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
@@ -29,6 +29,13 @@ SAMPLES = 1920
 
 GRIDS = {"image_grid_thw", "grid_thw", "image_sizes", "tgt_sizes", "pixel_attention_mask", "image_position_ids"}
 """Inputs that say how images were cut into patches; without them `pixel_values` of such a model mean nothing."""
+
+
+GRID = "grid_thw"
+"""How the names of inputs end that count an image's patches along time, height and width, `[images, 3]`."""
+
+CUT = ("hidden_states", "pixel_values", "pixel_values_videos")
+"""Inputs that hold patches where there is a grid."""
 
 
 def first_of(configs: Collection[Any], *names: str, default: Any = None) -> Any:
@@ -88,6 +95,28 @@ def images(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
     height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
     channels, frames = first_of([config], "num_channels", default=3), first_of([config], "num_frames")
     return {"pixel_values": _random(*((frames,) if frames else ()), channels, height, width, generator=generator)}
+
+
+def patches(config: Any, accepted: Collection[str], generator: torch.Generator) -> dict[str, Tensor]:
+    """Images cut into square patches, `[images, patches, numbers]`, and their grids, for a model that is told them."""
+    name = next((name for name in CUT if name in accepted), None)
+    side = first_of([config], "patch_size")
+    if GRID not in accepted or name is None or not isinstance(side, int):
+        return {}
+    frames = first_of([config], "temporal_patch_size", default=1)
+    along = 2 * first_of([config], "spatial_merge_size", default=1)
+    numbers = first_of([config], "in_channels", "num_channels", "in_chans", default=3) * frames * side**2
+    grids = torch.tensor([[1, along, along]]).expand(BATCH, 3).contiguous()
+    return {name: _random(along**2, numbers, generator=generator), GRID: grids}
+
+
+def packed(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs as a model takes them: the patches of images with grids in one row, `[images * patches, numbers]`."""
+    cut = any(name.endswith(GRID) for name in inputs)
+    return {
+        name: x.flatten(0, 1) if cut and name in CUT and isinstance(x, Tensor) and x.ndim == 3 else x
+        for name, x in inputs.items()
+    }
 
 
 def videos(config: Any, accepted: Collection[str], generator: torch.Generator) -> dict[str, Tensor]:

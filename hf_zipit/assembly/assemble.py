@@ -17,7 +17,7 @@ from hf_zipit.maps.transform import only_groups, unmerge_index, unmerge_matrix
 from hf_zipit.modeling import ZipItConfig, ZipItPreTrainedModel, build
 from hf_zipit.modeling.empty_model import has_output_bias
 from hf_zipit.modeling.head_dims import HeadCut
-from hf_zipit.planning.compatible import CLASSIFIERS
+from hf_zipit.planning.compatible import CLASSIFIERS, class_names
 from hf_zipit.planning.cut import Cut, ReadPoint, towers
 from hf_zipit.planning.plan import Plan
 from hf_zipit.symmetry.proof import model_tensors
@@ -108,7 +108,7 @@ def labels_of(experts: Mapping[str, PreTrainedModel]) -> dict[str, dict[int, str
     """Every task's own classes; empty for models whose output has none."""
     if not type(next(iter(experts.values()))).__name__.endswith(CLASSIFIERS):
         return {}
-    return {task: dict(model.config.id2label) for task, model in experts.items()}
+    return {task: class_names(model.config) for task, model in experts.items()}
 
 
 def _setting(

@@ -18,6 +18,7 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.modeling.entries import first_argument
 from hf_zipit.observation.record import mask_of, unpadded
+from hf_zipit.steady import same_draws
 from hf_zipit.symmetry.spec import MergeSpec, fitted, product_key
 
 ROWS = 65536
@@ -139,7 +140,8 @@ def measure(
     with watching({name: model.get_submodule(site.module) for name, site in sites.items()}, sites, see):
         for batch in inputs:
             mask = mask_of(batch)
-            output = model(**fitted(batch, model))
+            with same_draws():
+                output = model(**fitted(batch, model))
             passes += 1
             for field, axis in fields:
                 if (value := field_of(output, field)) is not None:

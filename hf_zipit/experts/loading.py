@@ -215,12 +215,6 @@ def as_expert(task: str, model: nn.Module) -> PreTrainedModel:
     if is_adapted(model):
         return plain(task, model)
     model = dequantised(task, model)
-    config = getattr(model, "config", None)
-    if config is not None and not isinstance(config, PreTrainedConfig):
-        raise ExpertError(
-            f"the expert {task!r} is a {type(model).__name__} whose configuration is none of transformers; give a "
-            "model of transformers"
-        )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ExpertError(
             f"the expert {task!r} carries adapters beside its weights; give the adapter's folder or repo id instead, "

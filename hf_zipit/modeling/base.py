@@ -183,6 +183,16 @@ class ZipItPreTrainedModel(PreTrainedModel):
         else:
             next(iter(self.branches.values()))._init_weights(module)
 
+    def initialize_weights(self) -> None:
+        """Also what models make for modules inside them and no file has (FalconH1's factors).
+
+        They have no tensors of their own, and transformers takes them for complete.
+        """
+        super().initialize_weights()
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and module is not self:
+                module._init_weights(module)
+
     def get_input_embeddings(self) -> nn.Module:
         return next(iter(self.branches.values())).get_input_embeddings()
 

@@ -62,6 +62,7 @@ def empty_model_config(config: ZipItConfig, task: str) -> PreTrainedConfig:
     own.return_dict = True  # the merged model reads the fields of the branches' outputs
     if labels := config.labels_of(task):
         own.id2label, own.label2id = dict(labels), {name: key for key, name in labels.items()}
+        own.num_labels = len(labels)  # Pvt's configuration counts them apart
     if config.problem_type is not None:
         own.problem_type = config.problem_type
     return own

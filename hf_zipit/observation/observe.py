@@ -21,9 +21,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers.utils.logging import tqdm
 
+from hf_zipit.adapters.signature import packed
 from hf_zipit.config import AUTO
 from hf_zipit.data.calibration import Calibration, CalibrationBatch
 from hf_zipit.data.processes import all_reduce_sum, free_memory, placed, solving_device
@@ -44,14 +46,31 @@ ENOUGH_ROWS = 1024
 """Rows that are multiplied at once, where batches have fewer."""
 
 UNCOUNTED = {
-    op: lambda *_, **__: 0
-    for name in ("flash", "efficient", "cudnn")
-    if (op := getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention", None)) is not None
+    getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention", None) for name in ("flash", "efficient", "cudnn")
 }
 """torch does not count what fused attention costs on a CPU. So it counts nowhere: all devices use the same rows."""
 
 FORWARD_SHARE = 0.5
 """With `row_fraction="auto"`, what the moments may cost, as a share of the forward passes."""
+
+
+class OpCounter(TorchDispatchMode):
+    """Counts the floating-point operations of what runs in it.
+
+    Like torch's `FlopCounterMode`, which also follows modules by hooks on gradients, and fails where a value that a
+    module gets has none (Reformer's reversible layers).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = getattr(func, "overloadpacket", None)
+        if packet in flop_registry and packet not in UNCOUNTED:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 @steady
@@ -152,15 +171,14 @@ def _dry_run(
     """
     task, expert = next(iter(experts.items()))
     inputs = {name: tensor[:DRY_RUN_SAMPLES] for name, tensor in first.inputs.items()}
-    # The counter follows modules by hooks on gradients, which it needs even where nobody wants any.
-    with torch.enable_grad(), FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+    with torch.enable_grad(), OpCounter() as counter:  # with gradients torch's own encoders run op by op
         features = _run(recorder, task, expert, inputs, device)
     if unseen := [probe for probe in recorder.units if probe_name(probe) not in features]:
         raise SpecError(
             f"The {unseen[0].where} of {unseen[0].module!r} was never seen: the expert {task!r} does not call that "
             "module with these calibration inputs."
         )
-    macs = counter.get_total_flops() / 2
+    macs = counter.flops / 2
     cost = sum(
         len(features[probe_name(probe)]) * (len(experts) * units) ** 2 for probe, units in recorder.units.items()
     )
@@ -192,7 +210,7 @@ def arguments_for(expert: nn.Module, inputs: Mapping[str, Tensor], device: torch
     dtype = next((p.dtype for p in expert.parameters() if p.is_floating_point()), torch.float32)
     arguments: dict[str, Any] = {
         name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in inputs.items()
+        for name, tensor in packed(inputs).items()
     }
     if "use_cache" in inspect.signature(type(expert).forward).parameters:
         arguments["use_cache"] = False  # keys and values of past tokens are of no use here

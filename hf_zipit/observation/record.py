@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit.errors import ExpertError, SpecError
+from hf_zipit.steady import same_draws
 from hf_zipit.symmetry.spec import Probe
 
 Choose = Callable[[str, int, int], Tensor | None]
@@ -105,6 +106,7 @@ class Recorder:
     ) -> dict[str, Tensor]:
         """Run an expert, the hooks on, and return float32 rows `[rows, units]` for every probe that fired.
 
+        What a model draws at random it draws the same in every run: rows of experts are paired.
         `mask`, `[samples, tokens]`, is zero where a token is padding.
 
         Raises:
@@ -113,7 +115,8 @@ class Recorder:
         """
         self._expert, self._choose, self._mask, self._rows = task, choose, mask, {}
         try:
-            model(**inputs)
+            with same_draws():
+                model(**inputs)
             return {name: torch.cat(calls) for name, calls in self._rows.items()}
         finally:
             self._rows, self._mask, self._choose = {}, None, keep_all

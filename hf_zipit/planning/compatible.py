@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from hf_zipit.errors import ExpertError
 from hf_zipit.files.known import without_secrets
@@ -92,13 +93,18 @@ def check_labels(task: str, model: nn.Module, head: tuple[str, ...]) -> None:
     """The classes of a classifier must be named 0, 1, ..., and be as many as its head has; raises ExpertError."""
     if not type(model).__name__.endswith(CLASSIFIERS):
         return
-    classes = sorted(model.config.id2label)
+    classes = sorted(class_names(model.config))
     lengths = {len(tensor) for name, tensor in model_tensors(model).items() if _is_in(head, name) and tensor.ndim}
     if classes != list(range(len(classes))) or (lengths and len(classes) not in lengths):
         raise ExpertError(
             f"the configuration of the expert {task!r} names the {len(classes)} classes {classes[:9]} (id2label), but "
             f"its head is {', '.join(head)} of length {sorted(lengths)}; name the classes of the head, from 0"
         )
+
+
+def class_names(config: PreTrainedConfig) -> dict[int, str]:
+    """The names of a classifier's classes; those that transformers gives them where its configuration names none."""
+    return dict(config.id2label or {i: f"LABEL_{i}" for i in range(config.num_labels)})
 
 
 def _is_in(prefixes: tuple[str, ...], name: str) -> bool:
@@ -122,8 +128,11 @@ def check_classes(experts: Mapping[str, nn.Module]) -> None:
 
 
 def _config(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration; what a plain module holds under that name may be anything."""
     config = getattr(model, "config", None)
-    return without_secrets(config.to_dict()) if config is not None else {}
+    if isinstance(config, PreTrainedConfig):
+        return without_secrets(config.to_dict())
+    return dict(config) if isinstance(config, Mapping) else {}
 
 
 def first_difference(left: Mapping[str, Any], right: Mapping[str, Any], path: str = "") -> tuple[str, Any, Any] | None:

@@ -244,23 +244,27 @@ def _points(
         crossing.value: [(axis, label) for axis, label in enumerate(crossing.axes) if _moves(label, spec)]
         for crossing, _ in found
     }
-    if len(moving) == 1 and all(len(axes) == 1 for axes in moving.values()):
+    # Beside others of its form, a value is not surely what comes first, and surely not all that is in a sequence.
+    others = {value for crossing, depth in found for value in crossing.beside[depth]} - {*moving}
+    sequence = _takes_a_sequence(model.get_submodule(path))
+    deeper = others and (sequence or all(depth + 1 < len(crossing.stack) for crossing, depth in found))
+    if len(moving) == 1 and not deeper and all(len(axes) == 1 for axes in moving.values()):
         yield from (ReadPoint(path, *axes[0]) for axes in moving.values())
         return
     inner: dict[str, list[tuple[Crossing, int]]] = {}
     points = {ReadPoint(path, *place) for places in moving.values() for place in places}
     for crossing, depth in found:
         if depth + 1 == len(crossing.stack):
-            if len(points) == 1 and _takes_a_sequence(model.get_submodule(path)):
+            if len(points) == 1 and sequence and not others:
                 yield points.pop()
                 return
             raise SpecError(
-                f"{spec.architecture} cannot be cut before {path}: it reads more than one value of the trunk; choose "
-                "another depth"
+                f"{spec.architecture} cannot be cut before {path}: it reads a value of the trunk beside others; "
+                "choose another depth"
             )
         inner.setdefault(crossing.stack[depth + 1], []).append((crossing, depth + 1))
-    for deeper, own in inner.items():
-        yield from _points(model, spec, deeper, own)
+    for module, own in inner.items():
+        yield from _points(model, spec, module, own)
 
 
 def _takes_a_sequence(module: nn.Module) -> bool:

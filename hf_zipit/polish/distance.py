@@ -23,6 +23,7 @@ from hf_zipit.modeling.entries import first_argument
 from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.answers import classes_last, divergence, kind_of, mean, spread_error
 from hf_zipit.refit.positions import Positions
+from hf_zipit.steady import same_draws
 from hf_zipit.symmetry.spec import fitted
 from hf_zipit.symmetry.trace import select_outputs
 
@@ -65,9 +66,9 @@ class Distance:
     def __call__(self, task: str, inputs: Mapping[str, Tensor]) -> Apart:
         expert = self.experts[task]
         given = {**fitted(inputs, self.merged), **self._switches}
-        with torch.no_grad(), entering(expert, self._paths) as targets:
+        with torch.no_grad(), same_draws(), entering(expert, self._paths) as targets:
             wanted = self._outputs(expert(**fitted(inputs, expert), **self._switches))
-        with entering(self.merged.branch(task), self._paths) as features:
+        with same_draws(), entering(self.merged.branch(task), self._paths) as features:
             found = self._outputs(self.merged(**given, task=task))
         fields = [name for name in wanted if name in found]
         loss = sum(self._apart(name, found[name], wanted[name], inputs, expert) for name in fields) / len(fields)

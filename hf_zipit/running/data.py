@@ -14,6 +14,7 @@ from hf_zipit.data.labels import LABEL_COLUMNS
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.hub.processors import load_processor
 from hf_zipit.modeling import ZipItForCausalLM, ZipItForMaskedLM, ZipItModel, ZipItPreTrainedModel, merged_class
+from hf_zipit.planning.compatible import class_names
 from hf_zipit.recipe.sections import Data, Recipe
 from hf_zipit.recipe.sources import (
     choose_classes,
@@ -166,7 +167,7 @@ def _ready(part: Dataset, processor: Callable[[], Any] | None, config: PreTraine
 
 def labels_of(expert: PreTrainedModel) -> list[str] | None:
     """The names of an expert's classes, by its label ids; None for one without classes."""
-    return [expert.config.id2label[i] for i in range(expert.config.num_labels)] if has_classes(expert) else None
+    return [name for _, name in sorted(class_names(expert.config).items())] if has_classes(expert) else None
 
 
 def has_classes(expert: PreTrainedModel) -> bool:

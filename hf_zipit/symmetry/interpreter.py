@@ -32,7 +32,10 @@ from hf_zipit.symmetry.ops import (
 from hf_zipit.symmetry.spaces import Place, Symmetry
 
 LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, Conv1D)
-"""Modules whose input and output are exactly those of the one op they call, so that a hook sees what the rule saw."""
+"""Modules whose input and output are those of the one op they call, so that a hook sees what the rule saw.
+
+But for a class of theirs that turns the axes before it and after it (Parakeet's head).
+"""
 
 
 @dataclass
@@ -106,7 +109,8 @@ class Interpreter:
         self.order: dict[str, None] = {}
         self.macs: Counter[str] = Counter()
         self.unknown_ops: dict[str, dict[str, None]] = defaultdict(dict)
-        self.crossings: list[tuple[str, Value, Place, Place, tuple[str, ...]]] = []
+        self.crossings: list[tuple[fx.Node, Value, Place, Place, tuple[str, ...]]] = []
+        self.given: dict[str, dict[fx.Node, None]] = defaultdict(dict)
         self._place: dict[fx.Node, Place] = {}
         self._tensor_of: dict[fx.Node, str] = {}
 
@@ -203,17 +207,17 @@ class Interpreter:
 
     def reads(self, node: fx.Node, x: Value, position: int, argument: int = 0) -> None:
         """Note that an op reads an axis of x, which is its `argument`, where it can be observed."""
-        module = module_of(node)
-        if isinstance(self.modules.get(module), LEAVES):
+        module, source = module_of(node), node.args[argument]
+        if isinstance(self.modules.get(module), LEAVES) and not _turned_in(module, source):
             axes = list(x.axes)
             axis = axes.pop(position)
-            self.readers.append(Read(module, position, axis, tuple(axes), node.args[argument]))  # type: ignore[arg-type]
+            self.readers.append(Read(module, position, axis, tuple(axes), source))  # type: ignore[arg-type]
 
     def writes(self, node: fx.Node, axis: Axis, position: int) -> None:
         """Note that an op puts out an axis, at a position, where it can be observed."""
         self.held.append(axis)
         module = module_of(node)
-        if isinstance(self.modules.get(module), LEAVES):
+        if isinstance(self.modules.get(module), LEAVES) and not any(_turned_in(module, user) for user in node.users):
             self.writers.append((module, position, axis))
 
     # The walk -------------------------------------------------------------------------------------------------------
@@ -332,13 +336,39 @@ class Interpreter:
             self.order[module] = None
         for tensor in used:
             self.uses[tensor].append(Use(module, place))
-        for source, made in zip(sources, parents, strict=True):
-            if made != place and source not in self._tensor_of and isinstance(values[source], Value):
-                self.crossings.append((source.name, values[source], made, place, stack))
+        for source in sources:
+            if source in self._tensor_of or not isinstance(values[source], Value):
+                continue
+            origin, reading = handed_on(source, stack)
+            if self._place[origin] != place:
+                self.crossings.append((origin, values[source], self._place[origin], place, reading))
+            for path in {*reading} - {*module_stack(origin)}:
+                self.given[path][origin] = None
 
     def _alias(self, tensor: str, module: str) -> str:
         """Under which of its names a tied tensor is used here; export keeps only one name for all its uses."""
         return next((name for name in self.ties.get(tensor, ()) if name.rpartition(".")[0] == module), tensor)
+
+
+def _turned_in(module: str, node: Any) -> bool:
+    """Whether a module turns axes by an op."""
+    return isinstance(node, fx.Node) and op_name(node) in ("transpose", "permute") and module_of(node) == module
+
+
+def handed_on(source: fx.Node, stack: tuple[str, ...]) -> tuple[fx.Node, tuple[str, ...]]:
+    """The value that an op reads, and those of the modules around it that surely are given it.
+
+    A cast to the type that a tensor has hands on that tensor. In an exported graph all that read the tensor later read
+    the cast, wherever that was made: a block whose norm casts its input adds the cast to its stream.
+    """
+    while op_name(source) in ("to", "type_as") and isinstance(given := source.args[0], fx.Node):
+        cast = module_stack(source)
+        if source.meta["val"].dtype != given.meta["val"].dtype or module_stack(given)[: len(cast)] == cast:
+            break  # what a module made itself it can only have returned
+        if stack[: len(cast)] != cast:  # cast within another module: only what contains both is surely given it
+            stack = tuple(own for own, other in zip(stack, cast, strict=False) if own == other)
+        source = given
+    return source, stack
 
 
 def _touches_tensor(args: Iterable[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from hf_zipit.symmetry.atoms import Axis, Ref
 from hf_zipit.symmetry.interpreter import Interpreter, Use
-from hf_zipit.symmetry.ops import Value
+from hf_zipit.symmetry.ops import Value, shape_of
 from hf_zipit.symmetry.spaces import (
     AxisLabel,
     Block,
@@ -184,11 +184,19 @@ class Naming:
 
     def crossings(self) -> tuple[Crossing, ...]:
         found: dict[Crossing, None] = {}
-        for name, value, made, read, stack in self.run.crossings:
+        for source, value, made, read, stack in self.run.crossings:
             axes = self.value_label(value)
-            if any(map(self.moves, value.axes)) and any(axes):
-                found[Crossing(name, axes, made, read, stack)] = None
+            moving = [place for place, axis in enumerate(value.axes) if self.moves(axis)]
+            if moving and any(axes):
+                beside = tuple(self._beside(path, source, moving) for path in stack)
+                found[Crossing(source.name, axes, made, read, stack, beside)] = None
         return tuple(found)
+
+    def _beside(self, path: str, source: fx.Node, moving: Sequence[int]) -> tuple[str, ...]:
+        """What else a module is given that has as many axes, and as many units on those that move."""
+        own = shape_of(source)
+        others = [(other, shape_of(other)) for other in self.run.given[path] if other is not source]
+        return tuple(o.name for o, s in others if len(s) == len(own) and all(s[i] == own[i] for i in moving))
 
     def spaces(self) -> dict[str, Space]:
         return {

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit.adapters import adapter_for, example_inputs
+from hf_zipit.adapters.signature import packed
 from hf_zipit.errors import SpecError
-from hf_zipit.steady import steady
+from hf_zipit.steady import same_draws, steady
 from hf_zipit.symmetry.group import apply_element, random_element, transform
 from hf_zipit.symmetry.spaces import Trace
 from hf_zipit.symmetry.trace import select_outputs
@@ -143,9 +144,8 @@ def run_with(
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            out = torch.func.functional_call(model, dict(tensors), (), dict(inputs), tie_weights=False)
+        with torch.no_grad(), same_draws():
+            out = torch.func.functional_call(model, dict(tensors), (), packed(inputs), tie_weights=False)
         return select_outputs(out, fields)
     finally:
         for module, mode in training:

@@ -188,6 +188,8 @@ class Crossing:
         made: where it is made.
         read: where it is read.
         stack: the module that reads it, after all that contain it, outermost first.
+        beside: for each of them the other values of the same form that it reads and that are made outside of it: what
+            it is given first may be any of them.
     """
 
     value: str
@@ -195,6 +197,7 @@ class Crossing:
     made: Place
     read: Place
     stack: tuple[str, ...]
+    beside: tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import fields
 from torch import Tensor, nn
 
 from hf_zipit.adapters import Adapter, adapter_for, example_inputs, inputs_are_given
+from hf_zipit.adapters.signature import packed
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.spaces import (
@@ -110,10 +111,11 @@ TRACES: Memory[MergeSpec] = Memory()
 
 
 def fitted(inputs: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """The inputs on the device and, where they are floats, in the dtype of a model's parameters."""
+    """The inputs on the device and, where they are floats, in the dtype of a model's parameters; patches `packed`."""
+    inputs = packed(inputs)
     like = next((p for p in model.parameters() if p.is_floating_point()), None)
     if like is None:
-        return dict(inputs)
+        return inputs
 
     def fit(x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):  # a switch, such as `use_cache`

@@ -12,15 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import config as fx_config
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
+from hf_zipit.adapters.signature import GRID, packed
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry.folding import find_folds
 from hf_zipit.symmetry.interpreter import Interpreter
@@ -34,13 +38,17 @@ from hf_zipit.symmetry.spaces import Fold, Symmetry, Trace, products
 class _Fields(nn.Module):
     """Returns the wanted output tensors of a model as a dict, whatever type the model returns."""
 
-    def __init__(self, model: nn.Module, fields: Sequence[str] | None) -> None:
+    def __init__(
+        self, model: nn.Module, fields: Sequence[str] | None, known: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """`known` are inputs that are always the same."""
         super().__init__()
         self.model = model
         self.fields = fields
+        self.known = dict(known or {})
 
     def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return select_outputs(self.model(**inputs), self.fields)
+        return select_outputs(self.model(**packed({**inputs, **self.known})), self.fields)
 
 
 def select_outputs(out: Any, fields: Sequence[str] | None) -> dict[str, Tensor]:
@@ -74,8 +82,13 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     try:
         with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces(), PlacesAsColumns():
             wanted = _Fields(model, fields).eval()
+            cut = any(name.endswith(GRID) for name in inputs)
             try:
-                program = torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
+                program = (
+                    _with_grids(wanted, inputs)
+                    if cut
+                    else torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
+                )
             except Exception as error:  # it says so in many ways
                 if "data-dependent" not in str(error):
                     raise
@@ -103,7 +116,32 @@ class PlacesAsColumns(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _along_the_inputs(wanted: nn.Module, inputs: Mapping[str, Tensor], error: Exception) -> Any:
+class KnownNumbers(TorchFunctionMode):
+    """What is computed of known integers alone is known, too, and no part of the graph: lengths, places in a grid."""
+
+    MADE: ClassVar = {torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = all(type(x) is Tensor and not x.is_floating_point() for x in tensors)
+        if known and (tensors or function in self.MADE):
+            with unset_fake_temporarily(), disable_proxy_modes_tracing():
+                found = function(*args, **kwargs)
+            if tensors or not found.is_floating_point():
+                return found
+        return function(*args, **kwargs)
+
+
+def _with_grids(wanted: _Fields, inputs: Mapping[str, Tensor]) -> Any:
+    """The exported program of a model for images that are cut by these very grids, which are no inputs of it."""
+    grids = {name: x for name, x in inputs.items() if name.endswith(GRID)}
+    others = {name: x for name, x in inputs.items() if name not in grids}
+    with KnownNumbers():
+        return torch.export.export(_Fields(wanted.model, wanted.fields, grids).eval(), (), kwargs=others, strict=False)
+
+
+def _along_the_inputs(wanted: _Fields, inputs: Mapping[str, Tensor], error: Exception) -> Any:
     """The exported program of the way that a model takes with these very inputs: its tensors keep their values.
 
     Raises:
@@ -208,7 +246,8 @@ def _exported(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[s
         note_integers(program)
         return Exported(program.graph, program.graph_module, program.graph_signature, program.call_spec)
 
-    shapes = [(n, (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x)) for n, x in inputs.items()]
+    values = [(n, x.tolist() if n.endswith(GRID) else x) for n, x in inputs.items()]  # grids are a part of the graph
+    shapes = [(n, (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x)) for n, x in values]
     return EXPORTED.get(trace_key(model, tuple(sorted(shapes)), tuple(fields or ()), fields is None), make)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers as T
 
+from benchmarks.smallest import smallest_model
 from hf_zipit.errors import SpecError
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
@@ -129,6 +130,11 @@ def test_a_forward_pass_that_draws_at_random_is_proven():
     spec = MergeSpec.from_model(model)
     assert worst_error(model, spec) <= TOLERANCE
     assert any(spec.movable(name) for name in spec.spaces)
+
+
+def test_windows_of_an_axis_that_is_counted_from_the_back():
+    model = smallest_model(T.PatchTSMixerModel)
+    assert worst_error(model, MergeSpec.from_model(model)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

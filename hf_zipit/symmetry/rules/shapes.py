@@ -204,8 +204,7 @@ def pad(run: Interpreter, node: fx.Node, x: Value, amounts: Sequence[int], *_: A
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
       "adaptive_avg_pool2d", "adaptive_avg_pool3d", "upsample_linear1d", "upsample_nearest1d", "upsample_nearest3d",
       "upsample_trilinear3d", "_upsample_nearest_exact2d", "upsample_nearest2d", "upsample_bilinear2d",
-      "upsample_bicubic2d",
-      "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa")  # fmt: skip
+      "upsample_bicubic2d", "_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa")  # fmt: skip
 def resample(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> Value:
     spatial = int(re.search(r"([123])d", op_name(node))[1])  # type: ignore[index]
     lead = x.axes[:-spatial]
@@ -216,6 +215,17 @@ def resample(run: Interpreter, node: fx.Node, x: Value, *_: Any, **__: Any) -> V
             run.atoms.restrict(axis, PERMUTATION)
     run.parted(lead)
     return Value([*lead, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[-spatial:])])
+
+
+@rule("grid_sampler")
+def sampled(run: Interpreter, node: fx.Node, x: Value, grid: Value, *_: Any) -> Value:
+    """An image at places, `[samples, channels, height, width]` at `[samples, height, width, 2]`."""
+    samples, channels, *places = x.axes
+    run.atoms.tie(samples, grid.axes[0], "samples do not fit")
+    for axis in (*places, *grid.axes[1:]):
+        run.atoms.restrict(axis, FIXED, "it is resampled")
+    run.parted([samples, channels])
+    return Value([samples, channels, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
 
 
 @rule("im2col")
@@ -274,7 +284,7 @@ def _addresses(axes: Sequence[tuple[int, int]]) -> set[int]:
 @rule("unfold")
 def unfold(run: Interpreter, node: fx.Node, x: Value, dim: int, *_: Any) -> Value:
     """Windows of an axis, whose places stand on a new last axis."""
-    moved = replaced(run, node, x, dim, "a window slides over it")
+    moved = replaced(run, node, x, dim % len(x.axes), "a window slides over it")  # the result has one axis more
     return Value([*moved.axes, run.atoms.fresh(shape_of(node)[-1], FIXED, "a window's place")])
 
 
