@@ -137,6 +137,16 @@ def test_windows_of_an_axis_that_is_counted_from_the_back():
     assert worst_error(model, MergeSpec.from_model(model)) <= TOLERANCE
 
 
+def test_what_mixes_tokens_is_not_observed_where_its_rows_are_units():
+    """Rows that are those of other units in every expert do not tell which units correspond."""
+    spec = MergeSpec.from_model(smallest_model(T.PatchTSMixerModel))
+    observed = {name for probe in spec.probes for name in probe.key}
+    mixing = {name for name in spec.spaces if "patch_mixer" in name and spec.movable(name)}
+    assert mixing
+    assert not observed & mixing
+    assert any("feature_mixer" in name for name in observed)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_grouped_query_heads_move_with_their_key(name):
     _, spec = traced(name)
