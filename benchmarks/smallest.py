@@ -115,6 +115,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
     "dpt": DPT,
     **dict.fromkeys(("eomt", "eomt_dinov3"), {"num_blocks": 1}),
+    "levit": {"patch_size": 16},  # its four convolutions' steps
     "lilt": {"hidden_size": 48},
     "zamba2": {"attention_hidden_size": 64},
     "swin2sr": {"num_heads": [2, 2], "depths": [1, 1], "embed_dim": 16},
