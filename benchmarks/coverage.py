@@ -78,7 +78,9 @@ SAME = 1e-4
 FREE = 0.95
 """A class is free when this share of its attention and MLP matrices is."""
 
-ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm")
+ATTENTION = re.compile(
+    r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value|queries|keys|values)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm"
+)
 BESIDE = re.compile(
     r"embed|position|relative|rel_(pos|attn)|bias_table|attention_biases|(^|\.)(norm|ln)|router|gate\.weight|rotary"
 )
