@@ -38,7 +38,7 @@ from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.auto import forward_names
 from hf_zipit.files import write_text
-from hf_zipit.steady import same_draws
+from hf_zipit.steady import forget, same_draws
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors, perturb
@@ -78,8 +78,12 @@ SAME = 1e-4
 FREE = 0.95
 """A class is free when this share of its attention and MLP matrices is."""
 
-ATTENTION = re.compile(r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm")
-BESIDE = re.compile(r"embed|position|relative|rel_(pos|attn)|bias_table|(^|\.)(norm|ln)|router|gate\.weight|rotary")
+ATTENTION = re.compile(
+    r"att(n|ention)|(^|[._])(q|k|v|o|qkv|query|key|value|queries|keys|values)(_?(proj|lin))?([._]|$)|mixer|mamba|ssm"
+)
+BESIDE = re.compile(
+    r"embed|position|relative|rel_(pos|attn)|bias_table|attention_biases|(^|\.)(norm|ln)|router|gate\.weight|rotary"
+)
 """Tensors in blocks that are neither attention nor MLP."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -228,6 +232,7 @@ def with_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Any:
     with torch.no_grad():
         for name, tensor in model_tensors(made).items():
             tensor.copy_(tensors[name])
+    forget(made)
     return made
 
 

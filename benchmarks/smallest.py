@@ -29,7 +29,8 @@ NAMES: tuple[tuple[int, str], ...] = (
         moe_intermediate_size shared_expert_intermediate_size shared_intermediate_size
         moe_shared_expert_intermediate_size expert_ffn_dim intermediate_size_mlp block_ff_dim attention_ffn_dim
         linear_units text_intermediate_dim decoder_mlp_dim alignment_intermediate_size projection_intermediate_size
-        projection_hidden_dim dff speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim"""),
+        projection_hidden_dim projection_intermediate_dim dff speech_encoder_intermediate_size t2u_encoder_ffn_dim
+        t2u_decoder_ffn_dim"""),
     (LAYERS, """
         num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers
         num_decoder_layers encoder_num_hidden_layers decoder_num_hidden_layers decoder_num_layers num_block_records
@@ -115,6 +116,7 @@ OWN: dict[str, dict[str, Any]] = {
     "bit": {"num_groups": 4},
     "dpt": DPT,
     **dict.fromkeys(("eomt", "eomt_dinov3"), {"num_blocks": 1}),
+    "levit": {"patch_size": 16},  # its four convolutions' steps
     "lilt": {"hidden_size": 48},
     "zamba2": {"attention_hidden_size": 64},
     "swin2sr": {"num_heads": [2, 2], "depths": [1, 1], "embed_dim": 16},

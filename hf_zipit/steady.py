@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from hf_zipit.errors import TOO_LARGE, OutOfMemoryError, is_out_of_memory
 
@@ -82,6 +83,18 @@ def same_draws() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+def forget(model: nn.Module) -> None:
+    """Have a model let go of what it keeps of a forward pass for the next one, because its weights are others now.
+
+    Modules that keep something which follows from their weights (LeViT its biases by place) let go of it where they
+    are put into training mode; every module is in the mode it was in afterwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, mode in modes:
+        module.training = mode
 
 
 def steady(function: Function) -> Function:

@@ -20,6 +20,7 @@ from hf_zipit.modeling.head_dims import HeadCut
 from hf_zipit.planning.compatible import CLASSIFIERS, class_names
 from hf_zipit.planning.cut import Cut, ReadPoint, towers
 from hf_zipit.planning.plan import Plan
+from hf_zipit.steady import forget
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 
@@ -95,6 +96,7 @@ def plain_module(planned: Plan, trunk: Mapping[str, Tensor]) -> nn.Module:
         )
     for name, tensor in trunk.items():
         tensors[name].copy_(tensor)
+    forget(merged)
     return merged
 
 

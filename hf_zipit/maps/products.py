@@ -82,7 +82,8 @@ def merged_index(key: ProductKey, maps: Alignment, spec: MergeSpec, expert: int)
 def factors_first(
     tensor: Tensor, labels: Sequence[AxisLabel], lead: Sequence[str], spec: MergeSpec, maps: Alignment, place: int = 0
 ) -> Tensor:
-    """Some factors of a tensor's axes moved to the front, `[*lead, everything else]`; of lead[0] its `place`-th.
+    """Some factors of a tensor's axes moved to the front, `[*lead, everything else]`; of lead[0] its `place`-th, of
+    one that is named again the next.
 
     The tensor is in the merged units of `maps`.
     """
@@ -92,8 +93,9 @@ def factors_first(
         key = product_key(label)
         names += key or (None,)
         sizes += merged_sizes(key, maps, spec) or [length]
-    front = [names.index(name) for name in lead]
-    front[:1] = [i for i, name in enumerate(names) if name in lead[:1]][place : place + 1]
+    front = [i for i, name in enumerate(names) if name in lead[:1]][place : place + 1]
+    for name in lead[1:]:
+        front.append(next(i for i, own in enumerate(names) if own == name and i not in front))
     rest = [i for i in range(len(sizes)) if i not in front]
     spread = tensor.reshape(sizes).permute(*front, *rest)
     return spread.reshape(*spread.shape[: len(front)], -1)

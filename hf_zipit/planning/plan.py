@@ -15,6 +15,7 @@ from hf_zipit.errors import ExpertError, SpecError
 from hf_zipit.maps.rows import check_axes
 from hf_zipit.planning.compatible import check_experts
 from hf_zipit.planning.cut import Cut, cut_model
+from hf_zipit.steady import forget
 from hf_zipit.symmetry.folding import fold
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
@@ -148,6 +149,8 @@ def make_plan(
         RecipeError: if the depth is no share and no block.
     """
     first = next(iter(experts.values()))
+    for model in (*experts.values(), *(bases or {}).values()):
+        forget(model)  # what was kept of earlier passes may be a part of a graph, which cannot be copied
     spec = MergeSpec.from_model(first, folding=folding)
     check_experts(experts, spec.head)
     cut = cut_model(first, spec, config.depth)

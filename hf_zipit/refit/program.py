@@ -23,6 +23,7 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.head_dims import cut_heads
 from hf_zipit.modeling.trunk import resize
 from hf_zipit.refit.rewrites import rewrite
+from hf_zipit.steady import forget
 from hf_zipit.symmetry.interpreter import tied_names
 from hf_zipit.symmetry.memory import Memory, trace_key
 from hf_zipit.symmetry.ops import is_in_place, is_within, module_stack, op_name
@@ -337,6 +338,7 @@ def resized_copy(
 ) -> Model:
     """A copy with other shapes and heads; the tensors whose shapes stay are the model's own."""
     tensors = [*model.parameters(), *model.buffers()]
+    forget(model)  # what it keeps is of its own weights
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     resize(other, dict(shapes))
     cut_heads(other, head_dims, rotary_pairs)

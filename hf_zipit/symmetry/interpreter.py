@@ -104,7 +104,7 @@ class Interpreter:
         self.chosen: list[tuple[tuple[Axis, ...], Axis]] = []
         self.loose: list[tuple[Axis, Axis]] = []
         self.readers: list[Read] = []
-        self.writers: list[tuple[str, int, Axis]] = []
+        self.writers: list[tuple[str, int, Axis, tuple[Axis, ...]]] = []
         self.held: list[Axis] = []
         self.order: dict[str, None] = {}
         self.macs: Counter[str] = Counter()
@@ -213,12 +213,12 @@ class Interpreter:
             axis = axes.pop(position)
             self.readers.append(Read(module, position, axis, tuple(axes), source))  # type: ignore[arg-type]
 
-    def writes(self, node: fx.Node, axis: Axis, position: int) -> None:
-        """Note that an op puts out an axis, at a position, where it can be observed."""
+    def writes(self, node: fx.Node, axis: Axis, position: int, others: Sequence[Axis]) -> None:
+        """Note that an op puts out an axis, at a position, where it can be observed; other axes are its rows."""
         self.held.append(axis)
         module = module_of(node)
         if isinstance(self.modules.get(module), LEAVES) and not any(_turned_in(module, user) for user in node.users):
-            self.writers.append((module, position, axis))
+            self.writers.append((module, position, axis, tuple(others)))
 
     # The walk -------------------------------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ class Naming:
                         place.setdefault(ref.atom, f"{name}.{i}" if len(axis) == 1 else f"{name}.{i}.{j}")
                         if j + 1 < len(axis):
                             outer.add(ref.atom)
-        for module, _, axis in self.run.writers:
+        for module, _, axis, _ in self.run.writers:
             for ref in self._leaves(axis):
                 writers[ref.atom][module] = None
         names: dict[int, str] = {}
@@ -215,12 +215,14 @@ class Naming:
 
         A tensor that several modules read (the normed stream that query, key and value share) is observed once. Where
         another axis of it moves (heads), its rows are those of different units in each expert: that is no place to
-        observe what can be observed elsewhere.
+        observe what can be observed elsewhere, and no place at all where that is so of most rows (what mixes tokens
+        runs over the stream's units): weights tell more.
         """
         found: dict[Probe, bool] = {}
         observed: set[fx.Node] = set()
         for read in self.run.readers:
-            parts = [] if read.source in observed else self._observable(read.axis, spaces)
+            hidden = read.source in observed or self._strays(read.others)
+            parts = [] if hidden else self._observable(read.axis, spaces)
             if parts:
                 observed.add(read.source)
             paired = not any(self.moves(axis) for axis in read.others)
@@ -229,11 +231,17 @@ class Naming:
         known = {name for probe, paired in found.items() if paired for name in probe.key}
         probes = {probe: None for probe, paired in found.items() if paired or not known >= {*probe.key}}
         keys = {probe.key for probe in probes}
-        for module, position, axis in self.run.writers:
-            for part, span in self._observable(axis, spaces):
+        for module, position, axis, others in self.run.writers:
+            for part, span in [] if self._strays(others) else self._observable(axis, spaces):
                 if product_key(part) not in keys:
                     probes[Probe(module, "output", position, product_key(part), _read(part), span)] = None
         return tuple(probes)
+
+    def _strays(self, rows: Sequence[Axis]) -> bool:
+        """Whether more than half of the units of an axis of these can move."""
+        size = self.atoms.size
+        named = [axis for axis in rows if all(ref.atom in self.names for ref in self._leaves(axis))]
+        return any(2 * sum(size(p) for p in self.atoms.products(x) if self.moves(p)) > size(x) for x in named)
 
     def moves(self, axis: Axis) -> bool:
         """Whether some of the units of an axis can move."""

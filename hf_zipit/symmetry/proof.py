@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.adapters.signature import packed
 from hf_zipit.errors import SpecError
-from hf_zipit.steady import same_draws, steady
+from hf_zipit.steady import forget, same_draws, steady
 from hf_zipit.symmetry.group import apply_element, random_element, transform
 from hf_zipit.symmetry.spaces import Trace
 from hf_zipit.symmetry.trace import select_outputs
@@ -142,11 +142,13 @@ def run_with(
     Where the forward pass draws at random (ViT-MAE's mask), it draws the same every time.
     """
     training = [(module, module.training) for module in model.modules()]
+    forget(model)
     model.eval()
     try:
         with torch.no_grad(), same_draws():
             out = torch.func.functional_call(model, dict(tensors), (), packed(inputs), tie_weights=False)
         return select_outputs(out, fields)
     finally:
+        forget(model)
         for module, mode in training:
             module.training = mode

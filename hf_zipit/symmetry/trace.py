@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from hf_zipit.adapters.signature import GRID, packed
 from hf_zipit.errors import SpecError
+from hf_zipit.steady import forget
 from hf_zipit.symmetry.folding import find_folds
 from hf_zipit.symmetry.interpreter import Interpreter
 from hf_zipit.symmetry.memory import Memory, trace_key
@@ -78,6 +79,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
             weights.
     """
     training = {name: module.training for name, module in model.named_modules()}
+    forget(model)
     model.eval()
     try:
         with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces(), PlacesAsColumns():
@@ -102,6 +104,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
             "pass example inputs that its forward accepts, merge(..., example_inputs={...})"
         ) from error
     finally:
+        forget(model)  # fake tensors
         for name, module in model.named_modules():  # some models exchange modules while they run (BigBird)
             module.training = training.get(name, module.training)
 

@@ -108,6 +108,17 @@ def test_a_permuted_copy_is_recovered_without_data(name, seed):
     assert_same(merged([weights, copy], maps, spec), weights)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_space_on_two_axes_of_one_tensor_is_found(seed):
+    """Parallel streams that are mixed with one another: units are as similar as the other axis's order makes them."""
+    mixed = {"mix": ((Factor("streams"),), (Factor("streams", dual=True), Factor("inputs", dual=True)))}
+    spec = spec_of(space("streams", 8), space("inputs", 1, fixed=True), axes=mixed)
+    weights = {"mix": torch.randn(8, 8, generator=torch.Generator().manual_seed(seed))}
+    copy = permuted(weights, spec, seed)
+    maps = align(spec, {}, 2, "weights", weights=[weights, copy])
+    assert_same(merged([weights, copy], maps, spec), weights)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_with_itself_keeps_its_units(name):
     spec, weights = general(name)

@@ -137,6 +137,28 @@ def test_windows_of_an_axis_that_is_counted_from_the_back():
     assert worst_error(model, MergeSpec.from_model(model)) <= TOLERANCE
 
 
+def test_modules_that_keep_what_follows_from_their_weights():
+    """LeViT keeps its biases by place for the next pass; those of other weights, or of a trace, are let go of."""
+    model = smallest_model(T.LevitForImageClassification)
+    inputs = {"pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
+    spec = MergeSpec.from_model(model)
+    assert worst_error(model, spec) <= TOLERANCE
+    with torch.no_grad():
+        before = model(**inputs).logits
+        assert MergeSpec.from_model(model, inputs) == spec
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_what_mixes_tokens_is_not_observed_where_its_rows_are_units():
+    """Rows that are those of other units in every expert do not tell which units correspond."""
+    spec = MergeSpec.from_model(smallest_model(T.PatchTSMixerModel))
+    observed = {name for probe in spec.probes for name in probe.key}
+    mixing = {name for name in spec.spaces if "patch_mixer" in name and spec.movable(name)}
+    assert mixing
+    assert not observed & mixing
+    assert any("feature_mixer" in name for name in observed)
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_grouped_query_heads_move_with_their_key(name):
     _, spec = traced(name)

@@ -91,13 +91,14 @@ class Descent:
 
     def propagate(self) -> None:
         """Visit every family once, looking only at parameters whose other spaces are fixed or were visited before:
-        first the family for which these are the largest share."""
+        first the family for which these are the largest share. Where a parameter has one space on two axes, only what
+        does not depend on the order of the other one is looked at."""
         unknown = {name for name in self.spec.spaces if self.spec.movable(name)}
         waiting = dict(self.families)
         while waiting:
             root = max(waiting, key=lambda root: self._known(root, unknown))
             family = waiting.pop(root)
-            self.visit(family, unknown - {root, *family.inner})
+            self.visit(family, unknown - {root, *family.inner}, alone=True)
             unknown -= {root, *family.inner}
 
     def _known(self, root: str, unknown: set[str]) -> float:
@@ -115,10 +116,10 @@ class Descent:
             products += [float(x.dot(y)), float(x.dot(x)), float(y.dot(y))]
         return float(products[0] / max(np.sqrt(products[1] * products[2]), 1e-30))
 
-    def visit(self, family: Family, unknown: Collection[str] = ()) -> bool:
-        """Solve one family while all others stay, without the parameters of `unknown` spaces; returns whether that
-        gained anything."""
-        similarity = self._similarity(family, unknown)
+    def visit(self, family: Family, unknown: Collection[str] = (), alone: bool = False) -> bool:
+        """Solve one family while all others stay, without the parameters of `unknown` spaces and, if it is to be seen
+        `alone`, without its own order on other axes; returns whether that gained anything."""
+        similarity = self._similarity(family, unknown, alone)
         pairing, inside, before, after = similarity.best_orders(family)
         if after - before <= RELATIVE_GAIN * abs(after):
             return False
@@ -153,7 +154,7 @@ class Descent:
     def _current(self, name: str) -> Tensor:
         return transform(self.b[name], self.spec.axes[name], self.spec, self.orders)
 
-    def _similarity(self, family: Family, unknown: Collection[str]) -> Similarity:
+    def _similarity(self, family: Family, unknown: Collection[str], alone: bool) -> Similarity:
         units = {name: self.spec.spaces[name].size for name in family.inner}
         similarity = Similarity(self.spec.size(family.blocks), units)
         for name in self.tensors[family.root]:
@@ -163,12 +164,21 @@ class Descent:
             present = [inner for inner in family.inner if inner in factors]
             # A space that is on two axes is seen from each of them, while the other keeps its order.
             for place in range(1 if present else factors.count(family.root)):
+                twice = alone and not present and factors.count(family.root) == 2
+                lead = [*family.blocks, *present, *[family.root] * twice]
                 x, y = (
-                    factors_first(own, labels, [*family.blocks, *present], self.spec, {}, place)
+                    factors_first(own, labels, lead, self.spec, {}, place)
                     for own in (self.a[name], self._current(name))
                 )
+                if twice:
+                    x, y = in_any_order(x), in_any_order(y)
                 similarity.add(tuple(present), *(part.flatten(0, len(family.blocks) - 1) for part in (x, y)))
         return similarity
+
+
+def in_any_order(x: Tensor) -> Tensor:
+    """Of `[n, n, rest]` what stays with a unit whatever the order of the others: `[n, 2 rest]`, itself and the sum."""
+    return torch.cat([x.diagonal().T, x.sum(1) / len(x) ** 0.5], 1)
 
 
 def maps_to(

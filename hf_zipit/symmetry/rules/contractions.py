@@ -41,7 +41,7 @@ def linear(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any =
     run.parted([inner], [out], lead)
     run.count_macs(node, count_of(node) * input_shape(node, 1)[1])
     run.reads(node, x, -1)
-    run.writes(node, out, -1)
+    run.writes(node, out, -1, lead)
     return Value([*lead, out])
 
 
@@ -52,7 +52,7 @@ def addmm(run: Interpreter, node: fx.Node, bias: Value, x: Value, weight: Value,
     run.parted([inner], [out], [x.axes[0]])
     run.count_macs(node, count_of(node) * input_shape(node, 2)[0])
     run.reads(node, x, -1, argument=1)
-    run.writes(node, out, -1)
+    run.writes(node, out, -1, x.axes[:1])
     return run.broadcast(node, [Value([x.axes[0], out]), bias], ONES)
 
 
@@ -77,7 +77,7 @@ def conv(run: Interpreter, node: fx.Node, x: Value, weight: Value, bias: Any = N
     run.parted([group, inner], [out], [samples])
     run.count_macs(node, count_of(node) * prod(input_shape(node, 1)[1:]))
     run.reads(node, x, 1)
-    run.writes(node, out, 1)
+    run.writes(node, out, 1, [samples])
     return Value([samples, out, *(run.atoms.fresh(n, FIXED, "positions") for n in shape_of(node)[2:])])
 
 
@@ -105,7 +105,7 @@ def embedding(run: Interpreter, node: fx.Node, weight: Value, indices: Value, *_
     rows, out = weight.axes
     run.atoms.restrict(rows, FIXED, "rows are looked up by index")
     run.parted([out])
-    run.writes(node, out, -1)
+    run.writes(node, out, -1, indices.axes)
     return Value([*indices.axes, out])
 
 
