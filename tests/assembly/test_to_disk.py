@@ -81,7 +81,7 @@ def test_offloaded_experts_are_read_where_their_weights_are_kept(tmp_path):
 
 
 MEASURED = """
-import sys, threading
+import gc, sys, threading
 from pathlib import Path
 from hf_zipit.merging import merge
 
@@ -96,13 +96,17 @@ def watch():
 folder = Path(sys.argv[1])
 experts = {task: folder / task for task in "ab"}
 merge(experts, method="identity", output_dir=folder / "merged")  # imports, and what is traced is remembered
-before, peak, done = anonymous(), [0], threading.Event()
-thread = threading.Thread(target=watch)
-thread.start()
-merge(experts, method="identity", output_dir=folder / "merged")
-done.set()
-thread.join()
-print(peak[0] - before)
+found = []
+for _ in range(3):
+    gc.collect()
+    before, peak, done = anonymous(), [0], threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    merge(experts, method="identity", output_dir=folder / "merged")
+    done.set()
+    thread.join()
+    found.append(peak[0] - before)
+print(min(found))  # the rest is what is free in the heap, and garbage that nobody has collected yet
 """
 
 
@@ -119,7 +123,7 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     # In a process of its own: what is free in the heap of a long one is in use without being needed.
     found = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True, check=True)
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > size
-    assert int(found.stdout.split()[-1]) < size / 2.4
+    assert int(found.stdout.split()[-1]) < size / 2.5
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
