@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_offloaded_experts_are_read_where_their_weights_are_kept(tmp_path):
 
 
 MEASURED = """
-import gc, sys, threading
+import sys, threading
 from pathlib import Path
 from hf_zipit.merging import merge
 
@@ -96,17 +97,13 @@ def watch():
 folder = Path(sys.argv[1])
 experts = {task: folder / task for task in "ab"}
 merge(experts, method="identity", output_dir=folder / "merged")  # imports, and what is traced is remembered
-found = []
-for _ in range(3):
-    gc.collect()
-    before, peak, done = anonymous(), [0], threading.Event()
-    thread = threading.Thread(target=watch)
-    thread.start()
-    merge(experts, method="identity", output_dir=folder / "merged")
-    done.set()
-    thread.join()
-    found.append(peak[0] - before)
-print(min(found))  # the rest is what is free in the heap, and garbage that nobody has collected yet
+before, peak, done = anonymous(), [0], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+merge(experts, method="identity", output_dir=folder / "merged")
+done.set()
+thread.join()
+print(peak[0] - before)
 """
 
 
@@ -120,10 +117,14 @@ def test_memory_is_that_of_a_few_tensors(tmp_path):
     size = 4 * expert.num_parameters()
     for task in "ab":
         expert.save_pretrained(tmp_path / task, max_shard_size="30MB")
-    # In a process of its own: what is free in the heap of a long one is in use without being needed.
-    found = subprocess.run([sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True, check=True)
+    # In a process of its own: what is free in the heap of a long one is in use without being needed. What is freed is
+    # given back at once, for how much glibc keeps otherwise differs from run to run.
+    own = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = subprocess.run(
+        [sys.executable, "-c", MEASURED, tmp_path], capture_output=True, text=True, check=True, env=own
+    )
     assert (tmp_path / "merged" / "model.safetensors").stat().st_size > size
-    assert int(found.stdout.split()[-1]) < size / 2.5
+    assert int(found.stdout.split()[-1]) < size / 5
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
