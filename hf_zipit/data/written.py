@@ -45,7 +45,8 @@ def write_samples(experts: Experts, samples: int = 512, length: int = 128, seed:
     Args:
         experts: the models by task name, as for `merge`.
         samples: of every task.
-        length: of each, in tokens; about what the experts were trained on is best.
+        length: of each, in tokens, or as many as the experts have positions, if that is fewer; about what they were
+            trained on is best.
         seed: of what is drawn: the first token, all alike, and those that follow by what the expert says.
 
     Raises:
@@ -60,6 +61,7 @@ def write_samples(experts: Experts, samples: int = 512, length: int = 128, seed:
             raise DataError(
                 f"The expert {task!r} ({type(expert).__name__}) writes nothing by itself; give calibration data."
             )
+        length = min(length, getattr(expert.config, "max_position_embeddings", None) or length)
         draw = torch.Generator().manual_seed(seed)
         words = expert.get_input_embeddings().weight.shape[0]
         first = torch.randint(words, (samples, 1), generator=draw)
@@ -171,8 +173,8 @@ def _generated(
     )
     torch.manual_seed(seed)  # a merge leaves the random state as it was
     parts = []
-    for start in range(0, size_of(asked), AT_ONCE):
-        part = {name: tensor[start : start + AT_ONCE].to(expert.device) for name, tensor in asked.items()}
+    for first in range(0, size_of(asked), AT_ONCE):
+        part = {name: tensor[first : first + AT_ONCE].to(expert.device) for name, tensor in asked.items()}
         parts.append(expert.generate(**part, generation_config=settings).cpu())
     length = max(part.shape[1] for part in parts)
     return torch.cat([_of_length(part, length, _pad(expert)) for part in parts])

@@ -128,6 +128,7 @@ def test_who_does_not_write_reads_what_was_given():
 
 def test_causal_models_need_no_data():
     models = {"a": llama(), "b": llama(2.0)}
+    assert write_samples(models, samples=2, length=100)["a"]["input_ids"].shape == (2, 32)  # its positions
     data = write_samples(models, samples=WANTED, length=LENGTH)
     assert all(data[task]["input_ids"].shape == (WANTED, LENGTH) for task in models)
     assert len(data["a"]["input_ids"][:, 0].unique()) > 1
