@@ -220,8 +220,7 @@ def merged_module(row: Row, model: nn.Module, spec: MergeSpec, inputs: Mapping[s
         result = hf_zipit.merge(experts, given, **settings)
         task = {"task": "b"} if isinstance(result, PreTrainedModel) else {}
         found = select_outputs(result(**data, **task), None)
-        errors = [float((found[n] - x).abs().max() / x.abs().max().clamp_min(1e-12)) for n, x in expected.items()]
-        setattr(row, method, max(errors))
+        setattr(row, method, max(relative_error(found[name], x) for name, x in expected.items()))
         row.stage = "merged by permute"
         yield row
 
@@ -292,9 +291,13 @@ def worst(result: nn.Module, experts: Mapping[str, PreTrainedModel], inputs: Map
         for name, tensor in expected.items():
             if not tensor.is_floating_point():
                 continue
-            error = (found[name] - tensor).abs().max() / tensor.abs().max().clamp_min(1e-12)
-            errors.append(float(error))
+            errors.append(relative_error(found[name], tensor))
     return max(errors)
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, as a share of the largest number."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 # All classes ---------------------------------------------------------------------------------------------------------

@@ -136,9 +136,7 @@ def main(
     kept = json.loads(numbers.read_text()) if numbers is not None and numbers.exists() else []
     rows: Seeded = {}
     for pair, shift, method in asked():
-        known = next(
-            (e for e in kept if (e["row"]["pair"], e["shift"], e["row"]["method"]) == (pair, shift, method)), None
-        )
+        known = next((entry for entry in kept if place_of(entry) == (pair, shift, method)), None)
         if known is None and not measured and pair in chosen:
             root = zoo / f"shift-{shift}" if shift else zoo
             build([pair], root, say=lambda text: typer.echo(text, err=True), shift=shift)

@@ -110,9 +110,14 @@ def patches(config: Any, accepted: Collection[str], generator: torch.Generator) 
     return {name: _random(along**2, numbers, generator=generator), GRID: grids}
 
 
+def grids(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the inputs that say how images were cut into `patches`."""
+    return {name: x for name, x in inputs.items() if name.endswith(GRID)}
+
+
 def packed(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs as a model takes them: the patches of images with grids in one row, `[images * patches, numbers]`."""
-    cut = any(name.endswith(GRID) for name in inputs)
+    cut = bool(grids(inputs))
     return {
         name: x.flatten(0, 1) if cut and name in CUT and isinstance(x, Tensor) and x.ndim == 3 else x
         for name, x in inputs.items()

@@ -21,7 +21,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain, zip_longest
 from typing import Any, TypeVar
 
@@ -76,7 +76,7 @@ class CalibrationBatch:
         """The model's keyword arguments: tensors `[samples, ...]`."""
         return without_labels(self.columns())
 
-    @property
+    @cached_property
     def samples(self) -> int:
         return size_of(self.columns())
 

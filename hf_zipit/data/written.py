@@ -57,7 +57,7 @@ def write_samples(experts: Experts, samples: int = 512, length: int = 128, seed:
         raise DataError(f"Of {samples} samples of {length} tokens nothing can be written; ask for more.")
     found = {}
     for task, expert in load_experts(experts, least=1).items():
-        if not isinstance(expert, PreTrainedModel) or not expert.can_generate() or expert.config.is_encoder_decoder:
+        if not writes(expert) or expert.config.is_encoder_decoder:
             raise DataError(
                 f"The expert {task!r} ({type(expert).__name__}) writes nothing by itself; give calibration data."
             )
@@ -91,9 +91,14 @@ def with_written(calibration: Calibration, experts: Mapping[str, nn.Module], sam
     return calibration.and_more(more) if more else calibration
 
 
+def writes(expert: nn.Module) -> bool:
+    """Whether a model has `generate`."""
+    return isinstance(expert, PreTrainedModel) and expert.can_generate()
+
+
 def written_count(expert: nn.Module, given: Mapping[str, Tensor], found: int, samples: int) -> int:
     """How many samples like the given ones an expert writes where `found` are there and so many `samples` wanted."""
-    if not isinstance(expert, PreTrainedModel) or not expert.can_generate():
+    if not writes(expert):
         return 0
     tokens = {expert.main_input_name, *([ANSWERS] if expert.config.is_encoder_decoder else [])}
     if not tokens <= set(given) <= {*tokens, MASK}:
@@ -116,7 +121,7 @@ def _written(expert: PreTrainedModel, given: Inputs, count: int, seed: int) -> I
         return found
     chosen = torch.randint(size_of(given), (count,), generator=draw)
     found = {name: tensor[chosen] for name, tensor in given.items()}
-    real = found[MASK].bool() if MASK in found else torch.ones_like(found[main], dtype=torch.bool)
+    real = _real(found, main)
     lengths = real.sum(1)
     beginning = max(1, min(BEGINNING, int(lengths.min()) - 1))
     first = found[main].gather(1, _places(real)[:, :beginning])
@@ -125,6 +130,11 @@ def _written(expert: PreTrainedModel, given: Inputs, count: int, seed: int) -> I
     own = torch.arange(written.shape[1]) < lengths[:, None]
     found[main] = found[main].masked_scatter(real, written[own].to(found[main]))  # row by row, both
     return found
+
+
+def _real(inputs: Inputs, main: str) -> Tensor:
+    """Which tokens fill nothing up, `[samples, length]`."""
+    return inputs[MASK].bool() if MASK in inputs else torch.ones_like(inputs[main], dtype=torch.bool)
 
 
 def _places(real: Tensor) -> Tensor:
@@ -136,7 +146,7 @@ def _spliced(given: Inputs, main: str, count: int, draw: torch.Generator) -> Inp
     """Samples that begin like one and, from a random share of its length on, go on like another."""
     first, second = (torch.randint(size_of(given), (count,), generator=draw) for _ in range(2))
     tokens = given[main]
-    real = given[MASK].bool() if MASK in given else torch.ones_like(tokens, dtype=torch.bool)
+    real = _real(given, main)
     share = torch.rand(count, generator=draw)
     begin, skipped = ((share * real[of].sum(1)).long()[:, None] for of in (first, second))
     at = torch.arange(tokens.shape[1]).expand(count, -1)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from hf_zipit.adapters.signature import GRID
+from hf_zipit.adapters.signature import grids
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
@@ -73,7 +73,7 @@ def _shape(x: Any) -> Hashable:
 
 
 def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None) -> ForwardPass:
-    if grid := next((name for name in inputs if name.endswith(GRID)), None):
+    if grid := next(iter(grids(inputs)), None):
         raise SpecError(f"{type(model).__name__} is told by {grid} where its images are cut; merge it with refit=None")
     exported = export(model, inputs, fields)
     signature = exported.graph_signature

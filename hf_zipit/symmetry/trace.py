@@ -24,7 +24,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from hf_zipit.adapters.signature import GRID, packed
+from hf_zipit.adapters.signature import grids, packed
 from hf_zipit.errors import SpecError
 from hf_zipit.steady import forget
 from hf_zipit.symmetry.folding import find_folds
@@ -84,13 +84,11 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[str]
     try:
         with torch.no_grad(), quietly(), experts_looked_up(model), without_stack_traces(), PlacesAsColumns():
             wanted = _Fields(model, fields).eval()
-            cut = any(name.endswith(GRID) for name in inputs)
             try:
-                program = (
-                    _with_grids(wanted, inputs)
-                    if cut
-                    else torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
-                )
+                if grids(inputs):
+                    program = _with_grids(wanted, inputs)
+                else:
+                    program = torch.export.export(wanted, (), kwargs=dict(inputs), strict=False)
             except Exception as error:  # it says so in many ways
                 if "data-dependent" not in str(error):
                     raise
@@ -138,10 +136,10 @@ class KnownNumbers(TorchFunctionMode):
 
 def _with_grids(wanted: _Fields, inputs: Mapping[str, Tensor]) -> Any:
     """The exported program of a model for images that are cut by these very grids, which are no inputs of it."""
-    grids = {name: x for name, x in inputs.items() if name.endswith(GRID)}
-    others = {name: x for name, x in inputs.items() if name not in grids}
+    known = grids(inputs)
+    others = {name: x for name, x in inputs.items() if name not in known}
     with KnownNumbers():
-        return torch.export.export(_Fields(wanted.model, wanted.fields, grids).eval(), (), kwargs=others, strict=False)
+        return torch.export.export(_Fields(wanted.model, wanted.fields, known).eval(), (), kwargs=others, strict=False)
 
 
 def _along_the_inputs(wanted: _Fields, inputs: Mapping[str, Tensor], error: Exception) -> Any:
@@ -249,7 +247,7 @@ def _exported(model: nn.Module, inputs: Mapping[str, Tensor], fields: Sequence[s
         note_integers(program)
         return Exported(program.graph, program.graph_module, program.graph_signature, program.call_spec)
 
-    values = [(n, x.tolist() if n.endswith(GRID) else x) for n, x in inputs.items()]  # grids are a part of the graph
+    values = [(n, x.tolist() if n in grids(inputs) else x) for n, x in inputs.items()]  # grids are a part of the graph
     shapes = [(n, (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else repr(x)) for n, x in values]
     return EXPORTED.get(trace_key(model, tuple(sorted(shapes)), tuple(fields or ()), fields is None), make)
 

@@ -4,30 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_zipit import Calibration, merge, write_samples
 from hf_zipit.data.written import TOKENS, with_written
 from hf_zipit.errors import DataError
 from hf_zipit.refit import RefitReport
+from tests import tiny
 
 GIVEN, WANTED, LENGTH = 6, 20, 10
 
 
-def llama(scale: float = 1.0) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=32,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
+def llama(scale: float = 1.0) -> PreTrainedModel:
+    model = tiny.build("llama", max_position_embeddings=32)
     with torch.no_grad():
         model.lm_head.weight.mul_(scale)
     return model
@@ -113,10 +102,7 @@ def test_the_seed_decides_and_the_random_state_stays():
 
 
 def test_who_does_not_write_reads_what_was_given():
-    torch.manual_seed(0)
-    model = BertForMaskedLM(
-        BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
-    )
+    model = tiny.build("bert-masked")
     data = Calibration({"a": samples("right"), "b": samples("right")}).read({"a": model, "b": model})
     assert with_written(data, {"a": model, "b": model}, WANTED, seed=0) is data
     llamas = {"a": llama(), "b": llama()}
