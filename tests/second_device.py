@@ -21,6 +21,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from hf_zipit.factorise import one_thread
+
 SECOND, FIRST = torch.device("cuda:0"), torch.device("cpu")
 
 MOVES = {"to", "cpu", "cuda", "type_as"}
@@ -160,6 +162,7 @@ def accelerator_on_second() -> Accelerator:
 
 @contextmanager
 def second_device() -> Iterator[torch.device]:
-    """Inside, `torch.device("cuda")` is a device whose tensors may not meet the CPU's."""
-    with SecondDevice():
+    """Inside, `torch.device("cuda")` is a device whose tensors may not meet the CPU's; in one thread, for others do not
+    see it."""
+    with one_thread(), SecondDevice():
         yield SECOND

@@ -25,8 +25,11 @@ LARGE = 1024
 BIDS = (6e-3, 1.2e-3, 2.5e-4, 6e-5)
 """with raises of these shares of the similarities' range,"""
 
-ROUNDS = 400
-"""and at most so many rounds each."""
+ROUNDS = 1000
+"""at most so many rounds each,"""
+
+LEFT = 256
+"""that end when no more than one of so many rows is left without a column."""
 
 SAME_INDEX_BONUS = 1e-9
 """Far below any measured difference of correlations: it decides ties."""
@@ -34,13 +37,15 @@ SAME_INDEX_BONUS = 1e-9
 
 def match_to_reference(similarity: Tensor) -> SpaceMap:
     """Match the units of T experts one-to-one from their similarities `[T, n, T, n]`."""
-    values = similarity.detach().cpu().numpy()
-    experts, units = values.shape[:2]
-    pairs = {(a, b): assign(values[a, :, b]) for a, b in combinations(range(experts), 2)}
+    experts, units = similarity.shape[:2]
+    if units < LARGE:
+        similarity = similarity.cpu()
+    pairs = {(a, b): assign(similarity[a, :, b]) for a, b in combinations(range(experts), 2)}
 
     total = np.zeros(experts)
     for (a, b), partner in pairs.items():
-        total[[a, b]] += values[a, np.arange(units), b, partner].sum()
+        columns = torch.from_numpy(partner).to(similarity.device)
+        total[[a, b]] += float(similarity[a, :, b].gather(1, columns[:, None]).sum())
     reference = int(total.argmax())
 
     labels = np.tile(np.arange(units), (experts, 1))
@@ -53,48 +58,53 @@ def match_to_reference(similarity: Tensor) -> SpaceMap:
     return SpaceMap(units, torch.from_numpy(labels))
 
 
-def assign(similarity: NDArray[np.float64]) -> NDArray[np.int64]:
+def assign(similarity: Tensor) -> NDArray[np.int64]:
     """The column matched to each row of a square similarity, so that the sum over the pairs is largest; from the
-    transposed similarity the inverse of it."""
-    values = similarity + preference(len(similarity))
+    transposed similarity the inverse of it.
+
+    An auction runs where the similarity is, the exact search on the CPU.
+    """
+    values = similarity.double() + preference(len(similarity), similarity.device)
     if len(values) >= LARGE:
         values -= prices(values)
-        values -= values.max(1, keepdims=True)
-    return linear_sum_assignment(values, maximize=True)[1]
+        values -= values.amax(1, keepdim=True)
+    return linear_sum_assignment(values.cpu().numpy(), maximize=True)[1]
 
 
-def prices(similarity: NDArray[np.float64]) -> NDArray[np.float64]:
+def prices(similarity: Tensor) -> Tensor:
     """A price for every column at which nearly all rows want columns of their own: those of an auction (Bertsekas,
     1988), with ever smaller bids.
 
     Taken from the columns they change no best assignment, but the exact search then finds most pairs at once.
     """
-    count = len(similarity)
-    spread, found = float(np.ptp(similarity)), np.zeros(count)
+    count = nobody = len(similarity)  # the place behind the last takes what goes nowhere
+    spread, found = similarity.max() - similarity.min(), similarity.new_zeros(count + 1)
     for share in BIDS:
-        owner, owned = np.full(count, -1), np.full(count, -1)
+        owner, owned = (torch.full((count + 1,), nobody, device=similarity.device) for _ in range(2))
         for _ in range(ROUNDS):
-            free = np.flatnonzero(owned < 0)
-            if len(free) <= count // 64:
+            free = (owned[:-1] == nobody).nonzero().squeeze(1)
+            if len(free) <= count // LEFT:
                 break
-            worth = similarity[free] - found
-            rows = np.arange(len(free))
-            best = worth.argmax(1)
-            first = worth[rows, best]
-            worth[rows, best] = -np.inf
-            bid = found[best] + first - worth.max(1) + share * spread
-            highest = np.full(count, -1)
-            order = np.argsort(bid, kind="stable")
-            highest[best[order]] = order  # later ones overwrite earlier ones
-            columns = np.flatnonzero(highest >= 0)
-            winners = highest[columns]
-            owned[owner[columns][owner[columns] >= 0]] = -1
-            owner[columns], owned[free[winners]] = free[winners], columns
-            found[columns] = bid[winners]
-    return found
+            worth = similarity[free] - found[:-1]
+            first, best = worth.max(1)
+            second = worth.scatter_(1, best[:, None], -torch.inf).amax(1)
+            bid = found[best] + first - second + share * spread
+            number = torch.arange(len(free), device=free.device)
+            highest = torch.full_like(found, -torch.inf).scatter_reduce_(0, best, bid, "amax")
+            winner = torch.full_like(owner, -1)
+            winner.scatter_reduce_(0, best, torch.where(bid == highest[best], number, -1), "amax")
+            won = winner[best] == number
+            owned[torch.where(won, owner[best], nobody)] = nobody
+            owned[torch.where(won, free, nobody)] = best
+            column = torch.where(won, best, nobody)
+            owner[column], found[column] = free, bid
+            owned[nobody], owner[nobody] = nobody, nobody
+    return found[:-1]
 
 
-def preference(size: int) -> NDArray[np.float64]:
-    """What decides ties: symmetric, largest for the same index, and different for all other pairs."""
-    noise = np.random.default_rng(0).random((size, size))
-    return SAME_INDEX_BONUS * (np.eye(size) + (noise + noise.T) / 8)
+def preference(size: int, device: torch.device | str = "cpu") -> Tensor:
+    """What decides ties: symmetric, largest for the same index, and different for all other pairs; the same on every
+    device."""
+    drawn = torch.from_numpy(np.random.default_rng(0).random(size)).to(device)
+    noise = (drawn[:, None] * drawn).mul_(2**20).frac_()  # of sums the total would be the same for all assignments
+    return noise.div_(4).fill_diagonal_(1).mul_(SAME_INDEX_BONUS)

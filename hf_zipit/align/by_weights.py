@@ -99,7 +99,7 @@ def told_apart(
     unclear = {
         key: found
         for key, r in correlations.items()
-        if set(key) & set(family) and bool((found := ambiguous_units(r, network.experts)).any())
+        if set(key) & set(family) and bool((found := ambiguous_units(r, network.experts).cpu()).any())
     }
     products, squares = dict.fromkeys(unclear, 0), dict.fromkeys(unclear, 0)
     for key, rows in product_rows(network, maps, family) if unclear else ():

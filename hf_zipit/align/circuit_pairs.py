@@ -206,10 +206,10 @@ class Sides:
         if copies > 1:
             for i in range(heads):
                 for j in range(heads):
-                    block = inner[i, :, j].numpy()
+                    block = inner[i, :, j]
                     order[i, j] = torch.from_numpy(assign(block))
                     scores[i, j] += float(block[range(copies), order[i, j]].sum())
-        partner = torch.from_numpy(assign(scores.numpy())) if self.paired else torch.arange(heads)
+        partner = torch.from_numpy(assign(scores)) if self.paired else torch.arange(heads)
         rows = torch.arange(heads)
         return Pairing(partner, order[rows, partner], float(scores[rows, partner].sum()))
 

@@ -39,12 +39,12 @@ def block_scores(similarity: Tensor, units: int) -> Tensor:
     The sum over the best pairs of two blocks' units; zero inside an expert.
     """
     experts, size = similarity.shape[0], similarity.shape[1] // units
-    values = similarity.reshape(experts, size, units, experts, size, units).detach().cpu().numpy()
-    scores = np.zeros((experts, size, experts, size))
+    values = similarity.reshape(experts, size, units, experts, size, units).detach().cpu()
+    scores = torch.zeros(experts, size, experts, size, dtype=torch.float64)
     inside = np.arange(units)
     for a, b in combinations(range(experts), 2):
         for i in range(size):
             for j in range(size):
                 block = values[a, i, :, b, j]
                 scores[a, i, b, j] = scores[b, j, a, i] = block[inside, assign(block)].sum()
-    return torch.from_numpy(scores)
+    return scores

@@ -10,6 +10,7 @@ from hf_zipit.maps.space_map import Alignment
 from hf_zipit.observation.moments import Moments
 from hf_zipit.observation.record import probe_name
 from hf_zipit.planning.plan import Plan
+from hf_zipit.registry import METHODS
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec, ProductKey, Symmetry
 
@@ -26,14 +27,13 @@ def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
         index = torch.tensor([position[task] for task in planned.tasks])
         return {name: found.of_experts(index) for name, found in align_trunk(matched, moments).items()}
     config = planned.config
-    correlations = {} if moments is None else {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118
     weights = [
         {name: tensor for name, tensor in model_tensors(model).items() if name in planned.cut.trunk}
         for model in planned.folded.values()
     ]
     return align(
         planned.spec,
-        correlations,
+        {} if moments is None else correlations_of(moments, METHODS.get(config.method).scope == "space"),
         len(planned.folded),
         config.method,
         options=config.options,
@@ -46,6 +46,13 @@ def align_trunk(planned: Plan, moments: Moments | None = None) -> Alignment:
     )
 
 
+def correlations_of(moments: Moments, by_space: bool = False) -> dict[ProductKey, Tensor]:
+    """The correlations of all products, on the CPU; those of single spaces, which are large, where the moments are if
+    they are all that a matcher is given of a space."""
+    found = ((key, moments.correlation(key)) for key in moments.keys())  # noqa: SIM118
+    return {key: values if by_space and len(key) == 1 else values.cpu() for key, values in found}
+
+
 def covariances_of(moments: Moments, spec: MergeSpec) -> dict[ProductKey, Tensor]:
     """The covariances of the products with spaces that allow more than permutations, where their units are held.
 
@@ -56,5 +63,5 @@ def covariances_of(moments: Moments, spec: MergeSpec) -> dict[ProductKey, Tensor
     for key, probes in spec.products().items():
         held = [probe for probe in probes if not mixed & set(probe.reads)]
         if mixed & set(key) and held:
-            found[key] = sum(moments.covariance(key, probe_name(probe)) for probe in held) / len(held)
+            found[key] = sum(moments.covariance(key, probe_name(probe)).cpu() for probe in held) / len(held)
     return found

@@ -157,7 +157,7 @@ def _repair_from_moments(
             continue
         observed = True
         name = probe_name(probe)
-        mean, covariance = moments.mean(probe.key, name), moments.covariance(probe.key, name)
+        mean, covariance = (found(probe.key, name).cpu() for found in (moments.mean, moments.covariance))
         size = len(mean) // len(planned.tasks)
         own = []
         for t, expert in enumerate(planned.folded.values()):

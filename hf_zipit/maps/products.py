@@ -114,13 +114,13 @@ def change_basis(tensor: Tensor, axis: int, label: AxisLabel, maps: Alignment, s
     for place, factor in enumerate(label, first):
         found = maps.get(factor.space)
         if isinstance(found, LinearMap):
-            if found.unchanged(expert):
+            matrix = found.acting_on(tensor, expert, factor.dual)
+            if matrix is None:
                 continue
             outer = [first + key.index(name) for name in rows_of(factor.space, spec, found)]
             order = [*outer, *(i for i in range(x.dim()) if i not in (*outer, place)), place]
-            matrix = found.inverses[expert].mT if factor.dual else found.matrices[expert]
             y = x.permute(order)
-            mixed = y.reshape(*y.shape[: len(outer)], -1, y.shape[-1]) @ matrix.to(x).mT
+            mixed = y.reshape(*y.shape[: len(outer)], -1, y.shape[-1]) @ matrix.mT
             x = mixed.reshape(y.shape).permute([order.index(i) for i in range(x.dim())])
     return x.flatten(first).movedim(-1, axis)
 

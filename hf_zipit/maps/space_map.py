@@ -13,7 +13,7 @@ space, so its labels or matrices have one more leading axis.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ class LinearMap:
 
     matrices: Tensor
     inverses: Tensor
+    _moved: dict[tuple[int, bool, torch.device, torch.dtype], Tensor | None] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @classmethod
     def of(cls, matrices: Tensor) -> LinearMap:
@@ -99,6 +102,17 @@ class LinearMap:
         """Whether one expert's units stay as they are."""
         own = self.matrices[expert]
         return torch.equal(own, torch.eye(own.shape[-1]).to(own).expand_as(own))
+
+    def acting_on(self, tensor: Tensor, expert: int, dual: bool) -> Tensor | None:
+        """What an expert's units are multiplied by, g_t or g_t^-T, as the tensor is; None where they stay as they are.
+
+        It is remembered: a refit asks for the same ones a thousand times.
+        """
+        key = (expert, dual, tensor.device, tensor.dtype)
+        if key not in self._moved:
+            matrix = self.inverses[expert].mT if dual else self.matrices[expert]
+            self._moved[key] = None if self.unchanged(expert) else matrix.to(tensor)
+        return self._moved[key]
 
     @property
     def is_identity(self) -> bool:

@@ -108,6 +108,8 @@ def unmerge_matrix(alignment: Alignment, label: AxisLabel, expert: int, spec: Me
 
 def _along(tensor: Tensor, axis: int, label: AxisLabel, alignment: Alignment, spec: MergeSpec, expert: int) -> Tensor:
     key = product_key(label)
+    if not any(isinstance(alignment.get(name), SpaceMap) for name in key):  # no units come together
+        return change_basis(tensor, axis, label, alignment, spec, expert)
     index = merged_index(key, alignment, spec, expert).to(tensor.device)
     weight = _vector_weight(label, alignment, spec, expert)
     if weight is not None:

@@ -147,7 +147,7 @@ def gather_moments(
         "row_fraction": used,
         "version": versions().get("hf-zipit", "unknown"),
     }
-    return moments.to("cpu")
+    return moments
 
 
 def _products(spec: MergeSpec, keys: Iterable[ProductKey] | None) -> dict[ProductKey, tuple[Probe, ...]]:

@@ -78,6 +78,8 @@ class Recorder:
         self._mask: Tensor | None = None
         self._choose: Choose = keep_all
         self._rows: dict[str, list[Tensor]] = {}
+        self._sums: list[Tensor] = []
+        self._every_value = False
 
     @contextmanager
     def attached(self, models: Mapping[str, nn.Module]) -> Iterator[Recorder]:
@@ -113,13 +115,17 @@ class Recorder:
             ExpertError: if a feature is NaN or infinite.
             SpecError: if a probe's axis is not there or has another size.
         """
-        self._expert, self._choose, self._mask, self._rows = task, choose, mask, {}
+        self._expert, self._choose, self._mask = task, choose, mask
         try:
-            with same_draws():
-                model(**inputs)
+            for self._every_value in (False, True):
+                self._rows, self._sums = {}, []
+                with same_draws():
+                    model(**inputs)
+                if self._every_value or _finite(self._sums):
+                    break
             return {name: torch.cat(calls) for name, calls in self._rows.items()}
         finally:
-            self._rows, self._mask, self._choose = {}, None, keep_all
+            self._rows, self._sums, self._mask, self._choose = {}, [], None, keep_all
 
     def _hook(self, module: nn.Module, probe: Probe) -> torch.utils.hooks.RemovableHandle:
         if probe.where == "input":
@@ -144,8 +150,10 @@ class Recorder:
             )
         rows = unpadded(tensor, probe.axis, self._mask)
         rows = rows.reshape(-1, on_axis // width, width)[..., start:stop].reshape(-1, units)
-        # A finite sum costs a fraction of looking at every value, and proves as much.
-        if not rows.sum(dtype=torch.float32).isfinite() and not rows.isfinite().all():
+        if not self._every_value:
+            # A finite sum costs a fraction of looking at every value, and proves as much.
+            self._sums.append(rows.sum(dtype=torch.float32))
+        elif not rows.isfinite().all():
             raise ExpertError(
                 f"The expert {self._expert!r} computes NaN or infinite values at the {probe.where} of "
                 f"{probe.module or 'the model'}: check its weights, its dtype and the calibration inputs."
@@ -156,6 +164,11 @@ class Recorder:
             rows = rows[kept.to(rows.device)]
         # A copy in any case: modules that come later may change the tensor in place.
         calls.append(rows.to(torch.float32, copy=True))
+
+
+def _finite(sums: Sequence[Tensor]) -> bool:
+    """Whether all are finite; asked of an accelerator once."""
+    return not sums or bool(torch.stack([x.to(sums[0].device) for x in sums]).isfinite().all())
 
 
 def _module(model: nn.Module, probe: Probe, task: str) -> nn.Module:

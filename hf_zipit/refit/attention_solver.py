@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
+from hf_zipit.factorise import side_by_side
 from hf_zipit.maps.products import factor_indices, merged_sizes
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.modeling.head_dims import HeadCut, pair_units
@@ -268,22 +269,26 @@ class AttentionSolver:
         return torch.cat([slope, shift[:, None]], 1) if self.forward.has_shift(own) else slope
 
     def _paired_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
-        rotary, found = self.attention.logits == "rotary", []
-        for group in range(len(heads.keys)):
+        def factors(group: int) -> LogitFactors:
             parts = self._factors(heads, group)
-            found.append(rotary_factors(*parts, *metrics) if rotary else logit_factors(*parts, *metrics, heads.width))
-        return MergedLogits(found)
+            if self.attention.logits == "rotary":
+                return rotary_factors(*parts, *metrics)
+            return logit_factors(*parts, *metrics, heads.width)
+
+        return MergedLogits(side_by_side(factors, range(len(heads.keys))))
 
     def _split_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
         """Every head's best factors; of rotary pairs those that say most, the same ones for the whole layer."""
         parts = [self._factors(heads, group) for group in range(len(heads.keys))]
         if self.attention.logits == "plain":
-            found = []
-            for (asking,), (asked,) in parts:
+
+            def factors(part: tuple[list[Tensor], list[Tensor]]) -> LogitFactors:
+                (asking,), (asked,) = part
                 own = logit_factors([asking], [asked], *metrics, heads.width)
                 query, key = nearest_basis(own.query, own.key, (asking[:, : heads.width], asked[: heads.width]))
-                found.append(replace(own, query=query, key=key))
-            return MergedLogits(found)
+                return replace(own, query=query, key=key)
+
+            return MergedLogits(side_by_side(factors, parts))
         energies = torch.stack([pair_energies(asking, asked, *metrics) for (asking,), (asked,) in parts])
         shares = energies / energies.sum(1, keepdim=True).clamp_min(1e-30)
         pairs = shares.sum(0).topk(heads.width // 2).indices.sort().values.tolist()
@@ -345,15 +350,16 @@ class AttentionSolver:
         moments = self._moments_of_means(heads, slopes, shifts, before)
         slope, _ = ridge(moments, before, penalty, output.bias is not None)
         covariance = moments.xx / moments.n - torch.outer(moments.x, moments.x) / moments.n.square()
-        outs, mixes = [], []
-        for group, start in enumerate(starts):
+
+        def factors(group: int) -> tuple[Tensor, Tensor]:
             own = [slice(head * width, (head + 1) * width) for head in range(group * shared, (group + 1) * shared)]
             spread = torch.stack([covariance[head, head] for head in own]).mean(0)
             solution = torch.cat([slope[:, head] for head in own])
             out, mix = value_factors(solution, Metric.of(spread, penalty), heads.width)
-            out, mix = nearest_basis(out.mT, mix, (start.out.flatten(0, 1).mT, start.mix))
-            outs += out.mT.chunk(shared)
-            mixes.append(mix)
+            return nearest_basis(out.mT, mix, (starts[group].out.flatten(0, 1).mT, starts[group].mix))
+
+        found = side_by_side(factors, range(len(starts)))
+        outs, mixes = [part for out, _ in found for part in out.mT.chunk(shared)], [mix for _, mix in found]
         weights, biases = (
             torch.cat([mix @ part[group] for group, mix in enumerate(mixes)]) for part in (slopes, shifts[..., None])
         )
@@ -361,8 +367,8 @@ class AttentionSolver:
         self.fit.write(value.site, padded(weights, values), padded(biases, values)[:, 0], value.rows)
         first = torch.cat(outs, 1)
         every = [mix for mix in mixes for _ in range(shared)]
-        found, shift = ridge(moments.mixed(torch.block_diag(*every), first), first, penalty, output.bias is not None)
-        self.fit.write(output, padded(found.mT, heads.count * heads.width).mT, shift)
+        solved, shift = ridge(moments.mixed(torch.block_diag(*every), first), first, penalty, output.bias is not None)
+        self.fit.write(output, padded(solved.mT, heads.count * heads.width).mT, shift)
         self._put_means(every)
 
     def _values(self, heads: MergedHeads) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,7 @@ class Targets:
         self.values, self.spec, self.alignment, self.config = values, spec, alignment, config
         self._scales: dict[tuple[AxisLabel, int | None], Tensor | None] = {}
         self._rows: dict[tuple[RefitSite, str, int], Picked | None] = {}
-        self._orders: dict[tuple[AxisLabel, int], Tensor | None] = {}
+        self._orders: dict[tuple[AxisLabel, int], slice | Tensor | None] = {}
 
     def label(self, site: RefitSite) -> AxisLabel:
         """The units of what a site puts out, of the residual stream where it writes into one."""
@@ -122,17 +122,20 @@ class Targets:
         order = self._orders[label, expert]
         if order is None:
             return features_to_merged(y, axis, label, self.alignment, self.spec, expert)
-        return y if torch.equal(order, torch.arange(len(order))) else y.index_select(axis, order.to(y.device))
+        return y if isinstance(order, slice) else y.index_select(axis, order)
 
-    def _order(self, label: AxisLabel, expert: int, units: int) -> Tensor | None:
-        """Which of an expert's units each merged unit is; None where merged units are made of several or none."""
+    def _order(self, label: AxisLabel, expert: int, units: int) -> slice | Tensor | None:
+        """Which of an expert's units each merged unit is, a slice where all stay in their places; None where merged
+        units are made of several or none."""
         if not only_groups(self.alignment, product_key(label)):
             return None
         ones = shares_held(label, self.alignment, self.spec, expert)
         numbers = features_to_merged(torch.arange(units).double(), 0, label, self.alignment, self.spec, expert)
         alone = len(ones) == units and bool((ones == 1).all())
-        found = numbers.round().long()
-        return found if alone and torch.equal(found.sort().values, torch.arange(units)) else None
+        found, places = numbers.round().long(), torch.arange(units)
+        if not alone or not torch.equal(found.sort().values, places):
+            return None
+        return slice(None) if torch.equal(found, places) else found.to(self.values.device)
 
     def _scale(self, label: AxisLabel, task: int | None) -> Tensor | None:
         """For every merged unit the sum of its experts' equal shares over that of their real shares; None for ones."""

@@ -195,7 +195,8 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
         gain[chosen] = -1.0
         units = gain.topk(min(at_once, count - done)).indices
         rows = torch.addmm(gram[units], factor[:done, units].mT, factor[:done], alpha=-1)
-        inner = independent_factor(rows[:, units].cpu(), whole[units].cpu()).to(gram)
+        inner = independent_factor(*torch.cat([rows[:, units], whole[units, None]], 1).cpu().split([len(units), 1], 1))
+        inner = inner.to(gram)
         rows = inner.mT @ rows
         factor[done : done + len(units)] = rows
         rest.addmm_(rows.mT, inner.mT @ rest[units], alpha=-1)
@@ -207,8 +208,11 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
 def independent_factor(inner: Tensor, whole: Tensor) -> Tensor:
     """R `[n, n]`, upper triangular, with R^T G R = 1 for a Gram matrix G `[n, n]`; zeros for units that repeat others.
 
-    `whole` are the units' squares before anything was taken from them.
+    `whole` `[n, 1]` are the units' squares before anything was taken from them.
     """
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    if not failed and bool((factor.diagonal().square() > NOTHING * whole[:, 0]).all()):
+        return torch.linalg.solve_triangular(factor, torch.eye(len(inner), dtype=inner.dtype), upper=False).mT
     count = len(inner)
     left, root = inner.clone(), torch.eye(count, dtype=inner.dtype)
     for i in range(count):

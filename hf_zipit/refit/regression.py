@@ -15,10 +15,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hf_zipit.data.processes import solving_device
 from hf_zipit.factorise import solve_positive
 
-TRIANGLE = 128
-"""This many rows of a Gram matrix are made at once, each from its own column on: what is below follows by symmetry."""
+TRIANGLE, WIDE_TRIANGLE = 128, 1024
+"""This many rows of a Gram matrix are made at once, on the CPU and elsewhere, each from its own column on: what is
+below follows by symmetry."""
 
 PROBED = 64
 """This many rows of a block tell where its middle is, and whether a first solution helps,"""
@@ -64,15 +66,16 @@ GOLDEN = 0.6180339887498949
 
 def some_rows(rows: Tensor) -> Tensor:
     """The numbers of the rows that are probed, at most `PROBED`."""
-    numbers = torch.arange(min(PROBED, len(rows)), dtype=torch.float64) * GOLDEN % 1 * len(rows)
-    return numbers.long().to(rows.device)
+    numbers = torch.arange(min(PROBED, len(rows)), dtype=torch.float64, device=solving_device(rows.device))
+    return (numbers * GOLDEN % 1 * len(rows)).long().to(rows.device)
 
 
 def add_upper(sums: Tensor, x: Tensor) -> None:
     """Add X^T X of rows `[rows, d]` to sums `[d, d]`, of which only the upper triangle is made."""
-    for first in range(0, x.shape[1], TRIANGLE):
-        part = x[:, first : first + TRIANGLE].T @ x[:, first:]
-        sums[first : first + TRIANGLE, first:] += part.to(sums.device)
+    rows = TRIANGLE if x.device.type == "cpu" else WIDE_TRIANGLE
+    for first in range(0, x.shape[1], rows):
+        part = x[:, first : first + rows].T @ x[:, first:]
+        sums[first : first + rows, first:] += part.to(sums.device)
 
 
 def mirrored(upper: Tensor) -> Tensor:

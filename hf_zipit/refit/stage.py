@@ -167,7 +167,7 @@ def _stream_bases(
             streams,
             program,
             sites,
-            [OnDevice(own, calibration.device) for own in experts],
+            [OnDevice(own, calibration.device, len(experts)) for own in experts],
             Rows(own, positions, per_input=0, all_batches=len(some), seed=0, device=calibration.device),
             spec=spec,
             cut=cut,

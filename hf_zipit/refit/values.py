@@ -95,7 +95,10 @@ def _bytes(value: Any) -> int:
 
 
 RECENT = 16
-"""This many of a model's tensors stay on the device after they were used: a layer's are used again soon."""
+"""This many of a model's tensors stay on the device after they were used, for a layer's are used again soon,"""
+
+SHARE = 0.25
+"""and more while those of all models together take no more than this share of what is free there."""
 
 
 class OnDevice(MutableMapping[str, Tensor]):
@@ -104,9 +107,11 @@ class OnDevice(MutableMapping[str, Tensor]):
     What is written goes to the tensors themselves, where they are.
     """
 
-    def __init__(self, tensors: MutableMapping[str, Tensor], device: torch.device) -> None:
+    def __init__(self, tensors: MutableMapping[str, Tensor], device: torch.device, models: int = 1) -> None:
+        """`models`: how many share the device."""
         self._tensors, self._device = tensors, device
         self._recent: dict[str, Tensor] = {}
+        self._room = 0.0 if device.type == "cpu" else SHARE * free_memory(device) / models
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._recent:
@@ -122,11 +127,15 @@ class OnDevice(MutableMapping[str, Tensor]):
             self._remember(name, tensor)
 
     def _remember(self, name: str, tensor: Tensor) -> Tensor:
-        self._recent.pop(name, None)
+        self._forget(name)
         self._recent[name] = tensor
-        if len(self._recent) > RECENT:
-            del self._recent[next(iter(self._recent))]
+        self._room -= _bytes(tensor)
+        while len(self._recent) > RECENT and self._room < 0:
+            self._forget(next(iter(self._recent)))
         return tensor
+
+    def _forget(self, name: str) -> None:
+        self._room += _bytes(self._recent.pop(name, None))
 
     def __delitem__(self, name: str) -> None:
         del self._tensors[name]
@@ -162,7 +171,8 @@ class Values:
         self.program, self.batches, self.device = program, batches, device
         self.inputs = [{name: tensor.to(device) for name, tensor in batch.inputs.items()} for batch in batches]
         self.solved = {**experts[0], **merged}
-        self.tensors = [OnDevice(own, device) for own in (*map(dict, experts), self.solved)]
+        models = (*map(dict, experts), self.solved)
+        self.tensors = [OnDevice(own, device, len(models)) for own in models]
         self.store = Store(budget, device)
 
     @property
