@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -33,12 +34,19 @@ def one_thread() -> Iterator[None]:
 Item, Found = TypeVar("Item"), TypeVar("Found")
 
 
-def side_by_side(function: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
-    """What a function gives for every item, as many at a time as torch has threads, each of them in one thread."""
-    workers = torch.get_num_threads()
+def side_by_side(function: Callable[[Item], Found], items: Iterable[Item], most: int | None = None) -> list[Found]:
+    """What a function gives for every item, as many at a time as torch has threads, each of them in one thread.
+
+    `most`: no more than so many at a time, if there is not memory for any number.
+    """
+    workers = min(torch.get_num_threads(), most or torch.get_num_threads())
     if workers == 1:
-        return list(map(function, items))
-    with one_thread(), ThreadPoolExecutor(workers) as pool:
+        with one_thread():
+            return list(map(function, items))
+    # A thread does not know of itself which accelerator is in use.
+    at = torch.accelerator.current_device_index() if torch.accelerator.is_available() else None
+    enter = partial(torch.accelerator.set_device_index, at) if at is not None else None
+    with one_thread(), ThreadPoolExecutor(workers, initializer=enter) as pool:
         return list(pool.map(torch.no_grad()(function), items))
 
 
@@ -75,7 +83,8 @@ def square_root(x: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     with one_thread():
         factor, failed = torch.linalg.cholesky_ex(x)
         if not failed:
-            return factor, torch.linalg.solve_triangular(factor, torch.eye(len(x)).to(x), upper=False)
+            eye = torch.eye(len(x), out=torch.empty_like(x))
+            return factor, torch.linalg.solve_triangular(factor, eye, upper=False)
     values, vectors = eigh(x)
     root = values.clamp_min(least).sqrt()
     return vectors * root, (vectors / root).mT

@@ -9,6 +9,7 @@ feels: first for the same index, then for one pairing of the indices that is the
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import combinations
 
 import numpy as np
@@ -30,6 +31,9 @@ ROUNDS = 1000
 
 LEFT = 256
 """that end when no more than one of so many rows is left without a column."""
+
+TOGETHER = 2**32
+"""Assignments that run side by side take about so many bytes together at most."""
 
 SAME_INDEX_BONUS = 1e-9
 """Far below any measured difference of correlations: it decides ties."""
@@ -64,7 +68,8 @@ def assign(similarity: Tensor) -> NDArray[np.int64]:
 
     An auction runs where the similarity is, the exact search on the CPU.
     """
-    values = similarity.double() + preference(len(similarity), similarity.device)
+    prefer = preference if len(similarity) >= LARGE else _remembered
+    values = similarity.double() + prefer(len(similarity), similarity.device)
     if len(values) >= LARGE:
         values -= prices(values)
         values -= values.amax(1, keepdim=True)
@@ -79,7 +84,9 @@ def prices(similarity: Tensor) -> Tensor:
     """
     count = nobody = len(similarity)  # the place behind the last takes what goes nowhere
     spread, found = similarity.max() - similarity.min(), similarity.new_zeros(count + 1)
+    numbers = torch.arange(count, device=similarity.device)
     for share in BIDS:
+        raised = share * spread
         owner, owned = (torch.full((count + 1,), nobody, device=similarity.device) for _ in range(2))
         for _ in range(ROUNDS):
             free = (owned[:-1] == nobody).nonzero().squeeze(1)
@@ -88,8 +95,8 @@ def prices(similarity: Tensor) -> Tensor:
             worth = similarity[free] - found[:-1]
             first, best = worth.max(1)
             second = worth.scatter_(1, best[:, None], -torch.inf).amax(1)
-            bid = found[best] + first - second + share * spread
-            number = torch.arange(len(free), device=free.device)
+            bid = found[best] + first - second + raised
+            number = numbers[: len(free)]
             highest = torch.full_like(found, -torch.inf).scatter_reduce_(0, best, bid, "amax")
             winner = torch.full_like(owner, -1)
             winner.scatter_reduce_(0, best, torch.where(bid == highest[best], number, -1), "amax")
@@ -108,3 +115,6 @@ def preference(size: int, device: torch.device | str = "cpu") -> Tensor:
     drawn = torch.from_numpy(np.random.default_rng(0).random(size)).to(device)
     noise = (drawn[:, None] * drawn).mul_(2**20).frac_()  # of sums the total would be the same for all assignments
     return noise.div_(4).fill_diagonal_(1).mul_(SAME_INDEX_BONUS)
+
+
+_remembered = lru_cache(8)(preference)

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_zipit.align.assignment import match_to_reference
+from hf_zipit.align.assignment import TOGETHER, match_to_reference
 from hf_zipit.align.by_weights import completed, match_by_weights, told_apart
 from hf_zipit.align.heads import block_scores, holds_blocks
 from hf_zipit.align.method import Method, Network, merged_size
 from hf_zipit.errors import DataError
+from hf_zipit.factorise import side_by_side
 from hf_zipit.maps.products import merged_sizes, trace_out
 from hf_zipit.maps.space_map import LinearMap, Map, SpaceMap
 from hf_zipit.registry import METHODS, check_options
@@ -114,7 +115,13 @@ class Solver:
         return bool(changed)
 
     def _solve_seen(self, choices: Mapping[str, Choice]) -> None:
-        waiting = list(choices)
+        alone = [name for name, choice in choices.items() if self._stands_alone(name, choice)]
+        largest = max((self.spec.spaces[name].size for name in alone), default=1)
+        found = side_by_side(
+            lambda name: self._inner_map(name, choices[name]), alone, most=max(1, TOGETHER // (32 * largest**2))
+        )
+        self.maps |= dict(zip(alone, found, strict=True))
+        waiting = [name for name in choices if name not in alone]
         while waiting:
             ready = [name for name in waiting if not set(self.spec.spaces[name].within) & set(waiting)]
             # Changes of basis come last: units that were mixed cannot be brought together one by one.
@@ -123,6 +130,11 @@ class Solver:
             name = min(ready, key=lambda name: (mixing[name], unsolved[name], not self._blocks(name)))
             self.maps[name] = self._head_map(name) if self._blocks(name) else self._inner_map(name, choices[name])
             waiting.remove(name)
+
+    def _stands_alone(self, name: str, choice: Choice) -> bool:
+        """Whether a space's units were observed by themselves, and what they do decides without other spaces' maps."""
+        mixing = "covariances" in choice.method.needs
+        return not mixing and (name,) in self.correlations and not self._blocks(name)
 
     def _seen(self, name: str, choice: Choice) -> bool:
         keys = self._keys(name)

@@ -183,11 +183,20 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
 
     Args: as for `left_over`. Of inputs that say the same only the first to be chosen takes anything.
     """
+    if gram.device.type != "cpu":  # to look at every step's inputs takes longer than the step
+        chosen, independent = _best_units(gram, cross, count, look=False)
+        if bool(independent):
+            return chosen
+    return _best_units(gram, cross, count, look=True)[0]
+
+
+def _best_units(gram: Tensor, cross: Tensor, count: int, look: bool) -> tuple[Tensor, Tensor]:
+    """The units, and whether none of a step's repeats another; where some do they are right only with `look`."""
     at_once = -(-count // STEPS)
     spread, rest = gram.diagonal().clone(), cross.clone()
     whole = spread.clone()
     factor = gram.new_zeros(count, len(gram))  # a step reads all of it and of `rest`, and takes as long as that does
-    chosen = torch.empty(0, dtype=torch.long, device=gram.device)
+    chosen, independent = torch.empty(0, dtype=torch.long, device=gram.device), gram.new_ones((), dtype=torch.bool)
     while len(chosen) < count:
         done = len(chosen)
         gain = torch.linalg.vector_norm(rest, dim=1).square_() / spread.clamp_min(1e-30)
@@ -195,24 +204,35 @@ def best_units(gram: Tensor, cross: Tensor, count: int) -> Tensor:
         gain[chosen] = -1.0
         units = gain.topk(min(at_once, count - done)).indices
         rows = torch.addmm(gram[units], factor[:done, units].mT, factor[:done], alpha=-1)
-        inner = independent_factor(*torch.cat([rows[:, units], whole[units, None]], 1).cpu().split([len(units), 1], 1))
-        inner = inner.to(gram)
+        if look:
+            inner = independent_factor(rows[:, units].cpu(), whole[units].cpu()).to(gram)
+        else:
+            inner, alone = quick_factor(rows[:, units], whole[units])
+            independent &= alone
         rows = inner.mT @ rows
         factor[done : done + len(units)] = rows
         rest.addmm_(rows.mT, inner.mT @ rest[units], alpha=-1)
         spread = (spread - rows.square().sum(0)).clamp_min(0)
         chosen = torch.cat([chosen, units])
-    return chosen
+    return chosen, independent
+
+
+def quick_factor(inner: Tensor, whole: Tensor) -> tuple[Tensor, Tensor]:
+    """What `independent_factor` gives where no unit repeats another, and whether that is so, bool `[]`."""
+    factor, failed = torch.linalg.cholesky_ex(inner)
+    eye = torch.eye(len(inner), out=torch.empty_like(inner))
+    root = torch.linalg.solve_triangular(factor, eye, upper=False).mT
+    return root, (failed == 0) & (factor.diagonal().square() > NOTHING * whole).all()
 
 
 def independent_factor(inner: Tensor, whole: Tensor) -> Tensor:
     """R `[n, n]`, upper triangular, with R^T G R = 1 for a Gram matrix G `[n, n]`; zeros for units that repeat others.
 
-    `whole` `[n, 1]` are the units' squares before anything was taken from them.
+    `whole` are the units' squares before anything was taken from them.
     """
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if not failed and bool((factor.diagonal().square() > NOTHING * whole[:, 0]).all()):
-        return torch.linalg.solve_triangular(factor, torch.eye(len(inner), dtype=inner.dtype), upper=False).mT
+    root, alone = quick_factor(inner, whole)
+    if bool(alone):
+        return root
     count = len(inner)
     left, root = inner.clone(), torch.eye(count, dtype=inner.dtype)
     for i in range(count):
