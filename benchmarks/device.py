@@ -178,9 +178,12 @@ def run_pair(pair: str, folder: Path, device: torch.device, epochs: int, rate: f
     print(f"experts: a {own[0]:.4f}  b {own[1]:.4f}  joint {accuracy(torch.cat(beside), labels):.4f}", flush=True)
     forward = forward_seconds(experts, data, device)
     print(f"one forward pass of both experts over {2 * SAMPLES} samples: {forward:.2f} s", flush=True)
+    joint_heads = {"refit": {"joint_heads": True}}
+    made = {}
     for name, settings in (
         ("average", {"method": "identity"}),
-        ("default with joint heads", {"refit": {"joint_heads": True}}),
+        ("default with joint heads", joint_heads),
+        ("the same again", joint_heads),
     ):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -188,6 +191,7 @@ def run_pair(pair: str, folder: Path, device: torch.device, epochs: int, rate: f
         with timed_stages(partial(now, device)) as seconds:
             merged = merge(experts, data, accelerator=Accelerator(), **settings)
         total = now(device) - start
+        made[name] = merged.state_dict()
         scores = [accuracy(logits(merged, tests[t], device, task=t), tests[t]["labels"]) for t in "ab"]
         joint = accuracy(torch.cat([logits(merged, tests[t], device) for t in "ab"]), labels)
         kept = sum(s / o for s, o in zip(scores, own, strict=True)) / 2
@@ -197,6 +201,9 @@ def run_pair(pair: str, folder: Path, device: torch.device, epochs: int, rate: f
         print(
             "  " + ", ".join(f"{stage} {spent:.2f}" for stage, spent in seconds.items() if spent > 0.005), flush=True
         )
+    _, first, again = made.values()
+    other = [key for key, tensor in first.items() if not torch.equal(tensor, again[key])]
+    print(f"of the two merges' {len(first)} tensors {len(other)} differ", flush=True)
 
 
 def compare(pair: str, folder: Path, device: torch.device) -> None:

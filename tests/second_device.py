@@ -162,7 +162,9 @@ def accelerator_on_second() -> Accelerator:
 
 @contextmanager
 def second_device() -> Iterator[torch.device]:
-    """Inside, `torch.device("cuda")` is a device whose tensors may not meet the CPU's; in one thread, for others do not
-    see it."""
+    """Inside, `torch.device("cuda")` is a device whose tensors may not meet the CPU's.
+
+    All runs in one thread, for others do not see it.
+    """
     with one_thread(), SecondDevice():
         yield SECOND

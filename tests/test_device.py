@@ -50,6 +50,11 @@ def test_corrections_run_there(name: str):
     merged(model, on_second=True, method="permute", corrections=name)
 
 
+@pytest.mark.parametrize("name", ("zip", "cca", "partial", "dual"))
+def test_other_methods_run_there(name: str):
+    merged("vit", on_second=True, method=name, refit=None)
+
+
 def test_joint_heads_run_there():
     merged("vit", on_second=True, method="permute", refit={"joint_heads": True})
 

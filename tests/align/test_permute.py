@@ -7,6 +7,7 @@ from itertools import permutations
 import pytest
 import torch
 
+from hf_zipit.align import assignment
 from hf_zipit.align.methods.identity import identity
 from hf_zipit.align.methods.permute import permute
 from tests.align.toys import correlation, partition
@@ -29,6 +30,18 @@ def test_the_best_of_all_permutations_is_found_with_signed_correlations():
         found = permute(similarity, 2)
         assert torch.equal(found.labels[0], torch.arange(6))
         assert torch.equal(found.labels[1][list(best)], torch.arange(6))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_an_auction_beforehand_changes_no_assignment(ties: bool, monkeypatch: pytest.MonkeyPatch):
+    for seed in range(5):
+        a, b = (torch.randn(60, 8, generator=torch.Generator().manual_seed(2 * seed + i)).double() for i in (0, 1))
+        similarity = (a @ b.T).round() if ties else a @ b.T
+        monkeypatch.setattr(assignment, "LARGE", 61)
+        expected = assignment.assign(similarity)
+        monkeypatch.setattr(assignment, "LARGE", 1)
+        assert (assignment.assign(similarity) == expected).all()
+        assert (assignment.assign(similarity.T)[expected] == range(60)).all()
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -139,6 +139,18 @@ def test_every_distinct_unit_is_chosen_before_a_twin(at_once: int, monkeypatch: 
     assert at_once > 1 or sorted((found % 6).tolist()) == list(range(6))
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_units_are_the_same_where_nobody_looks_at_every_step(at_once: int, monkeypatch: pytest.MonkeyPatch):
+    """As on an accelerator; where two of a step say the same, that is told."""
+    x, y = drawn(300, 12), drawn(300, 4, seed=1)
+    gram, cross, _ = gram_of(x, y)
+    monkeypatch.setattr(mlp_solver, "STEPS", 6 // at_once)
+    found, independent = mlp_solver._best_units(gram, cross, 6, look=False)
+    assert independent and torch.equal(found, best_units(gram, cross, 6))
+    gram, cross, _ = gram_of(torch.cat([x, x], 1), y)
+    assert bool(mlp_solver._best_units(gram, cross, 6, look=False)[1]) == (at_once == 1)
+
+
 def pair(name: str) -> tuple[tuple[PreTrainedModel, ...], dict[str, dict[str, Tensor]]]:
     models = experts(name)
     data = calibration(models[0])
