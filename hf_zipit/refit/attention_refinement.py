@@ -22,7 +22,7 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import padded
 from hf_zipit.refit.merged_attention import Block, MergedAttention
 from hf_zipit.refit.positions import at_rows
-from hf_zipit.refit.steps import WhiteLayer, Windows, by_row, take_steps, typical_size, whitening
+from hf_zipit.refit.steps import Spread, WhiteLayer, Windows, by_row, take_steps, typical_size, whitening
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
 
@@ -222,17 +222,16 @@ class AttentionErrors:
         every = max(1, fit.rows.all_batches // LOOKED_AT)
         batches = fit.values.batches
         self.looked_at = [b for b, batch in enumerate(batches) if batch.number % every == 0]
-        whole, sums = fit.zeros(1), fit.zeros(3 + fit.outputs(self.site))
+        whole, lacking, spread = fit.zeros(1), fit.zeros(1), Spread(fit, fit.outputs(self.site))
         for b in range(len(batches)):
             held, weight, y = self._split(b)
             whole += (weight * ~held) @ y.square().sum(1)
             if b in self.looked_at:
                 stream, weight = fit.targets.reached(self.site, b, EVERYTHING), weight * held
-                squares = [weight @ part.square().sum(1) for part in (y, stream)]
-                sums += torch.cat([torch.stack([*squares, weight.sum()]), weight @ stream]).to(sums)
-        lacking, square, count, *_ = sums = fit.all_reduce(sums)
-        self.whole, self.lacking = (max(float(x), 1e-30) for x in (fit.all_reduce(whole), lacking))
-        self.spread = float(square - sums[3:] @ sums[3:] / count.clamp_min(1e-30)) / self.lacking
+                lacking += weight @ y.square().sum(1)
+                spread.add(stream, weight)
+        self.whole, self.lacking = (max(float(fit.all_reduce(x)), 1e-30) for x in (whole, lacking))
+        self.spread = spread.total() / self.lacking
 
     def held_out(self, layer: WhiteHeads) -> Tensor:
         total = self.fit.zeros(1)

@@ -113,11 +113,11 @@ def take_steps(
         steps: how many, at most; every: after how many what is held out is looked at.
         right: no more are made where the mean error is no larger than this.
     """
-    best, found = first, None
+    best, found, left = first, None, float(first.mean())
     shorter, optimizer, step = 1.0, None, 0
-    while step < steps and float(best.mean()) > right and shorter > SHORTEST:
+    while step < steps and left > right and shorter > SHORTEST:
         if optimizer is None:
-            optimizer = torch.optim.Adam(layer.groups(float(best.mean()) ** 0.5 * shorter), betas=(0.9, 0.99))
+            optimizer = torch.optim.Adam(layer.groups(left**0.5 * shorter), betas=(0.9, 0.99))
             lengths = [group["lr"] for group in optimizer.param_groups]
         for group, length in zip(optimizer.param_groups, lengths, strict=True):
             group["lr"] = length * (1 + math.cos(math.pi * step / steps)) / 2
@@ -130,8 +130,8 @@ def take_steps(
         step += 1
         if step % every == 0 or step == steps:
             now = errors.held_out(layer)
-            if float(now.mean()) < float(best.mean()):  # it is a number, too
-                best, found = now, layer.weights()
+            if float(now.mean()) < left:  # it is a number, too
+                best, found, left = now, layer.weights(), float(now.mean())
                 layer.keep()
             else:  # the steps were too long
                 layer.restore()
@@ -207,6 +207,20 @@ def whitening(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor,
     moments.diagonal().add_(fit.config.ridge * moments.diagonal().mean().clamp_min(1e-12))
     root, inverse = square_root(moments, moments.diagonal().mean() * 1e-12)
     return inverse.to(like), root.to(like)
+
+
+class Spread:
+    """How far rows `[rows, units]` are from their mean: the weighted sum of squares, over all processes."""
+
+    def __init__(self, fit: Fit, units: int) -> None:
+        self.fit, self.sums = fit, fit.zeros(2 + units)
+
+    def add(self, x: Tensor, weight: Tensor) -> None:
+        self.sums += torch.cat([torch.stack([weight @ x.square().sum(1), weight.sum()]), weight @ x]).to(self.sums)
+
+    def total(self) -> float:
+        square, weight, *_ = sums = self.fit.all_reduce(self.sums)
+        return float(square - sums[2:] @ sums[2:] / weight.clamp_min(1e-30))
 
 
 def typical_size(weight: Tensor) -> float:

@@ -23,7 +23,7 @@ from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import ridge
 from hf_zipit.refit.solvable import RefitSite
-from hf_zipit.refit.steps import HELD_OUT, WhiteLayer, is_held_out, take_steps, typical_size, whitening
+from hf_zipit.refit.steps import HELD_OUT, Spread, WhiteLayer, is_held_out, take_steps, typical_size, whitening
 from hf_zipit.refit.values import MERGED
 
 ROOM = 2**25
@@ -165,7 +165,7 @@ def split_rows(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
     """The rows that are fitted, those of samples that are held out, and how far the stream of these varies."""
     outputs = fit.outputs(mlp.reader)
     parts: tuple[list[list[Tensor]], ...] = ([], [])
-    sums = fit.zeros(2 + outputs)
+    spread = Spread(fit, outputs)
     for b, batch in enumerate(fit.values.batches):
         x = fit.values.of(mlp.input, MERGED, b)
         rows, picked = fit.rows.pick(x.shape, b, -1, ROOM // (x.shape[-1] + outputs), 1)
@@ -178,9 +178,7 @@ def split_rows(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
         own = [at_rows(x, -1, rows), target, weight, sample - sample // HELD_OUT + position]
         parts[0].append([part[~held] for part in own])
         parts[1].append([part[held] for part in own])
-        stream, weight = stream[held], weight[held]
-        sums += torch.cat([(weight @ stream.square().sum(1))[None], weight.sum()[None], weight @ stream]).to(sums)
+        spread.add(stream[held], weight[held])
     fit.targets.forget(mlp.reader)
-    square, weight, *_ = sums = fit.all_reduce(sums)
     fitted, held = (MlpRows(*map(torch.cat, zip(*found, strict=True))) for found in parts)
-    return fitted, held, float(square - sums[2:] @ sums[2:] / weight.clamp_min(1e-30))
+    return fitted, held, spread.total()
