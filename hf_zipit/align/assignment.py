@@ -32,7 +32,7 @@ ROUNDS = 1000
 LEFT = 256
 """that end when no more than one of so many rows is left without a column."""
 
-TOGETHER = 2**32
+TOGETHER = 2**30
 """Assignments that run side by side take about so many bytes together at most."""
 
 SAME_INDEX_BONUS = 1e-9
