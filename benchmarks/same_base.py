@@ -3,8 +3,9 @@
     python -m benchmarks.same_base docs/same_base.md
 
 A small ViT is trained on four tasks of small grey images together (`BASE_TASKS`), then fine-tuned on each of `TASKS`
-alone. What is tuned is tuned on validation images only; the scores are those of test images. With a file the tables
-go into it, under the lines that it has above `MARK`.
+alone; some experts once more under the stresses of DisTaC, so that they are far from their base, or sure of nothing.
+What is tuned is tuned on validation images only; the scores are those of test images. With a file the tables go into
+it, under the lines that it has above `MARK`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -65,8 +69,31 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 """By rule the options that are tried on validation; those of other rules are left as they are."""
 
 
+@dataclass(frozen=True)
+class Stress:
+    """How some experts are trained otherwise: with a multiple of the learning rate, or towards smoothed labels."""
+
+    about: str = "as they are"
+    rate: float = 1.0
+    smoothing: float = 0.0
+
+
+STRESSES = (Stress("far from their base", rate=4.0), Stress("sure of nothing", smoothing=0.5))
+STRESSED = ("letters", "turns")
+"""The experts that are trained otherwise, the other two stay as they are."""
+
+UNDER_STRESS = ("average", "task-arithmetic", "ties", "tsv-m", "wudi", "regmean", "regmean++", "featcal", "svc")
+"""The rules that are tried under stress, by their defaults."""
+
+
 class Small(Many):
     """The zoo's tasks by a ViT with larger patches, fewer images and shorter training."""
+
+    smoothing = 0.0
+
+    def loss(self, model: PreTrainedModel, batch: Tensors) -> Tensor:
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return cross_entropy(model(**inputs).logits, batch["labels"], label_smoothing=self.smoothing)
 
     def untrained_of(self, names: Sequence[str]) -> ViTForImageClassification:
         """A model with a fresh head; the caller seeds torch."""
@@ -114,13 +141,14 @@ def trained_base(seed: int) -> PreTrainedModel:
     return base
 
 
-def trained_expert(task: str, base: PreTrainedModel, seed: int) -> PreTrainedModel:
+def trained_expert(task: str, base: PreTrainedModel, seed: int, stress: Stress = Stress()) -> PreTrainedModel:  # noqa: B008
     """The base with a fresh head, fine-tuned on one task."""
     recipe = Small(len(TASKS))
+    recipe.smoothing = stress.smoothing
     torch.manual_seed(seed)
     expert = recipe.untrained_of(ALL[task][1])
     expert.vit.load_state_dict(copy.deepcopy(base.vit.state_dict()))
-    recipe.schedule = Schedule(epochs=2, batch_size=64, learning_rate=5e-4, weight_decay=0.05)
+    recipe.schedule = Schedule(epochs=2, batch_size=64, learning_rate=5e-4 * stress.rate, weight_decay=0.05)
     fit(recipe, expert, rows(_data(task, "train"), slice(IMAGES)), seed, title=task)
     return expert
 
@@ -227,6 +255,60 @@ def two_bases(world: World) -> str:
     return "\n".join([*header(world), line("experts", own, own, None), *lines])
 
 
+def under_stress(world: World, stressed: Mapping[str, Mapping[str, PreTrainedModel]]) -> str:
+    """What merges keep of the experts where some of them are trained otherwise, and how these differ."""
+    worlds = {Stress().about: world}
+    worlds |= {about: World({**world.experts, **experts}, world.bases) for about, experts in stressed.items()}
+    settings: dict[str, dict[str, Any]] = {
+        f"`{rule}`": {"method": "identity", "corrections": (), "refit": False, "combine": rule}
+        for rule in UNDER_STRESS
+    }
+    settings |= {
+        "refit, no alignment": {"method": "identity", "refit": True},
+        "`hf_zipit.merge(experts, calibration)`": {},
+    }
+    kept: dict[str, list[float]] = {name: [] for name in settings}
+    for one in worlds.values():
+        own = one.scores(one.experts, "test")
+        for name, setting in settings.items():
+            rule = RULES.get(setting.get("combine", "average"))
+            data = one.calibration() if rule.needs_data or "combine" not in setting else None
+            model = hf_zipit.merge(one.experts, data, base=one.bases if rule.needs_base else None, **setting)
+            found = one.scores(called(model, one), "test")
+            kept[name].append(sum(found[task] / own[task] for task in own) / len(own))
+    lines = [f"| | {' | '.join(worlds)} |", f"| --- |{' ---: |' * len(worlds)}"]
+    for name, shares in sorted(kept.items(), key=lambda item: -item[1][0]):
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
+    return "\n".join([*(_told(about, world, stressed[about]) for about in stressed), "", *lines])
+
+
+def _told(about: str, world: World, experts: Mapping[str, PreTrainedModel]) -> str:
+    """How far experts are from their base, how sure they are, and how right, against those of the same tasks."""
+
+    def told(found: Mapping[str, PreTrainedModel]) -> tuple[float, float, float]:
+        norms, sure = [], []
+        for task, expert in found.items():
+            base = world.bases[task].base_model.state_dict()
+            steps = [(x - base[name]).square().sum() for name, x in expert.base_model.state_dict().items()]
+            norms.append(float(torch.stack(steps).sum().sqrt()))
+            images = rows(_data(task, "test"), slice(PARTS["test"]))["pixel_values"]
+            with torch.no_grad():
+                sure.append(float(expert(pixel_values=images).logits.softmax(-1).amax(-1).mean()))
+        right = World(found, world.bases).scores(found, "test").values()
+        return sum(norms) / len(norms), sum(sure) / len(sure), sum(right) / len(right)
+
+    (norm, sure, right), (norm_before, sure_before, right_before) = (
+        told(experts),
+        told({task: world.experts[task] for task in experts}),
+    )
+    return (
+        f"Experts {about} ({', '.join(experts)}): their steps from the base are {norm / norm_before:.1f} times as "
+        f"long, "
+        f"their mean confidence is {sure:.2f} (before: {sure_before:.2f}), their mean accuracy {right:.3f} "
+        f"({right_before:.3f}).\n"
+    )
+
+
 def main(path: Path | None = typer.Argument(None, help="The page that gets the tables.")) -> None:  # noqa: B008
     """Train the bases and experts, merge them in every way, and print the tables or write them into a page."""
     disable_progress_bar()
@@ -240,11 +322,16 @@ def main(path: Path | None = typer.Argument(None, help="The page that gets the t
     mixed = World(
         {**{t: first.experts[t] for t in TASKS[:2]}, **others}, {t: bases[i >= 2] for i, t in enumerate(TASKS)}
     )
+    stressed = {
+        stress.about: {t: trained_expert(t, bases[0], 10 + TASKS.index(t), stress) for t in STRESSED}
+        for stress in STRESSES
+    }
     trained = time.process_time() - started
     sections: dict[str, str] = {}
     for title, make, world in (
         ("Two tasks, one base", same_base, first.take(TASKS[:2])),
         ("Four tasks, one base", same_base, first),
+        ("Four tasks, one base, under stress", partial(under_stress, stressed=stressed), first),
         ("Four tasks, two bases", two_bases, mixed),
     ):
         sections[title] = make(world)
