@@ -2,6 +2,7 @@
 
     python -m benchmarks.larger_than_memory                      # all of it, about 10 GB of disk
     python -m benchmarks.larger_than_memory bert-linear          # one row
+    python -m benchmarks.larger_than_memory --mergekit PYTHON    # mergekit beside it, by the Python of its environment
 
 Every merge runs in a process of its own. Its anonymous memory (`RssAnon`: what cannot be dropped and read again from a
 file) is sampled from outside, every few milliseconds; what the imports hold is told beside it. The experts are random
@@ -17,11 +18,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -44,6 +47,15 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """By name the shape of the experts and the settings of the merge. Rules on task vectors get a base."""
 
+BY_MERGEKIT: dict[str, dict[str, Any]] = {
+    "linear": {"merge_method": "task_arithmetic", "parameters": {"normalize": False, "weight": 0.4}},
+    "ties": {"merge_method": "ties", "parameters": {"normalize": True, "weight": 1.0, "density": 0.2}},
+}
+"""By the end of a row's name what mergekit is told for the same; its TIES trims every tensor, ours the whole model."""
+
+SCALE = 0.4
+"""What task arithmetic multiplies task vectors by, the default of `task-arithmetic`."""
+
 MIB = 2**20
 
 CHILD = """
@@ -58,6 +70,26 @@ transformers.utils.logging.disable_progress_bar()
 anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
 imported, cpu = time.perf_counter(), time.process_time()
 merge(**settings)
+print(json.dumps({
+    "import_seconds": imported - started, "import_mib": anonymous,
+    "seconds": time.perf_counter() - imported, "cpu_seconds": time.process_time() - cpu,
+}))
+"""
+
+
+MERGEKIT = """
+import json, sys, time
+settings = json.loads(sys.argv[1])
+started = time.perf_counter()
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+torch.set_num_threads(1)
+anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
+imported, cpu = time.perf_counter(), time.process_time()
+options = MergeOptions(copy_tokenizer=False, quiet=True)
+run_merge(MergeConfiguration.model_validate(settings["config"]), settings["output_dir"], options)
 print(json.dumps({
     "import_seconds": imported - started, "import_mib": anonymous,
     "seconds": time.perf_counter() - imported, "cpu_seconds": time.process_time() - cpu,
@@ -97,10 +129,13 @@ def write_expert(folder: Path, shape: str, seed: int) -> None:
     write_shards(folder, empty, Noise(empty, seed), "500MB")
 
 
-def measured(settings: Mapping[str, Any]) -> dict[str, float]:
+def measured(
+    settings: Mapping[str, Any], out: Path, python: str = sys.executable, code: str = CHILD
+) -> dict[str, float]:
     """What a merge in a process of its own takes: seconds, and MiB of anonymous memory at its peak."""
+    settings = {**settings, "output_dir": str(out)}
     child = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CHILD, json.dumps(settings)], stdout=subprocess.PIPE, text=True
+        [python, "-W", "ignore", "-c", code, json.dumps(settings)], stdout=subprocess.PIPE, text=True
     )
     peak = 0
     while child.poll() is None:
@@ -116,6 +151,28 @@ def measured(settings: Mapping[str, Any]) -> dict[str, float]:
     return {**json.loads(told.splitlines()[-1]), "peak_mib": peak}
 
 
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a folder's files, one at a time."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+
+
+def right(out: Path, experts: Mapping[str, str], base: str) -> str:
+    """How many of the base model's tensors task arithmetic made right, in what a merge wrote."""
+    found = {name.removeprefix("trunk."): tensor for name, tensor in tensors(out)}
+    of_experts = [dict(tensors(Path(path))) for path in experts.values()]
+    count = good = 0
+    for name, start in tensors(Path(base)):
+        if not start.is_floating_point() or name.startswith(("classifier", "lm_head")):
+            continue
+        count += 1
+        expected = start.float() + SCALE * sum(own[name].float() - start.float() for own in of_experts)
+        room = torch.finfo(found[name].dtype).eps * expected.abs().max() * 4 if name in found else 0
+        good += name in found and bool((found[name].float() - expected).abs().max() <= room)
+    return f"{good} of {count}"
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // MIB
 
@@ -124,15 +181,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--folder", type=Path, help="where the models go, and stay; a temporary folder by default")
+    parser.add_argument("--mergekit", help="the Python of an environment that has mergekit, to run it beside")
     given = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as room:
         root = given.folder or Path(room)
         root.mkdir(exist_ok=True)
         print(
-            "| merge | experts + base, MiB | merged, MiB | seconds | CPU seconds | peak, MiB | beyond imports, MiB |"
+            "| merge | experts + base, MiB | merged, MiB | seconds | CPU seconds | peak, MiB | beyond imports, MiB "
+            "| tensors right |"
         )
-        print("| --- | --- | --- | --- | --- | --- | --- |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
         for row in given.rows:
             shape, settings = ROWS[row]
             names = ("a", "b", "base") if "combine" in settings else ("a", "b")
@@ -141,12 +200,19 @@ def main() -> None:
                     write_expert(root / f"{shape}-{name}", shape, seed)
             experts = {name: str(root / f"{shape}-{name}") for name in names}
             base = {"base": experts.pop("base")} if "base" in experts else {}
-            out = root / f"merged-{row}"
-            found = measured({"experts": experts, "output_dir": str(out), **base, **settings})
             read = sum(size(root / f"{shape}-{name}") for name in names)
-            cells = [row, f"{read:,}", f"{size(out):,}", f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"]
-            cells += [f"{found['peak_mib']:,}", f"{found['peak_mib'] - found['import_mib']:,}"]
-            print(f"| {' | '.join(cells)} |", flush=True)
+            runs = {row: partial(measured, {"experts": experts, **base, **settings})}
+            if given.mergekit and (told := BY_MERGEKIT.get(row.rpartition("-")[2])):
+                config = {**told, "models": [{"model": path} for path in experts.values()], "base_model": base["base"]}
+                runs[f"{row}, mergekit"] = partial(measured, {"config": config}, python=given.mergekit, code=MERGEKIT)
+            for title, run in runs.items():
+                out = root / f"merged-{title}"
+                found = run(out)
+                cells = [title, f"{read:,}", f"{size(out):,}"]
+                cells += [f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"]
+                cells += [f"{found['peak_mib']:,}", f"{found['peak_mib'] - found['import_mib']:,}"]
+                cells += [right(out, experts, base["base"]) if row.endswith("linear") else ""]
+                print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
