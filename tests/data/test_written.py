@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_zipit import Calibration, merge, write_samples
-from hf_zipit.data.written import TOKENS, with_written
+from hf_zipit.data.spliced import spliced
+from hf_zipit.data.written import TOKENS, further_count, with_more
 from hf_zipit.errors import DataError
 from hf_zipit.refit import RefitReport
 from tests import tiny
@@ -40,8 +41,9 @@ def samples(side: str) -> dict[str, torch.Tensor]:
 def test_causal_models_go_on_from_how_samples_begin(side: str):
     model, given = llama(scale=1e6), samples(side)  # which leaves nothing to chance
     data = Calibration({"a": given, "b": given}, batch_size=4).read({"a": model, "b": model})
-    more = with_written(data, {"a": model, "b": model}, WANTED, seed=0)
+    more, written, of_given = with_more(data, {"a": model, "b": model}, WANTED, seed=0)
     assert more.counts == {"a": WANTED, "b": WANTED} and data.counts == {"a": GIVEN, "b": GIVEN}
+    assert (written, of_given) == ({"a": WANTED - GIVEN, "b": WANTED - GIVEN}, {})
     found = more.whole("a")
     assert all(torch.equal(found[name][:GIVEN], given[name]) for name in given)
     for tokens, mask in zip(found["input_ids"][GIVEN:], found["attention_mask"][GIVEN:], strict=True):
@@ -68,7 +70,7 @@ def test_answers_are_to_inputs_that_are_spliced():
     model, given = t5(), {**samples("right"), "decoder_input_ids": torch.randint(3, 50, (GIVEN, 7))}
     given["decoder_input_ids"][:, 0] = 1
     data = Calibration({"a": given, "b": given}, batch_size=4).read({"a": model, "b": model})
-    found = with_written(data, {"a": model, "b": model}, WANTED, seed=0).whole("a")
+    found = with_more(data, {"a": model, "b": model}, WANTED, seed=0)[0].whole("a")
     ends = {
         tuple(row[mask == 1][-1:].tolist())
         for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
@@ -101,15 +103,63 @@ def test_the_seed_decides_and_the_random_state_stays():
     assert RefitReport.of(runs[0]).written == {"a": 6, "b": 6}
 
 
-def test_who_does_not_write_reads_what_was_given():
-    model = tiny.build("bert-masked")
-    data = Calibration({"a": samples("right"), "b": samples("right")}).read({"a": model, "b": model})
-    assert with_written(data, {"a": model, "b": model}, WANTED, seed=0) is data
-    llamas = {"a": llama(), "b": llama()}
-    long = {"input_ids": torch.ones(2, TOKENS + 1, dtype=torch.long)}
-    for given, wanted in ((samples("right"), GIVEN), (long, WANTED)):
-        data = Calibration({"a": given, "b": given}).read(llamas)
-        assert with_written(data, llamas, wanted, seed=0) is data
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_splices_begin_like_one_sample_and_go_on_like_another(side: str):
+    model, given = tiny.build("bert-masked"), samples(side)
+    given["input_ids"] = (torch.arange(GIVEN * LENGTH).view(GIVEN, LENGTH) + 1) * given["attention_mask"]  # all differ
+    given["token_type_ids"] = 2 * given["input_ids"]
+    data = Calibration({"a": given, "b": given}, batch_size=4).read({"a": model, "b": model})
+    more, written, of_given = with_more(data, {"a": model, "b": model}, WANTED, seed=0)
+    assert (written, of_given) == ({}, {"a": WANTED - GIVEN, "b": WANTED - GIVEN})
+    found = more.whole("a")
+    assert len(found["input_ids"]) == WANTED and torch.equal(found["token_type_ids"], 2 * found["input_ids"])
+    assert torch.equal(found["attention_mask"], (found["input_ids"] > 0).long())
+    rows = [row[row > 0].tolist() for row in given["input_ids"]]
+    seams = 0
+    for tokens, mask in zip(found["input_ids"][GIVEN:], found["attention_mask"][GIVEN:], strict=True):
+        steps = mask.diff()
+        assert bool((steps >= 0 if side == "left" else steps <= 0).all())
+        real = tokens[mask > 0].tolist()
+        firsts = [real[:cut] for cut in range(len(real) + 1) if any(real[:cut] == row[:cut] for row in rows)]
+        assert any(
+            not rest or any(rest == row[-len(rest) :] for row in rows) for rest in (real[len(f) :] for f in firsts)
+        )
+        seams += real not in rows
+    assert seams > 5
+
+
+def test_sounds_are_spliced_along_time_and_decoders_follow():
+    time, given = torch.arange(12.0), torch.arange(3.0)[:, None]
+    sounds = {
+        "input_features": (given * 100 + time)[:, None].expand(3, 4, 12),  # time last
+        "attention_mask": torch.ones(3, 12, dtype=torch.long),
+        "decoder_input_ids": (given * 100 + torch.arange(6)).long(),
+    }
+    draw = torch.Generator().manual_seed(0)
+    found = [make() for make in spliced(sounds, "input_features", 5, draw, 2)]
+    assert [len(part["input_features"]) for part in found] == [2, 2, 1]
+    for part in found:
+        heard, said = part["input_features"], part["decoder_input_ids"]
+        assert bool((heard == heard[:, :1]).all()) and torch.equal(heard[:, 0] % 100, time.expand(len(heard), -1))
+        assert torch.equal(said % 100, torch.arange(6).expand(len(said), -1))
+        assert torch.equal(heard[:, 0, [0, -1]] // 100, said[:, [0, -1]] // 100)  # the same two
+
+
+def test_what_is_left_as_it_was_given():
+    bert, image, causal = (tiny.build(name) for name in ("bert-masked", "vit", "llama"))
+    given = samples("right")
+    assert further_count(bert, given, GIVEN, WANTED) == WANTED - GIVEN
+    assert further_count(bert, given, WANTED, WANTED) == 0
+    for expert, more in (
+        (image, {"pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # positions along two axes
+        (bert, {**given, "pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # texts with images
+        (bert, {**given, "image_grid_thw": torch.ones(GIVEN, 3)}),
+        (bert, {"input_ids": given["input_ids"], "length": torch.ones(GIVEN)}),
+        (causal, {"input_ids": torch.ones(2, TOKENS + 1, dtype=torch.long)}),  # writes no text that long
+    ):
+        assert further_count(expert, more, GIVEN, WANTED) == 0
+    together = Calibration(given).read({"a": bert, "b": bert})
+    assert with_more(together, {"a": bert, "b": bert}, WANTED, seed=0) == (together, {}, {})
 
 
 def test_causal_models_need_no_data():
