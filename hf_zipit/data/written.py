@@ -10,7 +10,7 @@ Ours. Calibration data that a language model writes itself is known from quantis
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -33,7 +33,10 @@ BEGINNING = 4
 """So many tokens of a sample, at most, are gone on from."""
 
 TOKENS = 2**16
-"""So many are written for a task, at most: writing costs about what reading does."""
+"""So many are written for a task, at most. Of short texts there are as many as hold so many tokens,"""
+
+SPAN = 4
+"""at most so many times the wanted number, and long texts hold no more than so many times these tokens."""
 
 AT_ONCE = 64
 """Samples that are written side by side."""
@@ -75,34 +78,33 @@ def write_samples(experts: Experts, samples: int = 512, length: int = 128, seed:
 def with_more(
     calibration: Calibration, experts: Mapping[str, nn.Module], samples: int, seed: int
 ) -> tuple[Calibration, dict[str, int], dict[str, int]]:
-    """The calibration data, and behind it further samples, up to so many `samples` a task altogether; and by task how
-    many of them its expert wrote, and how many are spliced.
+    """The calibration data, and behind it further samples, where a task has fewer than `samples`; and by task how many
+    of them its expert wrote, and how many are spliced.
 
     It is left as it is for inputs that cannot be spliced and for one collection for all tasks. All processes make the
     same.
     """
-    more: dict[str | None, Iterable[Callable[[], Inputs]]] = {}
-    counts: dict[bool, dict[str, int]] = {True: {}, False: {}}
+    more: dict[str | None, list[Callable[[], Inputs]]] = {}
+    written, of_given = {}, {}
     for task, found in calibration.counts.items():
         if task is None or found >= samples:
             continue
         expert, given = experts[task], without_labels(calibration.whole(task))
-        written, count = writes_like(expert, given), further_count(expert, given, found, samples)
-        if count < 1:
-            continue
-        draw = torch.Generator().manual_seed(seed)
-        if written:
+        count, size = further_count(expert, given, found, samples), calibration.batch_size
+        draw, parts = torch.Generator().manual_seed(seed), []
+        if (own := min(count, written_count(expert, given))) > 0:
             try:
                 with placed([expert], calibration.device), torch.no_grad():
-                    found_more = _written(expert, given, count, seed, draw)  # type: ignore[arg-type]
+                    texts = _written(expert, given, own, seed, draw)  # type: ignore[arg-type]
+                parts += [partial(dict, piece) for piece in pieces(texts, size)]
+                written[task] = own
             except Exception as error:  # classes have their own ideas of how they write
                 logger.warning("The expert %r writes no further samples: %s", task, first_line(error))
-                continue
-            more[task] = [partial(dict, piece) for piece in pieces(found_more, calibration.batch_size)]
-        else:
-            more[task] = spliced(given, ModelInputs.of(expert).main, count, draw, calibration.batch_size)
-        counts[written][task] = count
-    return calibration.and_more(more) if more else calibration, counts[True], counts[False]
+        if (rest := count - written.get(task, 0)) > 0:
+            parts += spliced(given, ModelInputs.of(expert).main, rest, draw, size)
+            of_given[task] = rest
+        more[task] = parts
+    return calibration.and_more(more) if written or of_given else calibration, written, of_given
 
 
 def writes(expert: nn.Module) -> bool:
@@ -110,21 +112,25 @@ def writes(expert: nn.Module) -> bool:
     return isinstance(expert, PreTrainedModel) and expert.can_generate()
 
 
-def writes_like(expert: nn.Module, given: Mapping[str, Tensor]) -> bool:
-    """Whether an expert writes tokens, from tokens alone: a causal language model, or an encoder-decoder."""
+def written_count(expert: nn.Module, given: Mapping[str, Tensor]) -> int:
+    """How many samples like the given ones an expert writes at most: one that writes tokens, from tokens alone."""
     if not writes(expert):
-        return False
+        return 0
     tokens = {expert.main_input_name, *([ANSWERS] if expert.config.is_encoder_decoder else [])}
-    return tokens <= set(given) <= {*tokens, MASK} and not any(x.is_floating_point() for x in given.values())
+    if not tokens <= set(given) <= {*tokens, MASK} or any(x.is_floating_point() for x in given.values()):
+        return 0
+    return TOKENS // sum(given[name].shape[1] for name in tokens)
 
 
 def further_count(expert: nn.Module, given: Mapping[str, Tensor], found: int, samples: int) -> int:
-    """How many samples are added to the given ones where `found` are there and so many `samples` wanted."""
+    """How many samples are added to the `found` given ones where there are to be as many `samples`."""
     main = ModelInputs.of(expert).main
-    if not can_be_spliced(given, main):
+    if found >= samples or not can_be_spliced(given, main):
         return 0
-    most = TOKENS // given.get(ANSWERS, given[main]).shape[1] if writes_like(expert, given) else samples
-    return max(0, min(samples - found, most))
+    tokens = sum(given[name].shape[1] for name in {main, ANSWERS} & set(given) if not given[name].is_floating_point())
+    if tokens:
+        samples = min(max(samples, TOKENS // tokens), SPAN * samples, SPAN * TOKENS // tokens)
+    return max(0, samples - found)
 
 
 def _written(expert: PreTrainedModel, given: Inputs, count: int, seed: int, draw: torch.Generator) -> Inputs:

@@ -1,4 +1,4 @@
-"""Calibration samples that experts write themselves."""
+"""Calibration samples beside those that are given: what experts write themselves, and what is spliced."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ import torch
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_zipit import Calibration, merge, write_samples
+from hf_zipit.data import written as limits
 from hf_zipit.data.spliced import spliced
-from hf_zipit.data.written import TOKENS, further_count, with_more
+from hf_zipit.data.written import further_count, with_more
 from hf_zipit.errors import DataError
 from hf_zipit.refit import RefitReport
 from tests import tiny
 
-GIVEN, WANTED, LENGTH = 6, 20, 10
+GIVEN, WANTED, LENGTH = 6, 25, 10
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "TOKENS", WANTED * LENGTH)
 
 
 def llama(scale: float = 1.0) -> PreTrainedModel:
@@ -70,7 +76,9 @@ def test_answers_are_to_inputs_that_are_spliced():
     model, given = t5(), {**samples("right"), "decoder_input_ids": torch.randint(3, 50, (GIVEN, 7))}
     given["decoder_input_ids"][:, 0] = 1
     data = Calibration({"a": given, "b": given}, batch_size=4).read({"a": model, "b": model})
-    found = with_more(data, {"a": model, "b": model}, WANTED, seed=0)[0].whole("a")
+    more, written, of_given = with_more(data, {"a": model, "b": model}, WANTED, seed=0)
+    assert written["a"] == WANTED * LENGTH // (LENGTH + 7) and written["a"] + of_given["a"] == WANTED - GIVEN
+    found = more.whole("a")
     ends = {
         tuple(row[mask == 1][-1:].tolist())
         for row, mask in zip(given["input_ids"], given["attention_mask"], strict=True)
@@ -83,7 +91,8 @@ def test_answers_are_to_inputs_that_are_spliced():
     assert len(found["decoder_input_ids"]) == WANTED and found["decoder_input_ids"].shape[1] == 7
 
 
-def test_the_seed_decides_and_the_random_state_stays():
+def test_the_seed_decides_and_the_random_state_stays(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limits, "TOKENS", 15 * LENGTH)
     model, given = llama(), samples("right")
     before = torch.get_rng_state()
     runs = [
@@ -91,7 +100,7 @@ def test_the_seed_decides_and_the_random_state_stays():
             {"a": model, "b": llama(2.0)},
             {"a": given, "b": given},
             method="identity",
-            refit={"written_samples": 12},
+            refit={"written_samples": WANTED},
             seed=seed,
         )
         for seed in (0, 0, 1)
@@ -100,7 +109,8 @@ def test_the_seed_decides_and_the_random_state_stays():
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert any(not torch.equal(weights[0][name], weights[2][name]) for name in weights[0])
-    assert RefitReport.of(runs[0]).written == {"a": 6, "b": 6}
+    report = RefitReport.of(runs[0])
+    assert (report.written, report.spliced) == ({"a": 15, "b": 15}, {"a": 4, "b": 4})
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -145,21 +155,33 @@ def test_sounds_are_spliced_along_time_and_decoders_follow():
         assert torch.equal(heard[:, 0, [0, -1]] // 100, said[:, [0, -1]] // 100)  # the same two
 
 
-def test_what_is_left_as_it_was_given():
+def test_how_many_there_are():
     bert, image, causal = (tiny.build(name) for name in ("bert-masked", "vit", "llama"))
-    given = samples("right")
-    assert further_count(bert, given, GIVEN, WANTED) == WANTED - GIVEN
-    assert further_count(bert, given, WANTED, WANTED) == 0
-    for expert, more in (
+    given, tokens = samples("right"), WANTED * LENGTH
+
+    def total(expert: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> int:
+        return GIVEN + further_count(expert, inputs, GIVEN, WANTED)
+
+    for expert in (bert, causal):
+        assert further_count(expert, given, WANTED, WANTED) == 0
+        for length, wanted in ((LENGTH, WANTED), (5, 2 * WANTED), (2, 4 * WANTED), (tokens, GIVEN), (tokens // 2, 8)):
+            assert total(expert, {"input_ids": torch.ones(GIVEN, length, dtype=torch.long)}) == wanted
+    for expert, inputs in (
         (image, {"pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # positions along two axes
         (bert, {**given, "pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # texts with images
         (bert, {**given, "image_grid_thw": torch.ones(GIVEN, 3)}),
-        (bert, {"input_ids": given["input_ids"], "length": torch.ones(GIVEN)}),
-        (causal, {"input_ids": torch.ones(2, TOKENS + 1, dtype=torch.long)}),  # writes no text that long
+        (bert, {**given, "length": torch.ones(GIVEN)}),
     ):
-        assert further_count(expert, more, GIVEN, WANTED) == 0
+        assert total(expert, inputs) == GIVEN
     together = Calibration(given).read({"a": bert, "b": bert})
     assert with_more(together, {"a": bert, "b": bert}, WANTED, seed=0) == (together, {}, {})
+
+
+def test_where_an_expert_cannot_write_samples_are_spliced(monkeypatch: pytest.MonkeyPatch):
+    model, given = llama(), samples("right")
+    monkeypatch.setattr(model, "generate", None)
+    data = Calibration({"a": given, "b": given}).read({"a": model, "b": model})
+    assert with_more(data, {"a": model, "b": model}, WANTED, seed=0)[1:] == ({}, dict.fromkeys("ab", WANTED - GIVEN))
 
 
 def test_causal_models_need_no_data():
