@@ -1,6 +1,6 @@
 """Further calibration samples. Of experts that write: what they go on with is like what they were trained on.
 
-Few samples say little about what a layer sees elsewhere. A causal language model goes on from the first tokens of
+Few samples say little about what a layer sees elsewhere. A causal language model goes on from the first token of
 samples that are there, or from any token where there are none (`write_samples`). An encoder-decoder answers to spliced
 samples. Those of other experts are spliced alone (`spliced.py`).
 
@@ -28,9 +28,6 @@ from hf_zipit.hub.reasons import first_line
 from hf_zipit.steady import steady
 
 logger = logging.getLogger(__name__)
-
-BEGINNING = 4
-"""So many tokens of a sample, at most, are gone on from."""
 
 TOKENS = 2**16
 """So many are written for a task, at most. Of short texts there are as many as hold so many tokens,"""
@@ -146,10 +143,9 @@ def _written(expert: PreTrainedModel, given: Inputs, count: int, seed: int, draw
     found = {name: tensor[chosen] for name, tensor in given.items()}
     real = real_tokens(found, main)
     lengths = real.sum(1)
-    beginning = max(1, min(BEGINNING, int(lengths.min()) - 1))
-    first = found[main].gather(1, real_places(real)[:, :beginning])
+    first = found[main].gather(1, real_places(real)[:, :1])
     asked = {main: first, MASK: torch.ones_like(first)}
-    written = _generated(expert, asked, int(lengths.max()) - beginning, seed, ends=False)
+    written = _generated(expert, asked, int(lengths.max()) - 1, seed, ends=False)
     own = torch.arange(written.shape[1]) < lengths[:, None]
     found[main] = found[main].masked_scatter(real, written[own].to(found[main]))  # row by row, both
     return found
