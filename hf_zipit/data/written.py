@@ -33,7 +33,10 @@ TOKENS = 2**16
 """So many are written for a task, at most. Of short texts there are as many as hold so many tokens,"""
 
 SPAN = 4
-"""at most so many times the wanted number, and long texts hold no more than so many times these tokens."""
+"""at most so many times the wanted number, and long texts hold no more than so many times these tokens,"""
+
+NUMBERS = 2**26
+"""recordings no more than so many numbers."""
 
 AT_ONCE = 64
 """Samples that are written side by side."""
@@ -124,8 +127,10 @@ def further_count(expert: nn.Module, given: Mapping[str, Tensor], found: int, sa
     main = ModelInputs.of(expert).main
     if found >= samples or not can_be_spliced(given, main):
         return 0
-    tokens = sum(given[name].shape[1] for name in {main, ANSWERS} & set(given) if not given[name].is_floating_point())
-    if tokens:
+    if given[main].is_floating_point():
+        samples = min(samples, NUMBERS // given[main][0].numel())
+    else:
+        tokens = sum(given[name].shape[1] for name in {main, ANSWERS} & set(given))
         samples = min(max(samples, TOKENS // tokens), SPAN * samples, SPAN * TOKENS // tokens)
     return max(0, samples - found)
 

@@ -158,6 +158,9 @@ def test_how_many_there_are():
         assert further_count(expert, given, WANTED, WANTED) == 0
         for length, wanted in ((LENGTH, WANTED), (5, 2 * WANTED), (2, 4 * WANTED), (tokens, GIVEN), (tokens // 2, 8)):
             assert total(expert, {"input_ids": torch.ones(GIVEN, length, dtype=torch.long)}) == wanted
+    for length, wanted in ((LENGTH, WANTED), (limits.NUMBERS // 8, 8)):
+        sounds = {"input_values": torch.zeros(GIVEN, length, device="meta")}
+        assert total(tiny.build("wav2vec2"), sounds) == wanted
     for expert, inputs in (
         (image, {"pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # positions along two axes
         (bert, {**given, "pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # texts with images
