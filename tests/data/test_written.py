@@ -130,13 +130,16 @@ def test_splices_begin_like_one_sample_and_go_on_like_another(side: str):
     assert seams > 5
 
 
-def test_sounds_are_spliced_along_time_and_decoders_follow():
+@pytest.mark.parametrize("masked", [False, True])
+def test_sounds_are_spliced_along_time_and_decoders_follow(masked: bool):
     time, given = torch.arange(12.0), torch.arange(3.0)[:, None]
     sounds = {
         "input_features": (given * 100 + time)[:, None].expand(3, 4, 12),  # time last
         "attention_mask": torch.ones(3, 12, dtype=torch.long),
         "decoder_input_ids": (given * 100 + torch.arange(6)).long(),
     }
+    if not masked:
+        del sounds["attention_mask"]
     draw = torch.Generator().manual_seed(0)
     found = [make() for make in spliced(sounds, "input_features", 5, draw, 2)]
     assert [len(part["input_features"]) for part in found] == [2, 2, 1]
@@ -162,7 +165,7 @@ def test_how_many_there_are():
         sounds = {"input_values": torch.zeros(GIVEN, length, device="meta")}
         assert total(tiny.build("wav2vec2"), sounds) == wanted
     for expert, inputs in (
-        (image, {"pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # positions along two axes
+        (image, {"pixel_values": torch.zeros(GIVEN, 3, 8, 9)}),  # positions along two axes
         (bert, {**given, "pixel_values": torch.zeros(GIVEN, 3, 8, 8)}),  # texts with images
         (bert, {**given, "image_grid_thw": torch.ones(GIVEN, 3)}),
         (bert, {**given, "length": torch.ones(GIVEN)}),
