@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import Calibration, merge
-from hf_zipit.data.written import with_more
+from hf_zipit.data import written
 from hf_zipit.schema import unpacked
 from tests import tiny
 
@@ -42,10 +42,11 @@ def more(name: str, accelerator: Accelerator | None) -> Tensor:
     """What an expert reads where it writes, or others are spliced."""
     models = dict(zip("ab", tiny.pair(name), strict=True))
     calibration = Calibration(data(name), accelerator=accelerator).read(models)
-    return with_more(calibration, models, 16, seed=5)[0].whole("b")["input_ids"]
+    return written.with_more(calibration, models, 16, seed=5)[0].whole("b")["input_ids"]
 
 
 def work(accelerator: Accelerator, folder: Path) -> None:
+    written.TOKENS = 2**8  # as in all tests
     tokens = {name: more(name, accelerator) for name in READING}
     save_file(tokens, folder / f"more-{accelerator.process_index}.safetensors")
     for name in NAMES:
