@@ -82,7 +82,7 @@ def _length(given: Mapping[str, Tensor], lead: str) -> int:
 
 
 def _spliced(given: Inputs, main: str, first: Tensor, second: Tensor, share: Tensor) -> Inputs:
-    axes = _axes(given, main)
+    axes = _axes(given, main) or {}
     leads = {name: _lead(name, main) for name in given}
     sources = {
         lead: _sources(real_tokens(given, lead, axes[lead]), first, second, share) for lead in set(leads.values())
