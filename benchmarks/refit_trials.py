@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers.utils.logging import disable_progress_bar
 
@@ -48,17 +47,6 @@ def settings_of(text: str) -> dict[str, Any]:
     return {**asdict(RefitConfig()), **{name.strip(): json.loads(value) for name, value in pairs}}
 
 
-def with_spliced(data: Mapping[str, Tensor], count: int, draw: torch.Generator) -> dict[str, Tensor]:
-    """Samples, and others behind them, `count` in all, that are one up to a random place and another from there on."""
-    given = len(next(iter(data.values())))
-    first, second = (torch.randint(given, (count - given,), generator=draw) for _ in range(2))
-    share, found = torch.rand(count - given, generator=draw), {}
-    for name, x in data.items():
-        place = (share * x.shape[-1]).long().view(-1, *[1] * (x.ndim - 1))
-        found[name] = torch.cat([x, torch.where(torch.arange(x.shape[-1]) < place, x[first], x[second])])
-    return found
-
-
 def trial(
     pair: Pair,
     settings: Mapping[str, Any],
@@ -66,13 +54,9 @@ def trial(
     samples: int,
     tokenizer: bool,
     written: bool = False,
-    spliced: int = 0,
 ) -> str:
     """One merge with a refit and how good it is, as a line."""
     data = {task: pair.calibration(task, samples, SEED) for task in pair.experts}
-    if spliced:
-        draw = torch.Generator().manual_seed(SEED)
-        data = {task: with_spliced(own, spliced, draw) for task, own in data.items()}
     if written:
         length = next(iter(data.values()))["input_ids"].shape[1]
         data = write_samples(pair.experts, samples, length, SEED)
@@ -104,7 +88,6 @@ def main(
     method: Annotated[str, typer.Option(help="The alignment.")] = "permute",
     samples: Annotated[int, typer.Option(min=1, help="Calibration samples per task.")] = 512,
     tokenizer: Annotated[bool, typer.Option(help="Give the tokenizer, which names the mask.")] = True,
-    spliced: Annotated[int, typer.Option(help="So many samples a task in all, the others spliced of these.")] = 0,
     written: Annotated[bool, typer.Option(help="No data: the experts write samples of the same length.")] = False,
 ) -> None:
     """Merge pairs with every one of some settings of the refit."""
@@ -112,9 +95,7 @@ def main(
     for name in pair:
         loaded = load(name, zoo, train=False)
         for text in tries:
-            typer.echo(
-                f"{name} [{text}]: {trial(loaded, settings_of(text), method, samples, tokenizer, written, spliced)}"
-            )
+            typer.echo(f"{name} [{text}]: {trial(loaded, settings_of(text), method, samples, tokenizer, written)}")
 
 
 if __name__ == "__main__":

@@ -103,8 +103,10 @@ class RefitConfig:
             of Adam; 0 leaves them as they were solved.
         answer_steps: fit the last layer and the maps out of the trunk to what the experts answer to samples of their
             own tasks, by at most so many steps of Adam; 0 leaves them as they were solved.
-        written_samples: where a task has fewer samples than this, and its expert writes (a causal language model or an
-            encoder-decoder), it writes the others; see `hf_zipit.data.written`. 0 for none.
+        written_samples: where a task has fewer samples than this, there are further ones, up to this number, and of
+            short texts as many as hold 65,536 tokens, up to four times this number. Its expert writes them (a causal
+            language model or an encoder-decoder), or they are spliced of the given ones (other texts, recordings);
+            see `hf_zipit.data.written`. 0 for none.
         stream_bases: choose the basis of residual streams by what the experts compute there, where rotations of a
             stream are allowed, or would be but for the scales of post-LN norms.
         micro_batch: samples that go through a module at once.

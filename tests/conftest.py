@@ -1,12 +1,16 @@
-"""What holds for all tests: no progress bars; what was traced once stays known, as nearly all of them merge alike."""
+"""What holds for all tests: no progress bars; what was traced once stays known, as nearly all of them merge alike; few
+samples are made where few are given.
+"""
 
 from __future__ import annotations
 
 from transformers.utils import logging
 
+from hf_zipit.data import written
 from hf_zipit.symmetry import memory
 
 from .processes import in_two_processes  # noqa: F401  # a fixture
 
 logging.disable_progress_bar()
 memory.REMEMBERED = 300
+written.TOKENS = 2**8

@@ -368,17 +368,14 @@ class Calibration:
             ]
         return part
 
-    def and_more(self, more: Mapping[str | None, Inputs]) -> Calibration:
-        """The same calibration data, and behind it further samples of some tasks, which are prepared already."""
+    def and_more(self, more: Mapping[str | None, Iterable[Callable[[], Inputs]]]) -> Calibration:
+        """The same calibration data, and behind it further batches of some tasks: what makes them, when asked for."""
         whole = replace(self)
         whole.tasks, whole.inputs = self.tasks, self.inputs
         whole._streams = {
             task: [
                 *batches,
-                *(
-                    CalibrationBatch(task, partial(dict, piece), whole._keeper)
-                    for piece in (pieces(more[task], self.batch_size) if task in more else ())
-                ),
+                *(CalibrationBatch(task, make, whole._keeper) for make in more.get(task, ())),
             ]
             for task, batches in self._streams.items()
         }

@@ -1,8 +1,8 @@
-"""Further calibration samples, of experts that write: what they go on with is like what they were trained on.
+"""Further calibration samples. Of experts that write: what they go on with is like what they were trained on.
 
-Few samples say little about what a layer sees elsewhere. A causal language model goes on from the first tokens of
-samples that are there, or from any token where there are none (`write_samples`). An encoder-decoder answers to samples
-that begin like one and end like another.
+Few samples say little about what a layer sees elsewhere. A causal language model goes on from the first token of
+samples that are there, or from any token where there are none (`write_samples`). An encoder-decoder answers to spliced
+samples. Those of other experts are spliced alone (`spliced.py`).
 
 Ours. Calibration data that a language model writes itself is known from quantisation (LLM-QAT, arXiv 2305.17888).
 """
@@ -10,15 +10,18 @@ Ours. Calibration data that a language model writes itself is known from quantis
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from hf_zipit.data.calibration import Calibration, Inputs, size_of, without_labels
+from hf_zipit.data.calibration import Calibration, Inputs, pieces, size_of, without_labels
+from hf_zipit.data.inputs import ModelInputs
 from hf_zipit.data.processes import placed
+from hf_zipit.data.spliced import ANSWERS, MASK, can_be_spliced, real_places, real_tokens, spliced
 from hf_zipit.errors import DataError
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.hub.reasons import first_line
@@ -26,13 +29,14 @@ from hf_zipit.steady import steady
 
 logger = logging.getLogger(__name__)
 
-MASK, ANSWERS = "attention_mask", "decoder_input_ids"
-
-BEGINNING = 4
-"""So many tokens of a sample, at most, are gone on from."""
-
 TOKENS = 2**16
-"""So many are written for a task, at most: writing costs about what reading does."""
+"""So many are written for a task, at most. Of short texts there are as many as hold so many tokens,"""
+
+SPAN = 4
+"""at most so many times the wanted number, and long texts hold no more than so many times these tokens,"""
+
+NUMBERS = 2**26
+"""recordings no more than so many numbers."""
 
 AT_ONCE = 64
 """Samples that are written side by side."""
@@ -71,24 +75,36 @@ def write_samples(experts: Experts, samples: int = 512, length: int = 128, seed:
     return found
 
 
-def with_written(calibration: Calibration, experts: Mapping[str, nn.Module], samples: int, seed: int) -> Calibration:
-    """The calibration data, and behind it what the experts write, up to so many `samples` a task altogether.
+def with_more(
+    calibration: Calibration, experts: Mapping[str, nn.Module], samples: int, seed: int
+) -> tuple[Calibration, dict[str, int], dict[str, int]]:
+    """The calibration data, and behind it further samples, where a task has fewer than `samples`; and by task how many
+    of them its expert wrote, and how many are spliced.
 
-    It is left as it is for experts that do not write, or read more than tokens, and for one collection for all tasks.
-    All processes write the same.
+    It is left as it is for inputs that cannot be spliced and for one collection for all tasks. All processes make the
+    same.
     """
-    more: dict[str | None, Inputs] = {}
+    more: dict[str | None, list[Callable[[], Inputs]]] = {}
+    written, of_given = {}, {}
     for task, found in calibration.counts.items():
-        if found >= samples or task not in experts:
+        if task is None or found >= samples:
             continue
         expert, given = experts[task], without_labels(calibration.whole(task))
-        if (count := written_count(expert, given, found, samples)) > 0:
+        count, size = further_count(expert, given, found, samples), calibration.batch_size
+        draw, parts = torch.Generator().manual_seed(seed), []
+        if (own := min(count, written_count(expert, given))) > 0:
             try:
                 with placed([expert], calibration.device), torch.no_grad():
-                    more[task] = _written(expert, given, count, seed)  # type: ignore[arg-type]
+                    texts = _written(expert, given, own, seed, draw)  # type: ignore[arg-type]
+                parts += [partial(dict, piece) for piece in pieces(texts, size)]
+                written[task] = own
             except Exception as error:  # classes have their own ideas of how they write
                 logger.warning("The expert %r writes no further samples: %s", task, first_line(error))
-    return calibration.and_more(more) if more else calibration
+        if (rest := count - written.get(task, 0)) > 0:
+            parts += spliced(given, ModelInputs.of(expert).main, rest, draw, size)
+            of_given[task] = rest
+        more[task] = parts
+    return calibration.and_more(more) if written or of_given else calibration, written, of_given
 
 
 def writes(expert: nn.Module) -> bool:
@@ -96,69 +112,48 @@ def writes(expert: nn.Module) -> bool:
     return isinstance(expert, PreTrainedModel) and expert.can_generate()
 
 
-def written_count(expert: nn.Module, given: Mapping[str, Tensor], found: int, samples: int) -> int:
-    """How many samples like the given ones an expert writes where `found` are there and so many `samples` wanted."""
+def written_count(expert: nn.Module, given: Mapping[str, Tensor]) -> int:
+    """How many samples like the given ones an expert writes at most: one that writes tokens, from tokens alone."""
     if not writes(expert):
         return 0
     tokens = {expert.main_input_name, *([ANSWERS] if expert.config.is_encoder_decoder else [])}
-    if not tokens <= set(given) <= {*tokens, MASK}:
+    if not tokens <= set(given) <= {*tokens, MASK} or any(x.is_floating_point() for x in given.values()):
         return 0
-    if any(x.dim() != 2 or x.is_floating_point() or x.shape[1] < 2 for x in given.values()):
-        return 0
-    return max(0, min(samples - found, TOKENS // sum(given[name].shape[1] for name in tokens)))
+    return TOKENS // sum(given[name].shape[1] for name in tokens)
 
 
-def _written(expert: PreTrainedModel, given: Inputs, count: int, seed: int) -> Inputs:
+def further_count(expert: nn.Module, given: Mapping[str, Tensor], found: int, samples: int) -> int:
+    """How many samples are added to the `found` given ones where there are to be as many `samples`."""
+    main = ModelInputs.of(expert).main
+    if found >= samples or not can_be_spliced(given, main):
+        return 0
+    if given[main].is_floating_point():
+        samples = min(samples, NUMBERS // given[main][0].numel())
+    else:
+        tokens = sum(given[name].shape[1] for name in {main, ANSWERS} & set(given))
+        samples = min(max(samples, TOKENS // tokens), SPAN * samples, SPAN * TOKENS // tokens)
+    return max(0, samples - found)
+
+
+def _written(expert: PreTrainedModel, given: Inputs, count: int, seed: int, draw: torch.Generator) -> Inputs:
     """So many samples in the form of the given ones."""
     main = expert.main_input_name
-    draw = torch.Generator().manual_seed(seed)
     if expert.config.is_encoder_decoder:
-        found = _spliced(given, main, count, draw)
+        found = next(spliced(given, main, count, draw, count))()
         length, start = given[ANSWERS].shape[1], int(given[ANSWERS][0, 0])
         asked = {name: tensor for name, tensor in found.items() if name != ANSWERS}
         answers = _generated(expert, asked, length - 1, seed, ends=True, start=start)
-        found[ANSWERS] = _of_length(answers, length, _pad(expert)).to(given[ANSWERS])
-        return found
+        return {**found, ANSWERS: _of_length(answers, length, _pad(expert)).to(given[ANSWERS])}
     chosen = torch.randint(size_of(given), (count,), generator=draw)
     found = {name: tensor[chosen] for name, tensor in given.items()}
-    real = _real(found, main)
+    real = real_tokens(found, main)
     lengths = real.sum(1)
-    beginning = max(1, min(BEGINNING, int(lengths.min()) - 1))
-    first = found[main].gather(1, _places(real)[:, :beginning])
+    first = found[main].gather(1, real_places(real)[:, :1])
     asked = {main: first, MASK: torch.ones_like(first)}
-    written = _generated(expert, asked, int(lengths.max()) - beginning, seed, ends=False)
+    written = _generated(expert, asked, int(lengths.max()) - 1, seed, ends=False)
     own = torch.arange(written.shape[1]) < lengths[:, None]
     found[main] = found[main].masked_scatter(real, written[own].to(found[main]))  # row by row, both
     return found
-
-
-def _real(inputs: Inputs, main: str) -> Tensor:
-    """Which tokens fill nothing up, `[samples, length]`."""
-    return inputs[MASK].bool() if MASK in inputs else torch.ones_like(inputs[main], dtype=torch.bool)
-
-
-def _places(real: Tensor) -> Tensor:
-    """Where the real tokens of every sample are, those first, `[samples, length]`; whichever side is filled up."""
-    return (~real).to(torch.uint8).argsort(dim=1, stable=True)
-
-
-def _spliced(given: Inputs, main: str, count: int, draw: torch.Generator) -> Inputs:
-    """Samples that begin like one and, from a random share of its length on, go on like another."""
-    first, second = (torch.randint(size_of(given), (count,), generator=draw) for _ in range(2))
-    tokens = given[main]
-    real = _real(given, main)
-    share = torch.rand(count, generator=draw)
-    begin, skipped = ((share * real[of].sum(1)).long()[:, None] for of in (first, second))
-    at = torch.arange(tokens.shape[1]).expand(count, -1)
-    packed = tokens.gather(1, _places(real))
-    from_second = packed[second].gather(1, (at - begin + skipped).clamp(0, tokens.shape[1] - 1))
-    spliced = torch.where(at < begin, packed[first], from_second)
-    length = (begin + real[second].sum(1, keepdim=True) - skipped).clamp(1, tokens.shape[1])
-    left = MASK in given and not bool(real[:, 0].all())
-    own = at >= tokens.shape[1] - length if left else at < length
-    fill = tokens[~real][0] if not bool(real.all()) else tokens.new_zeros(())
-    found = {main: fill.expand(count, tokens.shape[1]).masked_scatter(own, spliced[at < length])}
-    return {name: own.to(given[name]) if name == MASK else found.get(name, given[name][:count]) for name in given}
 
 
 def _generated(

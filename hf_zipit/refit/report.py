@@ -28,6 +28,7 @@ class RefitReport:
             answers, and after it, as a share of what a constant answer is off by; none where they were right or
             nothing helped.
         written: by task how many samples its expert wrote, beside those that were given.
+        spliced: by task how many samples were spliced of those that were given.
     """
 
     tasks: tuple[str, ...]
@@ -36,6 +37,7 @@ class RefitReport:
     rows: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     answers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     written: Mapping[str, int] = field(default_factory=dict)
+    spliced: Mapping[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Lists of tasks, modules, and per module the errors by task: configuration files sort the keys of dicts."""
@@ -51,6 +53,7 @@ class RefitReport:
             "rows": [list(self.rows.get(module, ())) for module in self.errors],
             "answers": [[task, *(round(error, 6) for error in errors)] for task, errors in self.answers.items()],
             "written": [[task, count] for task, count in self.written.items()],
+            "spliced": [[task, count] for task, count in self.spliced.items()],
         }
 
     @classmethod
@@ -72,8 +75,8 @@ class RefitReport:
             module: (int(row[0]), int(row[1])) for module, row in zip(saved["modules"], counted, strict=True) if row
         }
         answers = {task: (before, after) for task, before, after in saved.get("answers", ())}
-        written = dict(saved.get("written", ()))
-        return cls(tuple(tasks), errors, tuple(saved["untouched"]), rows, answers, written)
+        written, spliced = (dict(saved.get(name, ())) for name in ("written", "spliced"))
+        return cls(tuple(tasks), errors, tuple(saved["untouched"]), rows, answers, written, spliced)
 
     def rows_in_words(self) -> str | None:
         """How many rows were used and why; None where that is not known."""

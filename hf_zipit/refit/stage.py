@@ -16,7 +16,7 @@ from hf_zipit.adapters import adapter_for
 from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
-from hf_zipit.data.written import with_written
+from hf_zipit.data.written import with_more
 from hf_zipit.errors import DataError, ExpertError
 from hf_zipit.hub.reasons import first_line
 from hf_zipit.maps.space_map import Alignment, LinearMap
@@ -63,10 +63,10 @@ def refit_trunk(
         return Refitted(dict(trunk))
     if calibration is None:
         raise DataError("refit regresses on what the experts compute: pass a little unlabelled data as calibration=")
-    given = calibration.counts
-    config = config.for_samples(sum(given.values()) / len(planned.tasks))
-    calibration = with_written(calibration, planned.experts, config.written_samples, planned.config.seed)
-    written = {task: count - given[task] for task, count in calibration.counts.items() if count > given[task]}
+    config = config.for_samples(sum(calibration.counts.values()) / len(planned.tasks))
+    calibration, written, spliced = with_more(
+        calibration, planned.experts, config.written_samples, planned.config.seed
+    )
     remedy = "check the experts' weights and the calibration data"
     try:
         work = partial(_refit, planned, config, trunk, maps, calibration, combine or partial(combine_trunk, planned))
@@ -77,7 +77,7 @@ def refit_trunk(
     for name, tensor in refitted.tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ExpertError(f"the refit leaves numbers that are not finite in {name}; {remedy}")
-    return replace(refitted, report=replace(refitted.report, written=written))
+    return replace(refitted, report=replace(refitted.report, written=written, spliced=spliced))
 
 
 def _refit(

@@ -21,7 +21,7 @@ from hf_zipit.adapters import given_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.data.processes import solving_device
-from hf_zipit.data.written import written_count
+from hf_zipit.data.written import further_count
 from hf_zipit.observation.observe import FORWARD_SHARE
 from hf_zipit.planning.plan import Plan
 from hf_zipit.refit.work import ForwardWork, Work, counted, forward_operations, refit_work
@@ -145,7 +145,7 @@ def expected_costs(
         memory["moments"] = float(planned.moment_bytes)
     if refit is not None:
         models = planned.experts.values()
-        samples += min(written_count(model, inputs, samples, refit.written_samples) for model in models)
+        samples += min(further_count(model, inputs, samples, refit.written_samples) for model in models)
         seconds["refit"] = rates.seconds(refit_work(planned, found, samples))
         budget = (refit.memory_gb or memory_gb or Calibration.memory_gb) * 2**30
         kept = activations(found, experts, experts * samples)

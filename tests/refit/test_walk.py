@@ -60,7 +60,7 @@ def by_task(inputs: Mapping[str, Tensor], tasks: str = "ab") -> dict[str, dict[s
 def refitted(models: tuple[PreTrainedModel, ...], data: object, *, method: str = "identity", **settings: object):
     depth = settings.pop("depth", 1.0)
     named = dict(zip("abc", models, strict=False))
-    config = {"micro_batch": 8, "rows_per_input": 0, **settings}
+    config = {"micro_batch": 8, "rows_per_input": 0, "written_samples": 0, **settings}
     return merge(named, data, method=method, depth=depth, refit=config)
 
 
@@ -418,7 +418,7 @@ def test_made_twice(name: str):
     assert_bit_identical(dict(twice.state_dict()), dict(once.state_dict()))
     other = merge(
         dict(zip("ab", models, strict=True)), data, method="identity", seed=1,
-        refit=RefitConfig(micro_batch=8, rows_per_input=1),
+        refit=RefitConfig(micro_batch=8, rows_per_input=1, written_samples=0),
     )  # fmt: skip
     assert any(not torch.equal(t, once.state_dict()[n]) for n, t in other.state_dict().items())
 

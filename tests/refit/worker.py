@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import Calibration, merge
-from hf_zipit.data.written import with_written
+from hf_zipit.data import written
 from hf_zipit.schema import unpacked
 from tests import tiny
 
 NAMES = ("bert-sequence", "resnet-basic", "gpt2")  # answers are fitted of the last one alone
+
+READING = ("gpt2", "bert-sequence")  # one writes
 
 
 def data(name: str) -> dict[str, dict[str, Tensor]]:
@@ -36,15 +38,17 @@ def refitted(name: str, accelerator: Accelerator | None) -> PreTrainedModel:
     return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, seed=5)
 
 
-def written(accelerator: Accelerator | None) -> Tensor:
-    """What an expert writes."""
-    models = dict(zip("ab", tiny.pair("gpt2"), strict=True))
-    calibration = Calibration(data("gpt2"), accelerator=accelerator).read(models)
-    return with_written(calibration, models, 16, seed=5).whole("b")["input_ids"]
+def more(name: str, accelerator: Accelerator | None) -> Tensor:
+    """What an expert reads where it writes, or others are spliced."""
+    models = dict(zip("ab", tiny.pair(name), strict=True))
+    calibration = Calibration(data(name), accelerator=accelerator).read(models)
+    return written.with_more(calibration, models, 16, seed=5)[0].whole("b")["input_ids"]
 
 
 def work(accelerator: Accelerator, folder: Path) -> None:
-    save_file({"tokens": written(accelerator)}, folder / f"written-{accelerator.process_index}.safetensors")
+    written.TOKENS = 2**8  # as in all tests
+    tokens = {name: more(name, accelerator) for name in READING}
+    save_file(tokens, folder / f"more-{accelerator.process_index}.safetensors")
     for name in NAMES:
         model = refitted(name, accelerator)
         tensors = {key: tensor.contiguous() for key, tensor in model.state_dict().items()}
