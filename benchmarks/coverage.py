@@ -6,7 +6,7 @@ Every class is tried in a process of its own, in its smallest form (`smallest.py
 adapter makes. What is measured stands in `--rows`, one line a class with the commit of the tree (`--tree`). Classes
 that are there are not tried again, unless `--renew` asks for those of some trees (a regular expression): the much
 used families first, then what was proven but not free, then what was not traced. `--refit` measures only what the refit
-solves, of the proven classes that are there.
+solves of the proven classes that are there.
 """
 
 from __future__ import annotations

@@ -117,6 +117,8 @@ def test_images_with_grids_are_cut_into_patches_and_given_in_one_row():
     assert made["grid_thw"].prod(1).tolist() == [16, 16]
     assert packed(made)["hidden_states"].shape == (32, 32)
     assert packed({"hidden_states": made["hidden_states"]})["hidden_states"].shape == (2, 16, 32)
+    shaped = patches(config, ["pixel_values", "spatial_shapes"], torch.Generator())
+    assert packed(shaped)["pixel_values"].shape == (2, *shaped["pixel_attention_mask"].shape[1:], 16)
     assert not patches(config, ["hidden_states"], torch.Generator())
 
 
@@ -128,6 +130,22 @@ def test_a_trace_holds_for_one_grid():
         assert prove(model, MergeSpec.from_model(model, inputs), inputs=inputs) <= TOLERANCE
     with pytest.raises(SpecError, match="refit=None"):
         forward_pass(model, made, None)
+
+
+@pytest.mark.parametrize("model_class", [T.Siglip2Model, T.Qwen2VLForConditionalGeneration, T.Glm4vModel])
+def test_images_of_patches_reach_tower_and_text(model_class):
+    model = smallest_model(model_class)
+    spec = MergeSpec.from_model(model)
+    assert {name for name, _ in model.named_parameters()} <= spec.axes.keys()
+    assert prove(model, spec) <= TOLERANCE
+
+
+def test_texts_without_images_need_example_inputs_without_them():
+    text = {"input_ids": torch.randint(3, 50, (4, 6))}
+    experts = dict.fromkeys("ab", smallest_model(T.Qwen2VLModel))
+    with pytest.raises(SpecError, match="does not call that module.*example_inputs"):
+        hf_zipit.merge(experts, text, method="permute", refit=None)
+    hf_zipit.merge(experts, text, method="permute", refit=None, example_inputs=text)
 
 
 def test_texts_have_as_many_image_tokens_as_their_images_need():
