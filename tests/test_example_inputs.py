@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import hf_zipit
+from benchmarks.coverage import in_general_position, samples
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.signature import boxes, packed, patches, series, sound, videos
 from hf_zipit.errors import DataError, RecipeError, SpecError
-from hf_zipit.refit.program import forward_pass
+from hf_zipit.refit import RefitReport
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
@@ -128,8 +129,20 @@ def test_a_trace_holds_for_one_grid():
     longer = {"hidden_states": made["hidden_states"], "grid_thw": torch.tensor([[1, 2, 8]] * 2)}
     for inputs in (made, longer):
         assert prove(model, MergeSpec.from_model(model, inputs), inputs=inputs) <= TOLERANCE
-    with pytest.raises(SpecError, match="refit=None"):
-        forward_pass(model, made, None)
+
+
+def test_a_refit_takes_images_of_one_grid():
+    experts = {task: in_general_position("Qwen2VLModel", seed) for seed, task in enumerate("ab")}
+    data = samples(experts["a"])
+    settings = {"method": "permute", "refit": {"micro_batch": 8}, "corrections": {}}
+    report = RefitReport.of(hf_zipit.merge(experts, data, **settings))
+    assert {"visual.blocks.1.attn.qkv.weight", "language_model.layers.1.mlp.up_proj.weight"}.isdisjoint(
+        report.untouched
+    )
+    data["image_grid_thw"] = data["image_grid_thw"].clone()
+    data["image_grid_thw"][-1] = torch.tensor([1, 2, 8])
+    with pytest.raises(SpecError, match="Qwen2VLModel is told by image_grid_thw.*refit=None"):
+        hf_zipit.merge(experts, data, **settings)
 
 
 @pytest.mark.parametrize("model_class", [T.Siglip2Model, T.Qwen2VLForConditionalGeneration, T.Glm4vModel])

@@ -125,7 +125,8 @@ def find_attention(
     program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, alignment: Alignment
 ) -> Iterator[Attention]:
     """The attention layers that can be solved as a whole."""
-    made = program.behind(sites).union(sites)
+    starts = {node for node, site in sites.items() if site.kind != "table"}  # of which a rotation may be made
+    made = program.behind(starts) | starts
     for node in program.nodes:
         name = op_name(node) if node.op == "call_function" else ""
         find = _attention if name == "scaled_dot_product_attention" else _weighing if name in WEIGHING else None
