@@ -5,8 +5,8 @@
 Every class is tried in a process of its own, in its smallest form (`smallest.py`), with the example inputs that its
 adapter makes. What is measured stands in `--rows`, one line a class with the commit of the tree (`--tree`). Classes
 that are there are not tried again, unless `--renew` asks for those of some trees (a regular expression): the much
-used families first, then what was proven but not free, then what was not traced. `--refit` measures only what the refit
-solves of the proven classes that are there.
+used families first, then what was proven but not free, then what was not traced. `--refit` measures of proven classes
+that are there only what the refit solves.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from benchmarks.other_modules import OTHERS, other
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.auto import forward_names
-from hf_zipit.errors import ZipItError
+from hf_zipit.errors import SpecError, ZipItError
 from hf_zipit.files import write_text
 from hf_zipit.refit import RefitReport
 from hf_zipit.refit.walk import Walk
@@ -216,6 +216,8 @@ def solved(name: str) -> Solved:
         result = hf_zipit.merge(experts, data, method="permute", refit=True, corrections={})
     finally:
         Walk.run = run  # type: ignore[method-assign]
+    if not walks:
+        raise SpecError(f"{name} has no trunk")
     (walk,) = walks
     worst(result, experts, data)  # it answers
     sizes = {key: p.numel() for key, p in experts["a"].named_parameters() if key in walk.cut.trunk}

@@ -11,8 +11,9 @@ two maps is regressed like any other.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import with_heads
-from hf_zipit.refit.solvable import TRANSPARENT, RefitSite, part_of
+from hf_zipit.refit.solvable import SAMPLES_POSITIONS_UNITS, TRANSPARENT, RefitSite, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Symmetry
 
@@ -286,10 +287,10 @@ def _cut_into_heads(
 ) -> Heads | None:
     """Which outputs of a map become heads, several of which may be equal in a row; None unless they lie in order.
 
-    None also where there is not one merged unit for every unit of an expert.
+    None also where there is not one merged unit for every unit of an expert, or positions have two axes (SAM 3).
     """
     numbers = _unit_numbers(node, path, program, made)
-    if numbers is None:
+    if numbers is None or len(shape_of(path.site.node)) > SAMPLES_POSITIONS_UNITS:
         return None
     own = numbers.unique_consecutive(dim=0)
     units = tuple(own.flatten().tolist())
@@ -362,13 +363,31 @@ def _name(node: fx.Node) -> str:
 def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSite | None, tuple[fx.Node, ...]]:
     """The linear map that reads the heads side by side, and nothing else does; and the ops before it."""
     passed: list[fx.Node] = []
+    start = node
     while True:
         users = list(node.users)
         if len(users) != 1:
             return None, ()
         node = users[0]
         if node in sites:
-            return (sites[node] if sites[node].kind == "linear" else None), tuple(passed)
+            linear = sites[node].kind == "linear" and _side_by_side(start, passed)
+            return (sites[node] if linear else None), tuple(passed)
         if op_name(node) not in {"transpose", "reshape", "view", "contiguous", "clone", "permute"}:
             return None, ()
         passed.append(node)
+
+
+def _side_by_side(start: fx.Node, steps: Sequence[fx.Node]) -> bool:
+    """Whether what heads put out is in the order of samples and positions, as the weights are that it was made with.
+
+    There are models that compute with positions first (MLCD).
+    """
+    shape = shape_of(start)
+    numbers = torch.arange(prod(shape)).view(shape)
+    found, last = {start: numbers}, steps[-1] if steps else start
+    for step in steps:
+        arguments = fx.map_arg((step.args, step.kwargs), found.__getitem__)
+        found[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+    joined = found[last].flatten(0, -2)
+    heads = numbers if len(shape) > 3 else numbers.unflatten(0, (-1, joined.shape[1] // shape[-1]))
+    return torch.equal(heads.transpose(-3, -2).reshape(joined.shape), joined)

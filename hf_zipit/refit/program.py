@@ -83,6 +83,8 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     rewrite(exported.graph)
     fixed = {name: exported.constants[constant] for name, constant in constants.items()}
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
+    if mapped := next((node for node in nodes if getattr(node.target, "__name__", "") == "_add_batch_dim"), None):
+        raise SpecError(f"{module_of(mapped)} maps a function over axes (vmap), which refit cannot follow")
     nodes = known_beforehand(nodes, fixed)
     return ForwardPass(
         _read_what_was_written(nodes),
@@ -380,6 +382,8 @@ class Program:
 
 def out_of_place(target: Any) -> Callable[..., Any]:
     """The op without its writing into its argument: values are kept, and read again later."""
+    if target is torch.ops.aten.view.default:  # of a value that may lie otherwise in memory than in the trace
+        return torch.ops.aten.reshape.default
     packet = getattr(target, "overloadpacket", None)
     name = str(packet).removeprefix("aten.") if packet is not None else ""
     if name.endswith("_") and not name.startswith("_"):

@@ -227,7 +227,7 @@ def _site(program: Program, node: fx.Node) -> RefitSite | None:
 
 def _offset(program: Program, node: fx.Node, own: Any, other: fx.Node) -> RefitSite | None:
     offset = program.tensor_of(own)
-    if offset is None or not own.meta["val"].is_floating_point():
+    if offset is None or not own.meta["val"].is_floating_point() or shape_of(own)[-1:] != shape_of(node)[-1:]:
         return None
     return RefitSite("offset", node, offset, None, None, node, node, other)
 

@@ -185,9 +185,14 @@ VALUES = {"qwen3": 2, "gpt-neox": 2, "deberta-v2": 2}
 """and those where a norm, a rotation of some units or positions that depend on queries and keys are in between."""
 
 
-@pytest.mark.parametrize(("model_class", "layers"), [(T.DINOv3ViTModel, 2), (T.DebertaModel, 0)])
-def test_tables_beside_the_maps_are_none_of_them(model_class: type[PreTrainedModel], layers: int):
-    """The frequencies of a rotation are on the way, and are no map's; to DeBERTa's values a bias is added later."""
+@pytest.mark.parametrize(
+    ("model_class", "layers"),
+    [(T.DINOv3ViTModel, 2), (T.DebertaModel, 0), (T.MLCDVisionModel, 0), (T.Sam3ViTModel, 0)],
+)
+def test_layers_of_other_kinds(model_class: type[PreTrainedModel], layers: int):
+    """The frequencies of a rotation are on the way, and are no map's; to DeBERTa's values a bias is added later; and
+    what MLCD's heads put out has positions before samples, and what SAM 3's read has rows and columns.
+    """
     model = smallest_model(model_class)
     spec = MergeSpec.from_model(model)
     program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
