@@ -16,8 +16,10 @@ from benchmarks.coverage import in_general_position, samples
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.signature import boxes, packed, patches, series, sound, videos
+from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.errors import DataError, RecipeError, SpecError
 from hf_zipit.refit import RefitReport
+from hf_zipit.refit.stage import check_grids
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
@@ -132,18 +134,15 @@ def test_a_trace_holds_for_one_grid():
 
 
 def test_a_refit_takes_images_of_one_grid():
-    experts = {task: in_general_position("Qwen2VLModel", seed) for seed, task in enumerate("ab")}
+    experts = {task: in_general_position("Siglip2VisionModel", seed) for seed, task in enumerate("ab")}
     data = samples(experts["a"])
-    refit = {"micro_batch": 8, "attention_steps": 0, "unit_steps": 0, "answer_steps": 0}
-    settings = {"method": "permute", "refit": refit, "corrections": {}}
-    report = RefitReport.of(hf_zipit.merge(experts, data, **settings))
-    assert {"visual.blocks.1.attn.qkv.weight", "language_model.layers.1.mlp.up_proj.weight"}.isdisjoint(
-        report.untouched
-    )
-    data["image_grid_thw"] = data["image_grid_thw"].clone()
-    data["image_grid_thw"][-1] = torch.tensor([1, 2, 8])
-    with pytest.raises(SpecError, match="Qwen2VLModel is told by image_grid_thw.*refit=None"):
-        hf_zipit.merge(experts, data, **settings)
+    steps = {"attention_steps": 0, "unit_steps": 0, "answer_steps": 0}
+    report = RefitReport.of(hf_zipit.merge(experts, data, method="permute", refit=steps, corrections={}))
+    assert report.untouched == ("embeddings.position_embedding.weight",)
+    check_grids(experts["a"], [MicroBatch(data, None, real=24)] * 2)
+    others = {**data, "spatial_shapes": data["spatial_shapes"].flip(1)}
+    with pytest.raises(SpecError, match="Siglip2VisionModel is told by spatial_shapes.*refit=None"):
+        check_grids(experts["a"], [MicroBatch(inputs, None, real=24) for inputs in (data, others)])
 
 
 @pytest.mark.parametrize("model_class", [T.Siglip2Model, T.Qwen2VLModel])
