@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from hf_zipit.adapters.auto import forward_names
 from hf_zipit.adapters.signature import grids
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.products import merged_length
@@ -75,7 +76,8 @@ def _shape(x: Any) -> Hashable:
 
 
 def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None) -> ForwardPass:
-    exported = export(model, inputs, fields)
+    off = {"use_cache": False} if "use_cache" in forward_names(model) else {}  # of no use here, as in a merge
+    exported = export(model, {**inputs, **off}, fields)
     signature = exported.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants

@@ -396,6 +396,9 @@ def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
     whose axes move, or one whose rows do: the biases of a mixture's experts.
     """
     label = site.label(spec)
+    keys = [product_key(product) for product in products(label)] if label and site.kind != "routed" else []
+    if not all(set(spec.spaces[name].within) <= set(key) for key in keys for name in key):
+        return False  # which unit is whose depends on what another axis counts (XLNet's heads)
     if site.part is not None:
         return bool(label)
     if site.kind == "table":
