@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.refit.program import Program
+from hf_zipit.refit.program import Program, out_of_place
 from hf_zipit.refit.rewrites import with_heads
 from hf_zipit.refit.solvable import SAMPLES_POSITIONS_UNITS, TRANSPARENT, RefitSite, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
@@ -206,7 +206,7 @@ def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.N
             if _name(user) not in MOVING or isinstance(found, Tensor) and user.all_input_nodes != [step]:
                 return False
             arguments = fx.map_arg((user.args, user.kwargs), numbers.__getitem__)
-            read = user.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            read = out_of_place(user.target)(*arguments[0], **arguments[1])
             if isinstance(read, Tensor) and not own.isdisjoint(read.unique().tolist()):
                 return False
     return True
@@ -346,7 +346,7 @@ def _numbers_on(
             values[step] = torch.cat(parts, step.args[1] if len(step.args) > 1 else 0)  # type: ignore[arg-type]
         else:
             arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
-            values[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            values[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
     return None if partners & values.keys() and not _added(partners, steps) else values
 
 
@@ -387,7 +387,7 @@ def _side_by_side(start: fx.Node, steps: Sequence[fx.Node]) -> bool:
     found, last = {start: numbers}, steps[-1] if steps else start
     for step in steps:
         arguments = fx.map_arg((step.args, step.kwargs), found.__getitem__)
-        found[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+        found[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
     joined = found[last].flatten(0, -2)
     heads = numbers if len(shape) > 3 else numbers.unflatten(0, (-1, joined.shape[1] // shape[-1]))
     return torch.equal(heads.transpose(-3, -2).reshape(joined.shape), joined)

@@ -341,6 +341,10 @@ class Program:
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
+        if op_name(node) == "_assert_scalar" and not arguments[0]:
+            raise SpecError(
+                f"which way is taken through {module_of(node)} depends on the samples, which refit cannot follow"
+            )
         found = out_of_place(node.target)(*arguments, **keywords)
         return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
 
@@ -386,6 +390,8 @@ def out_of_place(target: Any) -> Callable[..., Any]:
     """The op without its writing into its argument: values are kept, and read again later."""
     if target is torch.ops.aten.view.default:  # of a value that may lie otherwise in memory than in the trace
         return torch.ops.aten.reshape.default
+    if target is torch.ops.aten.copy_.default:  # whose plain form has no derivative
+        return _copied
     packet = getattr(target, "overloadpacket", None)
     name = str(packet).removeprefix("aten.") if packet is not None else ""
     if name.endswith("_") and not name.startswith("_"):
@@ -393,6 +399,11 @@ def out_of_place(target: Any) -> Callable[..., Any]:
         if plain is not None:
             return plain
     return target if callable(target) else operator.itemgetter(0)
+
+
+def _copied(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `into` is after `source` was copied into it."""
+    return source.to(into).expand_as(into)
 
 
 Model = TypeVar("Model", bound=nn.Module)
