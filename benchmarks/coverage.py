@@ -654,7 +654,7 @@ def main(
         if not again if only is None else not re.search(only, name):
             continue
         if refit and old is not None:
-            row = replace(apart(replace(old, refit_tree=tree), refitted), seconds=old.seconds)
+            row = replace(apart(replace(old, refit_tree=tree, error=None), refitted), seconds=old.seconds)
         else:
             row = apart(Row(name, family, mapping, tree=tree), partial(measure, merging=merging, refitting=merging))
         with rows.open("a", encoding="utf-8") as file:
