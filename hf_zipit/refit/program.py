@@ -62,7 +62,7 @@ def forward_pass(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[s
     """The forward pass of a model; `fields` are the outputs that count.
 
     Raises:
-        SpecError: if the model cannot be traced, or writes into a part of a tensor that is read as a whole later.
+        SpecError: if the model cannot be traced, or writes into a part of a tensor that another view of it shows.
     """
     kinds = tuple((x.dtype, x.device) for x in (*model.parameters(), *model.buffers()))
     known = grids(inputs)  # a part of the graph
