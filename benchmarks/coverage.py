@@ -5,7 +5,8 @@
 Every class is tried in a process of its own, in its smallest form (`smallest.py`), with the example inputs that its
 adapter makes. What is measured stands in `--rows`, one line a class with the commit of the tree (`--tree`). Classes
 that are there are not tried again, unless `--renew` asks for those of some trees (a regular expression): the much
-used families first, then what was proven but not free, then what was not traced.
+used families first, then what was proven but not free, then what was not traced. `--refit` measures of proven classes
+that are there only what the refit solves.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +39,10 @@ from benchmarks.other_modules import OTHERS, other
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.auto import forward_names
+from hf_zipit.errors import SpecError, ZipItError
 from hf_zipit.files import write_text
+from hf_zipit.refit import RefitReport
+from hf_zipit.refit.walk import Walk
 from hf_zipit.steady import forget, same_draws
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
@@ -75,6 +80,12 @@ SAMPLES = 24
 SAME = 1e-4
 """A reordered copy that comes back is off by less than this."""
 
+SOLVED = 0.99
+"""The refit takes a class as a whole when it solves this share of its trunk's parameters."""
+
+KEPT = 3
+"""So many of the tensors that the refit keeps are named."""
+
 FREE = 0.95
 """A class is free when this share of its attention and MLP matrices is."""
 
@@ -109,6 +120,10 @@ class Row:
     stage: str = "built"
     error: str | None = None
     tree: str = ""
+    solved: float | None = None
+    kept: list[str] = field(default_factory=list)
+    not_refit: str | None = None
+    refit_tree: str = ""
 
     @property
     def proven(self) -> bool:
@@ -129,7 +144,7 @@ class Row:
 # One class -----------------------------------------------------------------------------------------------------------
 
 
-def measure(row: Row, merging: bool = True) -> Iterator[Row]:
+def measure(row: Row, merging: bool = True, refitting: bool = True) -> Iterator[Row]:
     """The row of a class, again after every stage."""
     if row.mapping == MODULE:
         model, inputs = other(row.family, row.name)
@@ -147,8 +162,78 @@ def measure(row: Row, merging: bool = True) -> Iterator[Row]:
     yield row
     if merging:
         yield from merged(row, model, spec) if inputs is None else merged_module(row, model, spec, inputs)
+    if refitting and inputs is None:
+        yield from refitted(row)
     row.stage = "done"
     yield row
+
+
+def refitted(row: Row) -> Iterator[Row]:
+    """The row with what the refit solves of the trunk of two random models, or why it takes none of them."""
+    row.stage, row.refit_tree = "refitted", row.refit_tree or row.tree
+    row.solved, row.kept, row.not_refit = None, [], None
+    yield row
+    try:
+        found = solved(row.name)
+    except ZipItError as error:
+        row.not_refit = " ".join(str(error).split())
+    else:
+        row.solved, row.kept = found.share, found.kept
+    row.stage = "done"
+    yield row
+
+
+@dataclass(frozen=True)
+class Solved:
+    """The share of the trunk's parameters that the refit solves, the largest tensors that it keeps, and what it found.
+
+    Of `whole` layers of attention the logits and the values are solved as a whole, of others the values alone; heads
+    may be `split`, and units `chosen`.
+    """
+
+    share: float
+    kept: list[str]
+    whole: int
+    values: int
+    split: int
+    chosen: int
+
+
+def solved(name: str) -> Solved:
+    """What the refit solves of a class in its smallest form.
+
+    Raises:
+        ZipItError: the class cannot be refitted.
+    """
+    experts = {task: in_general_position(name, seed) for seed, task in enumerate("ab")}
+    data = samples(experts["a"])
+    for expert in experts.values():
+        through_norms(expert, data)
+    walks: list[Walk] = []
+    run = Walk.run
+    try:
+        Walk.run = lambda self: walks.append(self) or run(self)  # type: ignore[method-assign,assignment,func-returns-value]
+        result = hf_zipit.merge(experts, data, method="permute", refit=True, corrections={})
+    finally:
+        Walk.run = run  # type: ignore[method-assign]
+    if not walks:
+        raise SpecError(f"{name} has no trunk")
+    (walk,) = walks
+    worst(result, experts, data)  # it answers
+    sizes = {key: p.numel() for key, p in experts["a"].named_parameters() if key in walk.cut.trunk}
+    left = {*RefitReport.of(result).untouched, *(sizes.keys() - walk.fit.spec.axes.keys())}  # type: ignore[union-attr]
+    kept = sorted(left & sizes.keys(), key=lambda key: -sizes[key])
+    layers = list(walk.attention.values())
+    whole = sum(layer.logits is not None for layer in layers)
+    share = 1 - sum(sizes[key] for key in kept) / sum(sizes.values())
+    return Solved(share, kept[:KEPT], whole, len(layers) - whole, len(walk.splits), len(walk.mlps))
+
+
+def in_general_position(name: str, seed: int) -> PreTrainedModel:
+    """A small model of a class with random weights; what no file holds stays what the configuration makes it."""
+    model = smallest_model(getattr(transformers, name))
+    moved = perturb(model_tensors(model), torch.Generator().manual_seed(seed))
+    return with_tensors(model, {**model_tensors(model), **{key: moved[key] for key in model.state_dict()}})
 
 
 def shares(spec: MergeSpec, model: nn.Module) -> tuple[float | None, float | None, dict[str, int]]:
@@ -340,11 +425,11 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def apart(row: Row, merging: bool) -> Row:
+def apart(row: Row, work: Callable[[Row], Iterator[Row]]) -> Row:
     """The row of a class that is tried in a process of its own."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(row, there, merging))
+    process = context.Process(target=_work, args=(row, there, work))
     start = time.perf_counter()
     process.start()
     there.close()
@@ -367,11 +452,11 @@ def apart(row: Row, merging: bool) -> Row:
     return row
 
 
-def _work(row: Row, connection: Connection, merging: bool) -> None:
+def _work(row: Row, connection: Connection, work: Callable[[Row], Iterator[Row]]) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     try:
-        for state in measure(row, merging):
+        for state in work(row):
             connection.send(state)
     except Exception as error:
         row.error = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
@@ -386,6 +471,8 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
     others = [row for row in rows if row.mapping == MODULE]
     rows = [row for row in rows if row.mapping != MODULE]
     built = [row for row in rows if row.stage != "built"]
+    partly = [row for row in built if row.solved is not None and row.solved < SOLVED]
+    refused = [row for row in built if row.not_refit]
     counts = {
         "classes tried": rows,
         "built in a small size": built,
@@ -396,6 +483,12 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
         "the copy comes back by `permute`": [r for r in built if r.permute is not None and r.permute <= SAME],
         "saved and loaded by Auto": [row for row in built if row.loaded],
         "traced, but not proven": [r for r in built if r.proof is not None and not r.proven],
+        "given to the refit": [row for row in built if row.refit_tree],
+        f"of which it solves {percent(SOLVED)} of the trunk or more": [
+            row for row in built if (row.solved or 0) >= SOLVED
+        ],
+        "of which it solves less": partly,
+        "which it does not take": refused,
     }
     summary = "\n".join(f"| {name} | {len(own)} |" for name, own in counts.items())
     causes: Counter[str] = Counter()
@@ -404,11 +497,14 @@ def page(rows: list[Row], command: str, note: str = "") -> str:
     fixing = "\n".join(f"| {cause} | {count} |" for cause, count in causes.most_common(15))
     trees = Counter(row.tree for row in rows).most_common()
     by_tree = ", ".join(f"{count} of {tree or 'an unknown one'}" for tree, count in trees)
-    columns = ["class", "family", "tree", "proof", "attention", "MLP", "`weights`", "`permute`", "loaded", "s"]
-    head = f"| {' | '.join(columns)} | what is fixed, or what went wrong |"
-    lines = [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | --- |"]
+    columns = "class | family | tree | proof | attention | MLP | `weights` | `permute` | loaded | solved | s"
+    head = f"| {columns} | what is fixed, or what went wrong |"
+    lines = [head, "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | --- |"]
     lines += [line(row) for row in sorted(built, key=lambda row: (row.family, row.name))]
     lost = [row for row in built if row.proven and not (row.back and row.permute is not None)]
+    solved_at = Counter(row.refit_tree for row in rows if row.refit_tree).most_common()
+    by_refit_tree = ", ".join(f"{count} at {tree}" for tree, count in solved_at) or "nowhere yet"
+    unsolved = "\n".join(map(refit_line, sorted([*partly, *refused], key=lambda row: row.name)))
     unbuilt = sorted((row for row in rows if row.stage == "built"), key=lambda row: row.name)
     missing = "\n".join(f"| {row.name} | {told(row.error)} |" for row in unbuilt)
     return f"""# Coverage
@@ -419,9 +515,11 @@ Classes of the Auto mappings in their smallest form, with random weights and exa
 then more. *proof* is the largest relative error of the outputs after a random element of the inferred group
 ([Symmetries](symmetries.md)); *attention* and *MLP* are the shares of the matrices in blocks of which every factor of
 both axes can move; `weights` and `permute` the relative error of a merge with a reordered copy by that method, without
-a refit; `-` where that was not measured. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
+a refit; *solved* the share of the trunk's parameters that the [refit](refit.md) solves where two random models are
+merged; `-` where that was not measured. torch {torch.__version__}, transformers {transformers.__version__}, CPU.
 
-*tree* is the commit that a row was measured at: {by_tree}.{f" {note}" if note else ""}
+*tree* is the commit that a row was measured at: {by_tree}.{f" {note}" if note else ""} *solved* was measured
+{by_refit_tree}.
 
 | | classes |
 | --- | ---: |
@@ -432,6 +530,15 @@ a refit; `-` where that was not measured. torch {torch.__version__}, transformer
 | cause | classes |
 | --- | ---: |
 {fixing}
+
+## What the refit leaves
+
+Proven classes of which the refit solves less than {percent(SOLVED)}, and which tensors keep their combined values, the
+largest ones first (nothing of the example inputs reaches some of them); or why it does not take the class.
+
+| class | solved | kept, or why not |
+| --- | ---: | --- |
+{unsolved}
 
 ## Proven, but not brought back
 
@@ -486,9 +593,16 @@ def line(row: Row) -> str:
     loaded = {True: "yes", False: "no", None: "-"}[row.loaded]
     cells = [
         row.name, row.family, row.tree, number(row.proof), percent(row.attention), percent(row.mlp),
-        number(row.weights), number(row.permute), loaded, f"{row.seconds:.0f}", told_apart,
+        number(row.weights), number(row.permute), loaded, "no" if row.not_refit else percent(row.solved, 1),
+        f"{row.seconds:.0f}", told_apart,
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def refit_line(row: Row) -> str:
+    """A class's row of the table of what the refit leaves."""
+    why = f"not refit: {told(row.not_refit)}" if row.not_refit else ", ".join(row.kept)
+    return f"| {row.name} | {percent(row.solved, 1)} | {why} |"
 
 
 def told(error: str | None) -> str:
@@ -501,8 +615,8 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.0e}"
 
 
-def percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.0f} %"
+def percent(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
 def read(path: Path) -> list[Row]:
@@ -520,7 +634,8 @@ def main(
     renew: Annotated[str | None, typer.Option(help="Try the classes again whose row's tree matches this.")] = None,
     tree: Annotated[str | None, typer.Option(help="What the rows say of this tree, by default its commit.")] = None,
     note: Annotated[str, typer.Option(help="What else the page says of how its rows were measured.")] = "",
-    merging: Annotated[bool, typer.Option(help="Merge, not only trace and prove.")] = True,
+    merging: Annotated[bool, typer.Option(help="Merge and refit, not only trace and prove.")] = True,
+    refit: Annotated[bool, typer.Option(help="Measure only what the refit solves, of proven classes.")] = False,
 ) -> None:
     """Try classes and write the page."""
     transformers.logging.set_verbosity_error()
@@ -531,10 +646,17 @@ def main(
     rows.parent.mkdir(parents=True, exist_ok=True)
     modules = [(name, package, MODULE) for package, own in OTHERS.items() for name in own]
     for name, family, mapping in [*by_value(classes()[:count], known), *modules]:
-        again = name not in known or (renew is not None and re.fullmatch(renew, known[name].tree))
+        old = known.get(name)
+        if refit and (old is None or not old.proven or mapping == MODULE):
+            continue
+        at = None if old is None else (old.refit_tree or None) if refit else old.tree
+        again = at is None or (renew is not None and re.fullmatch(renew, at))
         if not again if only is None else not re.search(only, name):
             continue
-        row = apart(Row(name, family, mapping, tree=tree), merging)
+        if refit and old is not None:
+            row = replace(apart(replace(old, refit_tree=tree, error=None), refitted), seconds=old.seconds)
+        else:
+            row = apart(Row(name, family, mapping, tree=tree), partial(measure, merging=merging, refitting=merging))
         with rows.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(row)) + "\n")
         typer.echo(line(row))

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
 import hf_zipit
+from benchmarks.coverage import in_general_position, samples
 from benchmarks.smallest import smallest_model
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.signature import boxes, packed, patches, series, sound, videos
+from hf_zipit.data.calibration import MicroBatch
 from hf_zipit.errors import DataError, RecipeError, SpecError
-from hf_zipit.refit.program import forward_pass
+from hf_zipit.refit import RefitReport
+from hf_zipit.refit.stage import check_grids
 from hf_zipit.symmetry import MergeSpec, prove
 from hf_zipit.symmetry.group import apply_element, random_element
 from hf_zipit.symmetry.proof import TOLERANCE, model_tensors
@@ -117,6 +120,8 @@ def test_images_with_grids_are_cut_into_patches_and_given_in_one_row():
     assert made["grid_thw"].prod(1).tolist() == [16, 16]
     assert packed(made)["hidden_states"].shape == (32, 32)
     assert packed({"hidden_states": made["hidden_states"]})["hidden_states"].shape == (2, 16, 32)
+    shaped = patches(config, ["pixel_values", "spatial_shapes"], torch.Generator())
+    assert packed(shaped)["pixel_values"].shape == (2, *shaped["pixel_attention_mask"].shape[1:], 16)
     assert not patches(config, ["hidden_states"], torch.Generator())
 
 
@@ -126,8 +131,34 @@ def test_a_trace_holds_for_one_grid():
     longer = {"hidden_states": made["hidden_states"], "grid_thw": torch.tensor([[1, 2, 8]] * 2)}
     for inputs in (made, longer):
         assert prove(model, MergeSpec.from_model(model, inputs), inputs=inputs) <= TOLERANCE
-    with pytest.raises(SpecError, match="refit=None"):
-        forward_pass(model, made, None)
+
+
+def test_a_refit_takes_images_of_one_grid():
+    experts = {task: in_general_position("Siglip2VisionModel", seed) for seed, task in enumerate("ab")}
+    data = samples(experts["a"])
+    steps = {"attention_steps": 0, "unit_steps": 0, "answer_steps": 0}
+    report = RefitReport.of(hf_zipit.merge(experts, data, method="permute", refit=steps, corrections={}))
+    assert report.untouched == ("embeddings.position_embedding.weight",)
+    check_grids(experts["a"], [MicroBatch(data, None, real=24)] * 2)
+    others = {**data, "spatial_shapes": data["spatial_shapes"].flip(1)}
+    with pytest.raises(SpecError, match="Siglip2VisionModel is told by spatial_shapes.*refit=None"):
+        check_grids(experts["a"], [MicroBatch(inputs, None, real=24) for inputs in (data, others)])
+
+
+@pytest.mark.parametrize("model_class", [T.Siglip2Model, T.Qwen2VLModel])
+def test_images_of_patches_reach_tower_and_text(model_class):
+    model = smallest_model(model_class)
+    spec = MergeSpec.from_model(model)
+    assert {name for name, _ in model.named_parameters()} <= spec.axes.keys()
+    assert prove(model, spec) <= TOLERANCE
+
+
+def test_texts_without_images_need_example_inputs_without_them():
+    text = {"input_ids": torch.randint(3, 50, (4, 6))}
+    experts = dict.fromkeys("ab", smallest_model(T.Qwen2VLModel))
+    with pytest.raises(SpecError, match="does not call that module.*example_inputs"):
+        hf_zipit.merge(experts, text, method="permute", refit=None)
+    hf_zipit.merge(experts, text, method="permute", refit=None, example_inputs=text)
 
 
 def test_texts_have_as_many_image_tokens_as_their_images_need():

@@ -19,8 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 from hf_zipit.adapters.signature import (
     BATCH,
     GRIDS,
+    KINDS,
     TOKENS,
     boxes,
+    grids,
     image_tokens,
     images,
     patches,
@@ -52,11 +54,11 @@ class Adapter:
         if "input_ids" in names:
             inputs |= self.text_inputs(text_config(config), generator)
             inputs |= boxes(accepted, inputs["input_ids"].shape[1])
-        if cut := patches(config, accepted, generator):
-            inputs |= cut
-        elif "pixel_values" in names:
-            seen = self.image_inputs(getattr(config, "vision_config", None) or config, generator)
-            inputs = with_images(inputs, seen, model) if "input_ids" in inputs else seen
+        vision = getattr(config, "vision_config", None) or config
+        seen = patches(vision, accepted, generator)
+        if not seen and "pixel_values" in names:
+            seen = self.image_inputs(vision, generator)
+        inputs = with_images(inputs, seen, model) if seen and inputs else inputs | seen
         inputs |= videos(config, accepted, generator) | sound(config, accepted, generator)
         inputs |= series(config, accepted, generator)
         if decoding:
@@ -176,14 +178,20 @@ def with_images(text: Mapping[str, Tensor], seen: Mapping[str, Tensor], model: n
     """
     token = getattr(model.config, "image_token_id", None)
     token = getattr(model.config, "image_token_index", None) if token is None else token
+    accepted = {*forward_names(model)}
+    unsaid = GRIDS & accepted - seen.keys()
     if token is None:
-        return dict(text) if GRIDS & {*forward_names(model)} else {**text, **seen}
-    count = image_tokens(model, seen["pixel_values"])
+        return dict(text) if unsaid else {**text, **seen}
+    count = None if unsaid and grids(seen) else image_tokens(model, seen)
     if count is None:
         return dict(text)
     ids = text["input_ids"].masked_fill(text["input_ids"] == token, 3 if token != 3 else 4)
     ids = torch.cat([ids[:, :1], torch.full((len(ids), count), token), ids[:, 1:]], 1)
-    return {**text, **seen, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if not grids(seen):
+        return {**text, **seen, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    # Which tokens a mask leaves would have to be known: where they stand in an image is computed of them alone.
+    kinds = {KINDS: (ids == token).long()} if KINDS in accepted else {}
+    return {**seen, "input_ids": ids, **kinds}
 
 
 def forward_names(model: nn.Module) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from hf_zipit.adapters.fake_passes import KnownNumbers, quietly
 from hf_zipit.errors import DataError
 
 BATCH = 2  # larger than one: an axis of size one cannot be told from no axis
@@ -27,12 +28,19 @@ LARGEST = 2**27
 SAMPLES = 1920
 """Length of waveforms whose configuration gives none."""
 
-GRIDS = {"image_grid_thw", "grid_thw", "image_sizes", "tgt_sizes", "pixel_attention_mask", "image_position_ids"}
+GRIDS = {"image_grid_thw", "grid_thw", "image_sizes", "tgt_sizes", "pixel_attention_mask", "image_position_ids",
+         "images_per_sample"}  # fmt: skip
 """Inputs that say how images were cut into patches; without them `pixel_values` of such a model mean nothing."""
 
 
 GRID = "grid_thw"
 """How the names of inputs end that count an image's patches along time, height and width, `[images, 3]`."""
+
+SHAPES = "spatial_shapes"
+"""The input that counts an image's patches along height and width, `[images, 2]`; others are padding."""
+
+KINDS = "mm_token_type_ids"
+"""The input that says which tokens of a text stand for an image (1), `[texts, tokens]`."""
 
 CUT = ("hidden_states", "pixel_values", "pixel_values_videos")
 """Inputs that hold patches where there is a grid."""
@@ -100,24 +108,32 @@ def images(config: Any, generator: torch.Generator) -> dict[str, Tensor]:
 def patches(config: Any, accepted: Collection[str], generator: torch.Generator) -> dict[str, Tensor]:
     """Images cut into square patches, `[images, patches, numbers]`, and their grids, for a model that is told them."""
     name = next((name for name in CUT if name in accepted), None)
+    grid = next((name for name in (f"image_{GRID}", GRID) if name in accepted), None)
     side = first_of([config], "patch_size")
-    if GRID not in accepted or name is None or not isinstance(side, int):
+    if name is None or not isinstance(side, int):
         return {}
-    frames = first_of([config], "temporal_patch_size", default=1)
-    along = 2 * first_of([config], "spatial_merge_size", default=1)
+    frames = 1 if grid is None else first_of([config], "temporal_patch_size", default=1)
     numbers = first_of([config], "in_channels", "num_channels", "in_chans", default=3) * frames * side**2
-    grids = torch.tensor([[1, along, along]]).expand(BATCH, 3).contiguous()
-    return {name: _random(along**2, numbers, generator=generator), GRID: grids}
+    if grid is not None:
+        along = 2 * first_of([config], "spatial_merge_size", default=1)
+        grids = torch.tensor([[1, along, along]]).expand(BATCH, 3).contiguous()
+        return {name: _random(along**2, numbers, generator=generator), grid: grids}
+    if SHAPES in accepted:
+        shapes = torch.tensor([[2, 3]]).expand(BATCH, 2).contiguous()
+        seen = torch.ones(BATCH, 2 * 3, dtype=torch.long)
+        return {name: _random(2 * 3, numbers, generator=generator), "pixel_attention_mask": seen, SHAPES: shapes}
+    return {}
 
 
 def grids(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the inputs that say how images were cut into `patches`."""
-    return {name: x for name, x in inputs.items() if name.endswith(GRID)}
+    """Those of the inputs that say how images were cut into `patches`, and which tokens stand for these."""
+    found = {name: x for name, x in inputs.items() if name.endswith((GRID, SHAPES))}
+    return found | {name: x for name, x in inputs.items() if found and name == KINDS}
 
 
 def packed(inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Inputs as a model takes them: the patches of images with grids in one row, `[images * patches, numbers]`."""
-    cut = bool(grids(inputs))
+    cut = any(name.endswith(GRID) for name in inputs)
     return {
         name: x.flatten(0, 1) if cut and name in CUT and isinstance(x, Tensor) and x.ndim == 3 else x
         for name, x in inputs.items()
@@ -168,18 +184,18 @@ def boxes(accepted: Collection[str], tokens: int) -> dict[str, Tensor]:
     return {"bbox": torch.tensor([1, 2, 3, 5]).expand(BATCH, tokens, 4).contiguous()}
 
 
-def image_tokens(model: nn.Module, pixel_values: Tensor) -> int | None:
+def image_tokens(model: nn.Module, seen: Mapping[str, Tensor]) -> int | None:
     """How many image tokens a text needs for one image, None where the model does not tell; on fake tensors."""
     if not hasattr(model, "get_image_features"):
         return None
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            found = model.get_image_features(pixel_values=pixel_values)
+        with torch.no_grad(), quietly(), FakeTensorMode(allow_non_fake_inputs=True), KnownNumbers():
+            found = model.get_image_features(**packed(seen))
     except Exception:  # whatever else it wants to know
         return None
     features = getattr(found, "pooler_output", found)
     rows = sum(x.shape[:-1].numel() for x in tree_leaves(features) if isinstance(x, Tensor) and x.ndim > 1)
-    return rows // len(pixel_values) if rows and rows % len(pixel_values) == 0 else None
+    return rows // BATCH if rows and rows % BATCH == 0 else None
 
 
 def _random(*shape: int, generator: torch.Generator) -> Tensor:

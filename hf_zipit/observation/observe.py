@@ -176,7 +176,8 @@ def _dry_run(
     if unseen := [probe for probe in recorder.units if probe_name(probe) not in features]:
         raise SpecError(
             f"The {unseen[0].where} of {unseen[0].module!r} was never seen: the expert {task!r} does not call that "
-            "module with these calibration inputs."
+            "module with these calibration inputs; give data that reach it, or example_inputs={...} like these data: "
+            "what they do not reach is combined as it is."
         )
     macs = counter.flops / 2
     cost = sum(

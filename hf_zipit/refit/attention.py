@@ -11,8 +11,9 @@ two maps is regressed like any other.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -20,9 +21,9 @@ from torch import Tensor, fx
 
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
-from hf_zipit.refit.program import Program
+from hf_zipit.refit.program import Program, out_of_place
 from hf_zipit.refit.rewrites import with_heads
-from hf_zipit.refit.solvable import TRANSPARENT, RefitSite, part_of
+from hf_zipit.refit.solvable import SAMPLES_POSITIONS_UNITS, TRANSPARENT, RefitSite, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Symmetry
 
@@ -125,7 +126,8 @@ def find_attention(
     program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, alignment: Alignment
 ) -> Iterator[Attention]:
     """The attention layers that can be solved as a whole."""
-    made = program.behind(sites).union(sites)
+    starts = {node for node, site in sites.items() if site.kind != "table"}  # of which a rotation may be made
+    made = program.behind(starts) | starts
     for node in program.nodes:
         name = op_name(node) if node.op == "call_function" else ""
         find = _attention if name == "scaled_dot_product_attention" else _weighing if name in WEIGHING else None
@@ -204,7 +206,7 @@ def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.N
             if _name(user) not in MOVING or isinstance(found, Tensor) and user.all_input_nodes != [step]:
                 return False
             arguments = fx.map_arg((user.args, user.kwargs), numbers.__getitem__)
-            read = user.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            read = out_of_place(user.target)(*arguments[0], **arguments[1])
             if isinstance(read, Tensor) and not own.isdisjoint(read.unique().tolist()):
                 return False
     return True
@@ -285,10 +287,10 @@ def _cut_into_heads(
 ) -> Heads | None:
     """Which outputs of a map become heads, several of which may be equal in a row; None unless they lie in order.
 
-    None also where there is not one merged unit for every unit of an expert.
+    None also where there is not one merged unit for every unit of an expert, or positions have two axes (SAM 3).
     """
     numbers = _unit_numbers(node, path, program, made)
-    if numbers is None:
+    if numbers is None or len(shape_of(path.site.node)) > SAMPLES_POSITIONS_UNITS:
         return None
     own = numbers.unique_consecutive(dim=0)
     units = tuple(own.flatten().tolist())
@@ -344,7 +346,7 @@ def _numbers_on(
             values[step] = torch.cat(parts, step.args[1] if len(step.args) > 1 else 0)  # type: ignore[arg-type]
         else:
             arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
-            values[step] = step.target(*arguments[0], **arguments[1])  # type: ignore[operator]
+            values[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
     return None if partners & values.keys() and not _added(partners, steps) else values
 
 
@@ -361,13 +363,31 @@ def _name(node: fx.Node) -> str:
 def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSite | None, tuple[fx.Node, ...]]:
     """The linear map that reads the heads side by side, and nothing else does; and the ops before it."""
     passed: list[fx.Node] = []
+    start = node
     while True:
         users = list(node.users)
         if len(users) != 1:
             return None, ()
         node = users[0]
         if node in sites:
-            return (sites[node] if sites[node].kind == "linear" else None), tuple(passed)
+            linear = sites[node].kind == "linear" and _side_by_side(start, passed)
+            return (sites[node] if linear else None), tuple(passed)
         if op_name(node) not in {"transpose", "reshape", "view", "contiguous", "clone", "permute"}:
             return None, ()
         passed.append(node)
+
+
+def _side_by_side(start: fx.Node, steps: Sequence[fx.Node]) -> bool:
+    """Whether what heads put out is in the order of samples and positions, as the weights are that it was made with.
+
+    There are models that compute with positions first (MLCD).
+    """
+    shape = shape_of(start)
+    numbers = torch.arange(prod(shape)).view(shape)
+    found, last = {start: numbers}, steps[-1] if steps else start
+    for step in steps:
+        arguments = fx.map_arg((step.args, step.kwargs), found.__getitem__)
+        found[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
+    joined = found[last].flatten(0, -2)
+    heads = numbers if len(shape) > 3 else numbers.unflatten(0, (-1, joined.shape[1] // shape[-1]))
+    return torch.equal(heads.transpose(-3, -2).reshape(joined.shape), joined)

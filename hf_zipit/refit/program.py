@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from hf_zipit.adapters.auto import forward_names
 from hf_zipit.adapters.signature import grids
 from hf_zipit.errors import SpecError
 from hf_zipit.maps.products import merged_length
@@ -30,7 +31,8 @@ from hf_zipit.symmetry.ops import is_in_place, is_within, module_stack, op_name
 from hf_zipit.symmetry.spec import MergeSpec, product_key
 from hf_zipit.symmetry.trace import export
 
-VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow"}
+VIEWS = {"view", "reshape", "slice", "select", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "narrow",
+         "numpy_T", "movedim"}  # fmt: skip
 """Ops whose result shares memory with their input, so that writing into it writes into the input."""
 
 
@@ -60,10 +62,11 @@ def forward_pass(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[s
     """The forward pass of a model; `fields` are the outputs that count.
 
     Raises:
-        SpecError: if the model cannot be traced, or writes into a part of a tensor that is read as a whole later.
+        SpecError: if the model cannot be traced, or writes into a part of a tensor that another view of it shows.
     """
     kinds = tuple((x.dtype, x.device) for x in (*model.parameters(), *model.buffers()))
-    shapes = tuple(sorted((name, _shape(x)) for name, x in inputs.items()))
+    known = grids(inputs)  # a part of the graph
+    shapes = tuple(sorted((n, repr(x.tolist()) if n in known else _shape(x)) for n, x in inputs.items()))
     return FORWARD_PASSES.get(trace_key(model, kinds, shapes, fields), lambda: _made(model, inputs, fields))
 
 
@@ -73,9 +76,8 @@ def _shape(x: Any) -> Hashable:
 
 
 def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...] | None) -> ForwardPass:
-    if grid := next(iter(grids(inputs)), None):
-        raise SpecError(f"{type(model).__name__} is told by {grid} where its images are cut; merge it with refit=None")
-    exported = export(model, inputs, fields)
+    off = {"use_cache": False} if "use_cache" in forward_names(model) else {}  # of no use here, as in a merge
+    exported = export(model, {**inputs, **off}, fields)
     signature = exported.graph_signature
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
@@ -83,10 +85,11 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     rewrite(exported.graph)
     fixed = {name: exported.constants[constant] for name, constant in constants.items()}
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
+    if mapped := next((node for node in nodes if getattr(node.target, "__name__", "") == "_add_batch_dim"), None):
+        raise SpecError(f"{module_of(mapped)} maps a function over axes (vmap), which refit cannot follow")
     nodes = known_beforehand(nodes, fixed)
-    _read_what_was_written(nodes)
     return ForwardPass(
-        nodes,
+        _read_what_was_written(nodes),
         {name: tensor.removeprefix("model.") for name, tensor in named.items()},
         fixed,
         dict(zip(list(exported.call_spec.out_spec.context), output.args[0], strict=True)),
@@ -143,18 +146,81 @@ def known_beforehand(nodes: list[fx.Node], constants: Mapping[str, Tensor]) -> l
     return kept
 
 
-def _read_what_was_written(nodes: list[fx.Node]) -> None:
-    """After `x.add_(y)` every later reader of x reads the result instead."""
+def _read_what_was_written(nodes: list[fx.Node]) -> list[fx.Node]:
+    """The nodes, those among them that put a part in its place: after `x.add_(y)` every later reader of x reads the
+    result instead, and after `x[:, i].add_(y)` all of x with that part in it.
+    """
     position = {node: i for i, node in enumerate(nodes)}
-    for node in filter(is_in_place, nodes):
-        for base in written_through(node):
-            later = [user for user in base.users if position.get(user, len(nodes)) > position[node]]
-            if later and base is not node.args[0]:
-                raise SpecError(
-                    f"{node.target} in {module_of(node)} writes into a part of a tensor, which refit cannot follow"
-                )
-            for user in later:
-                user.replace_input_with(base, node)
+    kept, parts = list[fx.Node](), set[fx.Node]()
+    for node in nodes:
+        kept.append(node)
+        if not is_in_place(node):
+            continue
+
+        def later(base: fx.Node, at: int = position[node]) -> list[fx.Node]:
+            return [user for user in base.users if position.get(user, len(nodes)) > at]
+
+        def stale(base: fx.Node, own: Sequence[fx.Node], at: int = position[node]) -> bool:
+            part = next((view for view in own if view in base.users), None)
+            views = [user for user in base.users if _is_view(user) and position.get(user, at) < at and user not in own]
+            return any((later(view) or stale(view, own)) and not _apart(view, part) for view in views)
+
+        bases, written = list(written_through(node)), node
+        if any(stale(base, bases) for base in bases) or not parts.isdisjoint(bases):
+            raise _cannot_follow(node)
+        while len(bases) > 1 and not later(bases[-1]):
+            bases.pop()
+        parts.update([node] if len(bases) > 1 else [])
+        for part, base in zip((None, *bases), bases, strict=False):
+            if part is not None:
+                written = _with_part(base, part, written)
+                position[written] = position[node]
+                kept.append(written)
+            for user in later(base):
+                user.replace_input_with(base, written)
+    return kept
+
+
+def _with_part(base: fx.Node, view: fx.Node, part: fx.Node) -> fx.Node:
+    """A node after `part` that puts out a value with what a view shows of it replaced.
+
+    Raises:
+        SpecError: it is a kind of view that is not known.
+    """
+    aten, name, settings = torch.ops.aten, op_name(view), view.args[1:]
+    with part.graph.inserting_after(part):
+        if name == "slice":
+            made = part.graph.call_function(aten.slice_scatter.default, (base, part, *settings))
+        elif name == "select":
+            made = part.graph.call_function(aten.select_scatter.default, (base, part, *settings))
+        elif name == "transpose":
+            made = part.graph.call_function(aten.transpose.int, (part, *settings))
+        elif name == "unsqueeze":
+            made = part.graph.call_function(aten.squeeze.dim, (part, *settings))
+        else:
+            raise _cannot_follow(part)
+    made.meta = {**part.meta, "val": base.meta["val"]}
+    return made
+
+
+def _apart(one: fx.Node, other: fx.Node | None) -> bool:
+    """Whether two views of a value are known to show different parts of it."""
+    if other is None or op_name(one) != op_name(other) or op_name(one) not in ("select", "slice"):
+        return False
+    (axis, *place), (other_axis, *other_place) = one.args[1:], other.args[1:]
+    if axis != other_axis or not all(isinstance(x, int) and x >= 0 for x in (*place, *other_place)):
+        return False
+    if op_name(one) == "select":
+        return place != other_place
+    return len(place) == len(other_place) == 2 and (place[1] <= other_place[0] or other_place[1] <= place[0])
+
+
+def _cannot_follow(node: fx.Node) -> SpecError:
+    return SpecError(f"{node.target} in {module_of(node)} writes into a part of a tensor, which refit cannot follow")
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node) in VIEWS
 
 
 def module_of(node: fx.Node) -> str:
@@ -167,7 +233,7 @@ def written_through(node: fx.Node) -> Iterator[fx.Node]:
     base = node.args[0]
     while isinstance(base, fx.Node):
         yield base
-        base = base.args[0] if base.op == "call_function" and op_name(base) in VIEWS else None
+        base = base.args[0] if _is_view(base) else None
 
 
 @dataclass(frozen=True)
@@ -275,6 +341,10 @@ class Program:
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
+        if op_name(node) == "_assert_scalar" and not arguments[0]:
+            raise SpecError(
+                f"which way is taken through {module_of(node)} depends on the samples, which refit cannot follow"
+            )
         found = out_of_place(node.target)(*arguments, **keywords)
         return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
 
@@ -318,6 +388,10 @@ class Program:
 
 def out_of_place(target: Any) -> Callable[..., Any]:
     """The op without its writing into its argument: values are kept, and read again later."""
+    if target is torch.ops.aten.view.default:  # of a value that may lie otherwise in memory than in the trace
+        return torch.ops.aten.reshape.default
+    if target is torch.ops.aten.copy_.default:  # whose plain form has no derivative
+        return _copied
     packet = getattr(target, "overloadpacket", None)
     name = str(packet).removeprefix("aten.") if packet is not None else ""
     if name.endswith("_") and not name.startswith("_"):
@@ -325,6 +399,11 @@ def out_of_place(target: Any) -> Callable[..., Any]:
         if plain is not None:
             return plain
     return target if callable(target) else operator.itemgetter(0)
+
+
+def _copied(into: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """What `into` is after `source` was copied into it."""
+    return source.to(into).expand_as(into)
 
 
 Model = TypeVar("Model", bound=nn.Module)

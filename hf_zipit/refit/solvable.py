@@ -227,7 +227,7 @@ def _site(program: Program, node: fx.Node) -> RefitSite | None:
 
 def _offset(program: Program, node: fx.Node, own: Any, other: fx.Node) -> RefitSite | None:
     offset = program.tensor_of(own)
-    if offset is None or not own.meta["val"].is_floating_point():
+    if offset is None or not own.meta["val"].is_floating_point() or shape_of(own)[-1:] != shape_of(node)[-1:]:
         return None
     return RefitSite("offset", node, offset, None, None, node, node, other)
 
@@ -396,6 +396,9 @@ def knows_its_units(site: RefitSite, spec: MergeSpec) -> bool:
     whose axes move, or one whose rows do: the biases of a mixture's experts.
     """
     label = site.label(spec)
+    keys = [product_key(product) for product in products(label)] if label and site.kind != "routed" else []
+    if not all(set(spec.spaces[name].within) <= set(key) for key in keys for name in key):
+        return False  # which unit is whose depends on what another axis counts (XLNet's heads)
     if site.part is not None:
         return bool(label)
     if site.kind == "table":

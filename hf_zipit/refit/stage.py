@@ -13,11 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit.adapters import adapter_for
+from hf_zipit.adapters.signature import grids
 from hf_zipit.combine.combine import combine_trunk
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.calibration import Calibration, MicroBatch
 from hf_zipit.data.written import with_more
-from hf_zipit.errors import DataError, ExpertError
+from hf_zipit.errors import DataError, ExpertError, SpecError
 from hf_zipit.hub.reasons import first_line
 from hf_zipit.maps.space_map import Alignment, LinearMap
 from hf_zipit.observation.observe import gather_moments
@@ -95,6 +96,7 @@ def _refit(
             f"{len(batches)} micro-batches of calibration data cannot be spread over {calibration.processes} "
             "processes; give more data or a smaller micro_batch"
         )
+    check_grids(model, batches)
     traced = with_fused_attention(in_float32(model))
     experts = [model_tensors(expert) for expert in planned.folded.values()]
     positions = readout_positions(
@@ -128,6 +130,17 @@ def _refit(
         budget=kept_bytes(config, calibration),
     )
     return replace(walk.run(), maps=bases)
+
+
+def check_grids(model: PreTrainedModel, batches: Sequence[MicroBatch]) -> None:
+    """Raises SpecError where images are cut in several ways: the traced forward pass is that of one."""
+    first = grids(batches[0].inputs)
+    for name, grid in first.items():
+        if any(not torch.equal(batch.inputs.get(name, grid[:0]), grid) for batch in batches):
+            raise SpecError(
+                f"{type(model).__name__} is told by {name} where its images are cut, and that differs between "
+                "samples; give images of one size, in texts with one beginning, or merge it with refit=None"
+            )
 
 
 def kept_bytes(config: RefitConfig, calibration: Calibration) -> float:

@@ -242,7 +242,7 @@ class Values:
         for node in nodes:
             found[node] = self.program.run(
                 node,
-                lambda used: found[used] if used in found else self.of(used, who, b),
+                lambda used: self.peek(used, b, found) if who == MERGED or used in found else self.of(used, who, b),
                 self.tensors[who] if tensors is None else tensors,
                 self.inputs[b],
                 who == MERGED,

@@ -253,6 +253,7 @@ class Walk:
             *self.readouts.values(),
             *self.read_at_the_end,
             *(mlp.input for mlp in self.mlps.values()),
+            *(mixture.writer.node.args[0] for mixture, _ in self.in_mixtures.values()),
         }
 
     def _in_attention_layers(self) -> set[fx.Node]:

@@ -6,24 +6,19 @@ walks it with the rules of `rules/`; `naming.py` names what it found.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import StringIO
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch._functorch import config as functorch_config
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import config as fx_config
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from hf_zipit.adapters.fake_passes import KnownNumbers, quietly
 from hf_zipit.adapters.signature import grids, packed
 from hf_zipit.errors import SpecError
 from hf_zipit.steady import forget
@@ -117,23 +112,6 @@ class PlacesAsColumns(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-class KnownNumbers(TorchFunctionMode):
-    """What is computed of known integers alone is known, too, and no part of the graph: lengths, places in a grid."""
-
-    MADE: ClassVar = {torch.tensor, torch.arange, torch.zeros, torch.ones, torch.full}
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        known = all(type(x) is Tensor and not x.is_floating_point() for x in tensors)
-        if known and (tensors or function in self.MADE):
-            with unset_fake_temporarily(), disable_proxy_modes_tracing():
-                found = function(*args, **kwargs)
-            if tensors or not found.is_floating_point():
-                return found
-        return function(*args, **kwargs)
-
-
 def _with_grids(wanted: _Fields, inputs: Mapping[str, Tensor]) -> Any:
     """The exported program of a model for images that are cut by these very grids, which are no inputs of it."""
     known = grids(inputs)
@@ -178,23 +156,6 @@ def _decisive(node: fx.Node) -> list[fx.Node]:
         return [index for index in indices if index.meta["val"].dtype in (torch.bool, torch.uint8)]  # type: ignore[union-attr]
     deciding = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return node.all_input_nodes if deciding.intersection(getattr(node.target, "tags", ())) else []
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """What `torch.export` finds odd is told in the error, if it is one; it would print whole graphs."""
-    names = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
-    logs = [logging.getLogger(name) for name in names]
-    before = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.setLevel(level)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.coverage import SAME, Row, classes, measure, page, read
+from benchmarks.coverage import SAME, SOLVED, Row, classes, measure, page, read
 
 FREE = [
     "Qwen3MoeForCausalLM",
@@ -21,7 +21,7 @@ FREE = [
 
 
 def measured(name: str) -> Row:
-    return list(measure(Row(name, "family", "mapping")))[-1]
+    return list(measure(Row(name, "family", "mapping", tree="now"), refitting=name == FREE[0]))[-1]
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -32,6 +32,9 @@ def test_a_class_proves_and_a_reordered_copy_comes_back(name):
     assert row.mlp == 1
     assert max(row.weights, row.permute) <= SAME
     assert row.loaded
+    if name == FREE[0]:
+        assert row.solved > SOLVED and row.refit_tree == "now"
+        assert all("norm" in name for name in row.kept)
 
 
 def test_of_every_family_one_class_comes_first():
@@ -44,6 +47,7 @@ def test_of_every_family_one_class_comes_first():
 
 def test_rows_are_read_again_and_the_last_one_of_a_class_counts(tmp_path):
     rows = [Row("A", "a", "base", error="no | way"), Row("A", "a", "base", stage="done", proof=1e-7, attention=1.0)]
+    rows[1].solved, rows[1].kept, rows[1].refit_tree = 0.5, ["scale"], "then"
     path = tmp_path / "rows.jsonl"
     path.write_text(
         "".join(json.dumps(asdict(row)) + "\n" for row in [*rows, Row("B", "b", "base", error="no | way")])
@@ -53,4 +57,6 @@ def test_rows_are_read_again_and_the_last_one_of_a_class_counts(tmp_path):
     text = page(found, "make coverage")
     assert "| classes tried | 2 |" in text
     assert "| traced and proven at 1e-5 | 1 |" in text
+    assert "| of which it solves less | 1 |" in text
+    assert "| A | 50.0 % | scale |" in text
     assert "| B | no / way |" in text

@@ -7,10 +7,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import transformers as T
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.vit.modeling_vit import ViTAttention
 
+from benchmarks.smallest import smallest_model
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
 from hf_zipit.modeling import head_dims
@@ -181,6 +183,21 @@ WHOLE = {"vit": 2, "clip": 4, "bert-masked": 2, "distilbert-masked": 2, "roberta
 
 VALUES = {"qwen3": 2, "gpt-neox": 2, "deberta-v2": 2}
 """and those where a norm, a rotation of some units or positions that depend on queries and keys are in between."""
+
+
+@pytest.mark.parametrize(
+    ("model_class", "layers"),
+    [(T.DINOv3ViTModel, 2), (T.DebertaModel, 0), (T.MLCDVisionModel, 0), (T.Sam3ViTModel, 0)],
+)
+def test_layers_of_other_kinds(model_class: type[PreTrainedModel], layers: int):
+    """The frequencies of a rotation are on the way, and are no map's; to DeBERTa's values a bias is added later; and
+    what MLCD's heads put out has positions before samples, and what SAM 3's read has rows and columns.
+    """
+    model = smallest_model(model_class)
+    spec = MergeSpec.from_model(model)
+    program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
+    found = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
+    assert [layer.logits for layer in found] == ["rotary"] * layers
 
 
 @pytest.mark.parametrize(("name", "layers"), [*WHOLE.items(), *VALUES.items()])

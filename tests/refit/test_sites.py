@@ -9,6 +9,7 @@ import torch
 import transformers as T
 from torch import Tensor, nn
 
+from benchmarks.coverage import in_general_position, samples
 from benchmarks.smallest import smallest_model
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
@@ -46,6 +47,21 @@ def test_a_class_of_other_layers_is_solved_and_a_reordered_copy_comes_back(name:
     report = RefitReport.of(result)
     assert not [name for name in report.untouched if not any(word in name for word in KEPT)]
     assert max(e for by_task in report.errors.values() for e in by_task.values()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "solved"),
+    [
+        ("ApertusModel", "layers.1.mlp.up_proj.weight"),  # its units' nonlinearity has parameters
+        ("Cohere2MoeModel", "layers.1.mlp.experts.gate_up_proj"),  # nothing but the experts reads their inputs
+        ("XLNetModel", "layer.1.ff.layer_1.weight"),  # its biases have an axis of heads and one of their units
+    ],
+)
+def test_classes_of_unusual_parts_are_solved_but_for_these(name: str, solved: str):
+    random = {task: in_general_position(name, seed) for seed, task in enumerate("ab")}
+    steps = {"attention_steps": 0, "unit_steps": 0, "answer_steps": 0}
+    report = RefitReport.of(merge(random, samples(random["a"]), method="permute", refit=steps, corrections={}))
+    assert solved in dict(random["a"].named_parameters()).keys() - report.untouched
 
 
 def test_the_biases_of_a_mixtures_experts_are_no_table_that_is_solved():
