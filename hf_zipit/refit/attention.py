@@ -380,12 +380,14 @@ def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSit
 def _side_by_side(start: fx.Node, steps: Sequence[fx.Node]) -> bool:
     """Whether what heads put out is in the order of samples and positions, as the weights are that it was made with.
 
-    There are models that compute with positions first (MLCD).
+    There are models that compute with positions first (MLCD). Not told where sizes depend on the samples (ViLT).
     """
     shape = shape_of(start)
     numbers = torch.arange(prod(shape)).view(shape)
     found, last = {start: numbers}, steps[-1] if steps else start
     for step in steps:
+        if not found.keys() >= set(step.all_input_nodes):
+            return False
         arguments = fx.map_arg((step.args, step.kwargs), found.__getitem__)
         found[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
     joined = found[last].flatten(0, -2)

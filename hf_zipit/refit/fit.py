@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from hf_zipit.config import RefitConfig
 from hf_zipit.data.processes import solving_device
+from hf_zipit.errors import SpecError
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.maps.transform import features_to_merged, only_groups, shares_held
 from hf_zipit.refit.positions import Picked, Rows, at_rows
@@ -83,6 +84,7 @@ class Targets:
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
         found = [self.values.of(node, t, b) for t in self.values.experts]
+        as_traced(node, found[0])
         return self.share_of(found, axis, label, b, rows, _normed_next(node))
 
     def share_of(
@@ -166,6 +168,16 @@ def scale_of(site: RefitSite, values: Values, who: int) -> Tensor | float:
     scale = values.of(site.scale, who, 0)
     least = FAINT * scale.abs().mean().clamp_min(1e-12)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
+
+
+def as_traced(node: fx.Node, value: Tensor) -> Tensor:
+    """The value of a node; raises SpecError where it is not as large as in the trace, which holds for all samples."""
+    if value.numel() != prod(shape_of(node)):
+        raise SpecError(
+            f"The refit follows a forward pass in which {node.name} is {shape_of(node)}, and on some samples it is "
+            f"{list(value.shape)}: it must not depend on the samples how many numbers there are; merge with refit=None"
+        )
+    return value
 
 
 def _normed_next(node: fx.Node) -> bool:

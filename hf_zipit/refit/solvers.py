@@ -82,7 +82,8 @@ def _moments_of_groups(
     for b in range(len(fit.values.batches)):
         x = fit.values.of(site.node.args[0], MERGED, b)
         rows, picked = fit.pick(site, b)
-        seen, y = patches(x[:, channels], weight, site.node, rows), fit.targets.of(site, b, rows)
+        y = fit.targets.of(site, b, rows)
+        seen = patches(x[:, channels], weight, site.node, rows)
         if site.groups > 1:
             seen = seen.unflatten(1, (count, -1))
             y = y[:, first * each : (first + count) * each].unflatten(1, (count, -1))

@@ -71,7 +71,7 @@ def _affine(node: fx.Node, tensor_of: Mapping[fx.Node, str]) -> tuple[fx.Node, f
         return (args[2], shift) if units and (shift is None or shift in tensor_of) else None
     if name == "mul" and len(args) == 2 and all(isinstance(arg, fx.Node) for arg in args):
         for scale, x in (args, args[::-1]):
-            if scale in tensor_of and x not in tensor_of and shape_of(scale) == shape_of(node)[-1:]:
+            if scale in tensor_of and x not in tensor_of and shape_of(scale) == shape_of(node)[-1:] != []:
                 return (scale, None) if shape_of(x) == shape_of(node) else None
     return None
 

@@ -13,6 +13,7 @@ from hf_zipit.config import MergeConfig
 from hf_zipit.errors import SpecError
 from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.refit.convolution import patches
+from hf_zipit.refit.fit import as_traced
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites
@@ -244,3 +245,14 @@ def test_patches_times_weights_are_the_convolution(settings: dict):
         assert torch.equal(at_rows(named(x), 1, rows), expected[rows])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(some, expected[rows], rtol=1e-5, atol=1e-5)
+
+
+def test_sizes_that_depend_on_the_samples_are_told():
+    made, _ = program("vit")
+    node = next(
+        node for node in made.nodes if isinstance(node.meta.get("val"), Tensor) and node.meta["val"].dim() == 3
+    )
+    value = torch.zeros(node.meta["val"].shape)
+    assert as_traced(node, value) is value
+    with pytest.raises(SpecError, match="must not depend on the samples"):
+        as_traced(node, value[:, 1:])

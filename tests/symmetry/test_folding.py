@@ -136,7 +136,7 @@ class Shared(nn.Module):
     def __init__(self, reader):
         super().__init__()
         self.first, self.norm, self.last = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 8)
-        self.out, self.reader = nn.Linear(8, 3), reader
+        self.out, self.reader, self.number = nn.Linear(8, 3), reader, nn.Parameter(torch.ones(()))
 
     def forward(self, x):
         stream = self.first(x)
@@ -149,6 +149,7 @@ READERS = {
     "a linear layer, of some rows": (lambda m, y: m.last(y[:, 1:].mean(1, keepdim=True)), 1),
     "a layer that runs twice": (lambda m, y: m.last(m.last(y)), 0),
     "a nonlinearity": (lambda m, y: m.last(torch.relu(y)), 0),
+    "a mean, which a number multiplies": (lambda m, y: m.last(y) * (m.number * y.mean()), 0),
     "the stream as well": (lambda m, y: m.last(y) + y, 0),
     "a part of the units": (lambda m, y: nn.functional.pad(m.last(y)[..., :1] + y[..., 1:], (0, 1)), 0),
 }
