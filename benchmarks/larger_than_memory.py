@@ -58,43 +58,43 @@ SCALE = 0.4
 
 MIB = 2**20
 
-CHILD = """
-import json, os, resource, sys, time
-settings = json.loads(sys.argv[1])
-started = time.perf_counter()
-import torch, transformers
-from hf_zipit.merging import merge
-import hf_zipit.modeling.heads, hf_zipit.combine.rules, hf_zipit.align.methods
-torch.set_num_threads(1)
-transformers.utils.logging.disable_progress_bar()
-anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-imported, cpu = time.perf_counter(), time.process_time()
-merge(**settings)
-print(json.dumps({
-    "import_seconds": imported - started, "import_mib": anonymous,
-    "seconds": time.perf_counter() - imported, "cpu_seconds": time.process_time() - cpu,
-}))
-"""
-
-
-MERGEKIT = """
+TIMED = """
 import json, sys, time
 settings = json.loads(sys.argv[1])
 started = time.perf_counter()
 import torch
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
+{imports}
 torch.set_num_threads(1)
 anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
 imported, cpu = time.perf_counter(), time.process_time()
+{merge}
+print(json.dumps(dict(
+    import_seconds=imported - started, import_mib=anonymous,
+    seconds=time.perf_counter() - imported, cpu_seconds=time.process_time() - cpu,
+)))
+"""
+
+CHILD = TIMED.format(
+    imports="""
+import transformers
+from hf_zipit.merging import merge
+import hf_zipit.modeling.heads, hf_zipit.combine.rules, hf_zipit.align.methods
+transformers.utils.logging.disable_progress_bar()
+""",
+    merge="merge(**settings)",
+)
+
+MERGEKIT = TIMED.format(
+    imports="""
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+""",
+    merge="""
 options = MergeOptions(copy_tokenizer=False, quiet=True)
 run_merge(MergeConfiguration.model_validate(settings["config"]), settings["output_dir"], options)
-print(json.dumps({
-    "import_seconds": imported - started, "import_mib": anonymous,
-    "seconds": time.perf_counter() - imported, "cpu_seconds": time.process_time() - cpu,
-}))
-"""
+""",
+)
 
 
 class Noise(Mapping[str, Tensor]):

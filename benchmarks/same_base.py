@@ -176,12 +176,17 @@ def called(model: PreTrainedModel, world: World) -> dict[str, Any]:
     return {task: lambda task=task, **inputs: model(**inputs, task=task) for task in world.experts}
 
 
+def kept(found: Mapping[str, float], own: Mapping[str, float]) -> float:
+    """The mean share of the experts' own scores."""
+    return sum(found[task] / own[task] for task in own) / len(own)
+
+
 def line(name: str, found: Mapping[str, float], own: Mapping[str, float], seconds: float | None) -> str:
     """A row of a table: the tasks, their mean, the least, and the mean share of the experts' own scores."""
-    kept = sum(found[task] / own[task] for task in own) / len(own)
     cells = [*found.values(), sum(found.values()) / len(found), min(found.values())]
     shown = [f"{cell:.3f}".removeprefix("0") for cell in cells]
-    return f"| {name} | {' | '.join(shown)} | {100 * kept:.1f} % | {'' if seconds is None else f'{seconds:.1f}'} |"
+    shown += [f"{100 * kept(found, own):.1f} %", "" if seconds is None else f"{seconds:.1f}"]
+    return f"| {name} | {' | '.join(shown)} |"
 
 
 def header(world: World) -> list[str]:
@@ -206,12 +211,17 @@ def rule_rows(world: World, rule: str, own: Mapping[str, float], **settings: Any
 def refit_rows(world: World, own: Mapping[str, float], settings: Mapping[str, Any]) -> Iterator[tuple[float, str]]:
     """Merges that read unlabelled images, by the name of the row."""
     for name, setting in settings.items():
-        base = world.bases if RULES.get(setting.get("combine", "average")).needs_base else None
-        started = time.perf_counter()
-        model = hf_zipit.merge(world.experts, world.calibration(), base=base, **setting)
-        seconds = time.perf_counter() - started
-        found = world.scores(called(model, world), "test")
+        found, seconds = scored(world, setting)
         yield sum(found.values()), line(name, found, own, seconds)
+
+
+def scored(world: World, setting: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+    """By task the accuracy of a merge on test images, and the seconds that it took."""
+    base = world.bases if RULES.get(setting.get("combine", "average")).needs_base else None
+    started = time.perf_counter()
+    model = hf_zipit.merge(world.experts, world.calibration(), base=base, **setting)
+    seconds = time.perf_counter() - started
+    return world.scores(called(model, world), "test"), seconds
 
 
 def table(world: World, made: Iterator[tuple[float, str]]) -> str:
@@ -267,18 +277,14 @@ def under_stress(world: World, stressed: Mapping[str, Mapping[str, PreTrainedMod
         "refit, no alignment": {"method": "identity", "refit": True},
         "`hf_zipit.merge(experts, calibration)`": {},
     }
-    kept: dict[str, list[float]] = {name: [] for name in settings}
+    shares: dict[str, list[float]] = {name: [] for name in settings}
     for one in worlds.values():
         own = one.scores(one.experts, "test")
         for name, setting in settings.items():
-            rule = RULES.get(setting.get("combine", "average"))
-            data = one.calibration() if rule.needs_data or "combine" not in setting else None
-            model = hf_zipit.merge(one.experts, data, base=one.bases if rule.needs_base else None, **setting)
-            found = one.scores(called(model, one), "test")
-            kept[name].append(sum(found[task] / own[task] for task in own) / len(own))
+            shares[name].append(kept(scored(one, setting)[0], own))
     lines = [f"| | {' | '.join(worlds)} |", f"| --- |{' ---: |' * len(worlds)}"]
-    for name, shares in sorted(kept.items(), key=lambda item: -item[1][0]):
-        lines.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in shares)} |")
+    for name, found in sorted(shares.items(), key=lambda item: -item[1][0]):
+        lines.append(f"| {name} | {' | '.join(f'{100 * share:.1f} %' for share in found)} |")
     return "\n".join([*(_told(about, world, stressed[about]) for about in stressed), "", *lines])
 
 

@@ -39,6 +39,11 @@ SAME_INDEX_BONUS = 1e-9
 """Far below any measured difference of correlations: it decides ties."""
 
 
+def at_once(units: int) -> int:
+    """How many assignments of so many units there is memory for side by side: each holds about four matrices."""
+    return max(1, TOGETHER // (4 * 8 * units**2))
+
+
 def match_to_reference(similarity: Tensor) -> SpaceMap:
     """Match the units of T experts one-to-one from their similarities `[T, n, T, n]`."""
     experts, units = similarity.shape[:2]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_zipit.align.assignment import TOGETHER, match_to_reference
+from hf_zipit.align.assignment import at_once, match_to_reference
 from hf_zipit.align.by_weights import completed, match_by_weights, told_apart
 from hf_zipit.align.heads import block_scores, holds_blocks
 from hf_zipit.align.method import Method, Network, merged_size
@@ -117,9 +117,7 @@ class Solver:
     def _solve_seen(self, choices: Mapping[str, Choice]) -> None:
         alone = [name for name, choice in choices.items() if self._stands_alone(name, choice)]
         largest = max((self.spec.spaces[name].size for name in alone), default=1)
-        found = side_by_side(
-            lambda name: self._inner_map(name, choices[name]), alone, most=max(1, TOGETHER // (32 * largest**2))
-        )
+        found = side_by_side(lambda name: self._inner_map(name, choices[name]), alone, most=at_once(largest))
         self.maps |= dict(zip(alone, found, strict=True))
         waiting = [name for name in choices if name not in alone]
         while waiting:

@@ -205,8 +205,7 @@ def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.N
         for user in set(step.users) - steps:
             if _name(user) not in MOVING or isinstance(found, Tensor) and user.all_input_nodes != [step]:
                 return False
-            arguments = fx.map_arg((user.args, user.kwargs), numbers.__getitem__)
-            read = out_of_place(user.target)(*arguments[0], **arguments[1])
+            read = _made_of(user, numbers)
             if isinstance(read, Tensor) and not own.isdisjoint(read.unique().tolist()):
                 return False
     return True
@@ -345,8 +344,7 @@ def _numbers_on(
             parts = [values[x] for x in step.args[0] if x in values]  # type: ignore[union-attr]
             values[step] = torch.cat(parts, step.args[1] if len(step.args) > 1 else 0)  # type: ignore[arg-type]
         else:
-            arguments = fx.map_arg((step.args, step.kwargs), values.__getitem__)
-            values[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
+            values[step] = _made_of(step, values)
     return None if partners & values.keys() and not _added(partners, steps) else values
 
 
@@ -377,6 +375,12 @@ def _joined(node: fx.Node, sites: Mapping[fx.Node, RefitSite]) -> tuple[RefitSit
         passed.append(node)
 
 
+def _made_of(step: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What an op makes of values."""
+    args, kwargs = fx.map_arg((step.args, step.kwargs), values.__getitem__)  # type: ignore[misc]
+    return out_of_place(step.target)(*args, **kwargs)
+
+
 def _side_by_side(start: fx.Node, steps: Sequence[fx.Node]) -> bool:
     """Whether what heads put out is in the order of samples and positions, as the weights are that it was made with.
 
@@ -388,8 +392,7 @@ def _side_by_side(start: fx.Node, steps: Sequence[fx.Node]) -> bool:
     for step in steps:
         if not found.keys() >= set(step.all_input_nodes):
             return False
-        arguments = fx.map_arg((step.args, step.kwargs), found.__getitem__)
-        found[step] = out_of_place(step.target)(*arguments[0], **arguments[1])
+        found[step] = _made_of(step, found)
     joined = found[last].flatten(0, -2)
     heads = numbers if len(shape) > 3 else numbers.unflatten(0, (-1, joined.shape[1] // shape[-1]))
     return torch.equal(heads.transpose(-3, -2).reshape(joined.shape), joined)

@@ -83,8 +83,7 @@ class Targets:
 
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
-        found = [self.values.of(node, t, b) for t in self.values.experts]
-        as_traced(node, found[0])
+        found = [as_traced(node, self.values.of(node, t, b)) for t in self.values.experts]
         return self.share_of(found, axis, label, b, rows, _normed_next(node))
 
     def share_of(
