@@ -17,7 +17,7 @@ from torch import nn
 
 from ..errors import ZipItError
 
-HEAD_DIMS = ("head_dim", "attention_head_size")
+HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """What attention modules call the width of a head,"""
 
 COUNTS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads")

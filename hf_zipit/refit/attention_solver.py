@@ -136,9 +136,13 @@ class Start:
 class AttentionSolver:
     """Solves one attention layer of a refit."""
 
-    def __init__(self, fit: Fit, attention: Attention, cut: SplitHeads | None) -> None:
-        """`cut`: the layer with narrower heads, if it can have them."""
-        self.fit, self.attention, self.cut = fit, attention, cut
+    def __init__(
+        self, fit: Fit, attention: Attention, cut: SplitHeads | None, like_others: bool | None = None
+    ) -> None:
+        """`cut`: the layer with narrower heads, if it can have them; `like_others`: whether a layer was cut that
+        shares its biases, None where there is none yet.
+        """
+        self.fit, self.attention, self.cut, self.like_others = fit, attention, cut, like_others
         self.spec, self.alignment, self.tasks = fit.spec, fit.alignment, fit.values.experts
         self.regressed: dict[Heads, list[tuple[Tensor, Tensor]]] = {}
         self.moments: dict[Heads, SecondMoments] = {}
@@ -160,9 +164,11 @@ class AttentionSolver:
             return None
         metrics = self._metrics()
         logits = self._paired_logits(heads, *metrics)
-        if split is not None and logits.lost_share > AGREED:
+        if split is not None and (self.like_others or (self.like_others is None and logits.lost_share > AGREED)):
             others = self._split_logits(split, *metrics)
-            if others.lost_share < logits.lost_share:
+            if self.like_others or others.lost_share < logits.lost_share:
+                if self.cut.biases is not None and self.like_others is None:  # type: ignore[union-attr]
+                    self.cut.biases.split(fit)  # type: ignore[union-attr]
                 self._write_split(split, others)
                 self._solve_values(split, self._split_starts(split))
                 self._refine(split, self._kept(split, others), self.cut.scale)  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from hf_zipit.refit.attention import Attention, Heads
 from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.head_biases import bias_of, differs_by_head
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
 
@@ -38,7 +39,11 @@ class MergedAttention:
         query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
         if node.kwargs.get("scale") is None:
             query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
-        return self.fit.values.peek(node, b, dict(zip(node.args[:3], (query, key, values), strict=True)))
+        known = dict(zip(node.args[:3], (query, key, values), strict=True))
+        bias = bias_of(self.attention)
+        if bias is not None and len(shape_of(bias)) > 2 and differs_by_head(bias):  # empty heads have one, too
+            known[bias] = self.fit.values.peek(bias, b, {})[..., : query.shape[1], :, :]
+        return self.fit.values.peek(node, b, known)  # type: ignore[arg-type]
 
     def put(self, means: Tensor, b: int) -> None:
         """Keep the means as what the layer's attention gives; heads of zeros come behind where the layer has more."""

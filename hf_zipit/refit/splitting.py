@@ -6,7 +6,8 @@ expert's heads, and lose little.
 
 Whether layers can be cut so depends on their class, and is proven by running it. A head of which all but the first
 units are zero computes what a narrower head does with those, beside heads of zeros, if it weighs its logits as much.
-So a model with random heads of that kind, and its cut copy with the same weights, must agree.
+So a model with random heads of that kind, and its cut copy with the same weights, must agree. What is added to the
+logits of each head has more of it as well (`head_biases.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from torch import Tensor, fx, nn
 
 from hf_zipit.modeling.head_dims import HeadCut, head_dim_name, pair_units
 from hf_zipit.refit.attention import Attention
+from hf_zipit.refit.head_biases import HeadBiases, bias_of, differs_by_head, find_biases, with_heads
 from hf_zipit.refit.program import Arguments, Program, resized_copy
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.proof import model_tensors, run_with
+from hf_zipit.symmetry.spec import MergeSpec
 
 RESHAPING = ("view", "reshape")
 """Ops that write sizes down."""
@@ -42,6 +45,7 @@ class SplitHeads:
         count, groups, width: of the heads, and of those that have keys and values.
         scale: what whole heads multiply their logits by, in units of what the narrower ones do.
         arguments: of the ops between the heads' means and the output projection.
+        biases: what is added to the logits, where every head has its own.
     """
 
     count: int
@@ -49,6 +53,7 @@ class SplitHeads:
     width: int
     scale: float
     arguments: Mapping[fx.Node, Arguments]
+    biases: HeadBiases | None = None
 
 
 def narrower(width: int, experts: int) -> int | None:
@@ -63,6 +68,7 @@ def find_splits(
     inputs: Mapping[str, Tensor],
     fields: Sequence[str] | None,
     experts: int,
+    spec: MergeSpec,
 ) -> dict[Attention, SplitHeads]:
     """The layers that can be cut, and how; none where the class does not allow it.
 
@@ -73,24 +79,35 @@ def find_splits(
         inputs: some samples.
         fields: the outputs that count.
         experts: how many heads are to take the place of one.
+        spec: the spaces.
     """
-    splits = {}
+    widths = {}
     for layer in layers:
         dim = narrower(layer.width, experts)
-        has_name = layer.module is not None and head_dim_name(model.get_submodule(layer.module))
-        split = _split(program, layer, dim) if dim is not None and has_name else None
+        if dim is not None and layer.module is not None and head_dim_name(model.get_submodule(layer.module)):
+            widths[layer] = dim
+    biases = find_biases(program, widths, model, inputs, fields, spec)
+    splits = {}
+    for layer, dim in widths.items():
+        split = _split(program, layer, dim, biases.get(layer))
         if split is not None:
             splits[layer] = split
-    return splits if splits and is_proven(splits, model, inputs, fields) else {}
+    for together in {split.biases for split in splits.values()} - {None}:
+        if not splits.keys() >= set(together.layers):  # type: ignore[union-attr]
+            splits = {layer: split for layer, split in splits.items() if split.biases is not together}
+    if splits and is_proven(splits, model, inputs, fields):
+        return splits
+    splits = {layer: split for layer, split in splits.items() if split.biases is None}
+    return splits if biases and splits and is_proven(splits, model, inputs, fields) else {}
 
 
-def _split(program: Program, layer: Attention, dim: int) -> SplitHeads | None:
+def _split(program: Program, layer: Attention, dim: int, biases: HeadBiases | None) -> SplitHeads | None:
     """The layer with heads of another width; None where an op has a place for every head or every unit of one."""
     count, ratio = layer.heads * layer.width // dim, layer.width / dim
     if layer.logits is None or (layer.logits == "rotary" and dim % 2):
         return None
-    mask = layer.node.args[3] if len(layer.node.args) > 3 else layer.node.kwargs.get("attn_mask")
-    if mask is not None and (len(shape_of(mask)) < 3 or shape_of(mask)[-3] != 1):
+    bias = bias_of(layer)
+    if biases is None and bias is not None and differs_by_head(bias):
         return None
     axes: dict[fx.Node, int | None] = {layer.node: 1}
     arguments = {}
@@ -107,7 +124,7 @@ def _split(program: Program, layer: Attention, dim: int) -> SplitHeads | None:
             sizes[axis], sizes[-1] = (-1 if sizes[at] == -1 else new for at, new in ((axis, count), (-1, dim)))
             args = (args[0], sizes)
         arguments[node] = Arguments(args, given.kwargs)
-    return SplitHeads(count, layer.groups * layer.width // dim, dim, ratio**-0.5, arguments)
+    return SplitHeads(count, layer.groups * layer.width // dim, dim, ratio**-0.5, arguments, biases)
 
 
 def _heads_axis(node: fx.Node, axes: Mapping[fx.Node, int | None]) -> int | None:
@@ -136,11 +153,12 @@ def is_proven(
     some = {name: tensor[:SAMPLES] for name, tensor in inputs.items()}
     cuts = {layer.module: _some_cut(layer, split) for layer, split in splits.items() if layer.module is not None}
     tensors, narrow_tensors = _half_empty_heads(splits, cuts, model_tensors(model))
+    shapes = {name: list(narrow_tensors[name].shape) for name in _tables(splits)}
     head_dims = {path: cut.width for path, cut in cuts.items()}
     rotary_pairs = {path: cut.pairs for path, cut in cuts.items() if cut.pairs is not None}
     try:
         whole = run_with(model, tensors, some, fields)
-        narrow = run_with(resized_copy(model, {}, head_dims, rotary_pairs), narrow_tensors, some, fields)
+        narrow = run_with(resized_copy(model, shapes, head_dims, rotary_pairs), narrow_tensors, some, fields)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return False
     return bool(whole) and all(
@@ -181,7 +199,19 @@ def _half_empty_heads(
                 cut[own.rows] = _side_by_side(rows, layer, split.width) * split.scale if own is layer.query else rows
         weight = _rows(layer.output, narrow)[0].mT
         weight.copy_(_side_by_side(weight.clone(), layer, split.width))
+        for name, axis in ({} if split.biases is None else split.biases.tables).items():
+            if name not in found:
+                found[name] = torch.randn(tensors[name].shape, generator=generator)
+                # Of every head all parts but the first are zeros, whose bias does not matter.
+                parts = with_heads(found[name].movedim(axis, 0)[:, None], 1, split.count // layer.heads)
+                order = _side_by_side(torch.arange(split.count), layer, 1)
+                narrow[name] = parts.flatten(0, 1)[order].movedim(0, axis)
     return {**tensors, **found}, {**tensors, **narrow}
+
+
+def _tables(splits: Mapping[Attention, SplitHeads]) -> dict[str, int]:
+    """The tables of biases, by name the axis of the heads."""
+    return {n: axis for split in splits.values() if split.biases is not None for n, axis in split.biases.tables.items()}
 
 
 def _rows(site: RefitSite, tensors: Mapping[str, Tensor]) -> list[Tensor]:

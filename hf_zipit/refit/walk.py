@@ -36,6 +36,7 @@ from hf_zipit.refit.attention import Attention, find_attention
 from hf_zipit.refit.attention_solver import AttentionSolver
 from hf_zipit.refit.ending import find_ending
 from hf_zipit.refit.fit import Fit, Targets, relative_errors, rows_used
+from hf_zipit.refit.head_biases import HeadBiases
 from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
 from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.mlps import find_mlps
@@ -135,8 +136,9 @@ class Walk:
         self.splits: dict[Attention, SplitHeads] = {}
         if config.split_heads:
             layers, inputs = self.attention.values(), batches[0].inputs
-            self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks))
+            self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks), spec)
         self.head_cuts: dict[str, HeadCut] = {}
+        self.biases_split: dict[HeadBiases, bool] = {}
 
         values = Values(self.program, experts, merged, batches, budget, torch.device(device))
         rows = Rows(
@@ -218,9 +220,16 @@ class Walk:
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
         self._advance_experts(self.program.position[layer.output.stream or layer.output.output])
-        cut = AttentionSolver(self.fit, layer, self.splits.get(layer)).solve()
+        split = self.splits.get(layer)
+        biases = None if split is None else split.biases
+        cut = AttentionSolver(self.fit, layer, split, biases and self.biases_split.get(biases)).solve()
         if cut is not None and layer.module is not None:
             self.head_cuts[layer.module] = cut
+        if biases is not None and biases not in self.biases_split:
+            self.biases_split[biases] = cut is not None
+            for site in self.sites.values():
+                if cut is not None and site.weight in biases.tables and site.module in self.errors:
+                    self.errors[site.module] = dict.fromkeys(self.errors[site.module], 0.0)  # each head has its own
 
     def _choose_units(self, node: fx.Node) -> None:
         mlp = self.mlps[node]
@@ -267,6 +276,9 @@ class Walk:
             for node in (used for op in (*layer.ops, layer.value.site.node) for used in (op, *op.all_input_nodes)):
                 if node in last:
                     last[node] = max(last[node], self.program.position[layer.node])
+        for biases in {split.biases for split in self.splits.values() if split.biases is not None}:
+            for node in biases.read_before(self.program) & last.keys():
+                last[node] = max(last[node], self.program.position[biases.layers[0].node])
         for mlp in self.mlps.values():
             for node in (mlp.input, *(site.node for site in mlp.writers)):
                 if node in last:

@@ -1,0 +1,191 @@
+"""What is added to the logits of each head, where an attention layer gets more and narrower heads.
+
+Relative positions have a table with one number for every head (T5, MPNet, Swin, BEiT). Where each expert's heads stay
+heads of their own, each keeps its own column, and the table becomes as wide as there are heads. Layers that share a
+table are cut together or not at all, and so are those that share a bias that the class makes of zeros.
+
+How the ops that make the biases change with the number of heads is read off a trace of a model with as many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from hf_zipit.errors import SpecError
+from hf_zipit.refit.attention import Attention
+from hf_zipit.refit.fit import Fit
+from hf_zipit.refit.program import Arguments, Program, resized_copy
+from hf_zipit.symmetry.ops import shape_of
+from hf_zipit.symmetry.spec import MergeSpec
+
+
+@dataclass(frozen=True, eq=False)
+class HeadBiases:
+    """Biases that some attention layers read, head by head.
+
+    Attributes:
+        layers: those that read them.
+        tables: the tensors that they are made of, by name the axis of the heads.
+        ops: those that make them, in the order they run, with their arguments for `count` heads.
+        count: how many heads there are when the layers are cut.
+    """
+
+    layers: tuple[Attention, ...]
+    tables: Mapping[str, int]
+    ops: Mapping[fx.Node, Arguments]
+    count: int
+
+    def read_before(self, program: Program) -> set[fx.Node]:
+        """The values that ops before the first layer read: they are made again if it is cut."""
+        first = program.position[self.layers[0].node]
+        return {used for op in self.ops if program.position[op] < first for used in (op, *op.all_input_nodes)}
+
+    def split(self, fit: Fit) -> None:
+        """Give each expert's heads their own columns in the merged model, and make the biases again."""
+        for name, axis in self.tables.items():
+            own = torch.cat([fit.values.tensors[t][name] for t in fit.values.experts], axis)
+            fit.values.merged[name] = with_heads(own, axis, self.count)
+        fit.values.program.adopt(self.ops)
+        fit.values.run_again(self.ops, self.layers[0].node)
+
+
+def with_heads(table: Tensor, axis: int, count: int) -> Tensor:
+    """A table for `count` heads, zeros for those beyond the ones that it has."""
+    more = list(table.shape)
+    more[axis] = count - table.shape[axis]
+    return torch.cat([table, table.new_zeros(more)], axis)
+
+
+def bias_of(layer: Attention) -> fx.Node | None:
+    """What is added to the logits; None where nothing is."""
+    node = layer.node
+    found = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return found if isinstance(found, fx.Node) else None
+
+
+def differs_by_head(bias: fx.Node) -> bool:
+    """Whether every head has a bias of its own; not told of one with fewer axes than three."""
+    shape = shape_of(bias)
+    return len(shape) < 3 or shape[-3] != 1
+
+
+def find_biases(
+    program: Program,
+    widths: Mapping[Attention, int],
+    model: nn.Module,
+    inputs: Mapping[str, Tensor],
+    fields: Sequence[str] | None,
+    spec: MergeSpec,
+) -> dict[Attention, HeadBiases]:
+    """The biases of layers whose heads each have one; none where these cannot become more.
+
+    Args:
+        program: the forward pass.
+        widths: the layers, and the width of a narrower head of each.
+        model: an expert.
+        inputs: what the program was traced with.
+        fields: the outputs that count.
+        spec: the spaces.
+    """
+    tables = {layer: found for layer in widths if (found := _tables(program, layer, spec)) is not None}
+    if not tables:
+        return {}
+    counts = {layer: layer.heads * layer.width // widths[layer] for layer in tables}
+    shapes = {}
+    for layer, found in tables.items():
+        for name, axis in found.items():
+            shapes[name] = list(spec_shape(model, name))
+            shapes[name][axis] = counts[layer]
+    cuts = {layer.module: widths[layer] for layer in tables if layer.module is not None}
+    try:
+        cut = Program(resized_copy(model, shapes, cuts), inputs, fields)  # type: ignore[arg-type]
+        arguments = program.arguments_in(cut)
+    except Exception:  # a model's own code may raise anything where a shape is not what it expects
+        return {}
+    found = {}
+    for layers in _sharing(tables, program, arguments):
+        ops = {op: arguments[op] for layer in layers for op in _ops(program, layer, tables[layer], arguments)}
+        alone = {*ops, *(layer.node for layer in layers)}
+        whole = len({counts[layer] for layer in layers}) == 1 and all(alone.issuperset(op.users) for op in ops)
+        if whole:
+            own = {name: axis for layer in layers for name, axis in tables[layer].items()}
+            in_order = {op: ops[op] for op in sorted(ops, key=program.position.__getitem__)}
+            biases = HeadBiases(tuple(layers), own, in_order, counts[layers[0]])
+            found |= dict.fromkeys(layers, biases)
+    return found
+
+
+def spec_shape(model: nn.Module, name: str) -> torch.Size:
+    """The shape of a tensor of a model."""
+    path, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(path), leaf).shape
+
+
+def _tables(program: Program, layer: Attention, spec: MergeSpec) -> dict[str, int] | None:
+    """The tensors that a layer's biases are made of, by name the axis of the heads; None where there are none that
+    differ by head, or they are made of anything else that was learnt."""
+    bias = bias_of(layer)
+    if bias is None or layer.logits != "plain" or len(shape_of(bias)) < 3 or shape_of(bias)[-3] != layer.heads:
+        return None
+    heads, found = layer.query.label[:-1], dict[str, int]()
+    for node in (bias, *_before(bias)):
+        name = program.tensor_of(node)
+        if name is None or not node.meta["val"].is_floating_point():
+            continue
+        axes = [axis for axis, label in enumerate(spec.axes.get(name, ())) if label == heads]
+        if len(axes) != 1:
+            return None
+        found[name] = axes[0]
+    return found
+
+
+def _ops(
+    program: Program, layer: Attention, tables: Mapping[str, int], arguments: Mapping[fx.Node, Arguments]
+) -> set[fx.Node]:
+    """The ops of a layer's biases that depend on the number of heads."""
+    bias = bias_of(layer)
+    assert bias is not None
+    every = [node for node in (bias, *_before(bias)) if node in program.position]
+    found = {node for node in every if _sizes(arguments[node]) != _sizes(program.arguments(node))}
+    for node in sorted(every, key=program.position.__getitem__):
+        if any(used in found or program.tensor_of(used) in tables for used in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _sizes(arguments: Arguments) -> Any:
+    """The numbers and settings among an op's arguments."""
+    return fx.map_arg((arguments.args, dict(arguments.kwargs)), lambda node: None)
+
+
+def _before(node: fx.Node) -> Iterator[fx.Node]:
+    """All that a value depends on."""
+    seen, todo = set[fx.Node](), list(node.all_input_nodes)
+    while todo:
+        current = todo.pop()
+        if current not in seen:
+            seen.add(current)
+            todo += current.all_input_nodes
+            yield current
+
+
+def _sharing(
+    tables: Mapping[Attention, Mapping[str, int]], program: Program, arguments: Mapping[fx.Node, Arguments]
+) -> Iterable[list[Attention]]:
+    """Layers in the order they run, together where they share an op or a table."""
+    groups: list[tuple[list[Attention], set[Any]]] = []
+    for layer in sorted(tables, key=lambda layer: program.position[layer.node]):
+        layers, reads = [layer], {*tables[layer], *_ops(program, layer, tables[layer], arguments)}
+        apart = []
+        for others, theirs in groups:
+            if theirs.isdisjoint(reads):
+                apart.append((others, theirs))
+            else:
+                layers, reads = [*others, *layers], reads | theirs
+        groups = [*apart, (layers, reads)]
+    return [layers for layers, _ in groups]
