@@ -50,8 +50,6 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         ExpertError: if no plain model can compute the task.
     """
     config, key = merged.config, merged.branch_names[merged.known(task)]
-    if config.trunk_shapes:
-        raise ExpertError(_cannot(merged, task, "its merged layers are wider or narrower than an expert's"))
     if config.rescaled is not None:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
     if config.residues:
@@ -60,6 +58,9 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         reason = "its head rules out tokens that only other experts have; take the expert that it was merged from"
         raise ExpertError(_cannot(merged, task, reason))
     model = empty_model(with_heads(config, merged, task), task).eval()
+    own = model_tensors(model)  # tables of biases have a column for every head
+    if any(list(own[name].shape) != list(shape) for name, shape in config.trunk_shapes.items()):
+        raise ExpertError(_cannot(merged, task, "its merged layers are wider or narrower than an expert's"))
     trunk, branch = model_tensors(merged.trunk), model_tensors(merged.branches[key])
     found = {name: (trunk if name in trunk else branch)[name] for name in model_tensors(model)}
     found = {name: tensor.detach().cpu() for name, tensor in found.items()}

@@ -111,11 +111,10 @@ class MergedLogits:
     found: list[LogitFactors]
     pairs: list[int] | None = None
 
-    @property
-    def lost_share(self) -> float:
-        """What the layer's heads miss of the experts' logits, as a share of those."""
-        lost, energy = (sum(getattr(group, name) for group in self.found) for name in ("lost", "energy"))
-        return lost / max(energy, 1e-30)
+    def lost_share_with(self, lost: float, energy: float) -> float:
+        """What the layer's heads miss of the experts' logits, as a share of those; more of both is added to them."""
+        lost += sum(group.lost for group in self.found)
+        return lost / max(energy + sum(group.energy for group in self.found), 1e-30)
 
 
 @dataclass(frozen=True)
@@ -164,16 +163,16 @@ class AttentionSolver:
             return None
         metrics = self._metrics()
         logits = self._paired_logits(heads, *metrics)
-        if split is not None and (self.like_others or (self.like_others is None and logits.lost_share > AGREED)):
-            others = self._split_logits(split, *metrics)
-            if self.like_others or others.lost_share < logits.lost_share:
-                if self.cut.biases is not None and self.like_others is None:  # type: ignore[union-attr]
-                    self.cut.biases.split(fit)  # type: ignore[union-attr]
-                self._write_split(split, others)
-                self._solve_values(split, self._split_starts(split))
-                self._refine(split, self._kept(split, others), self.cut.scale)  # type: ignore[union-attr]
-                fit.values.program.adopt(self.cut.arguments)  # type: ignore[union-attr]
-                return HeadCut(split.width, others.pairs)
+        others = self._split_instead(split, logits, *metrics)
+        if split is not None and others is not None:
+            biases = self.cut.biases  # type: ignore[union-attr]
+            if biases is not None and self.like_others is None:
+                biases.split(fit)
+            self._write_split(split, others)
+            self._solve_values(split, self._split_starts(split))
+            self._refine(split, self._kept(split, others), self.cut.scale)  # type: ignore[union-attr]
+            fit.values.program.adopt(self.cut.arguments)  # type: ignore[union-attr]
+            return HeadCut(split.width, others.pairs)
         self._write_paired(heads, logits)
         self._solve_values(heads, self._paired_starts(heads, projection))
         self._refine(heads, slice(heads.width))
@@ -304,6 +303,25 @@ class AttentionSolver:
             for ((asking,), (asked,)), own in zip(parts, energies, strict=True)
         ]
         return MergedLogits(found, pairs)
+
+    def _split_instead(self, split: MergedHeads | None, paired: MergedLogits, *metrics: Metric) -> MergedLogits | None:
+        """The logits of split heads where these are nearer to the experts', or other layers' were; else None."""
+        if split is None or self.like_others is False:
+            return None
+        if self.like_others:
+            return self._split_logits(split, *metrics)
+        biases, scale = self.cut.biases, self._scale()  # type: ignore[union-attr]
+        lost, energy = (x / scale**2 for x in ((0.0, 0.0) if biases is None else biases.disagreement(self.fit)))
+        off = paired.lost_share_with(lost, energy)
+        if off <= AGREED:
+            return None
+        found = self._split_logits(split, *metrics)
+        return found if found.lost_share_with(0.0, energy) < off else None
+
+    def _scale(self) -> float:
+        """What products of queries and keys are multiplied by."""
+        scale = self.attention.node.kwargs.get("scale")
+        return self.attention.width**-0.5 if scale is None else float(scale)  # type: ignore[arg-type]
 
     def _write_paired(self, heads: MergedHeads, logits: MergedLogits) -> None:
         query, key = self.attention.query, self.attention.key

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from hf_zipit.errors import SpecError
+from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.refit.attention import Attention
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.program import Arguments, Program, resized_copy
@@ -44,6 +44,21 @@ class HeadBiases:
         """The values that ops before the first layer read: they are made again if it is cut."""
         first = program.position[self.layers[0].node]
         return {used for op in self.ops if program.position[op] < first for used in (op, *op.all_input_nodes)}
+
+    def disagreement(self, fit: Fit) -> tuple[float, float]:
+        """What the mean of the biases of heads that are paired loses, and their energy: variances, summed over heads,
+        on average over the experts.
+        """
+        lost = energy = 0.0
+        for name, axis in self.tables.items():
+            label, parts = fit.spec.axes[name][axis], []
+            for t in fit.values.experts:
+                table = fit.values.tensors[t][name].to(fit.home, torch.float64)
+                parts.append(features_to_merged(table, axis, label, fit.alignment, fit.spec, t).movedim(axis, 0))
+            own = torch.stack(parts).flatten(2)
+            lost += float((own - own.mean(0)).var(-1, correction=0).sum()) / len(parts)
+            energy += float(own.var(-1, correction=0).sum()) / len(parts)
+        return lost, energy
 
     def split(self, fit: Fit) -> None:
         """Give each expert's heads their own columns in the merged model, and make the biases again."""

@@ -211,7 +211,9 @@ def _half_empty_heads(
 
 def _tables(splits: Mapping[Attention, SplitHeads]) -> dict[str, int]:
     """The tables of biases, by name the axis of the heads."""
-    return {n: axis for split in splits.values() if split.biases is not None for n, axis in split.biases.tables.items()}
+    return {
+        n: axis for split in splits.values() if split.biases is not None for n, axis in split.biases.tables.items()
+    }
 
 
 def _rows(site: RefitSite, tensors: Mapping[str, Tensor]) -> list[Tensor]:

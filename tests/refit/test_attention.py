@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -244,17 +247,41 @@ def test_every_experts_head_gets_its_share(width: int, experts: int, dim: int | 
     assert narrower(width, experts) == dim
 
 
-@pytest.mark.parametrize("name", ["vit", "clip", "bert-sequence", "distilbert-sequence", "llama", "gpt2"])
+WITH_BIASES: dict[str, Callable[[], PreTrainedModel]] = {
+    "t5": lambda: T.T5ForConditionalGeneration(T.T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                                          vocab_size=50, decoder_start_token_id=0)),
+    "swin": lambda: T.SwinForImageClassification(T.SwinConfig(image_size=16, patch_size=2, embed_dim=16, depths=[2],
+                                                              num_heads=[2], window_size=4)),
+    "beit": lambda: T.BeitForImageClassification(T.BeitConfig(**tiny.IMAGE, use_relative_position_bias=True)),
+    "mpnet": lambda: T.MPNetForSequenceClassification(T.MPNetConfig(**tiny.TEXT)),
+}  # fmt: skip
+"""Classes with something of its own added to the logits of every head."""
+
+
+def with_biases(name: str, seed: int = 0) -> PreTrainedModel:
+    """A model of such a class, whose biases are of the size of its logits."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = WITH_BIASES[name]().eval()
+        for path, table in model.named_parameters():
+            if "relative" in path:
+                table.data = torch.randn_like(table)
+    return model
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "clip", "bert-sequence", "distilbert-sequence", "llama", "gpt2", *WITH_BIASES]
+)
 @pytest.mark.parametrize("dim", [2, 4])
 def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: int):
     """If it multiplies logits by something else, that is found out."""
-    model = case(name).model
+    model = with_biases(name) if name in WITH_BIASES else case(name).model
     spec = MergeSpec.from_model(model)
     inputs = {n: x[:3] for n, x in calibration(model).items()}
     fields = adapter_for(model).outputs(model)
     program = Program(model, inputs, fields)
     layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
-    splits = find_splits(program, layers, model, inputs, fields, layers[0].width // dim)
+    splits = find_splits(program, layers, model, inputs, fields, layers[0].width // dim, spec)
     assert splits.keys() == set(layers)
     assert {(s.count * s.width, s.width) for s in splits.values()} == {(n.heads * n.width, dim) for n in layers}
     for wrong in (0.5, 1.0):
@@ -263,23 +290,24 @@ def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: 
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("name", ["vit", "llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["vit", "llama", "qwen3", "gpt2", *WITH_BIASES])
 def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
-    """With more and narrower heads, too, and some of their rotary pairs."""
+    """With more and narrower heads, too, with some of their rotary pairs, or with biases of their own."""
     seen: dict[str, Tensor] = {}
 
     def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
-        if any(site.module.endswith(end) for end in ("o_proj", "attn.c_proj")):
+        if any(site.module.endswith(end) for end in ("o_proj", "attn.c_proj", "Attention.o", "attn.o")):
             seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)
         return relative_errors(fit, site)
 
-    models = tiny.pair(name)
+    models = tuple(map(partial(with_biases, name), (0, 1))) if name in WITH_BIASES else tiny.pair(name)
     data = calibration(models[0])
     settings = RefitConfig(split_heads=split, micro_batch=4)
     with patch.object(walk, "relative_errors", remembered):
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
-    assert len(seen) == 2
-    assert len(merged.config.head_dims) == (2 if split and name != "qwen3" else 0)
+    layers = 6 if name == "t5" else 2
+    assert len(seen) == layers
+    assert len(merged.config.head_dims) == (layers if split and name != "qwen3" else 0)
     found: dict[str, Tensor] = {}
     for path in seen:
         merged.trunk.get_submodule(path).register_forward_pre_hook(
@@ -389,18 +417,44 @@ def test_a_class_whose_heads_cannot_be_cut_keeps_them(monkeypatch: pytest.Monkey
     assert merged.config.head_dims == {}
 
 
-def test_heads_that_each_have_a_mask_keep_their_number(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("fixed", [True, False])
+def test_heads_that_each_have_a_mask_keep_their_number(fixed: bool, monkeypatch: pytest.MonkeyPatch):
+    """If it is made for so many and no other."""
     plain = ViTAttention.forward
 
     def masked(self: ViTAttention, hidden_states: Tensor, attention_mask: None = None, **more: object) -> object:
         samples, tokens, _ = hidden_states.shape
-        mask = hidden_states.new_zeros(samples, 1, tokens, tokens).expand(-1, self.num_attention_heads, -1, -1)
+        mask = torch.zeros(samples, 1, tokens, tokens).expand(
+            -1, 4 if fixed else self.num_attention_heads, -1, -1
+        )
         return plain(self, hidden_states, mask, **more)
 
     monkeypatch.setattr(ViTAttention, "forward", masked)
     models = dict(zip("ab", tiny.pair("vit"), strict=True))
     merged = merge(models, calibration(models["a"]), method="identity", refit=True)
-    assert merged.config.head_dims == {}
+    assert (merged.config.head_dims == {}) == fixed
+
+
+@pytest.mark.parametrize("name", WITH_BIASES)
+def test_layers_that_share_a_table_are_split_together(name: str, tmp_path: Path):
+    """Every expert's heads keep their own column; copies, whose heads agree, keep the table as it is."""
+    models = [with_biases(name, seed) for seed in (0, 1)]
+    data = calibration(models[0])
+    merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=True)
+    tables = {
+        path: table
+        for path, table in model_tensors(merged.trunk).items()
+        if "bias_table" in path or "n_bias.w" in path
+    }
+    assert tables and merged.config.trunk_shapes.keys() == tables.keys()
+    for path, table in tables.items():
+        torch.testing.assert_close(table, torch.cat([model_tensors(model)[path] for model in models], -1))
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    for one, other in zip(*(outputs(m, data, models[0], task="a").values() for m in (merged, again)), strict=True):
+        assert torch.equal(one, other)
+    same = merge(dict.fromkeys("ab", models[0]), data, method="identity", refit=True)
+    assert same.config.head_dims == same.config.trunk_shapes == {}
 
 
 def test_a_class_that_leaves_the_scale_to_the_op_is_refitted_like_others():
