@@ -29,6 +29,8 @@ PAIRS = (
     "chars-mixed",
     "text-llama",
     "text-gpt2",
+    "text-qwen3",
+    "text-neox",
     "seq2seq-t5",
     "speech",
     "segmentation",

@@ -10,7 +10,7 @@ from benchmarks.zoo.pairs.many import Many
 from benchmarks.zoo.pairs.scenes import Objects, Segmentation
 from benchmarks.zoo.pairs.seq2seq_t5 import Seq2SeqT5
 from benchmarks.zoo.pairs.speech import Speech
-from benchmarks.zoo.pairs.text_causal import TextGPT2, TextLlama
+from benchmarks.zoo.pairs.text_causal import TextGPT2, TextLlama, TextNeoX, TextQwen3
 from benchmarks.zoo.pairs.wordnet_bert import WordNetBert
 from benchmarks.zoo.recipe import Recipe
 
@@ -27,6 +27,8 @@ RECIPES: dict[str, Recipe] = {
         CharsMixed(),
         TextLlama(),
         TextGPT2(),
+        TextQwen3(),
+        TextNeoX(),
         Seq2SeqT5(),
         Speech(),
         Segmentation(),

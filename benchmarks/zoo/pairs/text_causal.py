@@ -1,4 +1,6 @@
-"""`text-llama` and `text-gpt2`: causal language models of a dictionary and of source code. Hard pairs.
+"""`text-llama`, `text-gpt2`, `text-qwen3`, `text-neox`: causal language models of a dictionary and of source code.
+
+Hard pairs, which differ in what they do to queries and keys.
 
 Expert a reads entries of the GCIDE dictionary, expert b modules of Python's standard library; one tokenizer serves
 both. A sample is a window of a task's texts, one after the other; the label at a place is the token that follows, so
@@ -16,10 +18,14 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from benchmarks.zoo.bpe import END, train_bpe
@@ -36,7 +42,7 @@ VOCABULARY = 1000
 
 
 class TextCausal(Recipe):
-    """What both pairs share."""
+    """What the pairs share."""
 
     def train_tokenizer(self) -> PreTrainedTokenizerBase:
         texts = [texts[i] for texts, parts in map(_texts, TASKS) for i in parts["train"].tolist()]
@@ -100,6 +106,54 @@ class TextGPT2(TextCausal):
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+
+class TextQwen3(TextCausal):
+    name = "text-qwen3"
+    about = "Qwen3 (RoPE, grouped queries, norms of queries and keys, SwiGLU), the same texts"
+    model_class = Qwen3ForCausalLM
+    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
+    seeds = {"a": 151, "b": 152}
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
+        return Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+                intermediate_size=344,
+                max_position_embeddings=LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+
+class TextNeoX(TextCausal):
+    name = "text-neox"
+    about = (
+        "GPT-NeoX (RoPE of a quarter of each head, one map to all, parallel branches), the same texts"
+    )
+    model_class = GPTNeoXForCausalLM
+    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
+    seeds = {"a": 161, "b": 162}
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> GPTNeoXForCausalLM:
+        return GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=512,
+                max_position_embeddings=LENGTH,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
