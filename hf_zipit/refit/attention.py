@@ -5,7 +5,7 @@ go straight into the output projection. Several query heads may share the keys a
 
 Queries and keys belong to it where their logits are bilinear in the layer's inputs: as they are, or rotated by their
 positions (a rotary embedding). Where something else happens to them, a norm of the queries for instance, each of the
-two maps is regressed like any other.
+two maps is regressed like any other, and experts' heads may take the place of what that gives (`chosen_heads.py`).
 """
 
 from __future__ import annotations
@@ -70,6 +70,24 @@ class Heads:
 
 
 @dataclass(frozen=True)
+class SolvedApart:
+    """Queries and keys of a layer that are solved apart from it: what happens to them, head by head, is not followed.
+
+    Attributes:
+        query, key: the linear maps.
+        steps: the ops between them and the layer's op.
+    """
+
+    query: Heads
+    key: Heads
+    steps: frozenset[fx.Node]
+
+    @property
+    def maps(self) -> tuple[Heads, Heads]:
+        return self.query, self.key
+
+
+@dataclass(frozen=True)
 class Attention:
     """One attention layer.
 
@@ -84,6 +102,7 @@ class Attention:
         weights: what `node` weighs the values with, where that is one op and the weights are made by others.
         fused: whether other parts of the values' map are solved apart, with the map; the walk then runs what is
             between, and the values are solved anew.
+        apart: queries and keys that are solved apart, where each is one linear map that nothing else reads.
     """
 
     node: fx.Node
@@ -99,6 +118,19 @@ class Attention:
     width: int
     weights: fx.Node | None = None
     fused: bool = False
+    apart: SolvedApart | None = None
+
+    @property
+    def asked(self) -> tuple[Heads, Heads]:
+        """Queries and keys."""
+        return (self.query, self.key) if self.apart is None else self.apart.maps
+
+    @property
+    def steps_apart(self) -> frozenset[fx.Node]:
+        """The ops of queries and keys that are solved apart, their maps included."""
+        if self.apart is None:
+            return frozenset()
+        return self.apart.steps | {own.site.node for own in self.apart.maps}
 
     @property
     def inputs(self) -> tuple[Heads, ...]:
@@ -190,9 +222,55 @@ def _values_alone(
         return None
     absent = Heads(value.site, (), ())
     before = frozenset(steps)
+    apart = None if weights is not None else _apart(node, value, steps, program, sites, made, spec, groups)
     return Attention(
-        node, absent, absent, value, output, None, before, behind, heads, groups, width, weights, fused,  # type: ignore[arg-type]
+        node, absent, absent, value, output, None, before, behind, heads, groups, width, weights, fused, apart,  # type: ignore[arg-type]
     )  # fmt: skip
+
+
+def _apart(
+    node: fx.Node,
+    value: Heads,
+    steps: set[fx.Node],
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    made: set[fx.Node],
+    spec: MergeSpec,
+    groups: int,
+) -> SolvedApart | None:
+    """The queries and keys of an attention op; None where they are not one linear map each, cut into heads that can be
+    exchanged, or something else reads them.
+    """
+    found, steps = list[Heads](), set(steps)
+    for x, count in zip(node.args[:2], (shape_of(node)[1], groups), strict=True):
+        path = _path(x, sites, made)  # type: ignore[arg-type]
+        if path is None or len(shape_of(path.site.node)) > SAMPLES_POSITIONS_UNITS:
+            return None
+        label, units = path.site.label(spec), _units_read(x, path, program, made)  # type: ignore[arg-type]
+        exchanged = label[:1] == value.label[:1] and spec.movable(label[0].space)  # type: ignore[union-attr]
+        if not exchanged or len(units) != count * shape_of(x)[-1]:  # type: ignore[arg-type]
+            return None
+        found.append(Heads(path.site, label, units))
+        steps |= path.steps & program.behind([path.site.node])  # the frequencies of a rotation are other layers', too
+    users = {user for step in (*steps, *(own.site.node for own in (*found, value))) for user in step.users}
+    return SolvedApart(*found, frozenset(steps)) if users <= {node, *steps} else None
+
+
+def _units_read(node: fx.Node, path: _Path, program: Program, made: set[fx.Node]) -> tuple[int, ...]:
+    """Which outputs of a map a value is made of, whatever happens to them after they were moved."""
+    shape = shape_of(path.site.node)
+    values: dict[fx.Node, Any] = {path.site.node: torch.arange(shape[-1]).expand(shape)}
+    read = set[int]()
+    for step in sorted(path.steps, key=program.position.__getitem__):
+        known = [used for used in step.all_input_nodes if used in values]
+        if _name(step) in MOVING and len(known) == len(step.all_input_nodes):
+            values[step] = _made_of(step, values)
+            continue
+        for used in known:
+            read |= set(values[used].unique().long().tolist())
+    if node in values:
+        read |= set(values[node].unique().long().tolist())
+    return tuple(sorted(read))
 
 
 def _read_here_alone(value: Heads, path: _Path, program: Program, made: set[fx.Node], steps: set[fx.Node]) -> bool:

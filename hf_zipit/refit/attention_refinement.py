@@ -84,7 +84,7 @@ def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> 
 
     What the layer's attention gives is up to date afterwards.
     """
-    if forward.attention.weights is not None or forward.attention.fused:
+    if forward.attention.weights is not None or (forward.attention.fused and forward.attention.apart is None):
         return
     windows = Windows(fit)
     steps = min(fit.config.attention_steps, PASSES * len(windows))
@@ -120,7 +120,7 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
             output[:, : slots * self.width],
             output_bias,
         )
-        nodes = [maps.site.node.args[0] for maps in (attention.query, attention.key, values)]
+        nodes = [maps.site.node.args[0] for maps in (*attention.asked, values)]
         white = {node: self._white(node) for node in dict.fromkeys(nodes)}  # type: ignore[arg-type]
         inputs = [white[node] for node in nodes]
         means = self._whitening(self._mixed(own, b) for b in range(len(fit.values.batches)))
@@ -147,7 +147,7 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         """Put weights into the merged model, and keep what attention gives with them."""
         fit, attention, heads = self.fit, self.forward.attention, self.heads
         queries, keys = (torch.cat(parts) for parts in zip(*own.blocks, strict=True))
-        for maps, rows in ((attention.query, queries * heads.scale), (attention.key, keys)):
+        for maps, rows in zip(attention.asked, (queries * heads.scale, keys), strict=True):
             self.forward.write(maps, padded(rows, maps.count))
         value, output = attention.value, attention.output
         bias = None if own.value_bias is None else padded(own.value_bias[:, None], value.count)[:, 0]

@@ -37,8 +37,9 @@ from hf_zipit.factorise import side_by_side
 from hf_zipit.maps.products import factor_indices, merged_sizes
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.modeling.head_dims import HeadCut, pair_units
-from hf_zipit.refit.attention import Attention, Heads
+from hf_zipit.refit.attention import SolvedApart, Attention, Heads
 from hf_zipit.refit.attention_refinement import SolvedHeads, refine_attention
+from hf_zipit.refit.chosen_heads import ExpertHeads, choose_heads
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import (
     LogitFactors,
@@ -147,6 +148,7 @@ class AttentionSolver:
         self.moments: dict[Heads, SecondMoments] = {}
         self.forward = MergedAttention(fit, attention)
         self.blocks: list[Block] = []
+        self.chosen = False
 
     def solve(self) -> HeadCut | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -156,10 +158,12 @@ class AttentionSolver:
         """
         attention, fit = self.attention, self.fit
         projection = fit.matrix(attention.output)
-        self._regress()
+        self._regress(attention.inputs)
         heads, split = self._paired(), self._split()
         if attention.logits is None:
             self._solve_values(heads, self._paired_starts(heads, projection))
+            if attention.apart is not None and fit.config.split_heads:
+                self._choose(attention.apart)
             return None
         metrics = self._metrics()
         logits = self._paired_logits(heads, *metrics)
@@ -221,19 +225,19 @@ class AttentionSolver:
 
     # What the experts' maps are, seen from the merged model's inputs -------------------------------------------------
 
-    def _regress(self) -> None:
+    def _regress(self, maps: Sequence[Heads]) -> None:
         """Every expert's queries, keys and values as linear maps of the merged model's inputs; one pass an input.
 
         They are linear maps W_t of the expert's own input. So it is that input which is regressed, towards U_t: what
         W_t makes of the solution is the solution for W_t's outputs, towards W_t U_t.
         """
         by_input: dict[fx.Node, list[Heads]] = {}
-        for own in self.attention.inputs:
+        for own in maps:
             by_input.setdefault(own.site.node.args[0], []).append(own)  # type: ignore[arg-type]
-        for x, maps in by_input.items():
-            intercept = any(own.site.bias for own in maps)  # without one nothing could add it
-            moments, inputs = regress_inputs(self.fit, x, self.fit.input_label(maps[0].site), intercept)
-            for own in maps:
+        for x, alike in by_input.items():
+            intercept = any(own.site.bias for own in alike)  # without one nothing could add it
+            moments, inputs = regress_inputs(self.fit, x, self.fit.input_label(alike[0].site), intercept)
+            for own in alike:
                 self.regressed[own] = [written(self.fit, own.site, t, *inputs[t], own.rows) for t in self.tasks]
                 self.moments[own] = moments
 
@@ -359,6 +363,66 @@ class AttentionSolver:
         if not self.forward.has_shift(own):
             return weight
         return torch.cat([weight, self.fit.bias(own.site)[own.rows, None]], 1)  # type: ignore[index]
+
+    # Heads whose logits are not followed -----------------------------------------------------------------------------
+
+    def _choose(self, apart: SolvedApart) -> None:
+        """Put experts' own heads in the place of paired ones where that is nearer to the experts; then fit them."""
+        fit, attention, paired = self.fit, self.attention, self._left()
+        if paired <= AGREED:
+            return
+        self._regress(apart.maps)
+        blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
+        members = [[Member(t, self._nth(head))] for t in self.tasks for head in range(attention.groups)]
+        shared = attention.heads // attention.groups
+        every = MergedHeads([], [], members, attention.width, attention.heads, attention.groups)
+        experts = ExpertHeads(blocks, *self._values(every))
+        chosen = choose_heads(fit, self.forward, experts, paired)
+        if chosen is None:
+            self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
+            self._refine(self._paired(), slice(attention.width))
+            return
+        self.chosen = True
+        self.blocks = [experts.of(chosen, shared)]
+        for own, rows in zip(apart.maps, self.blocks[0], strict=True):
+            self.forward.write(own, rows)
+        fit.values.run_again([own.site.node for own in apart.maps], attention.node)
+        values = [members[group] for group in chosen]
+        asking = [
+            [Member(member.expert, self._nth(member.units.start // attention.width * shared + n))]
+            for (member,) in values
+            for n in range(shared)
+        ]
+        heads = replace(every, queries=asking, keys=values, values=values)
+        self._solve_values(heads, self._split_starts(heads))
+        self._refine(heads, slice(heads.width))
+
+    def _nth(self, head: int) -> slice:
+        """The units of an expert's own head."""
+        return slice(head * self.attention.width, (head + 1) * self.attention.width)
+
+    def _own(self, own: Heads, expert: int) -> Tensor:
+        """An expert's queries or keys as maps of the merged model's input."""
+        slope, shift = self.regressed[own][expert]
+        return torch.cat([slope, shift[:, None]], 1) if self.forward.has_shift(own) else slope
+
+    def _left(self) -> float:
+        """The share of what the stream lacks that the layer leaves, as it was solved."""
+        fit, site = self.fit, self.attention.output
+        weight, bias = fit.affine(site)
+        off, square, total, count = fit.zeros(), fit.zeros(), fit.zeros(fit.outputs(site)), fit.zeros()
+        for b in range(len(fit.values.batches)):
+            means = fit.values.store[self.attention.node, MERGED, b].transpose(1, 2).flatten(2)
+            rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
+            y = fit.targets.of(site, b, rows)
+            left = functional.linear(at_rows(means, -1, rows), weight, bias) - y
+            off += picked.to(off) @ left.to(off).square().sum(1)
+            square += picked.to(off) @ y.to(off).square().sum(1)
+            total += (picked @ y).to(off)
+            count += picked.to(off).sum()
+        off, square, total, count = map(fit.all_reduce, (off, square, total, count))
+        spread = square - total.square().sum() / count.clamp_min(1e-12) if site.bias else square
+        return float(off / spread.clamp_min(1e-30))
 
     # Values and the output projection --------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional
 
 from hf_zipit.refit.attention import Attention, Heads
@@ -43,7 +43,7 @@ class MergedAttention:
         bias = bias_of(self.attention)
         if bias is not None and len(shape_of(bias)) > 2 and differs_by_head(bias):  # empty heads have one, too
             known[bias] = self.fit.values.peek(bias, b, {})[..., : query.shape[1], :, :]
-        return self.fit.values.peek(node, b, known)  # type: ignore[arg-type]
+        return self.fit.values.follow([node], known, MERGED, b)[node]  # type: ignore[arg-type]
 
     def put(self, means: Tensor, b: int) -> None:
         """Keep the means as what the layer's attention gives; heads of zeros come behind where the layer has more."""
@@ -60,7 +60,7 @@ class MergedAttention:
 
     def has_shift(self, own: Heads) -> bool:
         """Whether a map's bias makes a difference."""
-        return own.site.bias is not None and (own is self.attention.query or self.attention.logits == "rotary")
+        return own.site.bias is not None and (own is self.attention.query or self.attention.logits != "plain")
 
     def write(self, own: Heads, rows: Tensor) -> None:
         """Put queries or keys into the merged model."""
@@ -76,12 +76,24 @@ class MergedAttention:
         found = []
         for block in blocks or [(None, None)]:
             parts = []
-            for node, own, rows in zip(attention.node.args, (attention.query, attention.key), block, strict=False):
+            for node, own, rows in zip(attention.node.args, attention.asked, block, strict=False):
                 known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
+                if known:  # what the walk computed of the model's own queries and keys is no matter
+                    known = values.follow(self._steps(node), known, MERGED, b)  # type: ignore[arg-type]
                 parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
             found.append(parts)
         query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+    def _steps(self, node: fx.Node) -> list[fx.Node]:
+        """The ops between a map that is solved apart and what the layer's op reads, in the order they run."""
+        apart, found, todo = self.attention.apart, set[fx.Node](), [node]
+        while apart is not None and todo:
+            current = todo.pop()
+            if current in apart.steps and current not in found:
+                found.add(current)
+                todo += current.all_input_nodes
+        return sorted(found, key=self.fit.values.program.position.__getitem__)
 
     def _put_out(self, own: Heads, rows: Tensor, b: int) -> Tensor:
         """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""

@@ -78,7 +78,7 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
     """
     candidates = _candidates(fit, mlp)
     moments, square = _moments(fit, mlp, candidates)
-    gram, cross, lacking = _centred(moments, square) if mlp.reader.bias else (moments.xx, moments.xy, square)
+    gram, cross, lacking = centred(moments, square) if mlp.reader.bias else (moments.xx, moments.xy, square)
     pairs = torch.arange(candidates.pairs, device=gram.device)
     own = off(gram, cross, lacking, candidates.columns[:, : candidates.pairs].to(gram))
     penalty = fit.config.ridge * gram.diagonal()[: candidates.pairs].mean().clamp_min(1e-12)
@@ -145,7 +145,7 @@ def _activations(fit: Fit, mlp: Mlp, candidates: Candidates, x: Tensor, b: int) 
     return units(fit, mlp, x, own, b)
 
 
-def _centred(moments: SecondMoments, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def centred(moments: SecondMoments, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Moments about the means, for a regression with an intercept; with the memory of the given ones."""
     mean_x, mean_y = moments.x / moments.n, moments.y / moments.n
     return (

@@ -222,7 +222,10 @@ class Walk:
         self._advance_experts(self.program.position[layer.output.stream or layer.output.output])
         split = self.splits.get(layer)
         biases = None if split is None else split.biases
-        cut = AttentionSolver(self.fit, layer, split, biases and self.biases_split.get(biases)).solve()
+        solver = AttentionSolver(self.fit, layer, split, biases and self.biases_split.get(biases))
+        cut = solver.solve()
+        if solver.chosen:
+            self.chosen |= {own.site.node for own in layer.asked}
         if cut is not None and layer.module is not None:
             self.head_cuts[layer.module] = cut
         if biases is not None and biases not in self.biases_split:
@@ -253,7 +256,8 @@ class Walk:
     def _read_of_experts(self) -> set[fx.Node]:
         """The nodes whose values of the experts are targets, or regressed on the merged model's."""
         single = [site for site in self.sites.values() if site.node not in self.in_attention]
-        inputs = [own.site.node.args[0] for layer in self.attention.values() for own in layer.inputs]
+        layers = self.attention.values()
+        inputs = [own.site.node.args[0] for layer in layers for own in (*layer.inputs, *layer.asked)]
         shared = [site for places in self.shared for site in places]
         targets = [site.stream or site.output for site in (*single, *shared)]
         return {
@@ -273,7 +277,8 @@ class Walk:
         """By position the nodes whose values no op reads after it."""
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for layer in self.attention.values():
-            for node in (used for op in (*layer.ops, layer.value.site.node) for used in (op, *op.all_input_nodes)):
+            steps = (*layer.ops, layer.value.site.node, *layer.steps_apart)
+            for node in (used for op in steps for used in (op, *op.all_input_nodes)):
                 if node in last:
                     last[node] = max(last[node], self.program.position[layer.node])
         for biases in {split.biases for split in self.splits.values() if split.biases is not None}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from unittest.mock import patch
 
@@ -22,6 +23,7 @@ from hf_zipit.modeling import head_dims
 from hf_zipit.modeling.head_dims import pair_units
 from hf_zipit.refit import RefitConfig, RefitReport, walk
 from hf_zipit.refit.attention import find_attention
+from hf_zipit.refit.chosen_heads import best_groups
 from hf_zipit.refit.fit import Fit, relative_errors
 from hf_zipit.refit.head_factors import (
     Metric,
@@ -32,6 +34,7 @@ from hf_zipit.refit.head_factors import (
     rotary_factors,
     value_factors,
 )
+from hf_zipit.refit.mlp_solver import left_over
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite, find_sites
 from hf_zipit.refit.solvers import solve_linear
@@ -289,14 +292,21 @@ def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: 
         assert is_proven(others, model, inputs, fields) == (wrong == 1.0)
 
 
+OUTPUTS = ("o_proj", "attn.c_proj", "Attention.o", "attn.o", "attention.dense")
+"""What output projections are called."""
+
+CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.attention"}
+"""Classes whose heads cannot be cut, for something stands between the maps and the logits; their first attention."""
+
+
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("name", ["vit", "llama", "qwen3", "gpt2", *WITH_BIASES])
+@pytest.mark.parametrize("name", ["vit", "llama", "qwen3", "gpt-neox", "gpt2", *WITH_BIASES])
 def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
     """With more and narrower heads, too, with some of their rotary pairs, or with biases of their own."""
     seen: dict[str, Tensor] = {}
 
     def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
-        if any(site.module.endswith(end) for end in ("o_proj", "attn.c_proj", "Attention.o", "attn.o")):
+        if site.module.endswith(OUTPUTS):
             seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)
         return relative_errors(fit, site)
 
@@ -307,7 +317,7 @@ def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
     layers = 6 if name == "t5" else 2
     assert len(seen) == layers
-    assert len(merged.config.head_dims) == (layers if split and name != "qwen3" else 0)
+    assert len(merged.config.head_dims) == (layers if split and name not in CHOSEN else 0)
     found: dict[str, Tensor] = {}
     for path in seen:
         merged.trunk.get_submodule(path).register_forward_pre_hook(
@@ -388,6 +398,47 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     assert lost[True] < 3e-6 < 1e-2 < lost[False]
 
 
+@pytest.mark.parametrize("name", CHOSEN)
+def test_heads_that_cannot_be_cut_are_chosen(name: str):
+    """Each of two experts uses half of its first layer's heads: those are taken, and nothing is lost."""
+    model = case(name).model
+    path, data = CHOSEN[name], calibration(model)
+    models = []
+    for seed in range(2):
+        tensors = dict(model_tensors(model))
+        for leaf in [leaf for leaf in tensors if leaf.startswith(path) and "norm" not in leaf]:
+            tensors[leaf] = 0.5 * drawn(*tensors[leaf].shape, seed=10 * seed + len(leaf)).float()
+            if leaf.endswith((*(f"{end}.weight" for end in OUTPUTS),)):
+                tensors[leaf].chunk(2, 1)[1 - seed].zero_()
+            if leaf.endswith("dense.bias"):
+                tensors[leaf].zero_()
+        models.append(with_tensors(model, tensors))
+    lost = {}
+    for split in (True, False):
+        settings = RefitConfig(
+            own_task_weight=0.5, ridge=1e-9, rows_per_input=0, split_heads=split, stream_bases=False, attention_steps=0
+        )
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
+        report = RefitReport.of(merged)
+        assert report is not None
+        lost[split] = max(
+            max(e.values()) for n, e in report.errors.items() if n.startswith(path) and n.endswith(OUTPUTS)
+        )
+    assert lost[True] < 1e-5 < 1e-3 < lost[False]
+
+
+def test_no_groups_of_inputs_leave_less_of_independent_targets():
+    """Where groups do not overlap, the greedy choice is the best there is."""
+    basis = torch.linalg.qr(drawn(12, 12)).Q
+    weights = drawn(12, 5, seed=3) * torch.arange(1, 13)[:, None]
+    gram = torch.block_diag(*(moment(3, seed) + torch.eye(3) for seed in range(4)))
+    cross = gram @ (basis @ weights)
+    found = best_groups(gram, cross, 3, 2)
+    units = {pair: torch.cat([torch.arange(3 * g, 3 * g + 3) for g in pair]) for pair in combinations(range(4), 2)}
+    left = {pair: left_over(gram, cross, torch.tensor(1e6), own) for pair, own in units.items()}
+    assert tuple(found) == min(left, key=left.__getitem__)
+
+
 @pytest.mark.parametrize("narrow", [True, False])
 def test_heads_that_agree_are_not_split(narrow: bool):
     """Not even where half of the width would do."""
@@ -424,9 +475,7 @@ def test_heads_that_each_have_a_mask_keep_their_number(fixed: bool, monkeypatch:
 
     def masked(self: ViTAttention, hidden_states: Tensor, attention_mask: None = None, **more: object) -> object:
         samples, tokens, _ = hidden_states.shape
-        mask = torch.zeros(samples, 1, tokens, tokens).expand(
-            -1, 4 if fixed else self.num_attention_heads, -1, -1
-        )
+        mask = torch.zeros(samples, 1, tokens, tokens).expand(-1, 4 if fixed else self.num_attention_heads, -1, -1)
         return plain(self, hidden_states, mask, **more)
 
     monkeypatch.setattr(ViTAttention, "forward", masked)
