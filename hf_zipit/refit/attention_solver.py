@@ -37,7 +37,7 @@ from hf_zipit.factorise import side_by_side
 from hf_zipit.maps.products import factor_indices, merged_sizes
 from hf_zipit.maps.transform import features_to_merged
 from hf_zipit.modeling.head_dims import HeadCut, pair_units
-from hf_zipit.refit.attention import SolvedApart, Attention, Heads
+from hf_zipit.refit.attention import Attention, Heads, SolvedApart
 from hf_zipit.refit.attention_refinement import SolvedHeads, refine_attention
 from hf_zipit.refit.chosen_heads import ExpertHeads, choose_heads
 from hf_zipit.refit.fit import Fit
