@@ -187,15 +187,15 @@ def refitted(row: Row) -> Iterator[Row]:
 class Solved:
     """The share of the trunk's parameters that the refit solves, the largest tensors that it keeps, and what it found.
 
-    Of `whole` layers of attention the logits and the values are solved as a whole, of others the values alone; heads
-    may be `split`, and units `chosen`.
+    Of `whole` layers of attention the logits and the values are solved as a whole, of others the values alone; experts'
+    heads may stay heads of their own (`own_heads`: split, or chosen), and units may be `chosen`.
     """
 
     share: float
     kept: list[str]
     whole: int
     values: int
-    split: int
+    own_heads: int
     chosen: int
 
 
@@ -226,7 +226,8 @@ def solved(name: str) -> Solved:
     layers = list(walk.attention.values())
     whole = sum(layer.logits is not None for layer in layers)
     share = 1 - sum(sizes[key] for key in kept) / sum(sizes.values())
-    return Solved(share, kept[:KEPT], whole, len(layers) - whole, len(walk.splits), len(walk.mlps))
+    own = len(walk.splits) + sum(layer.apart is not None for layer in layers)
+    return Solved(share, kept[:KEPT], whole, len(layers) - whole, own, len(walk.mlps))
 
 
 def in_general_position(name: str, seed: int) -> PreTrainedModel:

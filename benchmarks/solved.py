@@ -4,8 +4,8 @@
 
 Every class is merged in its smallest form (`smallest.py`) from two random models, with example inputs like those that
 its adapter makes; `coverage.py` measures the share for all classes. Of a layer of attention either the logits and the
-values are solved as a whole, or the values alone. Heads may be split, and units of MLPs chosen, where the last columns
-say so.
+values are solved as a whole, or the values alone. Where the last columns say so, experts' heads may stay heads
+of their own (split, or chosen), and units of MLPs may be chosen.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ CLASSES = """
 def row(name: str) -> str:
     """A class's row of the table."""
     found = solved(name)
-    cells = [name, f"{100 * found.share:.1f} %", found.whole, found.values, found.split, found.chosen]
+    cells = [name, f"{100 * found.share:.1f} %", found.whole, found.values, found.own_heads, found.chosen]
     return f"| {' | '.join(map(str, [*cells, ', '.join(found.kept)]))} |"
 
 
 def main(only: Annotated[str, typer.Option(help="A part of the names of the classes that are tried.")] = "") -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    print("| class | solved | attention as a whole | values | heads may be split | MLPs chosen | kept |")
+    print("| class | solved | attention as a whole | values | heads may stay apart | MLPs chosen | kept |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | --- |")
     for name in CLASSES.split():
         if only.lower() in name.lower():
