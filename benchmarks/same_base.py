@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -125,6 +125,15 @@ class World:
 
     def take(self, tasks: Sequence[str]) -> World:
         return World({t: self.experts[t] for t in tasks}, {t: self.bases[t] for t in tasks})
+
+
+def stored(folder: Path | None, name: str, train: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model of that name in a folder, trained and stored where it is not there yet; without a folder, trained."""
+    if folder is None:
+        return train()
+    if not (folder / name / "config.json").is_file():
+        train().save_pretrained(folder / name)
+    return ViTForImageClassification.from_pretrained(folder / name).eval()
 
 
 def trained_base(seed: int) -> PreTrainedModel:

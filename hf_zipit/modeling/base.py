@@ -41,7 +41,8 @@ from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
-from .residues import Residue, make_residues, residue_of
+from .residue import Residue
+from .residues import make_residues, residue_of
 from .token_tables import resize_tables
 from .trunk import check_shared, make_branch, record_trunk, resize, run_together, take_trunk
 
