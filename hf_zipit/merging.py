@@ -47,6 +47,7 @@ from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint, check_joint_heads
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.registry import RULES
+from hf_zipit.residues.routing import add_router, check_router
 from hf_zipit.residues.stage import add_residues
 from hf_zipit.steady import steady
 
@@ -189,6 +190,7 @@ def merge(
         if calibration is not None and _needs_data(planned.config):
             calibration.read(planned.experts)  # before the work starts; observing reads it, too
             check_joint_heads(planned, calibration)
+        check_router(planned, calibration)
         is_plain = not isinstance(planned.model, PreTrainedModel)
         if is_plain and output_dir is not None:
             raise SpecError(
@@ -222,6 +224,7 @@ def merge(
         correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
         polished = polish(merged, planned, calibration)
         add_residues(merged, planned, maps, read)
+        add_router(merged, planned, calibration)
         calibrate_joint(merged, planned, calibration)
         errors = refitted.report.to_dict() if refitted.report else None
         record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

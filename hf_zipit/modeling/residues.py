@@ -105,7 +105,7 @@ def residue_of(residues: Iterable[nn.Module], settings: Sequence[Mapping[str, An
 
 
 def residue_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of a merged model without its residues, and of these."""
+    """Bytes of a merged model without its residues, and of these, with the router."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
-    kept = sum(size for name, size in sizes.items() if name.startswith("residues."))
+    kept = sum(size for name, size in sizes.items() if name.startswith(("residues.", "router.")))
     return sum(sizes.values()) - kept, kept
