@@ -294,8 +294,9 @@ def two_bases(world: World) -> str:
     return "\n".join([*header(world), line("experts", own, own, None), *lines])
 
 
-def by_task(world: World) -> str:
+def by_task(world: World, method: str = "identity") -> str:
     """What every kind of residue gives where the task is known, and what it takes."""
+    plain: dict[str, Any] = {"method": method, "corrections": (), "refit": False}
     own = world.scores(world.experts, "test")
     lines = [
         "| | size | mean | worst | of experts | seconds |",
@@ -307,17 +308,14 @@ def by_task(world: World) -> str:
         base = world.bases if kind and kind.needs_origin else None
         data = world.calibration() if kind and kind.stepwise else None
         started = time.perf_counter()
-        model = hf_zipit.merge(
-            world.experts, data, base=base, method="identity", corrections=(), refit=False, residues=residues
-        )
+        model = hf_zipit.merge(world.experts, data, base=base, residues=residues, **plain)
         seconds = time.perf_counter() - started
         bare, kept_bytes = residue_bytes(model)
         found = world.scores(called(model, world), "test")
         lines.append(sized(name, 1 + kept_bytes / bare, found, own, seconds))
     for residues in ROUTED:
-        settings: dict[str, Any] = {"method": "identity", "corrections": (), "refit": False, "residues": residues}
         started = time.perf_counter()
-        model = hf_zipit.merge(world.experts, world.calibration(), **settings)
+        model = hf_zipit.merge(world.experts, world.calibration(), residues=residues, **plain)
         seconds = time.perf_counter() - started
         bare, kept_bytes = residue_bytes(model)
         name = f"`{residues['kind']}`, the task found by the router"
@@ -423,6 +421,7 @@ def worlds(folder: Path | None, sections: Collection[str]) -> dict[str, Callable
         "Four tasks, one base, the task known": lambda: by_task(one_base(4)),
         "Four tasks, one base, under stress": lambda: under_stress(one_base(4), stressed()),
         "Four tasks, two bases": lambda: two_bases(mixed()),
+        "Four tasks, two bases, the task known": lambda: by_task(mixed(), "weights"),
         "Eight tasks, one base": lambda: same_base(one_base(8), OF_EIGHT),
         "Eight tasks, one base, the task known": lambda: by_task(one_base(8)),
     }

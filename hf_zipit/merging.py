@@ -142,9 +142,10 @@ def merge(
             any iterable of batches, or a `Calibration`. Not needed by methods that read the weights only.
         config: how the experts are merged; or the fields of `MergeConfig` as keywords, `method="zip", depth=0.5`,
             which also change single settings of a config that is given. The default is the best that is known.
-        base: for rules that combine what experts learnt (`combine="task-arithmetic"`): the model that all of them
-            started from, or one for each expert by task. Where there are several, they are aligned, and each one's
-            maps are those of all experts that started from it (arXiv 2410.12766).
+        base: for rules that combine what experts learnt (`combine="task-arithmetic"`), and kinds of residues that do
+            (`residues="emr"`): the model that all of them started from, or one for each expert by task. Where there
+            are several, they are aligned, and each one's maps are those of all experts that started from it (arXiv
+            2410.12766).
         moments: moments of an earlier merge of the same experts (with several bases, of the bases), or their file:
             they are not observed then.
         statistics: for rules that read some (`combine="regmean"`): what `gather_statistics` returned, or its file, or

@@ -118,8 +118,8 @@ def merge(
         }
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
-            name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(number_or_name(depth),),
-            output=out, seed=seed, refit=False if refit is False else None,
+            name=out.absolute().name, experts=entries, calibration=data, method=(method,),
+            depth=(number_or_name(depth),), output=out, seed=seed, refit=False if refit is False else None,
             settings=settings,
         )  # fmt: skip
         check_recipe(recipe, [out])

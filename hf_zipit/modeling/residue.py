@@ -34,7 +34,7 @@ class TaskTensor:
         task, tensor: whose, and its name in the trunk.
         merged: W, which the trunk has.
         own: W_t, the task's own, which the merged one would be with all of its residue.
-        origin: where task vectors start: the base's tensor, of several the mean, without any the first expert's.
+        origin: where its task vector starts: its own base's tensor, or without bases the first expert's.
         gram: E[x x^T] of the layer's inputs `[in, in]`, where it is known.
         transposed: whether the layer keeps its matrix as `[in, out]`.
     """
@@ -169,8 +169,8 @@ class SharedVector(Residue):
 
     A task's tensor is origin + part of V, so that its residue is part of V + (origin - W). Where W = origin + c V, as
     after task arithmetic with V the sum of the task vectors, the second term is -c V and costs a number; otherwise
-    (`size` 2) it is kept as well. Both in half precision, relative to their largest entry: `values` `[size, *shape]`,
-    `scales` float32 `[size]`, `share` c.
+    it is kept as well, for every origin that there is. All in half precision, relative to their largest entry:
+    `values` `[size, *shape]`, `scales` float32 `[size]`, `share` c.
     """
 
     def __init__(self, shape: Sequence[int], size: int = 1) -> None:
@@ -179,23 +179,21 @@ class SharedVector(Residue):
         self.register_buffer("scales", torch.zeros(size))
         self.register_buffer("share", torch.zeros(()))
 
-    def vector(self) -> Tensor:
-        """V, float32."""
-        return from_half(self.values[0]) * self.scales[0].float()
+    def vector(self, number: int = 0) -> Tensor:
+        """V, float32, or another one of those that are kept."""
+        return from_half(self.values[number]) * self.scales[number].float()
 
-    def back(self, vector: Tensor) -> Tensor:
-        """origin - W, given V."""
-        if self.size == 1:
-            return -self.share.float() * vector
-        return from_half(self.values[1]) * self.scales[1].float()
+    def back(self, vector: Tensor, origin: int) -> Tensor:
+        """The origin of that number less W, given V."""
+        return -self.share.float() * vector if self.size == 1 else self.vector(1 + origin)
 
     @classmethod
     @torch.no_grad()
-    def of(cls, vector: Tensor, merged: Tensor, origin: Tensor) -> SharedVector:
-        moved = merged - origin
+    def of(cls, vector: Tensor, merged: Tensor, origins: Sequence[Tensor]) -> SharedVector:
+        moved = merged - origins[0]
         share = (moved * vector).sum() / vector.square().sum().clamp_min(1e-300)
-        alone = (moved - share * vector).norm() <= SAME * merged.norm()
-        kept = [vector] if alone else [vector, -moved]
+        alone = len(origins) == 1 and (moved - share * vector).norm() <= SAME * merged.norm()
+        kept = [vector] if alone else [vector, *(origin - merged for origin in origins)]
         found = cls(vector.shape, len(kept))
         for number, tensor in enumerate(kept):
             scale = tensor.abs().max().clamp_min(1e-30)
@@ -208,7 +206,7 @@ class SharedVector(Residue):
 class Masked(Residue):
     """A task takes of the shared vector V what its mask m says, times a scale: W_t = origin + scale m V.
 
-    `bits` uint8 `[entries / 8]`, `scale` float32.
+    `bits` uint8 `[entries / 8]`, `scale` float32, `origin` the number of its origin.
     """
 
     needs_origin = True
@@ -217,18 +215,29 @@ class Masked(Residue):
         super().__init__(shape, size)
         self.register_buffer("bits", torch.zeros(-(-prod(shape) // 8), dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(()))
+        self.register_buffer("origin", torch.zeros((), dtype=torch.uint8))
 
     def tensor(self, shared: Any = None) -> Tensor:
         vector = shared.vector()
-        return self.scale.float() * from_bits(self.bits, self.shape) * vector + shared.back(vector)
+        kept = self.scale.float() * from_bits(self.bits, self.shape) * vector
+        return kept + shared.back(vector, int(self.origin))
 
     @classmethod
-    def masked(cls, mask: Tensor, scale: Tensor | float = 1.0) -> Masked:
-        """Of a mask `shape`, bool."""
-        found = cls(mask.shape)
-        found.bits.copy_(to_bits(mask))
-        found.scale.fill_(float(scale))
-        return found
+    def pair(
+        cls, tensors: Sequence[TaskTensor], vector: Tensor, masks: Sequence[Tensor], scales: Sequence[Any]
+    ) -> tuple[Residue, list[Residue]]:
+        """The shared vector, and of every task its mask `shape`, bool, with its scale."""
+        origins: list[Tensor] = []
+        found: list[Residue] = []
+        for tensor, mask, scale in zip(tensors, masks, scales, strict=True):
+            number = next((i for i, origin in enumerate(origins) if torch.equal(origin, tensor.origin)), len(origins))
+            origins += [tensor.origin] if number == len(origins) else []
+            residue = cls(mask.shape)
+            residue.bits.copy_(to_bits(mask))
+            residue.scale.fill_(float(scale))
+            residue.origin.fill_(number)
+            found.append(residue)
+        return SharedVector.of(vector, tensors[0].merged, origins), found
 
 
 PARTS: dict[str, type[Residue]] = {"dense": Dense, "shared": SharedVector}

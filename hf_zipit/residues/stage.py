@@ -145,13 +145,11 @@ class TaskTensors:
         return [tensor for tensor in found if tensor.residue.any()]
 
     def of_tensor(self, name: str) -> list[TaskTensor]:
-        """One tensor of all tasks, with the origin of their task vectors."""
+        """One tensor of all tasks, with the origins of their task vectors."""
         own = [self._moved(self.experts, name, expert) for expert in range(len(self.experts))]
-        shares = self.planned.base_shares
-        started = [share * self._moved(self.bases, name, expert) for expert, share in enumerate(shares)]
-        origin = torch.stack(started).sum(0) if started else own[0]
+        started = [self._moved(self.bases, name, expert) for expert in range(len(self.bases))] or own[:1] * len(own)
         merged, tasks = self.trunk[name].double(), self.planned.tasks
-        return [TaskTensor(task, name, merged, tensor, origin) for task, tensor in zip(tasks, own, strict=True)]
+        return [TaskTensor(task, name, merged, *both) for task, *both in zip(tasks, own, started, strict=True)]
 
     def _read(self, name: str, expert: int, own: Tensor) -> TaskTensor:
         labels, tensor, task = self.planned.spec.axes.get(name, ()), self.trunk[name], self.planned.tasks[expert]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
-from hf_zipit import MergeConfig, merge
+from hf_zipit import MergeConfig, merge, register_residue
 from hf_zipit.errors import RecipeError, ZipItError
 from hf_zipit.modeling.residue import Residue, TaskTensor, from_bits
 from hf_zipit.modeling.residues import residue_bytes
@@ -210,6 +210,9 @@ def test_a_base_is_read_by_kinds_that_are_of_task_vectors():
 
 
 def test_a_kind_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(RESIDUES, "_entries", dict(RESIDUES._entries))
+
+    @register_residue("mean")
     class Mean(Residue):
         """The residue's mean."""
 
@@ -227,7 +230,5 @@ def test_a_kind_of_ones_own_is_one_class(monkeypatch: pytest.MonkeyPatch):
                 residue.mean.fill_(tensor.residue.mean())
             return None, found
 
-    names = dict(RESIDUES._entries)
-    monkeypatch.setattr(RESIDUES, "_entries", {**names, "mean": Mean})
     model = merge(pair(), method="identity", residues="mean")
     assert {setting["kind"] for setting in model.config.residues} == {"mean", "dense"}

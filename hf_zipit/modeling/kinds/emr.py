@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..residue import Masked, Residue, SharedVector, TaskTensor, register
+from ..residue import Masked, Residue, TaskTensor, register
 
 
 @register("emr")
@@ -26,9 +26,7 @@ class Emr(Masked):
         vectors = torch.stack([tensor.vector for tensor in tensors])
         sign = vectors.sum(0).sign()
         elected = sign * (vectors * sign).amax(0).clamp_min(0)
-        found: list[Residue] = []
-        for vector in vectors:
-            mask = vector * elected > 0
-            taken = (mask * elected).abs().sum()
-            found.append(cls.masked(mask, vector.abs().sum() / taken if taken else 0.0))
-        return SharedVector.of(elected, tensors[0].merged, tensors[0].origin), found
+        masks = [vector * elected > 0 for vector in vectors]
+        taken = [(mask * elected).abs().sum() for mask in masks]
+        scales = [vector.abs().sum() / size if size else 0.0 for vector, size in zip(vectors, taken, strict=True)]
+        return cls.pair(tensors, elected, masks, scales)

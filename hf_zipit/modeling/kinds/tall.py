@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ...errors import RecipeError
-from ..residue import Masked, Residue, SharedVector, TaskTensor, register
+from ..residue import Masked, Residue, TaskTensor, register
 
 
 @register("tall")
@@ -33,4 +33,4 @@ class TallMasks(Masked):
             return None, []
         total = torch.stack([tensor.vector for tensor in tensors]).sum(0)
         masks = [t.vector.abs() >= threshold * (total - t.vector).abs() for t in tensors]
-        return SharedVector.of(total, tensors[0].merged, tensors[0].origin), [cls.masked(mask) for mask in masks]
+        return cls.pair(tensors, total, masks, [1.0] * len(masks))
