@@ -86,6 +86,7 @@ def test_copies_of_one_expert_give_it_back(kind: str):
     model = merge({"a": expert, "b": copy.deepcopy(expert)}, method="identity", residues=kind)
     for task in "ab":
         assert off(model, expert, task) < 1e-5
+    assert model.config.residues == []  # nothing differs, so that nothing is kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -168,6 +169,15 @@ def test_emr_elects_masks_and_rescales():
         mask = (vector * elected > 0).double()
         scale = vector.abs().sum() / (mask * elected).abs().sum()
         torch.testing.assert_close(found, tensor.origin + scale * mask * elected, rtol=0, atol=1e-5)
+
+
+def test_every_task_starts_at_its_own_base():
+    tensors = task_tensors()
+    other = draw(9, 7, seed=8)
+    moved = [*tensors[:2], TaskTensor("c", "w", tensors[0].merged, other + tensors[2].vector, other)]
+    pairs = zip(moved, rebuilt("tall", moved), rebuilt("tall", tensors), tensors, strict=True)
+    for there, found, expected, here in pairs:
+        torch.testing.assert_close(found - there.origin, expected - here.origin, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])

@@ -25,9 +25,9 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def images(seed: int) -> dict[str, Tensor]:
-    """Of task a dark and of task b bright ones, as many as are told apart by nothing else."""
+    """Of task a bright and of task b brighter ones, as many as are told apart by nothing else."""
     noise = draw(24, 3, 16, 16, seed=seed).float()
-    return {"a": noise[:12] - 1, "b": noise[12:] + 1}
+    return {"a": noise[:12] + 1, "b": noise[12:] + 3}
 
 
 @cache
