@@ -33,7 +33,14 @@ from hf_zipit.observation.gather import gathered
 from hf_zipit.residues.stage import add_residues
 
 SIZES = (1.03, 1.1, 1.25)
-KINDS = ("signs", "low-rank")
+KINDS: tuple[tuple[dict[str, Any], bool], ...] = (
+    *(({"kind": kind, "size": size}, True) for kind in ("signs", "low-rank") for size in SIZES),
+    *(({"kind": kind, "size": 1.1}, False) for kind in ("signs", "low-rank")),
+    *(({"kind": "t-switch", "options": {"share": share}}, False) for share in (0.25, 0.5)),
+    ({"kind": "tall", "options": {"threshold": 1.0}}, False),
+    ({"kind": "emr"}, False),
+)
+"""The settings of residues that are tried, and whether they read statistics."""
 
 
 def scores(pair: Pair, model: PreTrainedModel, samples: int) -> dict[str, float]:
@@ -74,16 +81,14 @@ def measured(pair: Pair, calibration: Mapping[str, Any], samples: int) -> None:
     merged = assemble(planned, combine_trunk(planned, maps), maps)
     typer.echo(row("permute", 1.0, scores(pair, merged, samples), own))
     statistics = gathered(planned.folded, data, kinds=["grams"])
-    for kind in KINDS:
-        for size in SIZES:
-            for about, known in (("", statistics), (", by weights", None)):
-                if known is None and size != 1.1:
-                    continue
-                config = replace(planned.config, residues=ResidueConfig(size=size, kind=kind))
-                model = copy.deepcopy(merged)
-                add_residues(model, replace(planned, config=config), maps, known)
-                bare, more = residue_bytes(model)
-                typer.echo(row(f"permute, {kind}{about}", 1 + more / bare, scores(pair, model, samples), own))
+    for settings, reading in KINDS:
+        config = replace(planned.config, residues=ResidueConfig(**settings))
+        model = copy.deepcopy(merged)
+        add_residues(model, replace(planned, config=config), maps, statistics if reading else None)
+        bare, more = residue_bytes(model)
+        about = ", ".join([settings["kind"], *(f"{k} {v}" for k, v in settings.get("options", {}).items())])
+        about += ", by weights" if "size" in settings and not reading else ""
+        typer.echo(row(f"permute, {about}", 1 + more / bare, scores(pair, model, samples), own))
 
 
 def main(

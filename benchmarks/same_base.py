@@ -3,18 +3,20 @@
     python -m benchmarks.same_base docs/same_base.md
 
 A small ViT is trained on four tasks of small grey images together (`BASE_TASKS`), then fine-tuned on each of `TASKS`
-alone; some experts once more under the stresses of DisTaC, so that they are far from their base, or sure of nothing.
+alone, for eight tasks also on each of those that the base knows; some experts once more under the stresses of DisTaC,
+so that they are far from their base, or sure of nothing. Where the task of a sample is known, every kind of residue is
+measured with its size.
 What is tuned is tuned on validation images only; the scores are those of test images. With a file the tables go into
-it, under the lines that it has above `MARK`.
+it, under the lines that it has above `MARK`; with `--section` only those are made again.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ from benchmarks.zoo.pairs.many import Many, _data
 from benchmarks.zoo.recipe import Schedule
 from benchmarks.zoo.training import fit
 from hf_zipit.files import write_text
-from hf_zipit.registry import RULES
+from hf_zipit.modeling.residues import residue_bytes
+from hf_zipit.registry import RESIDUES, RULES
 
 TASKS = ("tops", "letters", "digits", "turns")
 BASE_TASKS = ("others", "shapes", "dots", "stripes")
@@ -78,12 +81,25 @@ class Stress:
     smoothing: float = 0.0
 
 
+PLAIN = Stress()
 STRESSES = (Stress("far from their base", rate=4.0), Stress("sure of nothing", smoothing=0.5))
 STRESSED = ("letters", "turns")
 """The experts that are trained otherwise, the other two stay as they are."""
 
 UNDER_STRESS = ("average", "task-arithmetic", "ties", "tsv-m", "wudi", "regmean", "regmean++", "featcal", "svc")
 """The rules that are tried under stress, by their defaults."""
+
+OF_EIGHT = ("average", "task-arithmetic", "ties", "tsv-m", "iso-c", "svc", "regmean", "featcal")
+"""The rules that are tried on eight tasks."""
+
+KINDS: tuple[tuple[str, dict[str, Any] | None], ...] = (
+    ("none", None),
+    *((f"`tall`, threshold {value}", {"kind": "tall", "options": {"threshold": value}}) for value in (0.4, 0.6, 1.0)),
+    ("`emr`", {"kind": "emr"}),
+    *((f"`t-switch`, share {value}", {"kind": "t-switch", "options": {"share": value}}) for value in (0.25, 0.5)),
+    *((f"`{kind}`", {"kind": kind, "size": size}) for kind in ("signs", "low-rank") for size in (1.1, 1.25, 1.4)),
+)
+"""Kinds of residues on top of the average, the first the average alone."""
 
 
 class Small(Many):
@@ -127,6 +143,15 @@ class World:
         return World({t: self.experts[t] for t in tasks}, {t: self.bases[t] for t in tasks})
 
 
+def stored(folder: Path | None, name: str, train: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model of that name in a folder, trained and stored where it is not there yet; without a folder, trained."""
+    if folder is None:
+        return train()
+    if not (folder / name / "config.json").is_file():
+        train().save_pretrained(folder / name)
+    return ViTForImageClassification.from_pretrained(folder / name).eval()
+
+
 def trained_base(seed: int) -> PreTrainedModel:
     """The model that experts start from: all classes of `BASE_TASKS` at once."""
     recipe, names, parts = Small(len(TASKS)), [], []
@@ -151,6 +176,10 @@ def trained_expert(task: str, base: PreTrainedModel, seed: int, stress: Stress =
     recipe.schedule = Schedule(epochs=2, batch_size=64, learning_rate=5e-4 * stress.rate, weight_decay=0.05)
     fit(recipe, expert, rows(_data(task, "train"), slice(IMAGES)), seed, title=task)
     return expert
+
+
+ROUTED = ({"kind": "t-switch", "router": True}, {"kind": "low-rank", "size": 1.4, "router": True})
+"""Kinds of residues with a router, which reads calibration images."""
 
 
 def options_of(rule: str) -> Iterator[dict[str, Any]]:
@@ -231,7 +260,7 @@ def table(world: World, made: Iterator[tuple[float, str]]) -> str:
     return "\n".join([*header(world), line("experts", own, own, None), *lines])
 
 
-def same_base(world: World) -> str:
+def same_base(world: World, rules: Sequence[str] = ()) -> str:
     own = world.scores(world.experts, "test")
     refits = {
         "refit, no alignment": {"method": "identity", "refit": True},
@@ -239,7 +268,7 @@ def same_base(world: World) -> str:
     }
 
     def made() -> Iterator[tuple[float, str]]:
-        for rule in RULES:
+        for rule in rules or RULES:
             if rule != "slerp" or len(world.experts) == 2:
                 yield from rule_rows(world, rule, own)
         yield from refit_rows(world, own, refits)
@@ -263,6 +292,54 @@ def two_bases(world: World) -> str:
     }
     lines = [text for _, text in refit_rows(world, own, settings)]
     return "\n".join([*header(world), line("experts", own, own, None), *lines])
+
+
+def by_task(world: World, method: str = "identity") -> str:
+    """What every kind of residue gives where the task is known, and what it takes."""
+    plain: dict[str, Any] = {"method": method, "corrections": (), "refit": False}
+    own = world.scores(world.experts, "test")
+    lines = [
+        "| | size | mean | worst | of experts | seconds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        sized("experts side by side", float(len(own)), own, own, None),
+    ]
+    for name, residues in KINDS:
+        kind = RESIDUES.get(residues["kind"]) if residues else None
+        base = world.bases if kind and kind.needs_origin else None
+        data = world.calibration() if kind and kind.stepwise else None
+        started = time.perf_counter()
+        model = hf_zipit.merge(world.experts, data, base=base, residues=residues, **plain)
+        seconds = time.perf_counter() - started
+        bare, kept_bytes = residue_bytes(model)
+        found = world.scores(called(model, world), "test")
+        lines.append(sized(name, 1 + kept_bytes / bare, found, own, seconds))
+    for residues in ROUTED:
+        started = time.perf_counter()
+        model = hf_zipit.merge(world.experts, world.calibration(), residues=residues, **plain)
+        seconds = time.perf_counter() - started
+        bare, kept_bytes = residue_bytes(model)
+        name = f"`{residues['kind']}`, the task found by the router"
+        lines.append(sized(name, 1 + kept_bytes / bare, routed_scores(model, world), own, seconds))
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def routed_scores(model: PreTrainedModel, world: World) -> dict[str, float]:
+    """By task the share of test images of which the router finds the task and the model then the class."""
+    found, offsets = {}, model.config.offsets()
+    for task in world.experts:
+        data = rows(_data(task, "test"), slice(PARTS["test"]))
+        answers = model(pixel_values=data["pixel_values"], task="auto").logits.argmax(-1)
+        found[task] = float((answers == data["labels"] + offsets[task]).double().mean())
+    return found
+
+
+def sized(name: str, size: float, found: Mapping[str, float], own: Mapping[str, float], seconds: float | None) -> str:
+    """A row: the size as a multiple of the merged model's, the tasks' mean, the least, the share of the experts'."""
+    scores = [sum(found.values()) / len(found), min(found.values())]
+    shown = [f"{size:.3f}", *(f"{score:.3f}".removeprefix("0") for score in scores)]
+    shown += [f"{100 * kept(found, own):.1f} %", "" if seconds is None else f"{seconds:.1f}"]
+    return f"| {name} | {' | '.join(shown)} |"
 
 
 def under_stress(world: World, stressed: Mapping[str, Mapping[str, PreTrainedModel]]) -> str:
@@ -315,46 +392,78 @@ def _told(about: str, world: World, experts: Mapping[str, PreTrainedModel]) -> s
     )
 
 
-def main(path: Path | None = typer.Argument(None, help="The page that gets the tables.")) -> None:  # noqa: B008
+def worlds(folder: Path | None, sections: Collection[str]) -> dict[str, Callable[[], str]]:
+    """By title what makes a section; experts that only others need are not trained."""
+    base = cache(lambda seed: stored(folder, f"base-{seed}", partial(trained_base, seed)))
+
+    def expert(task: str, seed: int, number: int, stress: Stress = PLAIN) -> PreTrainedModel:
+        name = f"{task}-{seed}" + (f"-{stress.about.replace(' ', '-')}" if stress.about != PLAIN.about else "")
+        return stored(folder, name, lambda: trained_expert(task, base(seed), number, stress))
+
+    @cache
+    def one_base(count: int) -> World:
+        tasks = (*TASKS, *BASE_TASKS)[:count]
+        found = {t: expert(t, SEEDS[0], 10 + i) for i, t in enumerate(tasks)}
+        return World(found, dict.fromkeys(tasks, base(SEEDS[0])))
+
+    def mixed() -> World:
+        others = {t: expert(t, SEEDS[1], 20 + i) for i, t in enumerate(TASKS[2:])}
+        found = {**{t: one_base(4).experts[t] for t in TASKS[:2]}, **others}
+        return World(found, {t: base(SEEDS[i >= 2]) for i, t in enumerate(TASKS)})
+
+    def stressed() -> dict[str, dict[str, PreTrainedModel]]:
+        return {s.about: {t: expert(t, SEEDS[0], 10 + TASKS.index(t), s) for t in STRESSED} for s in STRESSES}
+
+    made: dict[str, Callable[[], str]] = {
+        "Two tasks, one base": lambda: same_base(one_base(2)),
+        "Two tasks, one base, the task known": lambda: by_task(one_base(2)),
+        "Four tasks, one base": lambda: same_base(one_base(4)),
+        "Four tasks, one base, the task known": lambda: by_task(one_base(4)),
+        "Four tasks, one base, under stress": lambda: under_stress(one_base(4), stressed()),
+        "Four tasks, two bases": lambda: two_bases(mixed()),
+        "Four tasks, two bases, the task known": lambda: by_task(mixed(), "weights"),
+        "Eight tasks, one base": lambda: same_base(one_base(8), OF_EIGHT),
+        "Eight tasks, one base, the task known": lambda: by_task(one_base(8)),
+    }
+    if unknown := [title for title in sections if title not in made]:
+        raise typer.BadParameter(f"there is no section {unknown[0]!r}; the sections are {', '.join(made)}")
+    return {title: make for title, make in made.items() if not sections or title in sections}
+
+
+def sections_of(text: str) -> tuple[str, dict[str, str]]:
+    """The lines above the first section, and the sections by title."""
+    above, *parts = text.split("\n## ")
+    return above.strip(), {title: content.strip() for title, _, content in (part.partition("\n") for part in parts)}
+
+
+def main(
+    path: Path | None = typer.Argument(None, help="The page that gets the tables."),  # noqa: B008
+    section: list[str] = typer.Option((), help="Sections to make, all by default; the page keeps its others."),  # noqa: B008
+    models: Path | None = typer.Option(None, help="A folder to keep trained models in, and to read them from."),  # noqa: B008
+) -> None:
     """Train the bases and experts, merge them in every way, and print the tables or write them into a page."""
     disable_progress_bar()
     set_verbosity_error()
     started = time.process_time()
-    bases = [trained_base(seed) for seed in SEEDS]
-    first = World(
-        {t: trained_expert(t, bases[0], 10 + i) for i, t in enumerate(TASKS)}, dict.fromkeys(TASKS, bases[0])
-    )
-    others = {t: trained_expert(t, bases[1], 20 + i) for i, t in enumerate(TASKS[2:])}
-    mixed = World(
-        {**{t: first.experts[t] for t in TASKS[:2]}, **others}, {t: bases[i >= 2] for i, t in enumerate(TASKS)}
-    )
-    stressed = {
-        stress.about: {t: trained_expert(t, bases[0], 10 + TASKS.index(t), stress) for t in STRESSED}
-        for stress in STRESSES
-    }
-    trained = time.process_time() - started
-    sections: dict[str, str] = {}
-    for title, make, world in (
-        ("Two tasks, one base", same_base, first.take(TASKS[:2])),
-        ("Four tasks, one base", same_base, first),
-        ("Four tasks, one base, under stress", partial(under_stress, stressed=stressed), first),
-        ("Four tasks, two bases", two_bases, mixed),
-    ):
-        sections[title] = make(world)
-        typer.echo(f"{title}\n\n{sections[title]}\n")
-    where = machine()
+    done: dict[str, str] = {}
+    for title, make in worlds(models, section).items():
+        begun = time.process_time()
+        done[title] = f"{make()}\n\nSources {sources()}, {time.process_time() - begun:.0f} CPU s."
+        typer.echo(f"{title}\n\n{done[title]}\n")
+    if path is None:
+        return
     about = (
-        f"Made by `python -m benchmarks.same_base` (sources {sources()}) on {where}: {trained:.0f} CPU s of training, "
-        f"{time.process_time() - started - trained:.0f} CPU s of merging and measuring. Seeds of the bases {SEEDS[0]} "
+        f"Made by `python -m benchmarks.same_base` (sources {sources()}) on {machine()}, "
+        f"{time.process_time() - started:.0f} CPU s. Seeds of the bases {SEEDS[0]} "
         f"and {SEEDS[1]}; {PARTS['validation']} validation images of every task, at most {PARTS['test']} test images; "
         f"{CALIBRATION} unlabelled images of every task for what reads data."
     )
-    text = "\n\n".join([about, *(f"## {title}\n\n{content}" for title, content in sections.items())])
-    if path is None:
-        typer.echo(about)
-    else:
-        above = path.read_text(encoding="utf-8").partition(MARK)[0]
-        write_text(path, f"{above}{MARK}\n\n{text}\n")
+    above, _, below = path.read_text(encoding="utf-8").partition(MARK)
+    about_before, before = sections_of(below)
+    found = {**before, **done} if section else done
+    titles = [title for title in worlds(None, ()) if title in found]
+    text = "\n\n".join([about_before if section else about, *(f"## {title}\n\n{found[title]}" for title in titles)])
+    write_text(path, f"{above}{MARK}\n\n{text}\n")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from hf_zipit.modeling import ZipItForSequenceClassification as ZipItForSequence
 from hf_zipit.modeling import ZipItForTokenClassification as ZipItForTokenClassification
 from hf_zipit.modeling import ZipItForVideoClassification as ZipItForVideoClassification
 from hf_zipit.modeling import ZipItModel as ZipItModel
+from hf_zipit.modeling.residue import register as register_residue
 from hf_zipit.observation import LayerStatistics as LayerStatistics
 from hf_zipit.observation import Moments as Moments
 from hf_zipit.observation import gather_statistics as gather_statistics

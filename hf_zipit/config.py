@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
 from hf_zipit.files.places import folder_of
-from hf_zipit.registry import CORRECTIONS, METHODS, RULES, check_options, suggestion
+from hf_zipit.registry import CORRECTIONS, METHODS, RESIDUES, RULES, check_options, suggestion
 from hf_zipit.schema import brief, build, convert
 
 AUTO = "auto"
@@ -216,21 +216,40 @@ class PolishConfig:
 @checked
 @dataclass(frozen=True, kw_only=True)
 class ResidueConfig:
-    """How much of what the tasks' own weights are more than the merged ones is kept, task by task.
+    """What is kept, task by task, of what the tasks' own weights are more than the merged ones.
 
     Attributes:
-        size: the merged model's size with them, in bytes, as a multiple of its size without; above 1.
-        kind: how matrices are kept: by `"signs"`, 1 bit a weight, as often as it pays, or `"low-rank"` factors.
+        kind: how matrices are kept, one of `hf_zipit.modeling.kinds`: by `"signs"`, 1 bit a weight, as often as it
+            pays, by `"low-rank"` factors, or by a mask and more, `"tall"`, `"emr"`, `"t-switch"`.
+        size: of `"signs"` and `"low-rank"`: the merged model's size with them, in bytes, as a multiple of its size
+            without; above 1, 1.1 by default. The other kinds are as large as they are.
+        options: the kind's own, such as `{"threshold": 0.4}`.
+        router: whether `task="auto"` finds the task of every sample; needs calibration data by task.
+
+    Raises:
+        RecipeError: a setting is unknown or out of range.
     """
 
-    size: float = 1.1
     kind: str = "signs"
+    size: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    router: bool = False
 
     def __post_init__(self) -> None:
-        if not self.size > 1:
+        kind = RESIDUES.get(self.kind)
+        options = check_options(self.kind, kind.pack, self.options or {})
+        if options:
+            kind.pack((), **options)
+        object.__setattr__(self, "options", options)
+        if not kind.stepwise and self.size is not None:
+            raise RecipeError(
+                f"residues of kind {self.kind!r} are as large as their masks; leave size={self.size} out, or choose a "
+                "kind that is kept more or less of, such as 'signs'"
+            )
+        if kind.stepwise and self.size is None:
+            object.__setattr__(self, "size", 1.1)
+        if self.size is not None and not self.size > 1:
             raise RecipeError(f"residues' size is {self.size}; it is a multiple of the merged model's own, above 1")
-        if self.kind not in ("signs", "low-rank"):
-            raise RecipeError(f"residues' kind is {self.kind!r}; it must be 'signs' or 'low-rank'")
 
 
 @checked
@@ -257,9 +276,9 @@ class MergeConfig:
             `hf_zipit.correct`. `"auto"`: what an automatic method needs, else nothing.
         polish: True, a `PolishConfig` or its settings: *train* the merged model on what its experts compute on the
             calibration data, after everything else; False or None, the default: do not.
-        residues: True, a `ResidueConfig` or its settings, or its size alone (`residues=1.1`): keep what the tasks' own
-            weights are more than the merged ones in a few bits, to be added where a task runs alone; False or None,
-            the default: do not. It is for trunks that are not refitted.
+        residues: True, a `ResidueConfig` or its settings, or its size or kind alone (`residues=1.1`, `"emr"`): keep
+            what the tasks' own weights are more than the merged ones in a few bits, to be added where a task runs
+            alone; False or None, the default: do not. It is for trunks that are not refitted.
         vocabulary: what happens to the tokens of experts whose tokenizers differ: `"same"` refuses them, `"union"`
             matches tokens by their text; see `hf_zipit.experts.vocabulary`.
         row_fraction: share of the positions that enter the moments, or `"auto"`: as many as cost less than the forward
@@ -280,7 +299,7 @@ class MergeConfig:
     refit: RefitConfig | Mapping[str, Any] | bool | Literal["auto"] | None = AUTO
     corrections: Named | Literal["auto"] = AUTO
     polish: PolishConfig | Mapping[str, Any] | bool | None = None
-    residues: ResidueConfig | Mapping[str, Any] | float | bool | None = None
+    residues: ResidueConfig | Mapping[str, Any] | float | str | bool | None = None
     row_fraction: float | Literal["auto"] = AUTO
     vocabulary: str = "same"
     seed: int = 0
@@ -303,6 +322,7 @@ class MergeConfig:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
         self._set("polish", section(PolishConfig, self.polish, "polish"))
         kept = {"size": self.residues} if _is_number(self.residues) else self.residues
+        kept = {"kind": kept} if isinstance(kept, str) else kept
         self._set("residues", section(ResidueConfig, kept, "residues"))
         if self.residues is not None and isinstance(self.refit, RefitConfig):
             raise RecipeError(

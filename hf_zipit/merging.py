@@ -47,6 +47,7 @@ from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint, check_joint_heads
 from hf_zipit.refit.stage import refit_trunk
 from hf_zipit.registry import RULES
+from hf_zipit.residues.routing import add_router, check_router
 from hf_zipit.residues.stage import add_residues
 from hf_zipit.steady import steady
 
@@ -141,9 +142,10 @@ def merge(
             any iterable of batches, or a `Calibration`. Not needed by methods that read the weights only.
         config: how the experts are merged; or the fields of `MergeConfig` as keywords, `method="zip", depth=0.5`,
             which also change single settings of a config that is given. The default is the best that is known.
-        base: for rules that combine what experts learnt (`combine="task-arithmetic"`): the model that all of them
-            started from, or one for each expert by task. Where there are several, they are aligned, and each one's
-            maps are those of all experts that started from it (arXiv 2410.12766).
+        base: for rules that combine what experts learnt (`combine="task-arithmetic"`), and kinds of residues that do
+            (`residues="emr"`): the model that all of them started from, or one for each expert by task. Where there
+            are several, they are aligned, and each one's maps are those of all experts that started from it (arXiv
+            2410.12766).
         moments: moments of an earlier merge of the same experts (with several bases, of the bases), or their file:
             they are not observed then.
         statistics: for rules that read some (`combine="regmean"`): what `gather_statistics` returned, or its file, or
@@ -189,6 +191,7 @@ def merge(
         if calibration is not None and _needs_data(planned.config):
             calibration.read(planned.experts)  # before the work starts; observing reads it, too
             check_joint_heads(planned, calibration)
+        check_router(planned, calibration)
         is_plain = not isinstance(planned.model, PreTrainedModel)
         if is_plain and output_dir is not None:
             raise SpecError(
@@ -222,6 +225,7 @@ def merge(
         correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
         polished = polish(merged, planned, calibration)
         add_residues(merged, planned, maps, read)
+        add_router(merged, planned, calibration)
         calibrate_joint(merged, planned, calibration)
         errors = refitted.report.to_dict() if refitted.report else None
         record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

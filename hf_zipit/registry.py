@@ -114,6 +114,9 @@ CORRECTIONS: Registry[Any] = Registry("correction", "hf_zipit.correct", "hf_zipi
 ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.adapters")
 """Adapters by the `model_type` of the configurations they serve: `hf_zipit.adapters.auto.Adapter`."""
 
+RESIDUES: Registry[Any] = Registry("kind of residue", "hf_zipit.modeling.kinds", "hf_zipit.residues")
+"""Kinds of residues: classes derived from `hf_zipit.modeling.residue.Residue`."""
+
 CONVERSIONS: Registry[Any] = Registry("conversion", "hf_zipit.assembly", "hf_zipit.conversions")
 """What a task of a merged model can be made into, `(model, task) -> model`: `hf_zipit.assembly.disassemble`."""
 

@@ -18,9 +18,9 @@ from hf_zipit.cli.options import (
     Json,
     Quiet,
     Streaming,
+    number_or_name,
     parse_classes,
     parse_columns,
-    parse_depth,
     parse_experts,
 )  # fmt: skip
 from hf_zipit.cli.printing import (
@@ -71,6 +71,13 @@ def merge(
     polish: Annotated[
         bool, typer.Option("--polish", help="Train the merged model on what the experts compute, at the end.")
     ] = False,
+    residues: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|KIND",
+            help="Keep what each task's weights are more, for a model of 1.1 times the size or by t-switch, emr, ...",
+        ),
+    ] = None,
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
@@ -106,12 +113,13 @@ def merge(
             data = CalibrationData(calibration, split, columns=columns, streaming=streaming, samples=samples)
         settings = {
             **({"polish": True} if polish else {}),
+            **({"residues": number_or_name(residues)} if residues else {}),
             **({"vocabulary": "union"} if vocabulary == "union" else {}),
         }
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
-            name=out.absolute().name, experts=entries, calibration=data, method=(method,), depth=(parse_depth(depth),),
-            output=out, seed=seed, refit=False if refit is False else None,
+            name=out.absolute().name, experts=entries, calibration=data, method=(method,),
+            depth=(number_or_name(depth),), output=out, seed=seed, refit=False if refit is False else None,
             settings=settings,
         )  # fmt: skip
         check_recipe(recipe, [out])

@@ -92,8 +92,8 @@ def _pair(argument: str, otherwise: str) -> tuple[str, str]:
     return left, right
 
 
-def parse_depth(value: str) -> float | str:
-    """A share as a number, the path of a block as it is."""
+def number_or_name(value: str) -> float | str:
+    """A number as such, a name as it is."""
     try:
         return float(value)
     except ValueError:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import Co2, Device, DryRun, Json, Out, Quiet, RecipePath, parse_depth, read_recipe
+from hf_zipit.cli.options import Co2, Device, DryRun, Json, Out, Quiet, RecipePath, number_or_name, read_recipe
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
 from hf_zipit.extras import require
@@ -81,7 +81,7 @@ def sweep(
         if loaded.evaluation is None:
             raise RecipeError(f"The recipe {recipe} has no evaluation section; a sweep needs something to measure on.")
         methods = tuple(method) if method else loaded.method
-        depths = tuple(parse_depth(value) for value in depth) if depth else loaded.depth
+        depths = tuple(number_or_name(value) for value in depth) if depth else loaded.depth
         options = {name: given for name, given in loaded.options.items() if name in methods}
         marked = [any(name.endswith(REFIT) for name in names) for names in (loaded.method, methods)]
         refit = None if marked == [True, False] else loaded.refit  # its settings were for methods that are left out
@@ -180,7 +180,7 @@ def landscape(
         loaded = read_recipe(recipe, None, say)
         folder = check_writable(out or loaded.folder / "landscape")
         found = landscape_recipe(
-            loaded, method=method, depth=parse_depth(depth) if depth else None, grid=grid, steps=steps,
+            loaded, method=method, depth=number_or_name(depth) if depth else None, grid=grid, steps=steps,
             samples=samples, say=say,
         )  # fmt: skip
         save_landscape(found, folder, title=loaded.name)

@@ -7,7 +7,7 @@ Nothing here knows a model family: trunk and branches are modules of the source 
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
-`rescales.`, `residues.`), and a saved and loaded model gives bit-identical outputs.
+`rescales.`, `residues.`, `router.`), and a saved and loaded model gives bit-identical outputs.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+import torch
 from accelerate.hooks import add_hook_to_module
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -41,7 +44,9 @@ from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
 from .rescale import Affine, make_rescales
-from .residues import Residue, make_residues, residue_of
+from .residue import Residue
+from .residues import make_residues, residue_of
+from .router import Router, make_router, read_features
 from .token_tables import resize_tables
 from .trunk import check_shared, make_branch, record_trunk, resize, run_together, take_trunk
 
@@ -56,6 +61,9 @@ which sentence-transformers asks an annotation for."""
 PUSHING = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 """Arguments of `save_pretrained(push_to_hub=True)` that are for the push."""
 
+
+ROUTED = "auto"
+"""In place of a task: the one that the router finds for every sample."""
 
 RECORDED = ("output_hidden_states", "output_attentions")
 """Arguments of a forward pass that ask for what blocks compute."""
@@ -117,6 +125,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
             self._make_rescales()
         if config.residues:
             self._make_residues()
+        if config.router is not None:
+            self.router = make_router(config.router, self.trunk, len(config.tasks))
         self.post_init()
 
     @classmethod
@@ -148,6 +158,14 @@ class ZipItPreTrainedModel(PreTrainedModel):
         self._make_residues()
         return list(residue_of(self.residues, self.config.residues, self.branch_names))
 
+    def add_router(self, module: str, weight: Tensor, bias: Tensor) -> None:
+        """A linear discriminant `[tasks, size]` on what a module of the trunk gives: see `router.py`."""
+        self.config.router = {"module": module, "size": weight.shape[1]}
+        self.router = make_router(self.config.router, self.trunk, len(self.config.tasks))
+        self.router.weight.copy_(weight)
+        self.router.bias.copy_(bias)
+        self.router.train(self.training)
+
     def _make_residues(self) -> None:
         self.residues = make_residues(self.config.residues, self.trunk, self.branch_names)
         self.residues.train(self.training)
@@ -178,7 +196,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, (Entry, Affine, Residue)):
+        if isinstance(module, (Entry, Affine, Residue, Router)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)
@@ -244,17 +262,23 @@ class ZipItPreTrainedModel(PreTrainedModel):
     def choose(self, task: Task) -> str | list[str] | None:
         """None (joint), one task, or, for a batch of several tasks, the task of every sample.
 
-        Where the caller names none, it is the one that this view answers for: see `for_task`. Raises ZipItError if a
-        task is unknown.
+        `"auto"` is an empty list, which the router fills: see `route`. Where the caller names none, it is the one that
+        this view answers for: see `for_task`. Raises ZipItError if a task is unknown.
         """
         unnamed = task is None or (isinstance(task, str) and task in self.config.joint_names)
         if unnamed and task not in self.config.tasks:
             task = self.config.task
         if task is None or isinstance(task, str):
-            return task if task is None else self.known(task)
+            routed = task == ROUTED and task not in self.config.tasks and self.config.router is not None
+            return [] if routed else task if task is None else self.known(task)
         names = task.flatten().tolist() if isinstance(task, Tensor) else task
         found = [self.known(name) for name in names]
         return found[0] if found and len(set(found)) == 1 else found
+
+    def route(self, inputs: dict[str, Any]) -> list[str]:
+        """The task of every sample, by the router."""
+        scores = self.router(read_features(inputs, lambda: self.run_branch(self.config.tasks[0], inputs)))
+        return [self.config.tasks[number] for number in scores.argmax(-1).tolist()]
 
     def known(self, task: str | int) -> str:
         """The task's name, also from its position, which is what a collated column of class labels holds."""
@@ -292,6 +316,21 @@ class ZipItPreTrainedModel(PreTrainedModel):
                 outputs[task] = run(task)
         return outputs
 
+    def run_samples(self, sample_tasks: list[str], inputs: dict[str, Any]) -> dict[str, ModelOutput]:
+        """Every task's output with its own samples alone computed, as that task alone does, with its residue.
+
+        Raises ZipItError if the tasks are not as many as the samples.
+        """
+        count = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim())
+        if len(sample_tasks) != count:
+            raise ZipItError(f"{len(sample_tasks)} task names came with a batch of {count} samples.")
+        outputs = {}
+        for task in self.config.tasks:  # one sample says what the output of a task without any is like
+            index = torch.tensor([row for row, own in enumerate(sample_tasks) if own == task] or [0])
+            output = self.run_branch(task, tree_map(partial(some_samples, index=index, count=count), inputs))
+            outputs[task] = tree_map(partial(among_all, index=index, count=count), output)
+        return outputs
+
     def join(self, outputs: dict[str, ModelOutput]) -> ModelOutput:
         """The tasks' outputs as one of the same type."""
         axes = {setting["field"]: setting["axis"] for setting in self.config.exits}
@@ -310,7 +349,12 @@ class ZipItPreTrainedModel(PreTrainedModel):
             self.trunk.recorded = True  # also for views and copies
         if isinstance(chosen, str):
             return self.run_branch(chosen, inputs if labels is None else {**inputs, "labels": labels})
-        outputs = self.run_branches(lambda name: self.run_branch(name, inputs), recording)
+        if chosen == []:
+            chosen = self.route(inputs)
+        if chosen is not None and self.config.residues:
+            outputs = self.run_samples(chosen, inputs)
+        else:
+            outputs = self.run_branches(lambda name: self.run_branch(name, inputs), recording)
         joint = self.join(outputs) if chosen is None else self.join_samples(outputs, chosen)
         if labels is not None:
             doubtful = chosen is None and self.config.joint == "concatenate"
@@ -443,6 +487,20 @@ class ZipItPreTrainedModel(PreTrainedModel):
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
         """Nothing to do: transformers would copy this file alone, and it needs its package (see `hub.py`)."""
+
+
+def some_samples(value: Any, index: Tensor, count: int) -> Any:
+    """Of what holds `count` samples, those of these numbers."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == count:
+        return value[index.to(value.device)]
+    return value
+
+
+def among_all(value: Any, index: Tensor, count: int) -> Any:
+    """What holds some samples, in its places among `count`; zero elsewhere."""
+    if isinstance(value, Tensor) and value.dim() and len(value) == len(index):
+        return value.new_zeros(count, *value.shape[1:]).index_copy(0, index.to(value.device), value)
+    return value
 
 
 def module_names(tasks: Iterable[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -116,11 +116,15 @@ def versions(output: Any) -> list[int]:
 
 
 class Now:
-    """What is running: the outputs of the joint forward pass, or inside the trunk the task that it runs for."""
+    """What is running: the outputs of the joint forward pass, or inside the trunk the task that it runs for.
+
+    `inputs`: of a pass that is for a router's features only.
+    """
 
     def __init__(self) -> None:
         self.memo: Memo | None = None
         self.task: str | None = None
+        self.inputs: Mapping[str, Any] | None = None
 
 
 class OfThread(threading.local, Now):
@@ -157,6 +161,24 @@ def run_together(recording: bool = False) -> Iterator[Memo]:
         yield now.memo
     finally:
         now.memo = before
+
+
+def feature_inputs() -> Mapping[str, Any] | None:
+    """The inputs of a forward pass that is for a router's features only; None in any other."""
+    return _now().inputs
+
+
+@contextmanager
+def for_features(inputs: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, forward passes are joint, and for a router's features only."""
+    now = _now()
+    before, now.inputs = now.inputs, inputs
+    try:
+        with run_together() as memo:
+            memo.next_branch()
+            yield
+    finally:
+        now.inputs = before
 
 
 def check_shared(model: nn.Module, shared: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ from hf_zipit.observation.observe import arguments_for, together
 from hf_zipit.observation.record import mask_of
 from hf_zipit.observation.statistics import KINDS, Known, LayerStatistics, Summed, loaded
 from hf_zipit.planning.plan import Plan
-from hf_zipit.registry import RULES
+from hf_zipit.registry import RESIDUES, RULES
 from hf_zipit.steady import steady
 from hf_zipit.symmetry.ops import is_within
 from hf_zipit.symmetry.spec import MergeSpec
@@ -114,7 +114,9 @@ def statistics_for(planned: Plan, calibration: Calibration | None, known: Known 
     """
     rule = RULES.get(planned.config.combine)
     kinds = [kind for kind in KINDS if kind in rule.wants]
-    if known is None and calibration is not None and planned.config.residues is not None and "grams" not in kinds:
+    residues = planned.config.residues
+    spent = residues is not None and RESIDUES.get(residues.kind).stepwise
+    if known is None and calibration is not None and spent and "grams" not in kinds:
         kinds.append("grams")  # where there is data, it says what an error of a weight costs
     if not kinds:
         return None

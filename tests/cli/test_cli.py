@@ -104,6 +104,8 @@ def test_bad_input_is_one_sentence(call, tmp_path, vits):
     assert "did you mean 'zip'" in error(call("merge", *two, "-m", "zpi"))
     assert "from 0 to 1" in error(call("merge", *two, "-d", "2"))
     assert "is no block" in error(call("merge", *two, "-d", "vit.layers.7"))
+    assert "did you mean 'tall'" in error(call("merge", *two, "--residues", "talls"))
+    assert "above 1" in error(call("merge", *two, "--residues", "0.9"))
     assert "not a merged model" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits"))
     assert "did you mean 'sklearn-digits'" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digit"))
     assert "OLD=NEW" in error(call("evaluate", vits / "low", "--dataset", "sklearn-digits", "--column", "a"))

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from hf_zipit import merge
 from hf_zipit.errors import ExpertError, ZipItError
-from hf_zipit.modeling.residues import Dense, LowRank, Signs
+from hf_zipit.modeling.kinds.low_rank import LowRank
+from hf_zipit.modeling.kinds.signs import Signs
+from hf_zipit.modeling.residue import Dense
 from tests import tiny
 
 FC1 = "trunk.vit.layers.0.mlp.fc1.weight"

@@ -13,8 +13,10 @@ from transformers import AutoModelForImageClassification
 
 from hf_zipit import MergeConfig, merge, plan
 from hf_zipit.errors import RecipeError
+from hf_zipit.modeling.kinds.low_rank import LowRank, factors
+from hf_zipit.modeling.kinds.signs import Signs
+from hf_zipit.modeling.residue import TaskTensor
 from hf_zipit.modeling.residues import residue_bytes
-from hf_zipit.residues.candidates import Candidate
 from hf_zipit.residues.stage import spend
 from tests import tiny
 
@@ -95,15 +97,19 @@ def test_statistics_batch_norm_keeps_are_a_tasks_own_as_well():
 # The budget.
 
 
+def task_tensor(residue: Tensor, own: Tensor, gram: Tensor) -> TaskTensor:
+    return TaskTensor("a", "trunk.x.weight", own - residue, own, own, gram)
+
+
 def test_bytes_go_where_they_gain_most():
     """As little is left as by any other choice that costs as much."""
     gram = draw(9, 5, seed=9).T @ draw(9, 5, seed=9) / 9
-    found = [Candidate("a", f"trunk.{i}.weight", scale * draw(8, 5, seed=i), draw(8, 5, seed=10 + i), gram, "signs")
+    found = [task_tensor(scale * draw(8, 5, seed=i), draw(8, 5, seed=10 + i), gram)
              for i, scale in enumerate((1.0, 0.5, 0.1))]  # fmt: skip
-    gains = [[gain for _, gain in candidate.steps()] for candidate in found]
-    cost = next(found[0].steps())[0]
+    gains = [[gain for _, gain in Signs.steps(tensor)] for tensor in found]
+    cost = next(Signs.steps(found[0]))[0]
     for count in (1, 2, 4, 7):
-        taken = spend(found, count * cost + 1)
+        taken = spend([Signs.steps(tensor) for tensor in found], count * cost + 1)
         assert sum(taken) == count
         best = max(
             sum(sum(own[:n]) for own, n in zip(gains, numbers, strict=True))
@@ -115,14 +121,14 @@ def test_bytes_go_where_they_gain_most():
 def test_low_rank_is_the_best_in_the_metric_of_the_inputs():
     x = draw(30, 5, seed=3) @ draw(5, 5, seed=4)
     residue, own = draw(8, 5), draw(8, 5, seed=1)
-    candidate = Candidate("a", "trunk.x.weight", residue, own, x.T @ x / 30, "low-rank")
-    u, s, v = candidate._factors()
+    tensor = task_tensor(residue, own, x.T @ x / 30)
+    u, s, v = factors(tensor)
     torch.testing.assert_close((u * s) @ v, residue, rtol=1e-6, atol=1e-6)
     kept = (u[:, :2] * s[:2]) @ v[:2]
     a, b, c = torch.linalg.svd(residue @ x.T, full_matrices=False)
     torch.testing.assert_close(kept @ x.T, (a[:, :2] * b[:2]) @ c[:2], rtol=1e-6, atol=1e-6)
-    gains = [gain for _, gain in candidate.steps()]
-    left = candidate.energy(residue) - candidate.energy(residue - kept)
+    gains = [gain for _, gain in LowRank.steps(tensor)]
+    left = tensor.energy(residue) - tensor.energy(residue - kept)
     assert sum(gains[:2]) == pytest.approx(left)
 
 
@@ -130,7 +136,7 @@ def test_low_rank_is_the_best_in_the_metric_of_the_inputs():
     ("residues", "message"),
     [
         (1.0, "residues' size is 1.0; it is a multiple of the merged model's own, above 1"),
-        ({"size": 1.1, "kind": "lowrank"}, "kind is 'lowrank'; it must be 'signs' or 'low-rank'"),
+        ({"size": 1.1, "kind": "lowrank"}, "There is no kind of residue named 'lowrank'; did you mean 'low-rank'"),
         ({"sise": 1.1}, "size"),
     ],
 )
