@@ -187,8 +187,8 @@ def refitted(row: Row) -> Iterator[Row]:
 class Solved:
     """The share of the trunk's parameters that the refit solves, the largest tensors that it keeps, and what it found.
 
-    Of `whole` layers of attention the logits and the values are solved as a whole, of others the values alone; experts'
-    heads may stay heads of their own (`own_heads`: split, or chosen), and units may be `chosen`.
+    Of `whole` layers of attention the logits and the values are solved as a whole, of others the values alone;
+    experts' heads may stay heads of their own (`own_heads`: split, or chosen), and units may be `chosen`.
     """
 
     share: float
