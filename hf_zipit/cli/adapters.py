@@ -53,8 +53,8 @@ def merge_adapters(
 ) -> None:
     """Merge LoRA adapters of one base in their factors.
 
-    What comes out is an adapter that PEFT loads. Where tasks keep a classifier of their own there is one for each, in a
-    folder of the task's name. Adapters of other kinds are merged by `merge`, as full models.
+    What comes out is an adapter that PEFT loads. Where tasks keep a classifier of their own there is one for each, in
+    a folder of the task's name. Adapters of other kinds are merged by `merge`, as full models.
     """
     with working(quiet, device) as say:
         from hf_zipit.files import check_result_folder
