@@ -114,6 +114,9 @@ LORA_RULES: Registry[Any] = Registry("LoRA rule", "hf_zipit.lora.rules", "hf_zip
 CORRECTIONS: Registry[Any] = Registry("correction", "hf_zipit.correct", "hf_zipit.corrections")
 """Corrections of merged models: `hf_zipit.correct.correction.Correction`."""
 
+TRAININGS: Registry[Any] = Registry("kind of polish", "hf_zipit.polish.kinds", "hf_zipit.trainings")
+"""What a training may change: `hf_zipit.polish.kind.PolishKind`."""
+
 ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.adapters")
 """Adapters by the `model_type` of the configurations they serve: `hf_zipit.adapters.auto.Adapter`."""
 

@@ -69,6 +69,8 @@ class ZipItConfig(PreTrainedConfig):
             and exits are, too.
         residues: what tasks add to tensors while they run alone (see `residues.py`): `{"task": str, "tensor": name in
             the trunk, "shape": list, "kind": "signs" | "low-rank" | "dense", "size": planes or rank}`.
+        surgery: networks that correct a task's features (see `surgery.py`): `{"rank": int, "sites": [{"module": path
+            in the source, "axis": int, "size": k}]}`, the sites in the trunk; entries and exits have one each.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
         head_dims: the width of a head in the trunk's attention layers that have more and narrower heads than the
             source's, by the layer's path in the source model.
@@ -105,6 +107,7 @@ class ZipItConfig(PreTrainedConfig):
     exits: list[dict[str, Any]] | tuple[dict[str, Any], ...] = ()
     rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str | None = None
     residues: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str = ()
+    surgery: dict[str, Any] | None = None
     trunk_shapes: dict[str, list[int]] | str | None = None
     head_dims: dict[str, int] | str | None = None
     rotary_pairs: dict[str, list[int]] | str | None = None
