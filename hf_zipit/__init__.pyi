@@ -13,6 +13,9 @@ from hf_zipit.evaluation import metrics as metrics
 from hf_zipit.evaluation.measure import evaluate as evaluate
 from hf_zipit.evaluation.task_data import task_datasets as task_datasets
 from hf_zipit.landscapes.landscape import landscape as landscape
+from hf_zipit.lora.merged import MergedAdapters as MergedAdapters
+from hf_zipit.lora.merging import merge_adapters as merge_adapters
+from hf_zipit.lora.rule import register as register_lora_rule
 from hf_zipit.merging import merge as merge
 from hf_zipit.merging import plan as plan
 from hf_zipit.modeling import ZipItConfig as ZipItConfig

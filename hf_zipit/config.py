@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
 from hf_zipit.files.places import folder_of
-from hf_zipit.registry import CORRECTIONS, METHODS, RESIDUES, RULES, check_options, suggestion
+from hf_zipit.registry import CORRECTIONS, METHODS, RESIDUES, RULES, TRAININGS, check_options, suggestion
 from hf_zipit.schema import brief, build, convert
 
 AUTO = "auto"
@@ -167,6 +167,8 @@ class PolishConfig:
     """How a merged model is trained on what its experts compute, if it is; see `docs/polish.md` for the defaults.
 
     Attributes:
+        kind: what is trained, one of `hf_zipit.polish.kinds`: all `"weights"`, by default, or less.
+        options: the kind's own options.
         steps: at most.
         batch_size: samples of every task in a step.
         learning_rate: the peak of AdamW's rate; it rises over the share `warmup` of the steps and falls as a cosine.
@@ -181,6 +183,8 @@ class PolishConfig:
         checkpoint: a folder to keep the state in and to go on from; what comes out is the same with and without.
     """
 
+    kind: str = "weights"
+    options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 600
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -197,6 +201,9 @@ class PolishConfig:
 
     def __post_init__(self) -> None:
         set_typed(self, "polish")
+        object.__setattr__(
+            self, "options", check_options(self.kind, TRAININGS.get(self.kind).function, self.options or {})
+        )
         for name in ("steps", "batch_size", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"polish's {name} is {getattr(self, name)}; it must be at least 1")
@@ -274,8 +281,8 @@ class MergeConfig:
             calibration data; False or None: do not. `"auto"`: where the method is `"auto"` and there is data.
         corrections: what is corrected afterwards, in this order, by name or as `{name: options}`; see
             `hf_zipit.correct`. `"auto"`: what an automatic method needs, else nothing.
-        polish: True, a `PolishConfig` or its settings: *train* the merged model on what its experts compute on the
-            calibration data, after everything else; False or None, the default: do not.
+        polish: True, a `PolishConfig` or its settings, or its kind alone (`polish="adamerging"`): *train* the merged
+            model, or a part of it, on the calibration data, after everything else; False or None, the default: do not.
         residues: True, a `ResidueConfig` or its settings, or its size or kind alone (`residues=1.1`, `"emr"`): keep
             what the tasks' own weights are more than the merged ones in a few bits, to be added where a task runs
             alone; False or None, the default: do not. It is for trunks that are not refitted.
@@ -298,7 +305,7 @@ class MergeConfig:
     combine_options: Mapping[str, Any] = field(default_factory=dict)
     refit: RefitConfig | Mapping[str, Any] | bool | Literal["auto"] | None = AUTO
     corrections: Named | Literal["auto"] = AUTO
-    polish: PolishConfig | Mapping[str, Any] | bool | None = None
+    polish: PolishConfig | Mapping[str, Any] | str | bool | None = None
     residues: ResidueConfig | Mapping[str, Any] | float | str | bool | None = None
     row_fraction: float | Literal["auto"] = AUTO
     vocabulary: str = "same"
@@ -320,7 +327,8 @@ class MergeConfig:
             self._set("refit", section(RefitConfig, False if self.refit == AUTO else self.refit, "refit"))
         if self.corrections != AUTO or own:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
-        self._set("polish", section(PolishConfig, self.polish, "polish"))
+        trained = {"kind": self.polish} if isinstance(self.polish, str) else self.polish
+        self._set("polish", section(PolishConfig, trained, "polish"))
         kept = {"size": self.residues} if _is_number(self.residues) else self.residues
         kept = {"kind": kept} if isinstance(kept, str) else kept
         self._set("residues", section(ResidueConfig, kept, "residues"))

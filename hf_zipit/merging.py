@@ -42,6 +42,7 @@ from hf_zipit.observation.shared import moments_for
 from hf_zipit.observation.statistics import Known
 from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
+from hf_zipit.polish.kind import check_polish
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint, check_joint_heads
@@ -101,6 +102,7 @@ def plan(
             bases=load_bases(base, loaded, as_stored=as_stored),
         )
         check_rule(planned)
+        check_polish(planned)
         wide = cache(lambda: widenable_spaces(first, planned.spec))
         needs = check_settings(planned.spec, len(loaded), config, wide)
         return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
@@ -223,7 +225,7 @@ def merge(
         maps = {**maps, **refitted.maps}
         merged = assemble(planned, refitted.tensors, maps, readouts=refitted.readouts, head_cuts=refitted.head_cuts)
         correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
-        polished = polish(merged, planned, calibration)
+        polished = polish(merged, planned, maps, calibration)
         add_residues(merged, planned, maps, read)
         add_router(merged, planned, calibration)
         calibrate_joint(merged, planned, calibration)

@@ -108,8 +108,14 @@ METHODS: Registry[Any] = Registry("method", "hf_zipit.align.methods", "hf_zipit.
 RULES: Registry[Any] = Registry("rule", "hf_zipit.combine.rules", "hf_zipit.rules")
 """Combining rules: `hf_zipit.combine.rule.Rule`."""
 
+LORA_RULES: Registry[Any] = Registry("LoRA rule", "hf_zipit.lora.rules", "hf_zipit.lora_rules")
+"""Rules that merge adapters in their factors: `hf_zipit.lora.rule.LoraRule`."""
+
 CORRECTIONS: Registry[Any] = Registry("correction", "hf_zipit.correct", "hf_zipit.corrections")
 """Corrections of merged models: `hf_zipit.correct.correction.Correction`."""
+
+TRAININGS: Registry[Any] = Registry("kind of polish", "hf_zipit.polish.kinds", "hf_zipit.trainings")
+"""What a training may change: `hf_zipit.polish.kind.PolishKind`."""
 
 ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.adapters")
 """Adapters by the `model_type` of the configurations they serve: `hf_zipit.adapters.auto.Adapter`."""

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 import yaml
 from datasets import ClassLabel, Dataset, Features, Image
+from peft import LoraConfig, get_peft_model
 from PIL import Image as Picture
+from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, ViTConfig, ViTForImageClassification
 
 import hf_zipit
@@ -40,6 +42,18 @@ def bert(seed: int) -> BertForSequenceClassification:
     return BertForSequenceClassification(config).eval()
 
 
+def lora(task: str, seed: int, base: Path) -> nn.Module:
+    """An adapter of a saved BERT, with a classifier of its own."""
+    model = BertForSequenceClassification.from_pretrained(base)
+    settings = LoraConfig(task_type="SEQ_CLS", r=2 + seed, target_modules=["query", "value"])
+    adapter = get_peft_model(model, settings)
+    torch.manual_seed(seed)
+    for name, parameter in adapter.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1)
+    return adapter
+
+
 def pictures(count: int, seed: int) -> Dataset:
     """Pictures of noise, of all classes in turn."""
     generator = np.random.default_rng(seed)
@@ -57,6 +71,7 @@ def make_world(folder: Path) -> Path:
     for seed, task in enumerate(("mood", "topic")):
         bert(seed).save_pretrained(folder / "me" / f"bert-{task}")
         tokenizer().save_pretrained(folder / "me" / f"bert-{task}")
+        lora(task, seed, folder / "me" / "bert-mood").save_pretrained(folder / "me" / f"lora-{task}")
     data = folder / "me" / "pictures" / "data"
     data.mkdir(parents=True)
     for seed, split in enumerate(("train", "test")):

@@ -28,7 +28,7 @@ from hf_zipit.cli.commands import app
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.loading import check_recipe
 from hf_zipit.recipe.sections import Recipe
-from hf_zipit.registry import ADAPTERS, CORRECTIONS, METHODS, RULES
+from hf_zipit.registry import ADAPTERS, CORRECTIONS, LORA_RULES, METHODS, RULES, TRAININGS
 
 from .docs_world import make_world
 
@@ -88,7 +88,14 @@ def test_the_blocks_of_a_page_run(page: Path, world: Path, done: set[str], monke
     if all(block.language == "text" for block in blocks):
         pytest.skip("no code")
     monkeypatch.chdir(world)
-    for registry in (METHODS, RULES, CORRECTIONS, ADAPTERS):  # what a page registers is for that page alone
+    for registry in (
+        METHODS,
+        RULES,
+        LORA_RULES,
+        CORRECTIONS,
+        TRAININGS,
+        ADAPTERS,
+    ):  # what a page registers is for that page alone
         registry.names()
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
     namespace: dict[str, Any] = {"__name__": "docs"}  # a page defines every name that it uses

@@ -52,6 +52,8 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
     config, key = merged.config, merged.branch_names[merged.known(task)]
     if config.rescaled is not None:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
+    if config.surgery is not None:
+        raise ExpertError(_cannot(merged, task, "its features are corrected per task; merge without surgery"))
     if config.residues:
         raise ExpertError(_cannot(merged, task, "it has residues per task; take the expert that it was merged from"))
     if config.output_bias:

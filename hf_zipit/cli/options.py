@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,6 +75,18 @@ def parse_experts(arguments: list[str]) -> dict[str, str]:
 def parse_columns(arguments: list[str] | None) -> dict[str, str]:
     """`OLD=NEW` arguments as a mapping; raises RecipeError for one that is none."""
     return dict(_pair(a, f"The column {a!r} should be OLD=NEW, as in img=image.") for a in arguments or ())
+
+
+def parse_options(arguments: list[str] | None) -> dict[str, Any]:
+    """`NAME=VALUE` arguments as a mapping, values in JSON or else as they are; raises RecipeError for any other."""
+    pairs = (_pair(a, f"The option {a!r} should be NAME=VALUE, as in combine=ties.") for a in arguments or ())
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def parse_classes(arguments: list[str] | None) -> dict[str, tuple[int | str, ...]]:

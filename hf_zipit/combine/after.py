@@ -1,4 +1,4 @@
-"""Rules that go on from what another rule makes of the tensors: they have its name as an option, `after`."""
+"""Rules that have another rule's name as an option, mostly `after`: they go on from what it makes of the tensors."""
 
 from __future__ import annotations
 
@@ -10,18 +10,23 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.registry import RULES, check_options, options_of
 
 
-def inner(own: str, after: str, options: Mapping[str, Any] | None) -> tuple[Rule, dict[str, Any]]:
+def inner(
+    own: str, after: str, options: Mapping[str, Any] | None, option: str = "after"
+) -> tuple[Rule, dict[str, Any]]:
     """The rule that comes first, and its options.
 
     Args:
         own: the name of the rule that comes after it.
+        option: that one's option that names the first.
 
     Raises:
         RecipeError: there is none such, it has no such options, it comes after another one itself or reads data.
     """
     rule = RULES.get(after)
     if "after" in options_of(rule.function) or rule.needs_data:
-        raise RecipeError(f"{own}'s option after is {after!r}; name the rule of weights alone that it goes on from.")
+        raise RecipeError(
+            f"{own}'s option {option} is {after!r}; name the rule of weights alone that it goes on from."
+        )
     return rule, check_options(after, rule.function, options or {})
 
 

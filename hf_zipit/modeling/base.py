@@ -7,7 +7,7 @@ Nothing here knows a model family: trunk and branches are modules of the source 
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
-`rescales.`, `residues.`, `router.`), and a saved and loaded model gives bit-identical outputs.
+`rescales.`, `surgery.`, `residues.`, `router.`), and a saved and loaded model gives bit-identical outputs.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ from .rescale import Affine, make_rescales
 from .residue import Residue
 from .residues import make_residues, residue_of
 from .router import Router, make_router, read_features
+from .surgery import Surgery, make_surgery
 from .token_tables import resize_tables
 from .trunk import check_shared, make_branch, record_trunk, resize, run_together, take_trunk
 
@@ -123,6 +124,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
             attach(branch, config.entries, self.entries[key])
         if config.rescaled is not None:
             self._make_rescales()
+        if config.surgery is not None:
+            self._make_surgery()
         if config.residues:
             self._make_residues()
         if config.router is not None:
@@ -186,6 +189,22 @@ class ZipItPreTrainedModel(PreTrainedModel):
         self.rescales = make_rescales(self.config.rescaled, self.trunk, readouts, self.branches)
         self.rescales.train(self.training)
 
+    def add_surgery(self, rank: int, sites: Sequence[Mapping[str, Any]]) -> None:
+        """Networks that correct every task's features, the identity until they are learnt: see `surgery.py`.
+
+        `rank` and `sites`, those in the trunk, become `config.surgery`; every entry and exit gets one, too. Raises
+        ZipItError if the model has some.
+        """
+        if self.config.surgery is not None:
+            raise ZipItError("This model's features are corrected per task already; start from the merged model.")
+        self.config.surgery = {"rank": rank, "sites": [dict(site) for site in sites]}
+        self._make_surgery()
+
+    def _make_surgery(self) -> None:
+        readouts = {"entries": self.entries, "exits": self.exits}
+        self.surgery = make_surgery(self.config.surgery, self.trunk, readouts, self.branches)
+        self.surgery.train(self.training)
+
     def adopt(self, model: PreTrainedModel) -> None:
         """What placing, casting and feeding the model depend on is the source class's."""
         self.main_input_name = model.main_input_name
@@ -196,7 +215,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, (Entry, Affine, Residue, Router)):
+        if isinstance(module, (Entry, Affine, Surgery, Residue, Router)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from hf_zipit.adapters import adapter_for
 from hf_zipit.adapters.auto import forward_names
+from hf_zipit.errors import RecipeError
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.modeling.entries import first_argument
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit.answers import classes_last, divergence, kind_of, mean, spread_error
+from hf_zipit.refit.answers import classes_last, divergence, entropy_of, kind_of, mean, spread_error
 from hf_zipit.refit.positions import Positions
 from hf_zipit.steady import same_draws
 from hf_zipit.symmetry.spec import fitted
@@ -71,11 +72,23 @@ class Distance:
         with same_draws(), entering(self.merged.branch(task), self._paths) as features:
             found = self._outputs(self.merged(**given, task=task))
         fields = [name for name in wanted if name in found]
-        loss = sum(self._apart(name, found[name], wanted[name], inputs, expert) for name in fields) / len(fields)
-        if self.feature_weight and targets:
-            off = [spread_error(features[p], targets[p], self._weights(inputs, targets[p])) for p in targets]
-            loss = loss + self.feature_weight * sum(off) / len(off)
+        outputs = [(name, found[name], wanted[name]) for name in fields]
+        loss = self._loss(outputs, [(features[path], targets[path]) for path in targets], inputs, expert)
         return Apart(loss, *self._agreement(fields, found, wanted, inputs, expert))
+
+    def _loss(
+        self,
+        outputs: Sequence[tuple[str, Tensor, Tensor]],
+        features: Sequence[tuple[Tensor, Tensor]],
+        inputs: Mapping[str, Tensor],
+        expert: nn.Module,
+    ) -> Tensor:
+        """Of outputs, by field, and of what the task's own modules read: the model's, then the expert's."""
+        loss = sum(self._apart(name, found, wanted, inputs, expert) for name, found, wanted in outputs) / len(outputs)
+        if self.feature_weight and features:
+            off = [spread_error(found, wanted, self._weights(inputs, wanted)) for found, wanted in features]
+            loss = loss + self.feature_weight * sum(off) / len(off)
+        return loss
 
     def _outputs(self, output: Any) -> dict[str, Tensor]:
         """The fields that are compared; features that come from the trunk only in the expert's units."""
@@ -119,6 +132,30 @@ class Distance:
             return None
         weights = self.positions.weights(inputs, value.shape[1])
         return None if weights is None else weights.to(value.device)
+
+
+class Entropy(Distance):
+    """How unsure a merged model is of its answers to samples of a task; the experts are asked for `agreed` alone."""
+
+    def _outputs(self, output: Any) -> dict[str, Tensor]:
+        """Answers that choose.
+
+        Raises RecipeError where there are none.
+        """
+        expert = next(iter(self.experts.values()))
+        found = {n: x for n, x in super()._outputs(output).items() if kind_of(n, x, expert) != "values"}
+        if not found:
+            raise RecipeError(
+                f"{type(expert).__name__} does not choose between classes or tokens, and has no entropy to be learnt "
+                "from; choose another kind of polish, such as 'weights'"
+            )
+        return found
+
+    def _apart(
+        self, name: str, found: Tensor, wanted: Tensor, inputs: Mapping[str, Tensor], expert: nn.Module
+    ) -> Tensor:
+        found = classes_last(found.float())
+        return mean(entropy_of(found, kind_of(name, wanted, expert)), self._weights(inputs, found))
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hf_zipit.config import PolishConfig
 from hf_zipit.data.calibration import Inputs, size_of
 from hf_zipit.data.processes import all_reduce_sum
 from hf_zipit.modeling import ZipItPreTrainedModel
-from hf_zipit.polish.distance import Distance
+from hf_zipit.polish.kind import Learnt
 from hf_zipit.polish.samples import Samples
 from hf_zipit.polish.state import Progress, load_state, save_state
 
@@ -30,12 +30,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW remembers of every parameter."""
 
 
-class Distillation:
+class Loop:
     """One training.
 
     Args:
         merged: the model, in evaluation mode, on the accelerator's device.
-        distance: what is made smaller.
+        learnt: what is learnt, and the loss that is made smaller.
         samples: what it is measured on.
         config: the settings.
         accelerator: the processes and the precision.
@@ -45,17 +45,16 @@ class Distillation:
     def __init__(
         self,
         merged: ZipItPreTrainedModel,
-        distance: Distance,
+        learnt: Learnt,
         samples: Samples,
         config: PolishConfig,
         accelerator: Accelerator,
         *,
         fingerprint: str,
     ) -> None:
-        self.merged, self.distance, self.samples = merged, distance, samples
+        self.merged, self.learnt, self.samples = merged, learnt, samples
         self.config, self.accelerator, self.fingerprint = config, accelerator, fingerprint
-        owner = merged if config.heads else merged.trunk
-        self.parameters = {name: p for name, p in owner.named_parameters() if p.is_floating_point()}
+        self.parameters = dict(learnt.parameters)
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -64,7 +63,7 @@ class Distillation:
 
     def run(self) -> Progress:
         """Train, and leave the best weights in the model."""
-        with training_only(self.merged, self.parameters.values()):
+        with training_only(self.merged, [*self.parameters.values(), *self.learnt.through]):
             self._start()
             shown = tqdm(
                 total=self.config.steps, initial=self.progress.step, desc="polish", unit="step",
@@ -80,6 +79,7 @@ class Distillation:
                         shown.set_postfix(held_out=f"{self.progress.losses[self.progress.step]:.4f}")
                     shown.update()
             self._put(self.best)
+            self.learnt.put(None)
         return self.progress
 
     def _is_stuck(self) -> bool:
@@ -89,13 +89,15 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * schedule(step, self.config.steps, self.config.warmup)
         self.optimizer.zero_grad()
+        self.learnt.put(step)
         for task in self.samples.tasks:
             batch = self.samples.batch(task, step, self.config.batch_size)
             own = self._share(batch)
             if size_of(own):
                 with self.accelerator.autocast():
-                    apart = self.distance(task, own)
+                    apart = self.learnt.distance(task, own)
                 (apart.loss * (size_of(own) / size_of(batch))).backward()
+        self.learnt.pull()
         for parameter in self.parameters.values():
             if self.accelerator.num_processes > 1:  # one that no sample of this process reached is summed, too
                 own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -110,6 +112,7 @@ class Distillation:
     @torch.no_grad()
     def _measure(self) -> None:
         """Measure on the held-out samples; what is best so far is remembered."""
+        self.learnt.put(None)
         tasks = self.samples.tasks
         sums = torch.zeros(len(tasks), 4, dtype=torch.float64)
         for row, task in zip(sums, tasks, strict=True):
@@ -117,7 +120,7 @@ class Distillation:
                 own = self._share(batch)
                 if count := size_of(own):
                     with self.accelerator.autocast():
-                        apart = self.distance(task, own)
+                        apart = self.learnt.distance(task, own)
                     row += torch.tensor([float(apart.loss) * count, count, apart.agreed, apart.asked])
         sums = all_reduce_sum(sums, self.accelerator)
         losses = sums[:, 0] / sums[:, 1]

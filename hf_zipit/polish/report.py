@@ -22,6 +22,7 @@ class PolishReport(Plain):
         loss: on the held-out samples, of the closed form and of what was kept.
         agreement: by task, the share of held-out answers that are the expert's, of the closed form and of what was
             kept; no task is in it that does not choose between classes or tokens.
+        kind: what was learnt, a name of `hf_zipit.polish.kinds`.
     """
 
     steps: int
@@ -30,12 +31,13 @@ class PolishReport(Plain):
     samples: Mapping[str, list[int]]
     loss: list[float]
     agreement: Mapping[str, list[float]]
+    kind: str = "weights"
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> PolishReport | None:
         """The report of a merged model; None if it was not polished."""
         saved = model.config.method.get("polished")
-        return cls(**{field.name: saved[field.name] for field in fields(cls)}) if saved else None
+        return cls(**{f.name: saved[f.name] for f in fields(cls) if f.name in saved}) if saved else None
 
 
 def rounded(report: PolishReport) -> dict[str, Any]:

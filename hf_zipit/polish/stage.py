@@ -12,18 +12,22 @@ from hf_zipit.data.calibration import Calibration
 from hf_zipit.data.processes import placed
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.experts.fingerprint import digest_strings, fingerprint_experts
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.planning.plan import Plan
-from hf_zipit.polish.distance import Distance
-from hf_zipit.polish.loop import Distillation
+from hf_zipit.polish.kind import Finished
+from hf_zipit.polish.loop import Loop
 from hf_zipit.polish.report import PolishReport
 from hf_zipit.polish.samples import Samples
 from hf_zipit.refit.asked import asked_token
 from hf_zipit.refit.stage import readout_positions
+from hf_zipit.registry import TRAININGS
 
 
-def polish(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration | None) -> PolishReport | None:
-    """Distil a merged model from its experts, in place; None where nobody asks for it, or nothing is shared.
+def polish(
+    merged: ZipItPreTrainedModel, planned: Plan, maps: Alignment, calibration: Calibration | None
+) -> PolishReport | None:
+    """Train a merged model as its config says, in place; None where nobody asks for it, or nothing is shared.
 
     All modules stay in evaluation mode: there is no dropout, and the statistics of batch norms stay what they were
     corrected to.
@@ -31,6 +35,7 @@ def polish(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration
     Args:
         merged: after all corrections.
         planned: the plan of the merge; its config holds the settings.
+        maps: of its spaces.
         calibration: the samples, the processes and the device. With the accelerator's mixed precision `"bf16"` the
             forward passes are in bfloat16.
 
@@ -53,14 +58,16 @@ def polish(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration
     asked = partial(asked_token, list(planned.folded.values()), calibration.micro_batches(64))
     positions = readout_positions(planned.model, calibration.processor, config.readout_weight, asked)
     with torch.enable_grad(), placed([merged, *planned.folded.values()], accelerator.device):
-        distance = Distance(merged, planned, positions, config.feature_weight)
-        progress = Distillation(
-            merged, distance, samples, config, accelerator, fingerprint=_fingerprint(merged, planned, samples, config)
+        kind = TRAININGS.get(config.kind)
+        learnt = kind.function(Finished(merged, planned, maps, positions), **config.options)
+        progress = Loop(
+            merged, learnt, samples, config, accelerator, fingerprint=_fingerprint(merged, planned, samples, config)
         ).run()
     tasks = progress.agreements[0]
     return PolishReport(
         steps=progress.step,
         best=progress.best,
+        kind=config.kind,
         seed=planned.config.seed,
         samples=samples.counts,
         loss=[progress.losses[0], progress.losses[progress.best]],

@@ -45,6 +45,11 @@ def statistics(answers: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return likely, _entropy(likely, kind)
 
 
+def entropy_of(answers: Tensor, kind: str) -> Tensor:
+    """How unsure answers `[..., classes]` are, `[...]`, in nats."""
+    return _entropy(answers.sigmoid() if kind == "labels" else answers.softmax(-1), kind)
+
+
 def spread_of(middle: Tensor, own: Tensor, kind: str) -> Tensor:
     """How far the best constant answer is off on average, from the means of both `statistics`."""
     return own - middle.square().sum() if kind == "values" else _entropy(middle, kind) - own

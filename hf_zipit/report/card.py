@@ -33,6 +33,7 @@ from hf_zipit.modeling.hub import companion
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.polish.report import PolishReport
 from hf_zipit.refit import RefitReport
+from hf_zipit.registry import TRAININGS
 from hf_zipit.report.plots import accuracy_over_depth, kept_picture, refit_picture, save_picture
 from hf_zipit.report.recorded import recipe_text
 from hf_zipit.report.tables import EXPERTS, accuracies, accuracy_words, ends, score_lines
@@ -271,6 +272,7 @@ def card_text(
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters["cells"] = lambda cells: "| " + " | ".join(map(escaped, cells)) + " |"
     environment.filters["escaped"] = escaped
+    polished = PolishReport.of(model)
     text = environment.from_string(template).render(
         metadata=card_metadata(model, result, tags).to_yaml().strip(),
         result=result,
@@ -288,7 +290,8 @@ def card_text(
         accuracy_words=accuracy_words,
         ends=ends,
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
-        polished=PolishReport.of(model),
+        polished=polished,
+        training=polished and TRAININGS.find(polished.kind),
         residues=residue_bytes(model) if model.config.residues else None,
         refit=None if result.changed else RefitReport.of(model),
         refit_picture=REFIT_PICTURE if installed("matplotlib") else None,

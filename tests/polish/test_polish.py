@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_zipit import MergeConfig, merge
 from hf_zipit.config import PolishConfig
 from hf_zipit.errors import DataError, RecipeError
-from hf_zipit.polish.loop import Distillation, schedule
+from hf_zipit.polish.loop import Loop, schedule
 from hf_zipit.polish.samples import Samples, trim
 from hf_zipit.recipe.sections import Recipe
 
@@ -83,19 +83,19 @@ def test_it_stops_when_it_no_longer_gets_better() -> None:
 
 def test_broken_off_and_resumed_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = {**FEW, "checkpoint": str(tmp_path / "state")}
-    step = Distillation._step
+    step = Loop._step
 
-    def breaking(self: Distillation, number: int) -> None:
+    def breaking(self: Loop, number: int) -> None:
         if number == 4:
             raise KeyboardInterrupt
         step(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Distillation, "_step", breaking)
+        patch.setattr(Loop, "_step", breaking)
         with pytest.raises(KeyboardInterrupt):
             merged(polish=kept)
     steps = []
-    monkeypatch.setattr(Distillation, "_step", lambda self, number: (steps.append(number), step(self, number)))
+    monkeypatch.setattr(Loop, "_step", lambda self, number: (steps.append(number), step(self, number)))
     resumed = merged(polish=kept)
     assert steps == [3, 4, 5]
     assert same(resumed, merged(polish=FEW))

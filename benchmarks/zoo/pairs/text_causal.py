@@ -138,9 +138,7 @@ class TextQwen3(TextCausal):
 
 class TextNeoX(TextCausal):
     name = "text-neox"
-    about = (
-        "GPT-NeoX (RoPE of a quarter of each head, one map to all, parallel branches), the same texts"
-    )
+    about = "GPT-NeoX (RoPE of a quarter of each head, one map to all, parallel branches), the same texts"
     model_class = GPTNeoXForCausalLM
     schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
     seeds = {"a": 161, "b": 162}

@@ -29,9 +29,20 @@ def thresholds(vectors: Vectors, *, share: float, **other: float) -> list[float]
 def elected_mean(vectors: Sequence[Tensor]) -> Tensor:
     """The mean of the entries that have the sign of the sum; 0 where there is none."""
     stacked = torch.stack(list(vectors))
-    agrees = stacked.sign() == stacked.sum(0).sign()
-    agrees &= stacked != 0
+    agrees = agreeing(stacked)
     return (stacked * agrees).sum(0) / agrees.sum(0).clamp_min(1)
+
+
+def agreeing(stacked: Tensor) -> Tensor:
+    """Which entries of vectors `[T, ...]` have the sign of the sum."""
+    return (stacked.sign() == stacked.sum(0).sign()) & (stacked != 0)
+
+
+def elected(vectors: Sequence[Tensor], limits: Sequence[float]) -> list[Tensor]:
+    """The task vectors' parts in the trimmed and elected mean, which is their sum."""
+    stacked = torch.stack([v * (v.abs() >= limit) for v, limit in zip(vectors, limits, strict=True)])
+    agrees = agreeing(stacked)
+    return list(stacked * agrees / agrees.sum(0).clamp_min(1))
 
 
 @register("ties", survey=thresholds, elementwise=True)

@@ -1,0 +1,1 @@
+"""The kinds of training, one a file; each registers itself (`hf_zipit.polish.kind`)."""
