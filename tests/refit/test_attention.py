@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from unittest.mock import patch
 
@@ -273,9 +273,12 @@ def with_biases(name: str, seed: int = 0) -> PreTrainedModel:
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "clip", "bert-sequence", "distilbert-sequence", "llama", "gpt2", *WITH_BIASES]
+    ("name", "dim"),
+    [
+        *product(["vit", "clip", "bert-sequence", "distilbert-sequence", "llama", "gpt2"], [2, 4]),
+        *((name, 4) for name in WITH_BIASES),
+    ],
 )
-@pytest.mark.parametrize("dim", [2, 4])
 def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: int):
     """If it multiplies logits by something else, that is found out."""
     model = with_biases(name) if name in WITH_BIASES else case(name).model
@@ -299,8 +302,13 @@ CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.at
 """Classes whose heads cannot be cut, for something stands between the maps and the logits; their first attention."""
 
 
-@pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("name", ["vit", "llama", "qwen3", "gpt-neox", "gpt2", *WITH_BIASES])
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *product(["vit", "llama", "qwen3", "gpt-neox", "gpt2", "t5"], [True, False]),
+        *((name, True) for name in WITH_BIASES if name != "t5"),
+    ],
+)
 def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
     """With more and narrower heads, too, with some of their rotary pairs, or with biases of their own."""
     seen: dict[str, Tensor] = {}
