@@ -247,12 +247,13 @@ class ZipItPreTrainedModel(PreTrainedModel):
         if self.config.residues:
             raise ZipItError("A model with residues keeps its vocabulary; merge without them to change it.")
         if count != text.vocab_size:
-            before = resize_tables(self, list(self.branches.values()), count, mean_resizing)
+            resize_tables(self, list(self.branches.values()), count, mean_resizing)
             for branch in (self, *self.branches.values()):
                 config = getattr(branch.config, "source_config", branch.config)
                 config.get_text_config().vocab_size = count
-            for shape in self.config.trunk_shapes.values():  # of tables that are as wide as a merged stream
-                shape[0] = count if len(shape) == 2 and shape[0] == before else shape[0]
+            for name in self.config.trunk_shapes:  # of tables that are as wide as a merged stream
+                path, _, leaf = name.rpartition(".")
+                self.config.trunk_shapes[name] = list(getattr(self.trunk.get_submodule(path), leaf).shape)
         return self.get_input_embeddings()
 
     # ------------------------------------------------------------------------------------------- tasks

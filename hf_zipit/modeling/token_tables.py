@@ -15,8 +15,8 @@ COPIES = "embed_tokens"
 """How the classes of `transformers` call further tables of the same tokens."""
 
 
-def resize_tables(merged: PreTrainedModel, branches: Sequence[nn.Module], count: int, mean_resizing: bool) -> int:
-    """How many tokens there were; afterwards every table has `count`, new rows as transformers initialises them.
+def resize_tables(merged: PreTrainedModel, branches: Sequence[nn.Module], count: int, mean_resizing: bool) -> None:
+    """Make every table have `count` rows, new ones as transformers initialises them.
 
     `merged` knows how a table is resized, `branches` are models of the source class.
     """
@@ -41,7 +41,6 @@ def resize_tables(merged: PreTrainedModel, branches: Sequence[nn.Module], count:
                 if module is not head and name.endswith("bias") and tensor.shape[-1] == before:
                     longer = functional.pad(tensor.detach(), (0, count - before))
                     setattr(module, name, nn.Parameter(longer) if isinstance(tensor, nn.Parameter) else longer)
-    return before
 
 
 def _embedding(branch: nn.Module) -> nn.Module:

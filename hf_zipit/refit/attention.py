@@ -228,6 +228,18 @@ def _values_alone(
     )  # fmt: skip
 
 
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """What an attention op adds to the logits; None where it adds nothing."""
+    found = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    return found if isinstance(found, fx.Node) else None
+
+
+def differs_by_head(bias: fx.Node) -> bool:
+    """Whether every head has a bias of its own."""
+    shape = shape_of(bias)
+    return len(shape) > 2 and shape[-3] != 1
+
+
 def _apart(
     node: fx.Node,
     value: Heads,
@@ -241,23 +253,36 @@ def _apart(
     """The queries and keys of an attention op; None where they are not one linear map each, cut into heads that can be
     exchanged, or something else reads them.
     """
-    found, steps = list[Heads](), set(steps)
+    bias = bias_of(node)
+    if bias is not None and differs_by_head(bias):
+        return None
+    found, steps, asked = list[Heads](), set(steps), set[fx.Node]()
     for x, count in zip(node.args[:2], (shape_of(node)[1], groups), strict=True):
         path = _path(x, sites, made)  # type: ignore[arg-type]
         if path is None or len(shape_of(path.site.node)) > SAMPLES_POSITIONS_UNITS:
             return None
-        label, units = path.site.label(spec), _units_read(x, path, program, made)  # type: ignore[arg-type]
+        label, units = path.site.label(spec), _units_read(x, path, program)  # type: ignore[arg-type]
         exchanged = label[:1] == value.label[:1] and spec.movable(label[0].space)  # type: ignore[union-attr]
-        if not exchanged or len(units) != count * shape_of(x)[-1]:  # type: ignore[arg-type]
+        width = shape_of(x)[-1]  # type: ignore[arg-type]
+        if not exchanged or width != shape_of(node)[-1] or len(units) != count * width:
             return None
         found.append(Heads(path.site, label, units))
-        steps |= path.steps & program.behind([path.site.node])  # the frequencies of a rotation are other layers', too
+        asked |= path.steps & program.behind([path.site.node])  # the frequencies of a rotation are other layers', too
+    read = {used for step in asked for used in (step, *program.made_of_weights(step))}
+    names = {name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used)) is not None}
+    if any(label[:1] == value.label[:1] for name in names for label in spec.axes.get(name, ())):
+        return None  # a norm that has a place for every head does not follow it elsewhere
+    if len({(own.site.node, unit) for own in (*found, value) for unit in own.units}) < sum(
+        own.count for own in (*found, value)
+    ):
+        return None  # one map is queries and keys
+    steps |= asked
     users = {user for step in (*steps, *(own.site.node for own in (*found, value))) for user in step.users}
     return SolvedApart(*found, frozenset(steps)) if users <= {node, *steps} else None
 
 
-def _units_read(node: fx.Node, path: _Path, program: Program, made: set[fx.Node]) -> tuple[int, ...]:
-    """Which outputs of a map a value is made of, whatever happens to them after they were moved."""
+def _units_read(node: fx.Node, path: _Path, program: Program) -> tuple[int, ...]:
+    """Which outputs of a map a value is made of, in their order, whatever happens to them after they were moved."""
     shape = shape_of(path.site.node)
     values: dict[fx.Node, Any] = {path.site.node: torch.arange(shape[-1]).expand(shape)}
     read = set[int]()

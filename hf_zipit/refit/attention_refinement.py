@@ -79,17 +79,17 @@ class HeadWeights:
         return [bias for bias in (self.value_bias, self.output_bias) if bias is not None]
 
 
-def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> None:
+def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> bool:
     """Write better queries, keys and values, and an output projection, into the merged model, if there are any.
 
-    What the layer's attention gives is up to date afterwards.
+    What the layer's attention gives is up to date afterwards. Returns whether there were any.
     """
     if forward.attention.weights is not None or (forward.attention.fused and forward.attention.apart is None):
-        return
+        return False
     windows = Windows(fit)
     steps = min(fit.config.attention_steps, PASSES * len(windows))
     if steps < EVERY:
-        return
+        return False
     forward.drop()
     layer = WhiteHeads(fit, forward, heads)
     errors = AttentionErrors(fit, forward, windows)
@@ -100,6 +100,7 @@ def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> 
         layer.put(layer.first)
     else:
         layer.write(found[0])
+    return found is not None
 
 
 class WhiteHeads(WhiteLayer[HeadWeights]):

@@ -112,10 +112,11 @@ class MergedLogits:
     found: list[LogitFactors]
     pairs: list[int] | None = None
 
-    def lost_share_with(self, lost: float, energy: float) -> float:
-        """What the layer's heads miss of the experts' logits, as a share of those; more of both is added to them."""
-        lost += sum(group.lost for group in self.found)
-        return lost / max(energy + sum(group.energy for group in self.found), 1e-30)
+    def lost_share(self, more_lost: float = 0.0, more_energy: float = 0.0) -> float:
+        """What the layer's heads miss of the experts' logits, as a share of those; `more` is lost of what is added to
+        them, and how much that is."""
+        lost, energy = (sum(getattr(group, name) for group in self.found) for name in ("lost", "energy"))
+        return (lost + more_lost) / max(energy + more_energy, 1e-30)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class AttentionSolver:
         self.moments: dict[Heads, SecondMoments] = {}
         self.forward = MergedAttention(fit, attention)
         self.blocks: list[Block] = []
-        self.chosen = False
+        self.asked_anew = False  # whether queries and keys that were solved apart are others now
 
     def solve(self) -> HeadCut | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -158,12 +159,13 @@ class AttentionSolver:
         """
         attention, fit = self.attention, self.fit
         projection = fit.matrix(attention.output)
-        self._regress(attention.inputs)
+        chosen_from = attention.apart if fit.config.split_heads else None
+        self._regress((*attention.inputs, *(() if chosen_from is None else chosen_from.maps)))
         heads, split = self._paired(), self._split()
         if attention.logits is None:
             self._solve_values(heads, self._paired_starts(heads, projection))
-            if attention.apart is not None and fit.config.split_heads:
-                self._choose(attention.apart)
+            if chosen_from is not None:
+                self._choose(chosen_from)
             return None
         metrics = self._metrics()
         logits = self._paired_logits(heads, *metrics)
@@ -182,11 +184,11 @@ class AttentionSolver:
         self._refine(heads, slice(heads.width))
         return None
 
-    def _refine(self, heads: MergedHeads, units: slice | list[int], scale: float = 1.0) -> None:
-        """Fit all of the layer to what the stream lacks, from where it is."""
+    def _refine(self, heads: MergedHeads, units: slice | list[int], scale: float = 1.0) -> bool:
+        """Fit all of the layer to what the stream lacks, from where it is; whether that changed it."""
         groups, shared_by = len(heads.values), heads.shared_by
         solved = SolvedHeads(self.blocks, units, groups, shared_by, scale)
-        refine_attention(self.fit, self.forward, solved)
+        return refine_attention(self.fit, self.forward, solved)
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
@@ -274,8 +276,7 @@ class AttentionSolver:
         return asking, asked
 
     def _rows(self, own: Heads, member: Member) -> Tensor:
-        slope, shift = (part[member.units] for part in self.regressed[own][member.expert])
-        return torch.cat([slope, shift[:, None]], 1) if self.forward.has_shift(own) else slope
+        return self._own(own, member.expert)[member.units]
 
     def _paired_logits(self, heads: MergedHeads, *metrics: Metric) -> MergedLogits:
         def factors(group: int) -> LogitFactors:
@@ -316,11 +317,12 @@ class AttentionSolver:
             return self._split_logits(split, *metrics)
         biases, scale = self.cut.biases, self._scale()  # type: ignore[union-attr]
         lost, energy = (x / scale**2 for x in ((0.0, 0.0) if biases is None else biases.disagreement(self.fit)))
-        off = paired.lost_share_with(lost, energy)
+        off = paired.lost_share(lost, energy)
         if off <= AGREED:
             return None
         found = self._split_logits(split, *metrics)
-        return found if found.lost_share_with(0.0, energy) < off else None
+        every = energy * len(self.tasks)  # those of split heads are sums over the experts, not means
+        return found if found.lost_share(more_energy=every) < off else None
 
     def _scale(self) -> float:
         """What products of queries and keys are multiplied by."""
@@ -371,7 +373,6 @@ class AttentionSolver:
         fit, attention, paired = self.fit, self.attention, self._left()
         if paired <= AGREED:
             return
-        self._regress(apart.maps)
         blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
         members = [[Member(t, self._nth(head))] for t in self.tasks for head in range(attention.groups)]
         shared = attention.heads // attention.groups
@@ -380,13 +381,12 @@ class AttentionSolver:
         chosen = choose_heads(fit, self.forward, experts, paired)
         if chosen is None:
             self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
-            self._refine(self._paired(), slice(attention.width))
+            self.asked_anew = self._refine(self._paired(), slice(attention.width))
             return
-        self.chosen = True
-        self.blocks = [experts.of(chosen, shared)]
+        self.asked_anew = True
+        self.blocks = [experts.of(chosen)]
         for own, rows in zip(apart.maps, self.blocks[0], strict=True):
             self.forward.write(own, rows)
-        fit.values.run_again([own.site.node for own in apart.maps], attention.node)
         values = [members[group] for group in chosen]
         asking = [
             [Member(member.expert, self._nth(member.units.start // attention.width * shared + n))]
@@ -413,7 +413,7 @@ class AttentionSolver:
         off, square, total, count = fit.zeros(), fit.zeros(), fit.zeros(fit.outputs(site)), fit.zeros()
         for b in range(len(fit.values.batches)):
             means = fit.values.store[self.attention.node, MERGED, b].transpose(1, 2).flatten(2)
-            rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
+            rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1] * len(self.tasks))  # as heads are chosen
             y = fit.targets.of(site, b, rows)
             left = functional.linear(at_rows(means, -1, rows), weight, bias) - y
             off += picked.to(off) @ left.to(off).square().sum(1)

@@ -22,13 +22,10 @@ from torch.nn import functional
 from hf_zipit.factorise import solve_positive
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.merged_attention import Block, MergedAttention
-from hf_zipit.refit.mlp_solver import NOTHING, centred, left_over
+from hf_zipit.refit.mlp_solver import NOTHING, WORTH, centred, left_over
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram
 from hf_zipit.refit.values import MERGED
-
-WORTH = 0.97
-"""Heads are chosen where they leave no more than this multiple of what paired heads do of what the stream lacks."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,13 @@ class ExpertHeads:
     slope: Tensor
     shift: Tensor
 
-    def of(self, chosen: Sequence[int], shared_by: int) -> Block:
+    def of(self, chosen: Sequence[int]) -> Block:
         """Queries and keys of some groups of heads, in their order."""
-        groups, width = len(self.slope) // len(self.blocks), self.slope.shape[1]
+        groups = len(self.slope) // len(self.blocks)
         queries, keys = (
             torch.cat([part.unflatten(0, (groups, -1)) for part in parts])[list(chosen)].flatten(0, 1)
             for parts in zip(*self.blocks, strict=True)
         )
-        assert len(queries) == shared_by * len(keys) and len(keys) == width * len(chosen)
         return queries, keys
 
 

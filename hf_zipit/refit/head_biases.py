@@ -2,7 +2,8 @@
 
 Relative positions have a table with one number for every head (T5, MPNet, Swin, BEiT). Where each expert's heads stay
 heads of their own, each keeps its own column, and the table becomes as wide as there are heads. Layers that share a
-table are cut together or not at all, and so are those that share a bias that the class makes of zeros.
+table are cut together or not at all, as the first of them is, and so are those that share a bias that the class makes
+of zeros.
 
 How the ops that make the biases change with the number of heads is read off a trace of a model with as many.
 """
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_zipit.maps.transform import features_to_merged
-from hf_zipit.refit.attention import Attention
+from hf_zipit.refit.attention import Attention, bias_of, differs_by_head
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.program import Arguments, Program, resized_copy
 from hf_zipit.symmetry.ops import shape_of
+from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import MergeSpec
 
 
@@ -40,8 +42,8 @@ class HeadBiases:
     ops: Mapping[fx.Node, Arguments]
     count: int
 
-    def read_before(self, program: Program) -> set[fx.Node]:
-        """The values that ops before the first layer read: they are made again if it is cut."""
+    def needed(self, program: Program) -> set[fx.Node]:
+        """The values of the ops before the first layer, and those that they read: they are made again if it is cut."""
         first = program.position[self.layers[0].node]
         return {used for op in self.ops if program.position[op] < first for used in (op, *op.all_input_nodes)}
 
@@ -76,19 +78,6 @@ def with_heads(table: Tensor, axis: int, count: int) -> Tensor:
     return torch.cat([table, table.new_zeros(more)], axis)
 
 
-def bias_of(layer: Attention) -> fx.Node | None:
-    """What is added to the logits; None where nothing is."""
-    node = layer.node
-    found = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
-    return found if isinstance(found, fx.Node) else None
-
-
-def differs_by_head(bias: fx.Node) -> bool:
-    """Whether every head has a bias of its own; not told of one with fewer axes than three."""
-    shape = shape_of(bias)
-    return len(shape) < 3 or shape[-3] != 1
-
-
 def find_biases(
     program: Program,
     widths: Mapping[Attention, int],
@@ -110,11 +99,12 @@ def find_biases(
     tables = {layer: found for layer in widths if (found := _tables(program, layer, spec)) is not None}
     if not tables:
         return {}
+    own = model_tensors(model)
     counts = {layer: layer.heads * layer.width // widths[layer] for layer in tables}
     shapes = {}
-    for layer, found in tables.items():
-        for name, axis in found.items():
-            shapes[name] = list(spec_shape(model, name))
+    for layer, axes in tables.items():
+        for name, axis in axes.items():
+            shapes[name] = list(own[name].shape)
             shapes[name][axis] = counts[layer]
     cuts = {layer.module: widths[layer] for layer in tables if layer.module is not None}
     try:
@@ -122,30 +112,25 @@ def find_biases(
         arguments = program.arguments_in(cut)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
         return {}
+    made_by = {layer: _ops(program, layer, tables[layer], arguments) for layer in tables}
     found = {}
-    for layers in _sharing(tables, program, arguments):
-        ops = {op: arguments[op] for layer in layers for op in _ops(program, layer, tables[layer], arguments)}
+    for layers in _sharing(tables, made_by, program):
+        ops = {op: arguments[op] for layer in layers for op in made_by[layer]}
         alone = {*ops, *(layer.node for layer in layers)}
         whole = len({counts[layer] for layer in layers}) == 1 and all(alone.issuperset(op.users) for op in ops)
         if whole:
-            own = {name: axis for layer in layers for name, axis in tables[layer].items()}
+            axes = {name: axis for layer in layers for name, axis in tables[layer].items()}
             in_order = {op: ops[op] for op in sorted(ops, key=program.position.__getitem__)}
-            biases = HeadBiases(tuple(layers), own, in_order, counts[layers[0]])
+            biases = HeadBiases(tuple(layers), axes, in_order, counts[layers[0]])
             found |= dict.fromkeys(layers, biases)
     return found
-
-
-def spec_shape(model: nn.Module, name: str) -> torch.Size:
-    """The shape of a tensor of a model."""
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf).shape
 
 
 def _tables(program: Program, layer: Attention, spec: MergeSpec) -> dict[str, int] | None:
     """The tensors that a layer's biases are made of, by name the axis of the heads; None where there are none that
     differ by head, or they are made of anything else that was learnt."""
-    bias = bias_of(layer)
-    if bias is None or layer.logits != "plain" or len(shape_of(bias)) < 3 or shape_of(bias)[-3] != layer.heads:
+    bias = bias_of(layer.node)
+    if bias is None or layer.logits != "plain" or not differs_by_head(bias) or shape_of(bias)[-3] != layer.heads:
         return None
     heads, found = layer.query.label[:-1], dict[str, int]()
     for node in (bias, *_before(bias)):
@@ -153,7 +138,7 @@ def _tables(program: Program, layer: Attention, spec: MergeSpec) -> dict[str, in
         if name is None or not node.meta["val"].is_floating_point():
             continue
         axes = [axis for axis, label in enumerate(spec.axes.get(name, ())) if label == heads]
-        if len(axes) != 1:
+        if len(axes) != 1 or node.meta["val"].dim() < 2:
             return None
         found[name] = axes[0]
     return found
@@ -163,7 +148,7 @@ def _ops(
     program: Program, layer: Attention, tables: Mapping[str, int], arguments: Mapping[fx.Node, Arguments]
 ) -> set[fx.Node]:
     """The ops of a layer's biases that depend on the number of heads."""
-    bias = bias_of(layer)
+    bias = bias_of(layer.node)
     assert bias is not None
     every = [node for node in (bias, *_before(bias)) if node in program.position]
     found = {node for node in every if _sizes(arguments[node]) != _sizes(program.arguments(node))}
@@ -190,12 +175,12 @@ def _before(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _sharing(
-    tables: Mapping[Attention, Mapping[str, int]], program: Program, arguments: Mapping[fx.Node, Arguments]
+    tables: Mapping[Attention, Mapping[str, int]], made_by: Mapping[Attention, set[fx.Node]], program: Program
 ) -> Iterable[list[Attention]]:
     """Layers in the order they run, together where they share an op or a table."""
     groups: list[tuple[list[Attention], set[Any]]] = []
     for layer in sorted(tables, key=lambda layer: program.position[layer.node]):
-        layers, reads = [layer], {*tables[layer], *_ops(program, layer, tables[layer], arguments)}
+        layers, reads = [layer], {*tables[layer], *made_by[layer]}
         apart = []
         for others, theirs in groups:
             if theirs.isdisjoint(reads):

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional
 
-from hf_zipit.refit.attention import Attention, Heads
+from hf_zipit.refit.attention import Attention, Heads, bias_of, differs_by_head
 from hf_zipit.refit.fit import Fit
-from hf_zipit.refit.head_biases import bias_of, differs_by_head
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
 
@@ -40,8 +39,8 @@ class MergedAttention:
         if node.kwargs.get("scale") is None:
             query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
         known = dict(zip(node.args[:3], (query, key, values), strict=True))
-        bias = bias_of(self.attention)
-        if bias is not None and len(shape_of(bias)) > 2 and differs_by_head(bias):  # empty heads have one, too
+        bias = bias_of(node)
+        if bias is not None and differs_by_head(bias):  # empty heads have one, too
             known[bias] = self.fit.values.peek(bias, b, {})[..., : query.shape[1], :, :]
         return self.fit.values.follow([node], known, MERGED, b)[node]  # type: ignore[arg-type]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from hf_zipit.modeling.head_dims import HeadCut, head_dim_name, pair_units
-from hf_zipit.refit.attention import Attention
-from hf_zipit.refit.head_biases import HeadBiases, bias_of, differs_by_head, find_biases, with_heads
+from hf_zipit.refit.attention import Attention, bias_of, differs_by_head
+from hf_zipit.refit.head_biases import HeadBiases, find_biases, with_heads
 from hf_zipit.refit.program import Arguments, Program, resized_copy
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.symmetry.ops import op_name, shape_of
@@ -106,8 +106,8 @@ def _split(program: Program, layer: Attention, dim: int, biases: HeadBiases | No
     count, ratio = layer.heads * layer.width // dim, layer.width / dim
     if layer.logits is None or (layer.logits == "rotary" and dim % 2):
         return None
-    bias = bias_of(layer)
-    if biases is None and bias is not None and differs_by_head(bias):
+    bias = bias_of(layer.node)
+    if biases is None and bias is not None and (differs_by_head(bias) or len(shape_of(bias)) < 3):
         return None
     axes: dict[fx.Node, int | None] = {layer.node: 1}
     arguments = {}

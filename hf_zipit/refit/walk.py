@@ -224,8 +224,11 @@ class Walk:
         biases = None if split is None else split.biases
         solver = AttentionSolver(self.fit, layer, split, biases and self.biases_split.get(biases))
         cut = solver.solve()
-        if solver.chosen:
+        if solver.asked_anew:
             self.chosen |= {own.site.node for own in layer.asked}
+            for own in layer.asked:  # as they were solved apart
+                self.errors.pop(own.site.module, None)
+                self.rows.pop(own.site.module, None)
         if cut is not None and layer.module is not None:
             self.head_cuts[layer.module] = cut
         if biases is not None and biases not in self.biases_split:
@@ -282,7 +285,7 @@ class Walk:
                 if node in last:
                     last[node] = max(last[node], self.program.position[layer.node])
         for biases in {split.biases for split in self.splits.values() if split.biases is not None}:
-            for node in biases.read_before(self.program) & last.keys():
+            for node in biases.needed(self.program) & last.keys():
                 last[node] = max(last[node], self.program.position[biases.layers[0].node])
         for mlp in self.mlps.values():
             for node in (mlp.input, *(site.node for site in mlp.writers)):

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModel, BertForMaskedLM
+from transformers import AutoModel, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import hf_zipit
 from tests import tiny
@@ -151,3 +151,19 @@ def test_a_vocabulary_is_made_longer_or_shorter(tmp_path: Path, name: str, depth
     merged.save_pretrained(tmp_path / "m")
     again = type(merged).from_pretrained(tmp_path / "m")
     assert torch.equal(again(input_ids=ids).logits, merged(input_ids=ids).logits)
+
+
+def test_other_tables_than_the_vocabulary_s_keep_their_length(tmp_path: Path) -> None:
+    """T5's tables of relative positions, with a column for every head of a refit, have as many rows as tokens here."""
+    small = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
+    config = T5Config(vocab_size=32, relative_attention_num_buckets=32, **small)
+    experts = {task: T5ForConditionalGeneration(config).eval() for task in "ab"}
+    for expert in experts.values():
+        for path, table in expert.named_parameters():
+            table.data = table.data if "norm" in path else torch.randn_like(table)
+    texts = {name: torch.randint(1, 32, (8, 6)) for name in ("input_ids", "decoder_input_ids")}
+    merged = hf_zipit.merge(experts, texts, method="identity", refit=True)
+    assert merged.config.trunk_shapes
+    merged.resize_token_embeddings(40)
+    merged.save_pretrained(tmp_path / "m")
+    assert type(merged).from_pretrained(tmp_path / "m").config.trunk_shapes == merged.config.trunk_shapes

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -21,7 +22,7 @@ from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
 from hf_zipit.modeling import head_dims
 from hf_zipit.modeling.head_dims import pair_units
-from hf_zipit.refit import RefitConfig, RefitReport, walk
+from hf_zipit.refit import RefitConfig, RefitReport, attention_refinement, attention_solver, walk
 from hf_zipit.refit.attention import find_attention
 from hf_zipit.refit.chosen_heads import best_groups
 from hf_zipit.refit.fit import Fit, relative_errors
@@ -406,22 +407,30 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     assert lost[True] < 3e-6 < 1e-2 < lost[False]
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-def test_heads_that_cannot_be_cut_are_chosen(name: str):
-    """Each of two experts uses half of its first layer's heads: those are taken, and nothing is lost."""
-    model = case(name).model
-    path, data = CHOSEN[name], calibration(model)
+def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedModel]:
+    """Two experts, each of which uses half of its first layer's heads: the other half than the other one does."""
     models = []
     for seed in range(2):
         tensors = dict(model_tensors(model))
         for leaf in [leaf for leaf in tensors if leaf.startswith(path) and "norm" not in leaf]:
             tensors[leaf] = 0.5 * drawn(*tensors[leaf].shape, seed=10 * seed + len(leaf)).float()
-            if leaf.endswith((*(f"{end}.weight" for end in OUTPUTS),)):
-                tensors[leaf].chunk(2, 1)[1 - seed].zero_()
+            if leaf.endswith(tuple(f"{end}.weight" for end in OUTPUTS)):
+                tensors[leaf].chunk(2, 1)[abs(first - seed)].zero_()
             if leaf.endswith("dense.bias"):
                 tensors[leaf].zero_()
         models.append(with_tensors(model, tensors))
-    lost = {}
+    return models
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("first", [0, 1])
+def test_heads_that_cannot_be_cut_are_chosen(name: str, first: int):
+    """Each of two experts uses half of its first layer's heads: those are taken, wherever they are, and nothing is
+    lost.
+    """
+    model = case(name).model
+    path, data = CHOSEN[name], calibration(model)
+    models, lost = half_used(model, path, first), {}
     for split in (True, False):
         settings = RefitConfig(
             own_task_weight=0.5, ridge=1e-9, rows_per_input=0, split_heads=split, stream_bases=False, attention_steps=0
@@ -429,10 +438,83 @@ def test_heads_that_cannot_be_cut_are_chosen(name: str):
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
         report = RefitReport.of(merged)
         assert report is not None
-        lost[split] = max(
-            max(e.values()) for n, e in report.errors.items() if n.startswith(path) and n.endswith(OUTPUTS)
-        )
+        own = [max(e.values()) for n, e in report.errors.items() if n.startswith(path) and n.endswith(OUTPUTS)]
+        lost[split] = max(own)
     assert lost[True] < 1e-5 < 1e-3 < lost[False]
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_heads_that_cannot_be_cut_stay_where_they_agree(name: str):
+    """Of copies that differ in what comes behind the layer, and of the same heads in another order."""
+    model = case(name).model
+    with patch.object(attention_solver, "choose_heads", side_effect=AssertionError):
+        merge(dict.fromkeys("ab", model), calibration(model), method="permute", refit=True)
+    half = half_used(model, CHOSEN[name], 0)[0]
+    seen: list[list[int] | None] = []
+    choose = attention_solver.choose_heads
+    with patch.object(
+        attention_solver, "choose_heads", lambda *args: seen.append(choose(*args[:3], 1e-9)) or seen[-1]
+    ):
+        merge({"a": half, "b": model}, calibration(model), method="identity", refit=True)
+    assert seen and set(map(str, seen)) == {"None"}
+
+
+@pytest.mark.parametrize("model_class", [T.CohereForCausalLM, T.Olmo2ForCausalLM])
+def test_heads_whose_norms_have_a_place_for_each_are_not_chosen(model_class: type[PreTrainedModel]):
+    """They would come under another one's scale."""
+    model = smallest_model(model_class)
+    if model_class is T.CohereForCausalLM:
+        model = model_class(type(model.config).from_dict({**model.config.to_dict(), "use_qk_norm": True})).eval()
+    spec = MergeSpec.from_model(model)
+    program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
+    layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
+    assert layers and all(layer.logits is None and layer.apart is None for layer in layers)
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_chosen_heads_are_fitted_through_their_softmax(name: str):
+    """And the merged model computes what the walk did."""
+    models = half_used(case(name).model, CHOSEN[name], 1)
+    seen: dict[str, Tensor] = {}
+    fitted_layers: list[bool] = []
+
+    def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
+        if site.module.endswith(OUTPUTS):
+            seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)[:4]
+        return relative_errors(fit, site)
+
+    def refined(*args: Any) -> bool:
+        fitted_layers.append(refine(*args))
+        return fitted_layers[-1]
+
+    refine = attention_solver.refine_attention
+    data = {key: torch.cat([x] * (700 // len(x))) for key, x in calibration(models[0]).items()}
+    settings = RefitConfig(attention_steps=16, unit_steps=0, answer_steps=0)
+    with (
+        patch.object(walk, "relative_errors", remembered),
+        patch.object(attention_solver, "refine_attention", refined),
+        patch.object(attention_refinement, "RIGHT", 0.0),
+    ):
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
+    assert any(fitted_layers)
+    kept: dict[str, Tensor] = {}
+    for path in seen:
+        merged.trunk.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: kept.__setitem__(path, args[0])
+        )
+    outputs(merged, {key: x[:4] for key, x in data.items()}, merged, task="a")
+    for path, value in seen.items():
+        torch.testing.assert_close(kept[path].reshape(value.shape), value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_biases_have_a_say_in_whether_heads_are_split(equal: bool):
+    """Of experts whose queries and keys are the same: where their tables are, too, heads are paired."""
+    model = with_biases("beit")
+    tables = {path: table for path, table in model_tensors(model).items() if "bias_table" in path}
+    other = with_tensors(model, {**model_tensors(model), **({} if equal else {p: -t for p, t in tables.items()})})
+    merged = merge({"a": model, "b": other}, calibration(model), method="identity", refit=True)
+    assert (merged.config.head_dims == {}) == equal
 
 
 def test_no_groups_of_inputs_leave_less_of_independent_targets():
