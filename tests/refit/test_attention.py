@@ -479,7 +479,7 @@ def test_heads_that_cannot_be_cut_are_written_as_they_were_fitted(name: str):
 
     def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
         if site.module.endswith(OUTPUTS):
-            seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)
+            seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)[:4]
         return relative_errors(fit, site)
 
     def some(fit: Fit, layer: attention_refinement.WhiteHeads, *args: object, **more: object) -> tuple:
@@ -497,7 +497,7 @@ def test_heads_that_cannot_be_cut_are_written_as_they_were_fitted(name: str):
         merged.trunk.get_submodule(path).register_forward_pre_hook(
             lambda _, args, path=path: kept.__setitem__(path, args[0])
         )
-    outputs(merged, {key: x[:16] for key, x in data.items()}, merged, task="a")
+    outputs(merged, {key: x[:4] for key, x in data.items()}, merged, task="a")
     for path, value in seen.items():
         torch.testing.assert_close(kept[path].reshape(value.shape), value, rtol=1e-3, atol=1e-4)
 
