@@ -306,7 +306,7 @@ CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.at
     ("name", "split"),
     [
         *product(["vit", "llama", "qwen3", "gpt-neox", "gpt2", "t5"], [True, False]),
-        *((name, True) for name in WITH_BIASES if name != "t5"),
+        ("mpnet", True),
     ],
 )
 def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
@@ -421,8 +421,7 @@ def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedM
     return models
 
 
-@pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("name", "first"), [("qwen3", 0), ("qwen3", 1), ("gpt-neox", 1)])
 def test_heads_that_cannot_be_cut_are_chosen(name: str, first: int):
     """Each of two experts uses half of its first layer's heads: those are taken, wherever they are, and nothing is
     lost.
@@ -569,7 +568,7 @@ def test_heads_that_each_have_a_mask_keep_their_number(fixed: bool, monkeypatch:
     assert (merged.config.head_dims == {}) == fixed
 
 
-@pytest.mark.parametrize("name", WITH_BIASES)
+@pytest.mark.parametrize("name", ["t5", "swin"])
 def test_layers_that_share_a_table_are_split_together(name: str, tmp_path: Path):
     """Every expert's heads keep their own column; copies, whose heads agree, keep the table as it is."""
     models = [with_biases(name, seed) for seed in (0, 1)]
