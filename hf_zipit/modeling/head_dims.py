@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import ZipItError
+from .trunk import module_under
 
 HEAD_DIMS = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """What attention modules call the width of a head,"""
@@ -59,10 +60,7 @@ def cut_heads(
     attention layer under a path, or its heads cannot be cut so.
     """
     for path, new in head_dims.items():
-        try:
-            module = root.get_submodule(path)
-        except AttributeError:
-            raise ZipItError(f"head_dims names '{path}', which is not a module of the trunk.") from None
+        module = module_under(root, path, "head_dims")
         name = head_dim_name(module)
         if name is None:
             raise ZipItError(f"head_dims names '{path}', which does not say how wide its heads are.")

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ZipItError
 from .entries import Entry, first_argument
-from .trunk import running_jointly, running_task
+from .trunk import module_under, running_jointly, running_task
 
 
 class Affine(nn.Module):
@@ -99,10 +98,7 @@ def make_rescales(
     tasks = list(tasks)
     inside = nn.ModuleList()
     for setting in settings:
-        try:
-            module = trunk.get_submodule(setting["module"])
-        except AttributeError:
-            raise ZipItError(f"rescaled names '{setting['module']}', which is not a module of the trunk.") from None
+        module = module_under(trunk, setting["module"], "rescaled")
         rescale = TrunkRescale({task: Affine(setting["axis"], setting["size"]) for task in tasks})
         if setting["where"] == "input":
             module.register_forward_pre_hook(rescale.before, with_kwargs=True)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ZipItError
 from .residue import Residue, kind_of
-from .trunk import running_task
+from .trunk import module_under, running_task
 
 SHARED = "all-tasks"
 """Under this name, which no task's module has, what all tasks share."""
@@ -81,10 +81,7 @@ def make_residues(settings: Sequence[Mapping[str, Any]], trunk: nn.Module, names
         by_module.setdefault(path, {}).setdefault(task, {})[leaf] = kind(setting["shape"], setting["size"])
     found = nn.ModuleList()
     for path, residues in by_module.items():
-        try:
-            module = trunk.get_submodule(path)
-        except AttributeError:
-            raise ZipItError(f"residues names '{path}', which is not a module of the trunk.") from None
+        module = module_under(trunk, path, "residues")
         own = ModuleResidues(residues)
         module.register_forward_pre_hook(own.enter)
         module.register_forward_hook(own.leave, always_call=True)

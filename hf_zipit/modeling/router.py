@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ZipItError
-from .trunk import feature_inputs, for_features
+from .trunk import feature_inputs, for_features, module_under
 
 
 class FoundFeatures(Exception):  # noqa: N818 - it is no error: the rest of the forward pass is of no use
@@ -52,10 +52,7 @@ def make_router(setting: Mapping[str, Any], trunk: nn.Module, tasks: int) -> Rou
 
     Raises ZipItError where there is no such module.
     """
-    try:
-        trunk.get_submodule(setting["module"]).register_forward_hook(end_with_features)
-    except AttributeError:
-        raise ZipItError(f"router names '{setting['module']}', which is not a module of the trunk.") from None
+    module_under(trunk, setting["module"], "router").register_forward_hook(end_with_features)
     return Router(tasks, setting["size"])
 
 

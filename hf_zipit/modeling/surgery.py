@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ZipItError
 from .entries import Entry
 from .rescale import TrunkRescale
-from .trunk import running_jointly
+from .trunk import module_under, running_jointly
 
 
 class Surgery(nn.Module):
@@ -73,10 +72,7 @@ def make_surgery(
     tasks, rank, sites = list(tasks), settings["rank"], settings["sites"]
     inside = nn.ModuleList()
     for site in sites:
-        try:
-            module = trunk.get_submodule(site["module"])
-        except AttributeError:
-            raise ZipItError(f"surgery names '{site['module']}', which is not a module of the trunk.") from None
+        module = module_under(trunk, site["module"], "surgery")
         by_task = TrunkRescale({task: Surgery(site["axis"], site["size"], rank) for task in tasks})
         module.register_forward_pre_hook(by_task.before, with_kwargs=True)
         inside.append(by_task)

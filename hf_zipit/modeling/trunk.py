@@ -181,6 +181,14 @@ def for_features(inputs: Mapping[str, Any]) -> Iterator[None]:
         now.inputs = before
 
 
+def module_under(trunk: nn.Module, path: str, setting: str) -> nn.Module:
+    """The module under a path; raises ZipItError, which names the setting that has it, where there is none."""
+    try:
+        return trunk.get_submodule(path)
+    except AttributeError:
+        raise ZipItError(f"{setting} names '{path}', which is not a module of the trunk.") from None
+
+
 def check_shared(model: nn.Module, shared: Sequence[str]) -> None:
     """Every shared path must be a module of the source model, and none may lie inside another."""
     known = {name for name, _ in model.named_modules(remove_duplicate=False)}

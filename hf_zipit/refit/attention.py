@@ -272,9 +272,8 @@ def _apart(
     names = {name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used)) is not None}
     if any(label[:1] == value.label[:1] for name in names for label in spec.axes.get(name, ())):
         return None  # a norm that has a place for every head does not follow it elsewhere
-    if len({(own.site.node, unit) for own in (*found, value) for unit in own.units}) < sum(
-        own.count for own in (*found, value)
-    ):
+    rows = [(own.site.node, unit) for own in (*found, value) for unit in own.units]
+    if len(set(rows)) < len(rows):
         return None  # one map is queries and keys
     steps |= asked
     users = {user for step in (*steps, *(own.site.node for own in (*found, value))) for user in step.users}

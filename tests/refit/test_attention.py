@@ -298,6 +298,30 @@ def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: 
 OUTPUTS = ("o_proj", "attn.c_proj", "Attention.o", "attn.o", "attention.dense")
 """What output projections are called."""
 
+
+def remembering(seen: dict[str, Tensor]) -> Callable[[Fit, RefitSite], dict[str, float]]:
+    """`relative_errors` that keeps what output projections read of the first four samples while the walk is there."""
+
+    def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
+        if site.module.endswith(OUTPUTS):
+            seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)[:4]
+        return relative_errors(fit, site)
+
+    return remembered
+
+
+def assert_computes(merged: PreTrainedModel, data: dict[str, Tensor], seen: dict[str, Tensor]) -> None:
+    """Output projections of the merged model read what they did in the walk."""
+    found: dict[str, Tensor] = {}
+    for path in seen:
+        merged.trunk.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, path=path: found.__setitem__(path, args[0])
+        )
+    outputs(merged, {key: x[:4] for key, x in data.items()}, merged, task="a")
+    for path, value in seen.items():
+        torch.testing.assert_close(found[path].reshape(value.shape), value, rtol=1e-3, atol=1e-4)
+
+
 CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.attention"}
 """Classes whose heads cannot be cut, for something stands between the maps and the logits; their first attention."""
 
@@ -312,28 +336,15 @@ CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.at
 def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
     """With more and narrower heads, too, with some of their rotary pairs, or with biases of their own."""
     seen: dict[str, Tensor] = {}
-
-    def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
-        if site.module.endswith(OUTPUTS):
-            seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)
-        return relative_errors(fit, site)
-
     models = tuple(map(partial(with_biases, name), (0, 1))) if name in WITH_BIASES else tiny.pair(name)
     data = calibration(models[0])
     settings = RefitConfig(split_heads=split, micro_batch=4)
-    with patch.object(walk, "relative_errors", remembered):
+    with patch.object(walk, "relative_errors", remembering(seen)):
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
     layers = 6 if name == "t5" else 2
     assert len(seen) == layers
     assert len(merged.config.head_dims) == (layers if split and name not in CHOSEN else 0)
-    found: dict[str, Tensor] = {}
-    for path in seen:
-        merged.trunk.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: found.__setitem__(path, args[0])
-        )
-    outputs(merged, {key: x[:4] for key, x in data.items()}, merged, task="a")
-    for path, value in seen.items():
-        torch.testing.assert_close(found[path].reshape(value.shape), value, rtol=1e-3, atol=1e-4)
+    assert_computes(merged, data, seen)
 
 
 @pytest.mark.parametrize("split", [True, False])
@@ -476,11 +487,6 @@ def test_heads_that_cannot_be_cut_are_written_as_they_were_fitted(name: str):
     seen: dict[str, Tensor] = {}
     steps = []
 
-    def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
-        if site.module.endswith(OUTPUTS):
-            seen[site.module] = fit.values.of(site.node.args[0], MERGED, 0)[:4]
-        return relative_errors(fit, site)
-
     def some(fit: Fit, layer: attention_refinement.WhiteHeads, *args: object, **more: object) -> tuple:
         found = layer.weights()
         steps.append(replace(found, blocks=[(1.5 * query, key) for query, key in found.blocks]))
@@ -488,17 +494,13 @@ def test_heads_that_cannot_be_cut_are_written_as_they_were_fitted(name: str):
 
     data = {key: torch.cat([x] * (700 // len(x)))[:700] for key, x in calibration(models[0]).items()}
     settings = RefitConfig(attention_steps=16, unit_steps=0, answer_steps=0, micro_batch=16)
-    with patch.object(walk, "relative_errors", remembered), patch.object(attention_refinement, "take_steps", some):
+    with (
+        patch.object(walk, "relative_errors", remembering(seen)),
+        patch.object(attention_refinement, "take_steps", some),
+    ):
         merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
     assert len(steps) == 2
-    kept: dict[str, Tensor] = {}
-    for path in seen:
-        merged.trunk.get_submodule(path).register_forward_pre_hook(
-            lambda _, args, path=path: kept.__setitem__(path, args[0])
-        )
-    outputs(merged, {key: x[:4] for key, x in data.items()}, merged, task="a")
-    for path, value in seen.items():
-        torch.testing.assert_close(kept[path].reshape(value.shape), value, rtol=1e-3, atol=1e-4)
+    assert_computes(merged, data, seen)
 
 
 @pytest.mark.parametrize("equal", [True, False])

@@ -44,6 +44,8 @@ VOCABULARY = 1000
 class TextCausal(Recipe):
     """What the pairs share."""
 
+    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
+
     def train_tokenizer(self) -> PreTrainedTokenizerBase:
         texts = [texts[i] for texts, parts in map(_texts, TASKS) for i in parts["train"].tolist()]
         return train_bpe(texts, VOCABULARY, LENGTH)
@@ -69,7 +71,6 @@ class TextLlama(TextCausal):
     name = "text-llama"
     about = "Llama (RoPE, grouped queries, SwiGLU), next tokens of a dictionary and of source code"
     model_class = LlamaForCausalLM
-    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
     seeds = {"a": 81, "b": 82}
 
     def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
@@ -92,7 +93,6 @@ class TextGPT2(TextCausal):
     name = "text-gpt2"
     about = "GPT-2 (learned positions, fused queries, keys and values), the same texts"
     model_class = GPT2LMHeadModel
-    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
     seeds = {"a": 91, "b": 92}
 
     def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
@@ -116,7 +116,6 @@ class TextQwen3(TextCausal):
     name = "text-qwen3"
     about = "Qwen3 (RoPE, grouped queries, norms of queries and keys, SwiGLU), the same texts"
     model_class = Qwen3ForCausalLM
-    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
     seeds = {"a": 151, "b": 152}
 
     def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
@@ -140,7 +139,6 @@ class TextNeoX(TextCausal):
     name = "text-neox"
     about = "GPT-NeoX (RoPE of a quarter of each head, one map to all, parallel branches), the same texts"
     model_class = GPTNeoXForCausalLM
-    schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
     seeds = {"a": 161, "b": 162}
 
     def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> GPTNeoXForCausalLM:
