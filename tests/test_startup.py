@@ -18,6 +18,17 @@ SELDOM = {"datasets", "evaluate", "matplotlib", "optuna", "peft", "sklearn"}
 HEAVY = {*SELDOM, "torch", "transformers"}
 
 
+TELL = "import sys\nprint('\\n' + ' '.join(sys.modules))"
+
+KNOWN = """
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+config = AutoConfig.for_model("zipit")
+print(type(config).__name__, type(config) in AutoModel._model_mapping, end=" ")
+print(AutoModelForImageClassification._model_mapping[type(config)].__name__)
+"""
+FOUND = "ZipItConfig True ZipItForImageClassification\n"
+
+
 def ask(code: str) -> str:
     """What a fresh process prints."""
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
@@ -27,7 +38,7 @@ def ask(code: str) -> str:
 
 def imported(code: str) -> set[str]:
     """Packages that a fresh process has imported after `code`."""
-    return set(ask(f"{code}\nimport sys\nprint('\\n' + ' '.join(sys.modules))").splitlines()[-1].split())
+    return set(ask(f"{code}\n{TELL}").splitlines()[-1].split())
 
 
 def command(*arguments: str) -> str:
@@ -39,11 +50,6 @@ def command(*arguments: str) -> str:
 @pytest.mark.parametrize("code", ["import hf_zipit", command("--help"), command("merge", "--help")])
 def test_the_face_and_the_help_import_nothing_heavy(code):
     assert imported(code) & HEAVY == set()
-
-
-def test_what_few_need_is_not_imported_by_merging_and_measuring():
-    code = "import hf_zipit; hf_zipit.merge, hf_zipit.evaluate, hf_zipit.search; import hf_zipit.report.plots"
-    assert imported(code) & (SELDOM - {"sklearn"}) == set()  # transformers' own modules import scikit-learn
 
 
 @pytest.mark.parametrize("name", sorted(hf_zipit.HOMES))
@@ -67,18 +73,18 @@ def test_no_name_of_the_face_is_a_package():
     [
         "import hf_zipit; from transformers import AutoConfig",
         "from transformers import AutoModel; import hf_zipit",
-        "from hf_zipit.modeling import ZipItModel",
     ],
 )
 def test_auto_classes_know_merged_models_in_any_order_of_imports(imports):
-    code = f"""
-{imports}
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
-config = AutoConfig.for_model("zipit")
-print(type(config).__name__, type(config) in AutoModel._model_mapping, end=" ")
-print(AutoModelForImageClassification._model_mapping[type(config)].__name__)
-"""
-    assert ask(code) == "ZipItConfig True ZipItForImageClassification\n"
+    assert ask(imports + KNOWN) == FOUND
+
+
+def test_what_few_need_is_not_imported_by_models_nor_by_merging_and_measuring():
+    face = "import hf_zipit; hf_zipit.merge, hf_zipit.evaluate, hf_zipit.search; import hf_zipit.report.plots"
+    told = ask(f"from hf_zipit.modeling import ZipItModel{KNOWN}{face}\n{TELL}")
+    assert told.startswith(FOUND)
+    # transformers' own modules import scikit-learn
+    assert set(told.splitlines()[-1].split()) & (SELDOM - {"sklearn"}) == set()
 
 
 MISSING = ("datasets", "evaluate", "matplotlib", "sklearn", "PIL")
