@@ -260,8 +260,10 @@ def test_depth_zero_is_the_experts(name: str):
         assert_same(outputs(result, inputs, models[0]), {"logits": side_by_side}, 1e-6)
 
 
-@each_method_on_two_kinds
-@pytest.mark.parametrize(("count", "depth"), [(2, 1.0), (3, 0.5)])
+@pytest.mark.parametrize(
+    ("method", "name", "count", "depth"),
+    [(*pair, *((2, 1.0), (3, 0.5))[i % 2]) for i, pair in enumerate(TWO_KINDS)],
+)
 def test_order_of_experts(name: str, method: str, count: int, depth: float):
     models = experts(name, count)
     inputs = calibration(models[0])
@@ -331,7 +333,7 @@ def test_saved_and_loaded(name: str, tmp_path: Path):
     assert_bit_identical(outputs(loaded, inputs, models[0]), outputs(result, inputs, models[0]))
 
 
-@each_method_on_two_kinds
+@pytest.mark.parametrize(("method", "name"), TWO_KINDS[::2])
 def test_made_twice(name: str, method: str):
     models = experts(name)
     inputs = calibration(models[0])
