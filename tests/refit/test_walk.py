@@ -48,7 +48,6 @@ STEADY = {"ridge": 1e-2}
 ROUNDING = 5e-4
 """What that rounding may come to in a weight, relative to the largest."""
 
-each_class = pytest.mark.parametrize("name", tiny.REQUIRED)
 each_kind = pytest.mark.parametrize("name", KINDS)
 
 
@@ -67,8 +66,10 @@ def refitted(models: tuple[PreTrainedModel, ...], data: object, *, method: str =
 # Experts that compute the same are a fixed point.
 
 
-@each_class
-@pytest.mark.parametrize(("depth", "moved"), [(0.5, False), (1.0, True)], ids=["itself", "reordered copy"])
+@pytest.mark.parametrize(
+    ("name", "depth", "moved"),
+    [*((name, 1.0, True) for name in tiny.REQUIRED), *((name, 0.5, False) for name in KINDS)],
+)
 def test_model_with_itself_and_with_a_reordered_copy(name: str, depth: float, moved: bool):
     it = case(name)
     models = (it.model, it.moved if moved else it.model)
