@@ -48,7 +48,7 @@ notebooks: $(NIGHTLY) ## run the notebooks of the docs and keep what they put ou
 	$(BIN)/python -m benchmarks.notebooks
 
 fuzz: $(INSTALLED) ## kill at every file event, fill disks, 2,000 odd inputs of each kind, 1,000 architectures (an hour)
-	HF_ZIPIT_FUZZ=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/faults tests/test_steady.py
+	HF_ZIPIT_FUZZ=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/faults tests/test_steady.py tests/test_device.py
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .

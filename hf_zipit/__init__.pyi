@@ -38,6 +38,7 @@ from hf_zipit.observation import LayerStatistics as LayerStatistics
 from hf_zipit.observation import Moments as Moments
 from hf_zipit.observation import gather_statistics as gather_statistics
 from hf_zipit.observation import observe as observe
+from hf_zipit.polish.kind import register as register_training
 from hf_zipit.recipe.loading import load_recipe as load_recipe
 from hf_zipit.refit import RefitConfig as RefitConfig
 from hf_zipit.report.costs import expected_costs as expected_costs

@@ -1,4 +1,4 @@
-"""Other packages add methods, rules, corrections and adapters by entry points; a broken one breaks nothing else."""
+"""Other packages add whatever can be chosen by entry points; a broken one breaks nothing else."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from hf_zipit import ZipItForImageClassification
 
 ROOT = Path(__file__).parents[1]
 
-GROUPS = ("methods", "rules", "corrections", "adapters")
+GROUPS = ("methods", "rules", "lora_rules", "corrections", "adapters", "trainings", "residues")
 
 EXTRAS = """
 import torch
-from hf_zipit import register_adapter, register_correction, register_method, register_rule
+from hf_zipit import (
+    register_adapter, register_correction, register_lora_rule, register_method, register_residue, register_rule,
+    register_training,
+)
 from hf_zipit.adapters.auto import Adapter
 from hf_zipit.maps.space_map import SpaceMap
+from hf_zipit.modeling.residue import Residue
+from hf_zipit.polish.distance import Distance
+from hf_zipit.polish.kind import Learnt
 
 used = set()
 
@@ -49,6 +55,36 @@ def louder(merged, planned, maps, calibration, moments, *, amount=1.0):
                 tensor += amount
 
 
+@register_lora_rule("widest")
+def widest(updates, given, *, least=1):
+    return {layer: max(own, key=lambda update: update.rank) for layer, own in updates.items()}
+
+
+@register_training("shifts", about="its shifts", loss="distance from the experts")
+def shifts(done, *, weighed=1.0):
+    used.add("training")
+    parameters = {name: p for name, p in done.merged.trunk.named_parameters() if name.endswith("bias")}
+    return Learnt(parameters, Distance(done.merged, done.planned, done.positions, weighed))
+
+
+@register_residue("means")
+class Means(Residue):
+    def __init__(self, shape, size=1):
+        super().__init__(shape, size)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def tensor(self, shared=None):
+        return self.mean.expand(self.shape)
+
+    @classmethod
+    def pack(cls, tensors, *, scale=1.0):
+        used.add("residue")
+        found = [cls(tensor.merged.shape) for tensor in tensors]
+        for residue, tensor in zip(found, tensors):
+            residue.mean.fill_(scale * tensor.residue.mean())
+        return None, found
+
+
 @register_adapter
 class Dinov2Adapter(Adapter):
     model_types = ("dinov2",)
@@ -62,7 +98,7 @@ MERGE = """
 import json, sys
 import torch
 from hf_zipit import merge
-from hf_zipit.registry import ADAPTERS, CORRECTIONS, METHODS, RULES
+from hf_zipit.registry import ADAPTERS, CORRECTIONS, LORA_RULES, METHODS, RESIDUES, RULES, TRAININGS
 from tests import tiny
 
 models = dict(zip("ab", tiny.pair("dinov2"), strict=True))
@@ -72,14 +108,26 @@ merged = merge(
     combine_options={"scale": 1.0}, corrections=[{"louder": {"amount": 2.0}}],
 )
 merged.save_pretrained(sys.argv[1])
+learnt = merge(
+    models, torch.randn(8, 3, 16, 16), method="identity", residues={"kind": "means", "options": {"scale": 0.5}},
+    polish={"kind": "shifts", "options": {"weighed": 0.0}, "steps": 1, "evaluate_every": 1},
+)
+about = [learnt.config.method["polished"]["kind"], sorted({setting["kind"] for setting in learnt.config.residues})]
 from extras import used
 own = models["a"].state_dict()
 changed = {n: float((t - own[n]).mean()) for n, t in merged.trunk.state_dict().items() if not torch.equal(t, own[n])}
-names = [[*METHODS], [*RULES], [*CORRECTIONS], [*ADAPTERS]]
-print(json.dumps({"used": sorted(used), "changed": changed, "names": names}))
+registries = (METHODS, RULES, LORA_RULES, CORRECTIONS, ADAPTERS, TRAININGS, RESIDUES)
+names = [[*registry] for registry in registries]
+print(json.dumps({"used": sorted(used), "changed": changed, "names": names, "about": about}))
 """
 
-LOOK = "from hf_zipit.registry import METHODS; print(*METHODS)"
+
+BROKEN: dict[str, tuple[str | None, str]] = {
+    "raising": ("raise RuntimeError('out of luck')", "out of luck"),
+    "lacking": ("import no_such_package", "No module named 'no_such_package'"),
+    "vanished": (None, "No module named 'vanished'"),
+}
+"""Packages whose import fails, and why."""
 
 
 def install(folder: Path, name: str, source: str | None, groups: tuple[str, ...] = ("methods",)) -> None:
@@ -100,38 +148,26 @@ def fresh(folder: Path, code: str, *arguments: object) -> subprocess.CompletedPr
 
 
 def test_a_package_adds_one_of_every_kind(tmp_path: Path):
+    """A broken one is a warning that names it, and breaks nothing else."""
     install(tmp_path, "extras", EXTRAS, GROUPS)
+    for name, (source, _) in BROKEN.items():
+        install(tmp_path, name, source)
     done = fresh(tmp_path, MERGE, tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["used"] == ["adapter", "correction", "method", "rule"]
+    assert found["used"] == ["adapter", "correction", "method", "residue", "rule", "training"]
     assert found["changed"] == {"dinov2.embeddings.cls_token": pytest.approx(2.0)}
-    for name, names in zip(("mirror", "first", "louder", "dinov2"), found["names"], strict=True):
+    assert found["about"] == ["shifts", ["dense", "means"]]
+    own = ("mirror", "first", "widest", "louder", "dinov2", "shifts", "means")
+    for name, names in zip(own, found["names"], strict=True):
         assert name in names and len(names) > 1
+    for name, (_, reason) in BROKEN.items():
+        assert f"The method of the plugin {name} was not loaded: {reason}\n" in done.stderr
     # What was merged with plugins is used without them.
     model = ZipItForImageClassification.from_pretrained(tmp_path / "merged")
     assert (model.config.method["method"], model.config.method["combine"]) == ("mirror", "first")
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 16, 16)).logits.isfinite().all()
-
-
-BROKEN: dict[str, tuple[str | None, str]] = {
-    "raising": ("raise RuntimeError('out of luck')", "out of luck"),
-    "lacking": ("import no_such_package", "No module named 'no_such_package'"),
-    "vanished": (None, "No module named 'vanished'"),
-}
-"""Packages whose import fails, and why."""
-
-
-def test_a_broken_plugin_is_a_warning_that_names_it(tmp_path: Path):
-    install(tmp_path, "extras", EXTRAS, GROUPS)
-    for name, (source, _) in BROKEN.items():
-        install(tmp_path, name, source)
-    done = fresh(tmp_path, LOOK)
-    assert done.returncode == 0, done.stderr
-    assert {"identity", "mirror", "zip"} <= set(done.stdout.split())
-    for name, (_, reason) in BROKEN.items():
-        assert f"The method of the plugin {name} was not loaded: {reason}\n" in done.stderr
 
 
 def test_a_name_that_is_taken_is_an_error(tmp_path: Path):

@@ -116,6 +116,16 @@ EXTRA: dict[str, Builder] = {
 EVERYTHING: dict[str, Builder] = {**REQUIRED, **EXTRA}
 
 
+SAME_TRUNKS = (
+    "vit-eager", "vit-features", "vit-features-eager", "clip-vision", "clip-text", "clip-image", "bert", "bert-token",
+    "roberta-sequence", "distilbert-sequence", "deit",
+)  # fmt: skip
+"""What another class of the tables is but for its head, or for the op that attention is written in."""
+
+TRUNKS = tuple(name for name in EVERYTHING if name not in SAME_TRUNKS)
+"""One class for every kind of trunk."""
+
+
 def build(name: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A model of either table in eval mode; `settings` are added to its configuration (`num_labels=3`)."""
     with torch.random.fork_rng(devices=[]):

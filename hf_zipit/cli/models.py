@@ -39,6 +39,7 @@ from hf_zipit.registry import suggestion
 @app.command(
     "hf-zipit merge clothes=me/vit-clothes shoes=me/vit-shoes -c me/pictures -o out/merged --refit",
     "hf-zipit merge low=out/quickstart/experts/low high=out/quickstart/experts/high -c sklearn-digits -o out/digits",
+    "hf-zipit merge clothes=me/vit-clothes shoes=me/vit-shoes --base me/vit -m identity --combine ties -o out/ties",
 )
 def merge(
     experts: Annotated[
@@ -68,9 +69,22 @@ def merge(
             show_default=False,
         ),
     ] = None,
+    combine: Annotated[
+        str,
+        typer.Option("--combine", help="How matched weights become one: average, ties, task-arithmetic, ..."),
+    ] = "average",
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that all experts started from, for rules that read it.", show_default=False),
+    ] = None,
     polish: Annotated[
-        bool, typer.Option("--polish", help="Train the merged model on what the experts compute, at the end.")
-    ] = False,
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="Train at the end: weights, all on what the experts compute, or less: adamerging, surgery, ...",
+            show_default=False,
+        ),
+    ] = None,
     residues: Annotated[
         str | None,
         typer.Option(
@@ -112,13 +126,14 @@ def merge(
         if calibration:
             data = CalibrationData(calibration, split, columns=columns, streaming=streaming, samples=samples)
         settings = {
-            **({"polish": True} if polish else {}),
+            **({"combine": combine} if combine != "average" else {}),
+            **({"polish": polish} if polish else {}),
             **({"residues": number_or_name(residues)} if residues else {}),
             **({"vocabulary": "union"} if vocabulary == "union" else {}),
         }
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
-            name=out.absolute().name, experts=entries, calibration=data, method=(method,),
+            name=out.absolute().name, experts=entries, base=base, calibration=data, method=(method,),
             depth=(number_or_name(depth),), output=out, seed=seed, refit=False if refit is False else None,
             settings=settings,
         )  # fmt: skip

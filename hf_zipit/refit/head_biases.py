@@ -10,7 +10,7 @@ How the ops that make the biases change with the number of heads is read off a t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,8 @@ def find_biases(
     fields: Sequence[str] | None,
     spec: MergeSpec,
 ) -> dict[Attention, HeadBiases]:
-    """The biases of layers whose heads each have one; none where these cannot become more.
+    """The biases of layers whose heads each have one; none of those that share a table with one where these cannot
+    become more.
 
     Args:
         program: the forward pass.
@@ -111,7 +112,11 @@ def find_biases(
         cut = Program(resized_copy(model, shapes, cuts), inputs, fields)  # type: ignore[arg-type]
         arguments = program.arguments_in(cut)
     except Exception:  # a model's own code may raise anything where a shape is not what it expects
-        return {}
+        groups = _sharing(tables, {layer: set(_made_of(program, layer)) for layer in tables}, program)
+        if len(groups) == 1:
+            return {}
+        apart = [find_biases(program, {n: widths[n] for n in group}, model, inputs, fields, spec) for group in groups]
+        return {layer: biases for found in apart for layer, biases in found.items()}  # what fails does so alone
     made_by = {layer: _ops(program, layer, tables[layer], arguments) for layer in tables}
     found = {}
     for layers in _sharing(tables, made_by, program):
@@ -148,14 +153,19 @@ def _ops(
     program: Program, layer: Attention, tables: Mapping[str, int], arguments: Mapping[fx.Node, Arguments]
 ) -> set[fx.Node]:
     """The ops of a layer's biases that depend on the number of heads."""
-    bias = bias_of(layer.node)
-    assert bias is not None
-    every = [node for node in (bias, *_before(bias)) if node in program.position]
+    every = _made_of(program, layer)
     found = {node for node in every if _sizes(arguments[node]) != _sizes(program.arguments(node))}
     for node in sorted(every, key=program.position.__getitem__):
         if any(used in found or program.tensor_of(used) in tables for used in node.all_input_nodes):
             found.add(node)
     return found
+
+
+def _made_of(program: Program, layer: Attention) -> list[fx.Node]:
+    """The ops that a layer's biases depend on, the last one first."""
+    bias = bias_of(layer.node)
+    assert bias is not None
+    return [node for node in (bias, *_before(bias)) if node in program.position]
 
 
 def _sizes(arguments: Arguments) -> Any:
@@ -176,7 +186,7 @@ def _before(node: fx.Node) -> Iterator[fx.Node]:
 
 def _sharing(
     tables: Mapping[Attention, Mapping[str, int]], made_by: Mapping[Attention, set[fx.Node]], program: Program
-) -> Iterable[list[Attention]]:
+) -> list[list[Attention]]:
     """Layers in the order they run, together where they share an op or a table."""
     groups: list[tuple[list[Attention], set[Any]]] = []
     for layer in sorted(tables, key=lambda layer: program.position[layer.node]):

@@ -97,8 +97,16 @@ def find_splits(
             splits = {layer: split for layer, split in splits.items() if split.biases is not together}
     if splits and is_proven(splits, model, inputs, fields):
         return splits
-    splits = {layer: split for layer, split in splits.items() if split.biases is None}
-    return splits if biases and splits and is_proven(splits, model, inputs, fields) else {}
+    # Layers that share biases are split together, those without any as well: what fails does so alone.
+    groups = [
+        {layer: split for layer, split in splits.items() if split.biases is shared}
+        for shared in dict.fromkeys(split.biases for split in splits.values())
+    ]
+    if len(groups) < 2:
+        return {}
+    proven = [group for group in groups if is_proven(group, model, inputs, fields)]
+    splits = {layer: split for layer, split in splits.items() if any(layer in group for group in proven)}
+    return splits if len(proven) == 1 or (proven and is_proven(splits, model, inputs, fields)) else {}
 
 
 def _split(program: Program, layer: Attention, dim: int, biases: HeadBiases | None) -> SplitHeads | None:

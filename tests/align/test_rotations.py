@@ -175,7 +175,7 @@ def test_nothing_is_folded_unless_a_method_asks(method):
 
 
 @pytest.mark.parametrize("method", TURNING)
-@pytest.mark.parametrize("name", ["vit", "gpt2", "bert-sequence", "llama"])
+@pytest.mark.parametrize("name", ["vit", "llama"])
 @pytest.mark.parametrize(
     "settings",
     [

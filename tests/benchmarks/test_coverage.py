@@ -12,7 +12,6 @@ from benchmarks.coverage import SAME, SOLVED, Row, classes, measure, page, read
 FREE = [
     "Qwen3MoeForCausalLM",
     "T5ForConditionalGeneration",
-    "MobileViTForImageClassification",
     "PvtForImageClassification",  # its configuration names no classes
     "Qwen2_5_VisionTransformerPretrainedModel",  # of images that are cut by grids
     "ReformerForSequenceClassification",  # runs its layers forwards and backwards at once

@@ -78,6 +78,9 @@ def little_data() -> Iterator[None]:
         for pair in (scenes, seq2seq_t5, speech):
             patch.setattr(pair, "SAMPLES", SMALL)
         patch.setattr(text_causal, "ENTRIES", 500)
+        patch.setattr(glosses_mlm, "TEXTS", 6000)
+        for split in ("VALIDATION", "TEST"):
+            patch.setattr(glosses_mlm, split, 400)
         yield
 
 
@@ -408,7 +411,7 @@ def test_a_little_training_lowers_the_loss(name: str) -> None:
     torch.manual_seed(0)
     task = next(iter(splits))
     model = recipe.untrained(task, tokenizer).eval()  # without dropout, so that the loss is the batch's own
-    batch = trim(_first(splits[task]["train"], 8))
+    batch = trim(_first(splits[task]["train"], 4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     losses = []
     for _ in range(20):
@@ -529,5 +532,5 @@ def test_calibration_has_no_labels_and_no_sample_twice() -> None:
 @pytest.mark.parametrize("name, task, expected", [("fashion-vit", "b", 0.934), ("fashion-resnet", "a", 0.922)])
 def test_shared_experts_score_as_documented(name: str, task: str, expected: float) -> None:
     pair = load(name, SHARED, train=False)
-    data = _first(pair.splits[task]["test"], 1000)
+    data = _first(pair.splits[task]["test"], 500)
     assert pair.metric.hits(pair.experts[task], data, {}) == pytest.approx(expected, abs=0.03)

@@ -15,6 +15,7 @@ from hf_zipit.errors import ExpertError
 from hf_zipit.recipe.loading import load_recipe
 from hf_zipit.running.run import run_recipe
 from tests import tiny
+from tests.test_device import FEW
 
 FAMILIES = ("vit", "bert-sequence", "bert-masked", "roberta-sequence", "distilbert-masked", "resnet-basic", "clip")
 
@@ -48,13 +49,14 @@ def assert_same(model: PreTrainedModel, merged: PreTrainedModel, task: str, data
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["zip", "permute", "zip+refit"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "method"), [*((name, "zip+refit") for name in FAMILIES), ("vit", "zip"), ("resnet-basic", "permute")]
+)
 def test_a_task_of_a_merged_model_is_a_plain_model(name: str, method: str, tmp_path: Path):
     data = calibration(name)
     first, second = tiny.pair(name)
     kind, _, refit = method.partition("+")
-    merged = merge({"a": first, "b": second}, data, method=kind, refit=bool(refit))
+    merged = merge({"a": first, "b": second}, data, method=kind, refit=FEW if refit else False)
     for task, source in (("a", first), ("b", second)):
         model = merged.expert(task)
         assert type(model) is type(source)

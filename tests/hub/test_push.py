@@ -29,10 +29,8 @@ LOADS = "from hf_zipit.running.saved import load_merged; load_merged(repo); resu
 
 LOAD = """
 import sys, torch, transformers
-repo, trust = sys.argv[1], sys.argv[2] == "trust"
-if not trust:
-    import hf_zipit
-model = transformers.AutoModelForImageClassification.from_pretrained(repo, trust_remote_code=trust or None)
+repo = sys.argv[1]
+model = transformers.AutoModelForImageClassification.from_pretrained(repo, trust_remote_code=True)
 x = torch.load("x.pt", weights_only=True)
 with torch.no_grad():
     torch.save([model(pixel_values=x, task=task).logits for task in (None, *model.config.tasks)], "y.pt")
@@ -46,18 +44,15 @@ def push(client: Client, folder: Path, repo: str = "me/both", **settings: Any) -
     return client(PUSH, folder=folder, repo=repo, settings=settings)
 
 
-@pytest.mark.parametrize("trust", ["import", "trust"])
 @torch.no_grad()
-def test_a_fresh_process_loads_what_another_pushed(
-    hub: Hub, client: Client, merged_folder: Path, tmp_path: Path, trust: str
-):
+def test_a_fresh_process_loads_what_another_pushed(hub: Hub, client: Client, merged_folder: Path, tmp_path: Path):
     pushed = push(client, merged_folder, private=True)["result"]
     repo = hub.repos["me/both"]
     assert repo.private and repo.branches["main"] == pushed["commit"]
     assert len(repo.commits) == 2  # the empty one and ours
     x = images(3, seed=1)
     torch.save(x, tmp_path / "x.pt")
-    done = fresh(hub, tmp_path, LOAD, "me/both", trust)
+    done = fresh(hub, tmp_path, LOAD, "me/both")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == [pushed["commit"], "ZipItForImageClassification", "8"]
     model = load_merged(str(merged_folder))

@@ -181,7 +181,7 @@ def test_streams_get_a_basis_where_rotations_are_allowed(name: str):
 
     bases = stage.stream_bases
     with patch.object(stage, "stream_bases", noting):
-        error(models, data)
+        error(models, data, attention_steps=0, unit_steps=0, answer_steps=0, written_samples=0)
     assert found
     for space_map in found.values():
         gram = sum(m @ m.mT for m in space_map.matrices) / len(space_map.matrices) ** 2

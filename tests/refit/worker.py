@@ -34,7 +34,8 @@ def data(name: str) -> dict[str, dict[str, Tensor]]:
 
 def refitted(name: str, accelerator: Accelerator | None) -> PreTrainedModel:
     models = dict(zip("ab", tiny.pair(name), strict=True))
-    config = {"micro_batch": 4, "rows_per_input": 4, "own_task_weight": 0.8, "ridge": 1e-2, "written_samples": 0}
+    config = {"micro_batch": 4, "rows_per_input": 4, "own_task_weight": 0.8, "ridge": 1e-2, "written_samples": 0,
+              "attention_steps": 8, "unit_steps": 16, "answer_steps": 16}  # fmt: skip
     return merge(models, data(name), method="identity", refit=config, accelerator=accelerator, seed=5)
 
 

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from hf_zipit.cli import main
 from tests.docs_world import make_world
 
+RUN = ["run", "recipe.yaml"]
+
 
 def prepare(folder: Path) -> None:
     make_world(folder)
@@ -20,7 +22,7 @@ def prepare(folder: Path) -> None:
 def work(accelerator: Accelerator, folder: Path) -> None:
     """What is printed goes to a file of each process."""
     os.chdir(folder)
-    sys.argv = ["hf-zipit", "run", "recipe.yaml", "--json", "--out", "out/2"]
+    sys.argv = ["hf-zipit", *RUN, "--json", "--out", "out/2"]
     with Path(f"printed{accelerator.process_index}").open("w") as file, redirect_stdout(file):
         try:
             main()
