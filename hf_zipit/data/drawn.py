@@ -1,9 +1,9 @@
 """Calibration images from nothing: noise with the spectrum of pictures, and what batch norms remember of real ones.
 
-A refit needs inputs that bring every unit to where it works, not pictures of anything. Amplitudes of photographs fall
-with the frequency (Field, J. Opt. Soc. Am. A 4, 1987), those of bare shapes faster, and so do those of this noise, image
-by image in another way. Where an expert has batch norms, it is changed until their inputs have the means and variances that they remember: DeepInversion (arXiv 1912.08795)
-without its classes, priors and teacher.
+A refit needs inputs that bring every unit to where it works, not pictures of anything. The amplitudes of photographs
+fall with the frequency (Field, J. Opt. Soc. Am. A 4, 1987), those of bare shapes faster, and so do those of this
+noise, image by image in another way. Where an expert has batch norms, the noise is changed until their inputs have the
+means and variances that they remember: DeepInversion (arXiv 1912.08795) without its classes, priors and teacher.
 """
 
 from __future__ import annotations
