@@ -8,10 +8,12 @@ from hf_zipit.config import MergeConfig as MergeConfig
 from hf_zipit.config import PolishConfig as PolishConfig
 from hf_zipit.correct.correction import register as register_correction
 from hf_zipit.data.calibration import Calibration as Calibration
+from hf_zipit.data.drawn import draw_images as draw_images
 from hf_zipit.data.written import write_samples as write_samples
 from hf_zipit.evaluation import metrics as metrics
 from hf_zipit.evaluation.measure import evaluate as evaluate
 from hf_zipit.evaluation.task_data import task_datasets as task_datasets
+from hf_zipit.grouping.grouping import group as group
 from hf_zipit.landscapes.landscape import landscape as landscape
 from hf_zipit.lora.merged import MergedAdapters as MergedAdapters
 from hf_zipit.lora.merging import merge_adapters as merge_adapters

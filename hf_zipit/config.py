@@ -270,6 +270,8 @@ class MergeConfig:
         options: the method's own options, such as `{"alpha": 0.3}`.
         depth: the share of blocks that is merged, or the path of the block before which the trunk ends. 1 leaves only
             the task heads apart, 0 keeps the experts side by side.
+        size: in place of a depth: the merged model has at most so many times the parameters of one expert, as many
+            blocks at the end being left to every task as that allows. None: the depth says.
         residual: what happens to the residual stream: `"match"` it like the rest, leave it at `"identity"`, or rotate
             it by the best `"orthogonal"` map, for which the norms are folded into their readers; where a model's norms
             cannot be folded (BERT, ResNet) it is matched.
@@ -299,6 +301,7 @@ class MergeConfig:
     method: str = AUTO
     options: Mapping[str, Any] = field(default_factory=dict)
     depth: float | str = 1.0
+    size: float | None = None
     residual: Residual = "match"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     combine: str = "average"
@@ -339,6 +342,14 @@ class MergeConfig:
             )
         if not isinstance(self.depth, str) and not (_is_number(self.depth) and 0 <= self.depth <= 1):
             raise RecipeError(f"depth is {brief(self.depth)}; it must be a share from 0 to 1 or the path of a block.")
+        if self.size is not None and not (_is_number(self.size) and self.size > 0):
+            raise RecipeError(
+                f"size is {brief(self.size)}; it must be a number above 0: 1.25 is a quarter more than one."
+            )
+        if self.size is not None and self.depth != 1:
+            raise RecipeError(
+                f"size={self.size:g} says how deep to merge, and so does depth={self.depth}; leave one out."
+            )
         check_residual(self.residual)
         if self.vocabulary not in ("same", "union"):
             raise RecipeError(f"vocabulary is {brief(self.vocabulary)}; it must be 'same' or 'union'.")

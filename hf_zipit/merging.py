@@ -42,6 +42,7 @@ from hf_zipit.observation.shared import moments_for
 from hf_zipit.observation.statistics import Known
 from hf_zipit.planning.auto import choose, without_refit
 from hf_zipit.planning.plan import Plan, make_plan
+from hf_zipit.planning.size import depth_for_size
 from hf_zipit.polish.kind import check_polish
 from hf_zipit.polish.report import rounded
 from hf_zipit.polish.stage import polish
@@ -51,6 +52,7 @@ from hf_zipit.registry import RULES
 from hf_zipit.residues.routing import add_router, check_router
 from hf_zipit.residues.stage import add_residues
 from hf_zipit.steady import steady
+from hf_zipit.symmetry.spec import MergeSpec
 
 
 def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -94,11 +96,16 @@ def plan(
     if not data and (missing := _needs_data(config)):
         raise DataError(f"{missing}: pass a little unlabelled data as calibration=")
     check_base(config, base)
+    folding = wants_folding(config.method, config.residual, config.overrides)
     with given_inputs(example_inputs):
+        if config.size is not None:
+            spec = MergeSpec.from_model(first, folding=folding)
+            depth = depth_for_size(loaded, spec, config.size, readouts=config.refit is not None)
+            config = replace(config, depth=depth, size=None)
         planned = make_plan(
             loaded,
             config,
-            folding=wants_folding(config.method, config.residual, config.overrides),
+            folding=folding,
             bases=load_bases(base, loaded, as_stored=as_stored),
         )
         check_rule(planned)

@@ -68,6 +68,8 @@ def make_world(folder: Path) -> Path:
     for seed, task in enumerate(CLASSES):
         vit(task, seed).save_pretrained(folder / "me" / f"vit-{task}")
         image_processor().save_pretrained(folder / "me" / f"vit-{task}")
+    vit("clothes", 2).save_pretrained(folder / "me" / "vit-hats")  # the same classes, for pictures of its own
+    image_processor().save_pretrained(folder / "me" / "vit-hats")
     for seed, task in enumerate(("mood", "topic")):
         bert(seed).save_pretrained(folder / "me" / f"bert-{task}")
         tokenizer().save_pretrained(folder / "me" / f"bert-{task}")

@@ -19,7 +19,7 @@ ROOMS = (
     "hub", "modeling", "experts",  # models: merged ones, and those they are made of
     "data", "observation", "align", "combine", "assembly", "refit", "layerwise",  # the stages
     "correct", "polish", "residues",  # and what changes a model that is there
-    "evaluation", "recipe", "merging", "lora", "landscapes", "searching", "report", "running",
+    "evaluation", "recipe", "merging", "lora", "landscapes", "searching", "grouping", "report", "running",
     "auto_classes",
     "",  # the face
     "app",

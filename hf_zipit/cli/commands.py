@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 from rich.text import Text
 
-from hf_zipit.cli import adapters, models, recipes  # noqa: F401 - they register their commands
+from hf_zipit.cli import adapters, grouping, models, recipes  # noqa: F401 - they register their commands
 from hf_zipit.cli.app import app
 from hf_zipit.cli.printing import silence, stderr
 from hf_zipit.errors import TOO_LARGE, ZipItError, is_out_of_memory

@@ -95,6 +95,13 @@ def merge(
     depth: Annotated[
         str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
     ] = "1.0",
+    size: Annotated[
+        float | None,
+        typer.Option(
+            help="In place of a depth: at most so many times one expert's parameters, 1.25 for instance.",
+            show_default=False,
+        ),
+    ] = None,
     vocabulary: Annotated[
         Literal["same", "union"],
         typer.Option(help="Of tokenizers that differ: union matches tokens by their text."),
@@ -129,6 +136,7 @@ def merge(
             **({"combine": combine} if combine != "average" else {}),
             **({"polish": polish} if polish else {}),
             **({"residues": number_or_name(residues)} if residues else {}),
+            **({} if size is None else {"size": size}),
             **({"vocabulary": "union"} if vocabulary == "union" else {}),
         }
         method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method

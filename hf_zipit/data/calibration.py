@@ -368,6 +368,13 @@ class Calibration:
             ]
         return part
 
+    def of_tasks(self, tasks: Sequence[str]) -> Calibration:
+        """The data of some of the tasks; all of it where it is one collection for all."""
+        part = replace(self)
+        part.tasks, part.inputs = tuple(tasks), self.inputs
+        part._streams = {task: batches for task, batches in self._streams.items() if task is None or task in tasks}
+        return part
+
     def and_more(self, more: Mapping[str | None, Iterable[Callable[[], Inputs]]]) -> Calibration:
         """The same calibration data, and behind it further batches of some tasks: what makes them, when asked for."""
         whole = replace(self)

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils.logging import tqdm
 
@@ -16,8 +14,8 @@ from hf_zipit.align.stage import align_trunk
 from hf_zipit.config import MergeConfig
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.data.held_out import Answers, HeldOut, held_out, limit, read_divided
-from hf_zipit.data.labels import IGNORED
 from hf_zipit.errors import RecipeError
+from hf_zipit.evaluation.losses import losses
 from hf_zipit.experts.loading import Experts, load_experts
 from hf_zipit.landscapes.results import Curve, Losses, Plane
 from hf_zipit.landscapes.surface import Surface, make_surface
@@ -114,21 +112,3 @@ def grid_lines(marks: Sequence[float], half: float, count: int) -> list[float]:
             lines[nearest] = mark
             free.remove(nearest)
     return sorted(lines)
-
-
-@torch.inference_mode()
-def losses(model: PreTrainedModel, held: HeldOut, batch_size: int = 64) -> dict[str, tuple[float, float]]:
-    """By task the mean cross-entropy and the share of wrong answers, the task being known."""
-    found = {}
-    for task, columns in held.tasks.items():
-        loss = wrong = count = 0.0
-        for batch in columns.batches(batch_size):
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            labels = batch.pop("labels").flatten()
-            logits = model(**batch, task=task).logits.flatten(0, -2).float()
-            asked = labels != IGNORED
-            loss += float(F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
-            wrong += int((logits.argmax(-1) != labels)[asked].sum())
-            count += int(asked.sum())
-        found[task] = (loss / count, wrong / count)
-    return found

@@ -1,4 +1,5 @@
-"""Exploring with a recipe's experts and calibration data: which settings merge best, and what the loss looks like.
+"""Exploring with a recipe's experts and calibration data: which settings merge best, which experts with which, and
+what the loss looks like.
 
 The recipe's evaluation data is never read here: settings that were chosen on test data would make its numbers useless.
 """
@@ -11,6 +12,7 @@ from typing import Any
 
 from hf_zipit.config import RefitConfig
 from hf_zipit.errors import RecipeError
+from hf_zipit.grouping.grouping import Grouping, check_groups, group
 from hf_zipit.landscapes.landscape import landscape
 from hf_zipit.landscapes.results import Landscape
 from hf_zipit.recipe.sections import Recipe, Search, is_refitted
@@ -94,3 +96,19 @@ def landscape_recipe(
             experts, data, recipe.config(method, depth), grid=grid, steps=steps, samples=samples,
             batch_size=recipe.calibration.batch_size,
         )  # fmt: skip
+
+
+def group_recipe(recipe: Recipe, groups: int, *, say: Say = lambda _: None) -> Grouping:
+    """Which of a recipe's experts to merge with which, by its first method and depth; see `hf_zipit.group`.
+
+    A quarter of its calibration data is held out to measure on; without calibration data it is a RecipeError.
+    """
+    check_groups(len(recipe.experts), groups)
+    if recipe.calibration is None:
+        raise RecipeError("calibration is missing; a part of it is held out to measure on.")
+    with cpu_threads(recipe.threads):
+        experts = recipe_experts(recipe, say, train=True)
+        data = calibration_data(recipe, experts, say)
+        say("merging pairs")
+        config = recipe.config(recipe.method[0], recipe.depth[0])
+        return group(experts, data, config, groups=groups, batch_size=recipe.calibration.batch_size)

@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from hf_zipit import MergeConfig, landscape, merge
 from hf_zipit.data.held_out import HeldOut
 from hf_zipit.errors import ExpertError, RecipeError
+from hf_zipit.evaluation.losses import losses
 from hf_zipit.landscapes.results import barrier
 from hf_zipit.landscapes.surface import Surface
-from hf_zipit.landscapes.survey import Survey, grid_lines, losses
+from hf_zipit.landscapes.survey import Survey, grid_lines
 from hf_zipit.registry import METHODS
 from hf_zipit.report.landscape import barriers_table, contours, interpolation, save_landscape
 from hf_zipit.running.exploring import landscape_recipe

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from hf_zipit.evaluation.results import Accuracies, Measurement
 from hf_zipit.experts.licences import merged_licence
+from hf_zipit.grouping.grouping import Grouping
 from hf_zipit.hub.cache import is_repo
 from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.modeling import ZipItConfig
@@ -21,6 +22,7 @@ from hf_zipit.refit import RefitReport
 from hf_zipit.report.card import Result, card_text
 from hf_zipit.report.doctor import Check, checks_table, examine
 from hf_zipit.report.frontier import frontier_picture, staircase
+from hf_zipit.report.grouping import disturbance
 from hf_zipit.report.landscape import contours, interpolation
 from hf_zipit.report.plots import accuracy_over_depth, look, refit_picture
 from hf_zipit.report.tables import results_table, share
@@ -163,6 +165,12 @@ def made_landscape() -> Landscape:
     return Landscape(tuple(tasks), "zip+refit", 0.75, "experts", dict.fromkeys(tasks, 9), *curves, plane)
 
 
+def made_grouping() -> Grouping:
+    tasks = long_names(5)
+    loses = {task: {other: i - 1.234 * j for j, other in enumerate(tasks) if j != i} for i, task in enumerate(tasks)}
+    return Grouping((), loses, loses, "zip+refit", "experts", dict.fromkeys(tasks, 9)).divided(2)
+
+
 def refitted(modules: int, tasks: int):
     paths = [f"vit.layers.{i}.attention.output.dense" for i in range(modules)]
     report = RefitReport((), {path: {task: i / 40 for i, task in enumerate(long_names(tasks))} for path in paths})
@@ -175,6 +183,7 @@ PICTURES = {
     "frontier": lambda: frontier_picture(search_result(), LONG),
     "contours": lambda: contours(made_landscape(), LONG),
     "interpolation": lambda: interpolation(made_landscape(), LONG),
+    "who disturbs whom": lambda: disturbance(made_grouping(), LONG),
     "refit, few modules": lambda: refitted(2, 2),
     "refit, many modules and tasks": lambda: refitted(60, 9),
 }
