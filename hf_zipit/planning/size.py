@@ -1,7 +1,6 @@
-"""How deep a merge may be for a model of a given size: what is beyond one model's size is spent on the last blocks.
+"""How deep a merge may be for a model of a given size: the last blocks stay every task's own, as many as that allows.
 
-Blocks at the end that stay every task's own are what a refitted model gains most by for its parameters; wider layers
-brought next to nothing (`docs/guides/depth.md` has what was measured).
+Where it is known which task runs, residues keep more for the same size; see `docs/residues.md`.
 """
 
 from __future__ import annotations
