@@ -138,6 +138,7 @@ class Walk:
             layers, inputs = self.attention.values(), batches[0].inputs
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks), spec)
         self.head_cuts: dict[str, HeadCut] = {}
+        self.scaled_anew = set[str]()
         self.biases_split: dict[HeadBiases, bool] = {}
 
         values = Values(self.program, experts, merged, batches, budget, torch.device(device))
@@ -229,6 +230,8 @@ class Walk:
             for own in layer.asked:  # as they were solved apart
                 self.errors.pop(own.site.module, None)
                 self.rows.pop(own.site.module, None)
+        if solver.scaled_anew and layer.apart is not None:
+            self.scaled_anew |= set(layer.apart.scales)
         if cut is not None and layer.module is not None:
             self.head_cuts[layer.module] = cut
         if biases is not None and biases not in self.biases_split:
@@ -314,7 +317,7 @@ class Walk:
 
     def _untouched(self) -> tuple[str, ...]:
         """Tensors of the trunk that have no site and keep their combined values."""
-        solved = set()
+        solved = set(self.scaled_anew)
         for site in (*self.sites.values(), *(site for places in self.shared for site in places)):
             solved |= {site.weight, site.bias, site.length, *norm_names(self.fit, site).values()}
             solved.add(self.program.tensor_of(site.scale))  # what is solved is the product
