@@ -275,7 +275,7 @@ def with_biases(name: str, seed: int = 0) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("name", "dim"),
     [
-        *product(["vit", "clip", "bert-sequence", "distilbert-sequence", "llama", "gpt2"], [2, 4]),
+        *product(["vit", "clip", "bert-sequence", "distilbert-sequence", "llama", "gpt2", "qwen3"], [2, 4]),
         *((name, 4) for name in WITH_BIASES),
     ],
 )
@@ -293,6 +293,20 @@ def test_a_split_is_what_the_class_computes_with_narrower_heads(name: str, dim: 
     for wrong in (0.5, 1.0):
         others = {layer: replace(split, scale=wrong * split.scale) for layer, split in splits.items()}
         assert is_proven(others, model, inputs, fields) == (wrong == 1.0)
+
+
+@pytest.mark.parametrize("model_class", [T.Qwen3ForCausalLM, T.Gemma3ForCausalLM])
+def test_norms_of_narrower_heads_have_larger_gains(model_class: type[PreTrainedModel]):
+    """Gains that are numbers, and those that are added to one."""
+    model = smallest_model(model_class)
+    spec, fields = MergeSpec.from_model(model), adapter_for(model).outputs(model)
+    inputs = {n: x for n, x in fitted(adapter_for(model).inputs(model), model).items() if isinstance(x, Tensor)}
+    program = Program(model, inputs, fields)
+    layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
+    splits = find_splits(program, layers, model, inputs, fields, 2, spec)
+    assert splits.keys() == set(layers)
+    others = {layer: replace(split, norm=1.01 * split.norm) for layer, split in splits.items()}
+    assert not is_proven(others, model, inputs, fields)
 
 
 OUTPUTS = ("o_proj", "attn.c_proj", "Attention.o", "attn.o", "attention.dense")
@@ -415,6 +429,38 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
         assert report is not None
         lost[split] = max(report.errors["vit.layers.0.attention.o_proj"].values())
     assert lost[True] < 3e-6 < 1e-2 < lost[False]
+
+
+def test_heads_under_norms_stay_heads_of_their_own(tmp_path: Path):
+    """Of experts whose first layers differ, and need half of the rotary pairs and of the values; nothing is lost."""
+    model, path = case("qwen3").model, "model.layers.0.self_attn"
+    width, pairs, models = 8, [0, 2], []
+    for seed in range(2):
+        tensors = dict(model_tensors(model))
+        for leaf in ("q_proj", "k_proj", "v_proj"):
+            name, kept = f"{path}.{leaf}.weight", range(4) if leaf == "v_proj" else pair_units(pairs, width)
+            heads = drawn(*tensors[name].shape, seed=10 * seed + len(name)).float().unflatten(0, (-1, width))
+            heads[:, [unit for unit in range(width) if unit not in kept]] = 0
+            tensors[name] = heads.flatten(0, 1)
+        models.append(with_tensors(model, tensors))
+    data, lost = calibration(model), {}
+    for split in (True, False):
+        settings = RefitConfig(
+            own_task_weight=0.5, ridge=1e-9, rows_per_input=0, split_heads=split, stream_bases=False, attention_steps=0
+        )
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
+        assert (merged.config.rotary_pairs.get(path) == pairs) == split
+        report = RefitReport.of(merged)
+        assert report is not None
+        lost[split] = max(report.errors[f"{path}.o_proj"].values())
+        if split:
+            assert f"{path}.q_norm.weight" not in report.untouched
+            merged.save_pretrained(tmp_path)
+            again = type(merged).from_pretrained(tmp_path)
+            one, other = (outputs(each, data, each, task="a") for each in (merged, again))
+            for name, value in one.items():
+                torch.testing.assert_close(other[name], value)
+    assert lost[True] < 1e-5 < 1e-3 < lost[False]
 
 
 def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedModel]:
