@@ -337,7 +337,7 @@ def assert_computes(merged: PreTrainedModel, data: dict[str, Tensor], seen: dict
 
 
 CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.attention"}
-"""Classes whose heads cannot be cut, for something stands between the maps and the logits; their first attention."""
+"""Classes in which something stands between the maps and the logits; their first attention."""
 
 
 @pytest.mark.parametrize(
@@ -479,7 +479,7 @@ def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedM
 
 
 @pytest.mark.parametrize(("name", "first"), [("qwen3", 0), ("qwen3", 1), ("gpt-neox", 1)])
-def test_heads_that_cannot_be_cut_are_chosen(name: str, first: int):
+def test_heads_that_are_solved_apart_are_chosen(name: str, first: int):
     """Each of two experts uses half of its first layer's heads: those are taken, wherever they are, and nothing is
     lost.
     """
@@ -499,7 +499,7 @@ def test_heads_that_cannot_be_cut_are_chosen(name: str, first: int):
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_heads_that_cannot_be_cut_stay_where_they_agree(name: str):
+def test_heads_that_are_solved_apart_stay_where_they_agree(name: str):
     """Of copies that differ in what comes behind the layer, and of the same heads in another order."""
     model = case(name).model
     with patch.object(attention_solver, "choose_heads", side_effect=AssertionError):
@@ -527,7 +527,7 @@ def test_heads_whose_norms_have_a_place_for_each_are_not_chosen(model_class: typ
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_heads_that_cannot_be_cut_are_written_as_they_were_fitted(name: str):
+def test_heads_that_are_solved_apart_are_written_as_they_were_fitted(name: str):
     """Whatever the steps find, the merged model computes what the walk went on with."""
     models = tiny.pair(name)
     seen: dict[str, Tensor] = {}
