@@ -18,8 +18,8 @@ Two ways to make the merged heads, of which each layer gets the one whose logits
   rotary pairs those that say most. Heads of different experts rarely agree, but each is of low rank. The layer has as
   many weights and operations as before.
 
-Where queries and keys are normed before they are rotated, logits are not bilinear. Heads can be split all the same, under
-narrower norms; what counts is then what the layer leaves of what the stream lacks (`_keep_apart`).
+Where queries and keys are normed before they are rotated, logits are not bilinear. Heads can be split all the same,
+under narrower norms, where the layer then leaves less of what the stream lacks.
 
 All of this is closed-form: two passes over the inputs a layer and two singular value decompositions a head. What it
 leaves is fitted in steps (`attention_refinement.py`).
