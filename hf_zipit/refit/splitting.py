@@ -121,10 +121,12 @@ def find_splits(
     for together in {split.biases for split in splits.values()} - {None}:
         if not splits.keys() >= set(together.layers):  # type: ignore[union-attr]
             splits = {layer: split for layer, split in splits.items() if split.biases is not together}
-    for biased, normed in product((True, False), repeat=2):
+    tried: list[dict[Attention, SplitHeads]] = [{}]
+    for biased, normed in product((True, False), repeat=2):  # where not all are proven, the plain ones may be
         some = {layer: s for layer, s in splits.items() if (biased or not s.biases) and (normed or s.norm == 1)}
-        if some and is_proven(some, model, inputs, fields):
+        if some not in tried and is_proven(some, model, inputs, fields):
             return some
+        tried.append(some)
     return {}
 
 

@@ -61,7 +61,8 @@ class Refitted:
         readouts: the maps from merged units to the experts' own; None where nothing was refitted.
         head_cuts: by path what attention layers have whose heads were split.
         reparametrised: weights whose outputs are no expert's units any more: queries, keys and values of attention
-            layers that were solved as a whole, and the first maps of MLPs whose units were chosen.
+            layers that were solved as a whole, with the norms of queries and keys, and the first maps of MLPs whose
+            units were chosen.
         report: the regression errors.
         maps: of the spaces that have other maps than the alignment's; see `stream_basis.py`.
         peak_bytes: the most memory that activations took.
@@ -207,6 +208,7 @@ class Walk:
                 self.chosen |= {site.node for site in self.ending.sites}  # type: ignore[union-attr]
         tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
+        reparametrised |= self.scaled_anew
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         off = {} if answers is None else answers.errors
         report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows, off)
