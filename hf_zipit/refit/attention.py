@@ -5,7 +5,8 @@ go straight into the output projection. Several query heads may share the keys a
 
 Queries and keys belong to it where their logits are bilinear in the layer's inputs: as they are, or rotated by their
 positions (a rotary embedding). Where something else happens to them, a norm of the queries for instance, each of the
-two maps is regressed like any other, and experts' heads may take the place of what that gives (`chosen_heads.py`).
+two maps is regressed like any other, and experts' heads may take the place of what that gives: all of them where they
+can be narrower (`splitting.py`), or else some (`chosen_heads.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.refit.program import Program, out_of_place
 from hf_zipit.refit.rewrites import with_heads
-from hf_zipit.refit.solvable import SAMPLES_POSITIONS_UNITS, TRANSPARENT, RefitSite, part_of
+from hf_zipit.refit.solvable import SAMPLES_POSITIONS_UNITS, TRANSPARENT, RefitSite, gain_at, part_of
 from hf_zipit.symmetry.ops import op_name, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, Factor, MergeSpec, Symmetry
 
@@ -76,11 +77,15 @@ class SolvedApart:
     Attributes:
         query, key: the linear maps.
         steps: the ops between them and the layer's op.
+        scales: the tensors that these ops alone read, such as the gains of norms, which all heads share.
+        gains: that of queries and that of keys, a number for each unit of a head; None where other scales are read.
     """
 
     query: Heads
     key: Heads
     steps: frozenset[fx.Node]
+    scales: tuple[str, ...] = ()
+    gains: tuple[RefitSite, RefitSite] | None = None
 
     @property
     def maps(self) -> tuple[Heads, Heads]:
@@ -119,6 +124,11 @@ class Attention:
     weights: fx.Node | None = None
     fused: bool = False
     apart: SolvedApart | None = None
+
+    @property
+    def turned(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.logits == "rotary" or self.apart is not None and any(map(_is_minus, self.apart.steps))
 
     @property
     def asked(self) -> tuple[Heads, Heads]:
@@ -269,15 +279,32 @@ def _apart(
         found.append(Heads(path.site, label, units))
         asked |= path.steps & program.behind([path.site.node])  # the frequencies of a rotation are other layers', too
     read = {used for step in asked for used in (step, *program.made_of_weights(step))}
-    names = {name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used)) is not None}
-    if any(label[:1] == value.label[:1] for name in names for label in spec.axes.get(name, ())):
+    inputs = {used: name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used))}
+    if any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ())):
         return None  # a norm that has a place for every head does not follow it elsewhere
+    shared = {program.tensor_of(used) for used in program.inputs if not read.issuperset(used.users)}
+    scales = {n for used, n in inputs.items() if n in spec.axes and used.meta["val"].is_floating_point()} - shared
     rows = [(own.site.node, unit) for own in (*found, value) for unit in own.units]
     if len(set(rows)) < len(rows):
         return None  # one map is queries and keys
     steps |= asked
     users = {user for step in (*steps, *(own.site.node for own in (*found, value))) for user in step.users}
-    return SolvedApart(*found, frozenset(steps)) if users <= {node, *steps} else None
+    if not users <= {node, *steps}:
+        return None
+    gains = _one_gain_each(found, [gain for step in asked if (gain := gain_at(program, step)) is not None], program)
+    alone = gains is not None and {gain.weight for gain in gains} == scales
+    return SolvedApart(*found, frozenset(steps), tuple(sorted(scales)), gains if alone else None)
+
+
+def _one_gain_each(
+    maps: Sequence[Heads], gains: Sequence[RefitSite], program: Program
+) -> tuple[RefitSite, RefitSite] | None:
+    """The gain behind queries and the one behind keys; None where these are not all."""
+    behind = [program.behind([own.site.node]) for own in maps]
+    found = [gain for own in behind for gain in gains if gain.node in own]
+    query, key, *more = [*found, None, None]
+    each = query is not None and key is not None and query.node in behind[0] and key.node in behind[1]
+    return (query, key) if each and len(more) == 2 and len(gains) == 2 else None
 
 
 def _units_read(node: fx.Node, path: _Path, program: Program) -> tuple[int, ...]:
@@ -454,6 +481,10 @@ def _added(partners: set[fx.Node], steps: Iterable[fx.Node]) -> bool:
     """Whether all that is added to others is added to them by one of the steps."""
     inside = set(steps)
     return all(not inside.isdisjoint(partner.users) for partner in partners)
+
+
+def _is_minus(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node) == "neg"
 
 
 def _name(node: fx.Node) -> str:

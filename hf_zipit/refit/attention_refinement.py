@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import padded
-from hf_zipit.refit.merged_attention import Block, MergedAttention
+from hf_zipit.refit.merged_attention import EVERYTHING, Block, MergedAttention
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.steps import Spread, WhiteLayer, Windows, by_row, take_steps, typical_size, whitening
 from hf_zipit.refit.values import MERGED
@@ -38,8 +38,6 @@ LOOKED_AT = 8
 RIGHT = 0.02
 """Nothing is fitted where what is left is no more than this share of the stream's own variance."""
 
-EVERYTHING = slice(None)
-
 
 @dataclass(frozen=True)
 class SolvedHeads:
@@ -49,25 +47,28 @@ class SolvedHeads:
         blocks: queries and keys.
         units: those of a head's own that a merged head has; the others are zeros in the blocks.
         groups, shared_by: how many heads have values, and how many heads share one's.
-        scale: what queries are multiplied by where they are written.
+        asked: what queries and keys are multiplied by where they are written.
     """
 
     blocks: list[Block]
     units: slice | list[int]
     groups: int
     shared_by: int
-    scale: float = 1.0
+    asked: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass(frozen=True)
 class HeadWeights:
-    """Queries and keys of `SolvedHeads.units` alone; values and the output projection of heads that are not empty."""
+    """Queries and keys of `SolvedHeads.units` alone; values and the output projection of heads that are not empty; and
+    by name what stands between queries and keys and the logits, `SolvedApart.scales`.
+    """
 
     blocks: list[Block]
     value: Tensor
     value_bias: Tensor | None
     output: Tensor
     output_bias: Tensor | None
+    scales: dict[str, Tensor]
 
     def linear(self) -> Iterator[Tensor]:
         """The weights of linear maps."""
@@ -114,12 +115,15 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         self.width = len(range(width)[heads.units]) if isinstance(heads.units, slice) else len(heads.units)
         (value, value_bias), (output, output_bias) = fit.affine(values.site), fit.affine(attention.output)
         rows = heads.groups * self.width
+        apart = attention.apart
+        scales = {} if apart is None else {name: fit.values.merged[name].float().clone() for name in apart.scales}
         self.first = own = HeadWeights(
             [(self._narrow(query), self._narrow(key)) for query, key in heads.blocks],
             value[values.rows][:rows],
             None if value_bias is None else value_bias[values.rows][:rows],
             output[:, : slots * self.width],
             output_bias,
+            scales,
         )
         nodes = [maps.site.node.args[0] for maps in (*attention.asked, values)]
         white = {node: self._white(node) for node in dict.fromkeys(nodes)}  # type: ignore[arg-type]
@@ -127,10 +131,11 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         means = self._whitening(self._mixed(own, b) for b in range(len(fit.values.batches)))
         self.white = [*inputs[:2] * len(heads.blocks), inputs[2], means]
         self.own = self._turned(own, [back for _, back in self.white])
-        linear, biases = list(self.own.linear()), self.own.biases()
+        linear, biases, between = list(self.own.linear()), self.own.biases(), list(self.own.scales.values())
         sizes = [typical_size(weight) for weight in linear]
         both = [size for size, bias in zip(sizes[-2:], (value_bias, output_bias), strict=True) if bias is not None]
-        self.set_parameters([*linear, *biases], [*sizes, *both])
+        others = [typical_size(scale) for scale in between]
+        self.set_parameters([*linear, *biases, *between], [*sizes, *both, *others])
 
     def __call__(self, b: int) -> Tensor:
         """What the layer adds to the stream of a micro-batch, `[rows, units]`."""
@@ -141,19 +146,24 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
     def weights(self) -> HeadWeights:
         own = self._now()  # all of it new but for the biases
         biases = {name: getattr(own, name) for name in ("value_bias", "output_bias")}
-        return replace(own, **{name: bias if bias is None else bias.clone() for name, bias in biases.items()})
+        scales = {name: scale.clone() for name, scale in own.scales.items()}
+        return replace(
+            own, **{name: bias if bias is None else bias.clone() for name, bias in biases.items()}, scales=scales
+        )
 
     @torch.no_grad()
     def write(self, own: HeadWeights) -> None:
         """Put weights into the merged model, and keep what attention gives with them."""
         fit, attention, heads = self.fit, self.forward.attention, self.heads
-        queries, keys = (torch.cat(parts) for parts in zip(*own.blocks, strict=True))
-        for maps, rows in zip(attention.asked, (queries * heads.scale, keys), strict=True):
-            self.forward.write(maps, padded(rows, maps.count))
+        found = map(torch.cat, zip(*own.blocks, strict=True))
+        for maps, rows, scale in zip(attention.asked, found, heads.asked, strict=True):
+            self.forward.write(maps, padded(rows * scale, maps.count))
         value, output = attention.value, attention.output
         bias = None if own.value_bias is None else padded(own.value_bias[:, None], value.count)[:, 0]
         fit.write(value.site, padded(own.value, value.count), bias, value.rows)
         fit.write(output, padded(own.output.mT, fit.matrix(output).shape[1]).mT, own.output_bias)
+        for name, scale in own.scales.items():
+            fit.values.merged[name] = scale
         self.put(own)
 
     @torch.no_grad()
@@ -173,14 +183,15 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         ]
         *asked, value, output = weights
         blocks = list(zip(asked[::2], asked[1::2], strict=True))
-        return HeadWeights(blocks, value, own.value_bias, output, own.output_bias)
+        return HeadWeights(blocks, value, own.value_bias, output, own.output_bias, own.scales)
 
     def _means(self, own: HeadWeights, b: int) -> Tensor:
         """`[samples, heads, positions, width]`."""
         x = self.fit.values.of(self.forward.attention.value.site.node.args[0], MERGED, b)
         values = functional.linear(x, own.value, own.value_bias).unflatten(-1, (self.heads.groups, -1)).transpose(1, 2)
         blocks = [(self._whole(query), self._whole(key)) for query, key in own.blocks]
-        return self.forward.means(values.repeat_interleave(self.heads.shared_by, 1), b, blocks)
+        every = values.repeat_interleave(self.heads.shared_by, 1)
+        return self.forward.means(every, b, blocks, own.scales, self.heads.units)
 
     def _mixed(self, own: HeadWeights, b: int) -> Tensor:
         """What the output projection reads of the heads that are not empty, `[samples, positions, units]`."""

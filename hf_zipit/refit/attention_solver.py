@@ -18,6 +18,9 @@ Two ways to make the merged heads, of which each layer gets the one whose logits
   rotary pairs those that say most. Heads of different experts rarely agree, but each is of low rank. The layer has as
   many weights and operations as before.
 
+Where queries and keys are normed before they are rotated, logits are not bilinear. Heads can be split all the same,
+under narrower norms, where the layer then leaves less of what the stream lacks.
+
 All of this is closed-form: two passes over the inputs a layer and two singular value decompositions a head. What it
 leaves is fitted in steps (`attention_refinement.py`).
 
@@ -53,6 +56,7 @@ from hf_zipit.refit.head_factors import (
     value_factors,
 )
 from hf_zipit.refit.merged_attention import Block, MergedAttention
+from hf_zipit.refit.mlp_solver import WORTH
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import SecondMoments, ridge
 from hf_zipit.refit.solvers import regress_inputs, written
@@ -149,7 +153,8 @@ class AttentionSolver:
         self.moments: dict[Heads, SecondMoments] = {}
         self.forward = MergedAttention(fit, attention)
         self.blocks: list[Block] = []
-        self.asked_anew = False  # whether queries and keys that were solved apart are others now
+        self.asked_anew = False  # whether queries and keys that were solved apart are others now,
+        self.scaled_anew = False  # and what stands between them and the logits
 
     def solve(self) -> HeadCut | None:
         """Write queries, keys, values and the start of the output projection into the merged model.
@@ -163,10 +168,9 @@ class AttentionSolver:
         self._regress((*attention.inputs, *(() if chosen_from is None else chosen_from.maps)))
         heads, split = self._paired(), self._split()
         if attention.logits is None:
-            self._solve_values(heads, self._paired_starts(heads, projection))
-            if chosen_from is not None:
-                self._choose(chosen_from)
-            return None
+            starts = self._paired_starts(heads, projection)
+            self._solve_values(heads, starts)
+            return None if chosen_from is None else self._keep_apart(chosen_from, heads, split, starts)
         metrics = self._metrics()
         logits = self._paired_logits(heads, *metrics)
         others = self._split_instead(split, logits, *metrics)
@@ -176,7 +180,7 @@ class AttentionSolver:
                 biases.split(fit)
             self._write_split(split, others)
             self._solve_values(split, self._split_starts(split))
-            self._refine(split, self._kept(split, others), self.cut.scale)  # type: ignore[union-attr]
+            self._refine(split, self._kept(split, others), self.cut.asked)  # type: ignore[union-attr]
             fit.values.program.adopt(self.cut.arguments)  # type: ignore[union-attr]
             return HeadCut(split.width, others.pairs)
         self._write_paired(heads, logits)
@@ -184,10 +188,10 @@ class AttentionSolver:
         self._refine(heads, slice(heads.width))
         return None
 
-    def _refine(self, heads: MergedHeads, units: slice | list[int], scale: float = 1.0) -> bool:
+    def _refine(self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] = (1.0, 1.0)) -> bool:
         """Fit all of the layer to what the stream lacks, from where it is; whether that changed it."""
         groups, shared_by = len(heads.values), heads.shared_by
-        solved = SolvedHeads(self.blocks, units, groups, shared_by, scale)
+        solved = SolvedHeads(self.blocks, units, groups, shared_by, asked)
         return refine_attention(self.fit, self.forward, solved)
 
     # Which heads -----------------------------------------------------------------------------------------------------
@@ -251,8 +255,8 @@ class AttentionSolver:
         What a key's bias adds to the logits is the same for all positions, and cancels, unless it is rotated by its
         position; so does what the mean key adds.
         """
-        query, key = self.attention.query, self.attention.key
-        if self.attention.logits == "rotary":
+        query, key = self.attention.asked
+        if self.attention.logits != "plain":
             return self._metric(query), self._metric(key)
         k = self.moments[key]
         centred = k.xx / k.n - torch.outer(k.x, k.x) / k.n.square()
@@ -268,9 +272,10 @@ class AttentionSolver:
 
     def _factors(self, heads: MergedHeads, group: int) -> tuple[list[Tensor], list[Tensor]]:
         """Per expert in a group its queries `[heads, head_dim, n]` and keys `[head_dim, m]`."""
-        asked = [self._rows(self.attention.key, member) for member in heads.keys[group]]
+        query, key = self.attention.asked
+        asked = [self._rows(key, member) for member in heads.keys[group]]
         asking = [
-            torch.stack([self._rows(self.attention.query, member) for member in members])
+            torch.stack([self._rows(query, member) for member in members])
             for members in zip(*heads.asking(group), strict=True)
         ]
         return asking, asked
@@ -300,14 +305,19 @@ class AttentionSolver:
 
             return MergedLogits(side_by_side(factors, parts))
         energies = torch.stack([pair_energies(asking, asked, *metrics) for (asking,), (asked,) in parts])
-        shares = energies / energies.sum(1, keepdim=True).clamp_min(1e-30)
-        pairs = shares.sum(0).topk(heads.width // 2).indices.sort().values.tolist()
+        pairs = self._largest(energies, heads.width)
         units = pair_units(pairs, self.attention.width)
         found = [
             LogitFactors(asking[:, units], asked[units], float(own.sum() - own[pairs].sum()), float(own.sum()))
             for ((asking,), (asked,)), own in zip(parts, energies, strict=True)
         ]
         return MergedLogits(found, pairs)
+
+    @staticmethod
+    def _largest(energies: Tensor, width: int) -> list[int]:
+        """The rotary pairs with the largest shares of energies `[heads, pairs]`, as many as a head of a width has."""
+        shares = energies / energies.sum(1, keepdim=True).clamp_min(1e-30)
+        return shares.sum(0).topk(width // 2).indices.sort().values.tolist()
 
     def _split_instead(self, split: MergedHeads | None, paired: MergedLogits, *metrics: Metric) -> MergedLogits | None:
         """The logits of split heads where these are nearer to the experts', or other layers' were; else None."""
@@ -348,12 +358,15 @@ class AttentionSolver:
         keys = torch.stack([own.key for own in logits.found])
         self.forward.write(attention.query, padded(queries.flatten(0, 1) * cut.scale, heads.count * heads.width))
         self.forward.write(attention.key, padded(keys.flatten(0, 1), heads.groups * heads.width))
-        kept = self._kept(heads, logits)
-        whole = [part.new_zeros(len(part), attention.width, part.shape[-1]) for part in (queries, keys)]
+        self.blocks = self._by_expert(queries, keys, self._kept(heads, logits))
+
+    def _by_expert(self, queries: Tensor, keys: Tensor, kept: slice | list[int]) -> list[Block]:
+        """Narrower heads `[heads, width, n]` as whole ones with zeros, an expert at a time."""
+        whole = [part.new_zeros(len(part), self.attention.width, part.shape[-1]) for part in (queries, keys)]
         for all_units, part in zip(whole, (queries, keys), strict=True):
             all_units[:, kept] = part
         by_expert = [part.flatten(0, 1).chunk(len(self.tasks)) for part in whole]
-        self.blocks = list(zip(*by_expert, strict=True))
+        return list(zip(*by_expert, strict=True))
 
     def _kept(self, heads: MergedHeads, logits: MergedLogits) -> slice | list[int]:
         """Which units of an expert's head split heads have."""
@@ -368,26 +381,49 @@ class AttentionSolver:
 
     # Heads whose logits are not followed -----------------------------------------------------------------------------
 
-    def _choose(self, apart: SolvedApart) -> None:
-        """Put experts' own heads in the place of paired ones where that is nearer to the experts; then fit them."""
-        fit, attention, paired = self.fit, self.attention, self._left()
-        if paired <= AGREED:
-            return
-        blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
+    def _keep_apart(
+        self, apart: SolvedApart, paired: MergedHeads, split: MergedHeads | None, starts: Sequence[Start]
+    ) -> HeadCut | None:
+        """Put experts' own heads in the place of paired ones where that is nearer to the experts; then fit them.
+
+        All of them, if they can be narrower, or some.
+        """
+        fit, attention, left = self.fit, self.attention, self._left()
+        if left <= AGREED:
+            return None
+        pairs = None
+        if split is not None:
+            pairs = self._split_normed(split)
+            self._solve_values(split, self._split_starts(split))
+            if (narrower := self._left()) <= WORTH * left:
+                left = narrower
+            else:
+                pairs, self.blocks = None, []
         members = [[Member(t, self._nth(head))] for t in self.tasks for head in range(attention.groups)]
-        shared = attention.heads // attention.groups
         every = MergedHeads([], [], members, attention.width, attention.heads, attention.groups)
+        blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
         experts = ExpertHeads(blocks, *self._values(every))
-        chosen = choose_heads(fit, self.forward, experts, paired)
-        if chosen is None:
+        chosen = choose_heads(fit, self.forward, experts, left)
+        if chosen is not None:
+            self._choose(apart, experts, chosen, every)
+        elif split is not None and pairs is not None:
+            return self._write_normed(apart, split, pairs)
+        else:
+            if split is not None:
+                self._solve_values(paired, starts)
             self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
-            self.asked_anew = self._refine(self._paired(), slice(attention.width))
-            return
+            self.asked_anew = self.scaled_anew = self._refine(paired, slice(attention.width))
+        return None
+
+    def _choose(self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int], every: MergedHeads) -> None:
+        """Write some of all experts' heads, and fit them."""
+        attention = self.attention
+        shared = attention.heads // attention.groups
         self.asked_anew = True
         self.blocks = [experts.of(chosen)]
         for own, rows in zip(apart.maps, self.blocks[0], strict=True):
             self.forward.write(own, rows)
-        values = [members[group] for group in chosen]
+        values = [every.values[group] for group in chosen]
         asking = [
             [Member(member.expert, self._nth(member.units.start // attention.width * shared + n))]
             for (member,) in values
@@ -395,7 +431,45 @@ class AttentionSolver:
         ]
         heads = replace(every, queries=asking, keys=values, values=values)
         self._solve_values(heads, self._split_starts(heads))
-        self._refine(heads, slice(heads.width))
+        self.scaled_anew = self._refine(heads, slice(heads.width))
+
+    def _split_normed(self, heads: MergedHeads) -> list[int]:
+        """The rotary pairs of all experts' heads that say most once they are normed; `blocks` are these heads."""
+        metrics, energies, parts = self._metrics(), [], []
+        for group, (member,) in enumerate(heads.keys):
+            (asking,), (asked,) = self._factors(heads, group)
+            query_gain, key_gain = self._gains(member.expert)
+            energies.append(pair_energies(asking * query_gain, asked * key_gain, *metrics))
+            parts.append((asking, asked))
+        pairs = self._largest(torch.stack(energies), heads.width)
+        units = pair_units(pairs, self.attention.width)
+        queries = torch.cat([asking[:, units] for asking, _ in parts])
+        keys = torch.stack([asked[units] for _, asked in parts])
+        self.blocks = self._by_expert(queries, keys, units)
+        return pairs
+
+    def _gains(self, expert: int) -> list[Tensor]:
+        """Of an expert's queries and keys, `[head_dim, 1]`."""
+        gains = self.attention.apart.gains  # type: ignore[union-attr]
+        own = self.fit.values.tensors[expert]
+        return [(own[site.weight] + site.constant).to(self.fit.home, torch.float64)[:, None] for site in gains]  # type: ignore[union-attr]
+
+    def _write_normed(self, apart: SolvedApart, heads: MergedHeads, pairs: list[int]) -> HeadCut:
+        """Write narrower heads whose values are solved, and fit them; then the norms become narrower."""
+        cut, width = self.cut, self.attention.width
+        assert cut is not None
+        units = pair_units(pairs, width)
+        for own, rows, scale in zip(
+            apart.maps, map(torch.cat, zip(*self.blocks, strict=True)), cut.asked, strict=True
+        ):
+            narrow = rows.unflatten(0, (-1, width))[:, units].flatten(0, 1)
+            self.forward.write(own, padded(narrow * scale, own.count))
+        self.asked_anew = self.scaled_anew = True
+        self._refine(heads, units, cut.asked)
+        for name, gain in cut.gains(self.attention, self.fit.values.merged, pairs).items():
+            self.fit.values.merged[name] = gain
+        self.fit.values.program.adopt(cut.arguments)
+        return HeadCut(heads.width, pairs)
 
     def _nth(self, head: int) -> slice:
         """The units of an expert's own head."""

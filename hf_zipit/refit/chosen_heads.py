@@ -1,11 +1,12 @@
 """Attention heads in the refit that stay what they are: of all experts' those that explain most, as many as before.
 
-Where something stands between the maps and the logits, as a norm of each head (Qwen3) or the rotation of a part of its
-units (GPT-NeoX), a head is no matrix that could be merged with another or made narrower. The mean of two experts'
-queries means little, though, even where their heads agree. So a layer may have some of the experts' own heads instead,
-with queries, keys and values regressed on the merged model's input. Under the weights that they give, every head's
-means are known, and the heads are chosen by forward selection in the regression on what the stream lacks (orthogonal
-matching pursuit, as for the units of MLPs), those that share their keys together.
+Where something stands between the maps and the logits, as the rotation of a part of a head's units (GPT-NeoX), a head
+is no matrix that could be merged with another. Nor can it be made narrower, unless that is a norm which narrower heads
+can have, too (Qwen3). The mean of two experts' queries means little, though, even where their heads agree. So a layer
+may have some of the experts' own heads instead, with queries, keys and values regressed on the merged model's input.
+Under the weights that they give, every head's means are known, and the heads are chosen by forward selection in the
+regression on what the stream lacks (orthogonal matching pursuit, as for the units of MLPs), those that share their
+keys together.
 
 Ours.
 """

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -17,27 +18,41 @@ Block = tuple[Tensor, Tensor]
 """Queries and keys of some heads as wide as an expert's, `[heads * head_dim, n]`; a bias that matters is a column."""
 
 
+EVERYTHING = slice(None)
+
+
 class MergedAttention:
     """The layer as far as the means of values."""
 
     def __init__(self, fit: Fit, attention: Attention) -> None:
         self.fit, self.attention = fit, attention
 
-    def means(self, values: Tensor, b: int, blocks: Sequence[Block]) -> Tensor:
+    def means(
+        self,
+        values: Tensor,
+        b: int,
+        blocks: Sequence[Block],
+        scales: Mapping[str, Tensor] | None = None,
+        units: slice | list[int] = EVERYTHING,
+    ) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the attention weights of the heads in `blocks`.
 
         Without any, by those of the queries and keys that the model has.
+
+        Args:
+            scales: tensors between the maps and the logits in the place of the model's.
+            units: those of a head that may be other than zero.
         """
         node, weights = self.attention.node, self.attention.weights
         if weights is not None:
             found = self.fit.values.peek(weights, b, {})
             return found.reshape(*values.shape[:2], *found.shape[-2:]) @ values
-        query, key = self._asked(b, blocks)
+        query, key = (x[..., units] for x in self._asked(b, blocks, scales or {}))
         # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
         more = max(0, values.shape[-1] - query.shape[-1])
         query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
         if node.kwargs.get("scale") is None:
-            query = query * (query.shape[-1] / (query.shape[-1] - more)) ** 0.5
+            query = query * (query.shape[-1] / self.attention.width) ** 0.5
         known = dict(zip(node.args[:3], (query, key, values), strict=True))
         bias = bias_of(node)
         if bias is not None and differs_by_head(bias):  # empty heads have one, too
@@ -69,30 +84,33 @@ class MergedAttention:
         """A slope and a shift of rows that may have both."""
         return (rows[:, :-1], rows[:, -1]) if self.has_shift(own) else (rows, rows[:, 0] * 0)
 
-    def _asked(self, b: int, blocks: Sequence[Block]) -> tuple[Tensor, Tensor]:
+    def _asked(self, b: int, blocks: Sequence[Block], scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
         attention, values = self.attention, self.fit.values
+        tensors = ChainMap(dict(scales), values.merged)
         found = []
         for block in blocks or [(None, None)]:
             parts = []
             for node, own, rows in zip(attention.node.args, attention.asked, block, strict=False):
                 known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
                 if known:  # what the walk computed of the model's own queries and keys is no matter
-                    known = values.follow(self._steps(node), known, MERGED, b)  # type: ignore[arg-type]
+                    known = values.follow(self._steps(node), known, MERGED, b, tensors)  # type: ignore[arg-type]
                 parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
             found.append(parts)
         query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
     def _steps(self, node: fx.Node) -> list[fx.Node]:
-        """The ops between a map that is solved apart and what the layer's op reads, in the order they run."""
-        apart, found, todo = self.attention.apart, set[fx.Node](), [node]
+        """The ops between a map that is solved apart and what the layer's op reads, in the order they run, with those
+        that make their weights.
+        """
+        apart, program, found, todo = self.attention.apart, self.fit.values.program, set[fx.Node](), [node]
         while apart is not None and todo:
             current = todo.pop()
             if current in apart.steps and current not in found:
-                found.add(current)
+                found |= {current, *program.made_of_weights(current)}
                 todo += current.all_input_nodes
-        return sorted(found, key=self.fit.values.program.position.__getitem__)
+        return sorted(found, key=program.position.__getitem__)
 
     def _put_out(self, own: Heads, rows: Tensor, b: int) -> Tensor:
         """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""

@@ -290,6 +290,11 @@ class Program:
             if used and all(x in self._made_of_weights or x.name in self.tensors for x in used):
                 self._made_of_weights.add(node)
 
+    @property
+    def inputs(self) -> set[fx.Node]:
+        """What the ops read that none of them makes: parameters, buffers and the model's inputs."""
+        return {used for node in self.nodes for used in node.all_input_nodes if used.op == "placeholder"}
+
     def tensor_of(self, node: Any) -> str | None:
         """The name of the parameter or buffer that a graph input is."""
         return self.tensors.get(node.name) if isinstance(node, fx.Node) and node.op == "placeholder" else None

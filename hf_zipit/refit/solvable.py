@@ -252,6 +252,12 @@ def _gain(program: Program, node: fx.Node, own: Any, other: fx.Node) -> RefitSit
     return RefitSite("gain", node, name, None, None, node, stream, before, constant=constant)
 
 
+def gain_at(program: Program, node: fx.Node) -> RefitSite | None:
+    """The gain that an op multiplies by, if it does."""
+    site = _site(program, node) if node.op == "call_function" else None
+    return site if site is not None and site.kind == "gain" else None
+
+
 def _tables(program: Program, trunk: frozenset[str], head: tuple[str, ...], sites: Sites) -> Sites:
     """Parameters that are read as they are."""
     solved = {name for site in sites.values() for name in (site.weight, site.bias)}

@@ -8,6 +8,9 @@ Whether layers can be cut so depends on their class, and is proven by running it
 units are zero computes what a narrower head does with those, beside heads of zeros, if it weighs its logits as much.
 So a model with random heads of that kind, and its cut copy with the same weights, must agree. What is added to the
 logits of each head has more of it as well (`head_biases.py`).
+
+Queries and keys of a head may be normed before they are rotated (Qwen3). A narrower head's norm does what that of a
+whole one does whose other units are zero, but for a factor, which the gain makes up for.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ class SplitHeads:
         scale: what whole heads multiply their logits by, in units of what the narrower ones do.
         arguments: of the ops between the heads' means and the output projection.
         biases: what is added to the logits, where every head has its own.
+        norm: by how much a narrower head's norm makes it smaller than a whole one's does.
     """
 
     count: int
@@ -54,6 +58,27 @@ class SplitHeads:
     scale: float
     arguments: Mapping[fx.Node, Arguments]
     biases: HeadBiases | None = None
+    norm: float = 1.0
+
+    @property
+    def asked(self) -> tuple[float, float]:
+        """What queries and keys of whole heads are multiplied by: where norms take their length out, so that what the
+        norms add to it counts the same."""
+        return self.scale, 1.0 if self.norm == 1.0 else self.scale
+
+    def gains(self, layer: Attention, tensors: Mapping[str, Tensor], pairs: Sequence[int] | None) -> dict[str, Tensor]:
+        """By name the gains of narrower queries and keys, which have some of the whole ones' rotary pairs; none where
+        nothing norms them.
+        """
+        apart = layer.apart
+        if apart is None or apart.gains is None:
+            return {}
+        units = list(range(self.width)) if pairs is None else pair_units(pairs, layer.width)
+        factors = (self.norm * self.scale, self.norm)
+        return {
+            site.weight: (tensors[site.weight][units] + site.constant) * factor - site.constant
+            for site, factor in zip(apart.gains, factors, strict=True)
+        }
 
 
 def narrower(width: int, experts: int) -> int | None:
@@ -97,10 +122,10 @@ def find_splits(
             splits = {layer: split for layer, split in splits.items() if split.biases is not together}
     if splits and is_proven(splits, model, inputs, fields):
         return splits
-    # Layers that share biases are split together, those without any as well: what fails does so alone.
+    # Layers that share biases are split together, those without any as well, normed ones apart: what fails fails alone.
+    kinds = {layer: (split.biases, split.norm == 1.0) for layer, split in splits.items()}
     groups = [
-        {layer: split for layer, split in splits.items() if split.biases is shared}
-        for shared in dict.fromkeys(split.biases for split in splits.values())
+        {layer: splits[layer] for layer in splits if kinds[layer] == kind} for kind in dict.fromkeys(kinds.values())
     ]
     if len(groups) < 2:
         return {}
@@ -112,7 +137,8 @@ def find_splits(
 def _split(program: Program, layer: Attention, dim: int, biases: HeadBiases | None) -> SplitHeads | None:
     """The layer with heads of another width; None where an op has a place for every head or every unit of one."""
     count, ratio = layer.heads * layer.width // dim, layer.width / dim
-    if layer.logits is None or (layer.logits == "rotary" and dim % 2):
+    normed = layer.logits is None and layer.apart is not None and layer.apart.gains is not None and not layer.fused
+    if not (layer.logits or (normed and layer.turned)) or (layer.turned and dim % 2):
         return None
     bias = bias_of(layer.node)
     if biases is None and bias is not None and (differs_by_head(bias) or len(shape_of(bias)) < 3):
@@ -132,7 +158,8 @@ def _split(program: Program, layer: Attention, dim: int, biases: HeadBiases | No
             sizes[axis], sizes[-1] = (-1 if sizes[at] == -1 else new for at, new in ((axis, count), (-1, dim)))
             args = (args[0], sizes)
         arguments[node] = Arguments(args, given.kwargs)
-    return SplitHeads(count, layer.groups * layer.width // dim, dim, ratio**-0.5, arguments, biases)
+    norm = ratio**0.5 if normed else 1.0
+    return SplitHeads(count, layer.groups * layer.width // dim, dim, ratio**-0.5, arguments, biases, norm)
 
 
 def _heads_axis(node: fx.Node, axes: Mapping[fx.Node, int | None]) -> int | None:
@@ -161,7 +188,8 @@ def is_proven(
     some = {name: tensor[:SAMPLES] for name, tensor in inputs.items()}
     cuts = {layer.module: _some_cut(layer, split) for layer, split in splits.items() if layer.module is not None}
     tensors, narrow_tensors = _half_empty_heads(splits, cuts, model_tensors(model))
-    shapes = {name: list(narrow_tensors[name].shape) for name in _tables(splits)}
+    resized = set(_tables(splits)).union(*(split.gains(layer, tensors, None) for layer, split in splits.items()))
+    shapes = {name: list(narrow_tensors[name].shape) for name in resized}
     head_dims = {path: cut.width for path, cut in cuts.items()}
     rotary_pairs = {path: cut.pairs for path, cut in cuts.items() if cut.pairs is not None}
     try:
@@ -176,7 +204,7 @@ def is_proven(
 
 def _some_cut(layer: Attention, split: SplitHeads) -> HeadCut:
     """A cut of a layer whose rotary pairs are not its first ones, nor its last."""
-    if layer.logits == "plain":
+    if not layer.turned:
         return HeadCut(split.width)
     half, kept = layer.width // 2, split.width // 2
     return HeadCut(split.width, [half - 1 - i * (half // kept) for i in reversed(range(kept))])
@@ -191,12 +219,13 @@ def _half_empty_heads(
     generator = torch.Generator().manual_seed(0)
     found, narrow = dict[str, Tensor](), dict[str, Tensor]()
     for layer, split in splits.items():
-        for site in (*layer.sites, layer.output):
+        maps = (*layer.asked, layer.value)
+        for site in dict.fromkeys((*(own.site for own in maps), layer.output)):
             for name in filter(None, (site.weight, site.bias)):
                 found[name] = torch.randn(tensors[name].shape, generator=generator) / tensors[name].shape[-1] ** 0.5
                 narrow[name] = found[name].clone()
         pairs = cuts[layer.module].pairs if layer.module in cuts else None
-        for own in layer.inputs:
+        for own in maps:
             kept = list(range(split.width)) if own is layer.value or not pairs else pair_units(pairs, layer.width)
             order = [*kept, *(unit for unit in range(layer.width) if unit not in set(kept))]
             for whole, cut in zip(_rows(own.site, found), _rows(own.site, narrow), strict=True):
@@ -204,7 +233,14 @@ def _half_empty_heads(
                 heads[:, order[split.width :]] = 0
                 whole[own.rows] = heads.flatten(0, 1)
                 rows = heads[:, order].flatten(0, 1)
-                cut[own.rows] = _side_by_side(rows, layer, split.width) * split.scale if own is layer.query else rows
+                if own is layer.asked[0]:
+                    rows = _side_by_side(rows, layer, split.width)
+                if own in layer.asked:
+                    rows = rows * split.asked[layer.asked.index(own)]
+                cut[own.rows] = rows
+        for name in split.gains(layer, tensors, None):
+            found[name] = 0.5 + torch.rand(tensors[name].shape, generator=generator)
+        narrow |= split.gains(layer, found, pairs)
         weight = _rows(layer.output, narrow)[0].mT
         weight.copy_(_side_by_side(weight.clone(), layer, split.width))
         for name, axis in ({} if split.biases is None else split.biases.tables).items():

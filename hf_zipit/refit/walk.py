@@ -61,7 +61,8 @@ class Refitted:
         readouts: the maps from merged units to the experts' own; None where nothing was refitted.
         head_cuts: by path what attention layers have whose heads were split.
         reparametrised: weights whose outputs are no expert's units any more: queries, keys and values of attention
-            layers that were solved as a whole, and the first maps of MLPs whose units were chosen.
+            layers that were solved as a whole, with the norms of queries and keys, and the first maps of MLPs whose
+            units were chosen.
         report: the regression errors.
         maps: of the spaces that have other maps than the alignment's; see `stream_basis.py`.
         peak_bytes: the most memory that activations took.
@@ -138,6 +139,7 @@ class Walk:
             layers, inputs = self.attention.values(), batches[0].inputs
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks), spec)
         self.head_cuts: dict[str, HeadCut] = {}
+        self.scaled_anew = set[str]()
         self.biases_split: dict[HeadBiases, bool] = {}
 
         values = Values(self.program, experts, merged, batches, budget, torch.device(device))
@@ -206,6 +208,7 @@ class Walk:
                 self.chosen |= {site.node for site in self.ending.sites}  # type: ignore[union-attr]
         tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
+        reparametrised |= self.scaled_anew
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         off = {} if answers is None else answers.errors
         report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows, off)
@@ -229,6 +232,8 @@ class Walk:
             for own in layer.asked:  # as they were solved apart
                 self.errors.pop(own.site.module, None)
                 self.rows.pop(own.site.module, None)
+        if solver.scaled_anew and layer.apart is not None:
+            self.scaled_anew |= set(layer.apart.scales)
         if cut is not None and layer.module is not None:
             self.head_cuts[layer.module] = cut
         if biases is not None and biases not in self.biases_split:
@@ -314,7 +319,7 @@ class Walk:
 
     def _untouched(self) -> tuple[str, ...]:
         """Tensors of the trunk that have no site and keep their combined values."""
-        solved = set()
+        solved = set(self.scaled_anew)
         for site in (*self.sites.values(), *(site for places in self.shared for site in places)):
             solved |= {site.weight, site.bias, site.length, *norm_names(self.fit, site).values()}
             solved.add(self.program.tensor_of(site.scale))  # what is solved is the product

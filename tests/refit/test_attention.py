@@ -285,7 +285,7 @@ def with_biases(name: str, seed: int = 0) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("name", "dim"),
     [
-        *product(["vit", "clip", "llama"], [2, 4]),
+        *product(["vit", "clip", "llama", "qwen3"], [2, 4]),
         *((name, 4) for name in WITH_BIASES),
     ],
 )
@@ -326,6 +326,20 @@ def test_layers_that_cannot_be_split_keep_no_others_from_it(where: ModuleType):
     assert len(left) == 2 and all(path.startswith("decoder") and "SelfAttention" in path for path in left)
 
 
+@pytest.mark.parametrize("model_class", [T.Qwen3ForCausalLM, T.Gemma3ForCausalLM])
+def test_norms_of_narrower_heads_have_larger_gains(model_class: type[PreTrainedModel]):
+    """Gains that are numbers, and those that are added to one."""
+    model = smallest_model(model_class)
+    spec, fields = MergeSpec.from_model(model), adapter_for(model).outputs(model)
+    inputs = {n: x for n, x in fitted(adapter_for(model).inputs(model), model).items() if isinstance(x, Tensor)}
+    program = Program(model, inputs, fields)
+    layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
+    splits = find_splits(program, layers, model, inputs, fields, 2, spec)
+    assert splits.keys() == set(layers)
+    others = {layer: replace(split, norm=1.01 * split.norm) for layer, split in splits.items()}
+    assert not is_proven(others, model, inputs, fields)
+
+
 OUTPUTS = ("o_proj", "attn.c_proj", "Attention.o", "attn.o", "attention.dense")
 """What output projections are called."""
 
@@ -354,7 +368,7 @@ def assert_computes(merged: PreTrainedModel, data: dict[str, Tensor], seen: dict
 
 
 CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.attention"}
-"""Classes whose heads cannot be cut, for something stands between the maps and the logits; their first attention."""
+"""Classes in which something stands between the maps and the logits; their first attention."""
 
 
 @pytest.mark.parametrize(
@@ -448,6 +462,38 @@ def test_heads_that_differ_stay_heads_of_their_own(count: int, ridge: float):
     assert lost[True] < 3e-6 < 1e-2 < lost[False]
 
 
+def test_heads_under_norms_stay_heads_of_their_own(tmp_path: Path):
+    """Of experts whose first layers differ, and need half of the rotary pairs and of the values; nothing is lost."""
+    model, path = case("qwen3").model, "model.layers.0.self_attn"
+    width, pairs, models = 8, [0, 2], []
+    for seed in range(2):
+        tensors = dict(model_tensors(model))
+        for leaf in ("q_proj", "k_proj", "v_proj"):
+            name, kept = f"{path}.{leaf}.weight", range(4) if leaf == "v_proj" else pair_units(pairs, width)
+            heads = drawn(*tensors[name].shape, seed=10 * seed + len(name)).float().unflatten(0, (-1, width))
+            heads[:, [unit for unit in range(width) if unit not in kept]] = 0
+            tensors[name] = heads.flatten(0, 1)
+        models.append(with_tensors(model, tensors))
+    data, lost = calibration(model), {}
+    for split in (True, False):
+        settings = RefitConfig(
+            own_task_weight=0.5, ridge=1e-9, rows_per_input=0, split_heads=split, stream_bases=False, attention_steps=0
+        )
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=settings)
+        assert (merged.config.rotary_pairs.get(path) == pairs) == split
+        report = RefitReport.of(merged)
+        assert report is not None
+        lost[split] = max(report.errors[f"{path}.o_proj"].values())
+        if split:
+            assert f"{path}.q_norm.weight" not in report.untouched
+            merged.save_pretrained(tmp_path)
+            again = type(merged).from_pretrained(tmp_path)
+            one, other = (outputs(each, data, each, task="a") for each in (merged, again))
+            for name, value in one.items():
+                torch.testing.assert_close(other[name], value)
+    assert lost[True] < 1e-5 < 1e-3 < lost[False]
+
+
 def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedModel]:
     """Two experts, each of which uses half of its first layer's heads: the other half than the other one does."""
     models = []
@@ -464,7 +510,7 @@ def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedM
 
 
 @pytest.mark.parametrize(("name", "first"), [("qwen3", 0), ("qwen3", 1), ("gpt-neox", 1)])
-def test_heads_that_cannot_be_cut_are_chosen(name: str, first: int):
+def test_heads_that_are_solved_apart_are_chosen(name: str, first: int):
     """Each of two experts uses half of its first layer's heads: those are taken, wherever they are, and nothing is
     lost.
     """
@@ -484,7 +530,7 @@ def test_heads_that_cannot_be_cut_are_chosen(name: str, first: int):
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_heads_that_cannot_be_cut_stay_where_they_agree(name: str):
+def test_heads_that_are_solved_apart_stay_where_they_agree(name: str):
     """Of copies that differ in what comes behind the layer, and of the same heads in another order."""
     model = case(name).model
     with patch.object(attention_solver, "choose_heads", side_effect=AssertionError):
@@ -512,7 +558,7 @@ def test_heads_whose_norms_have_a_place_for_each_are_not_chosen(model_class: typ
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-def test_heads_that_cannot_be_cut_are_written_as_they_were_fitted(name: str):
+def test_heads_that_are_solved_apart_are_written_as_they_were_fitted(name: str):
     """Whatever the steps find, the merged model computes what the walk went on with."""
     models = tiny.pair(name)
     seen: dict[str, Tensor] = {}
