@@ -122,7 +122,8 @@ def find_splits(
             splits = {layer: split for layer, split in splits.items() if split.biases is not together}
     if splits and is_proven(splits, model, inputs, fields):
         return splits
-    # Layers that share biases are split together, those without any as well, normed ones apart: what fails fails alone.
+    # Layers that share biases are split together, those without any as well, and normed ones: what fails does so
+    # alone.
     kinds = {layer: (split.biases, split.norm == 1.0) for layer, split in splits.items()}
     groups = [
         {layer: splits[layer] for layer in splits if kinds[layer] == kind} for kind in dict.fromkeys(kinds.values())
