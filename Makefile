@@ -47,8 +47,8 @@ nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, 
 notebooks: $(NIGHTLY) ## run the notebooks of the docs and keep what they put out
 	$(BIN)/python -m benchmarks.notebooks
 
-fuzz: $(INSTALLED) ## kill at every file event, fill disks, 2,000 odd inputs of each kind, 1,000 architectures (an hour)
-	HF_ZIPIT_FUZZ=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q tests/faults tests/test_steady.py tests/test_device.py
+fuzz: $(INSTALLED) ## all tests on all classes: kill at every file event, fill disks, 2,000 odd inputs of each kind, 1,000 architectures (an hour)
+	HF_ZIPIT_FUZZ=1 $(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
 
 lint: $(INSTALLED) ## check style and formatting
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ The device is played by the CPU; see `second_device.py`.
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -37,18 +36,14 @@ CHOOSES_BY_DEVICE = ("mixtral",)
 """Classes whose own code runs other ops where it is told that it is on CUDA, which the CPU does not have."""
 
 ONE_OF_EACH = (
-    "vit", "clip", "bert-masked", "resnet-bottleneck", "albert", "deberta-v2", "mpnet", "siglip-vision", "convnext",
-    "bit", "poolformer", "regnet", "llama", "qwen3", "gpt2", "gpt-neox", "wav2vec2", "bart", "beit",
+    "vit", "clip", "bert-masked", "resnet-bottleneck", "deberta-v2", "siglip-vision", "convnext", "bit", "llama",
+    "qwen3", "gpt-neox", "wav2vec2", "bart", "beit",
 )  # fmt: skip
 """Every kind of layer and of head; the others are built of the same, and run where there is time."""
 
-seldom = pytest.mark.skip(reason="is built of what others have; runs where HF_ZIPIT_FUZZ is set")
-
-NAMES = [
-    pytest.param(name, marks=() if name in ONE_OF_EACH or os.environ.get("HF_ZIPIT_FUZZ") else seldom)
-    for name in (*tiny.REQUIRED, *tiny.EXTRA)
-    if name not in CHOOSES_BY_DEVICE
-]
+NAMES = tiny.mostly_seldom(
+    (name for name in (*tiny.REQUIRED, *tiny.EXTRA) if name not in CHOOSES_BY_DEVICE), every=0, always=ONE_OF_EACH
+)
 
 FEW = {"attention_steps": 2, "unit_steps": 2, "answer_steps": 2, "written_samples": 2 * SAMPLES}
 """Every step of the refit and every kind of sample, but only a few: which device they are on is the same for all."""

@@ -207,8 +207,8 @@ def test_model_with_itself(name: str, method: str):
 @pytest.mark.parametrize(
     ("name", "method"),
     [
-        *product([*EVERY_KIND, *FUSED], FINDING),
-        *product([name for name in tiny.REQUIRED if name not in EVERY_KIND], ["zip", "weights"]),
+        *tiny.mostly_seldom(product([*EVERY_KIND, *FUSED], FINDING)),
+        *tiny.mostly_seldom(product([name for name in tiny.REQUIRED if name not in EVERY_KIND], ["zip", "weights"])),
     ],
 )
 def test_model_with_reordered_copy(name: str, method: str):
@@ -262,7 +262,7 @@ def test_depth_zero_is_the_experts(name: str):
 
 @pytest.mark.parametrize(
     ("method", "name", "count", "depth"),
-    [(*pair, *((2, 1.0), (3, 0.5))[i % 2]) for i, pair in enumerate(TWO_KINDS)],
+    tiny.mostly_seldom(((*pair, *((2, 1.0), (3, 0.5))[i % 2]) for i, pair in enumerate(TWO_KINDS)), 2),
 )
 def test_order_of_experts(name: str, method: str, count: int, depth: float):
     models = experts(name, count)

@@ -7,9 +7,11 @@ everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
+import pytest
 import torch
 import transformers as T
 from transformers import PreTrainedModel
@@ -124,6 +126,17 @@ SAME_TRUNKS = (
 
 TRUNKS = tuple(name for name in EVERYTHING if name not in SAME_TRUNKS)
 """One class for every kind of trunk."""
+
+
+seldom = pytest.mark.skip(reason="the same code as for others; runs where HF_ZIPIT_FUZZ is set")
+
+
+def mostly_seldom(cases: Iterable[Any], every: int = 3, always: Collection[Any] = ()) -> Iterator[Any]:
+    """The cases of a test; all but one in so many, and some named ones, only run where there is time (`make fuzz`)."""
+    for number, case in enumerate(cases):
+        values = case if isinstance(case, tuple) else (case,)
+        runs = os.environ.get("HF_ZIPIT_FUZZ") or case in always or (every and number % every == 0)
+        yield pytest.param(*values, marks=() if runs else seldom)
 
 
 def build(name: str, seed: int = 0, **settings: Any) -> PreTrainedModel:

@@ -62,7 +62,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 @pytest.mark.parametrize(
     ("name", "method"),
-    [*((name, "permute") for name in MODELS), ("swinv2", "zip"), ("detr", "zip"), ("falcon", "zip")],
+    [*tiny.mostly_seldom(((name, "permute") for name in MODELS), 2), ("swinv2", "zip"), ("falcon", "zip")],
 )
 def test_a_model_merged_with_its_permuted_copy_is_that_model(name, method):
     generator = torch.Generator().manual_seed(1)

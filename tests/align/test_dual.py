@@ -38,7 +38,9 @@ def correlations(name: str, experts: Sequence[Mapping[str, Tensor]]) -> dict[Pro
     return {key: moments.correlation(key) for key in moments.keys()}  # noqa: SIM118 (not a mapping)
 
 
-@pytest.mark.parametrize(("name", "variant"), [*((name, "align") for name in NAMES), ("vit", "zip"), ("bit", "zip")])
+@pytest.mark.parametrize(
+    ("name", "variant"), [*tiny.mostly_seldom(((name, "align") for name in NAMES), 2), ("vit", "zip")]
+)
 def test_a_permuted_copy_is_recovered(name, variant):
     spec, weights = general(name)
     experts = [weights, permuted(weights, spec, 1)]

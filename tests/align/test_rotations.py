@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import product
 
 import pytest
 import torch
@@ -63,8 +64,10 @@ def assert_computes(result, models, tolerance=1e-4):
         assert_same(outputs(result, inputs, model, task=task), outputs(model, inputs, model), tolerance)
 
 
-@pytest.mark.parametrize("method", TURNING)
-@pytest.mark.parametrize("name", [*ROTATING, *PERMUTING, "qwen3", "roberta-prelayernorm", "vit-features"])
+@pytest.mark.parametrize(
+    ("name", "method"),
+    tiny.mostly_seldom(product([*ROTATING, *PERMUTING, "qwen3", "roberta-prelayernorm", "vit-features"], TURNING), 2),
+)
 def test_a_turned_copy_is_recovered(name, method):
     models = turned(name)
     assert_computes(merged(models, method, blind=method == "circuits"), models)
@@ -121,8 +124,7 @@ def test_pairs_under_rotary_embeddings_are_turned_by_methods_that_know_how(metho
 STREAM_ONLY = [name for name in METHODS.names() if name != "identity"]
 
 
-@pytest.mark.parametrize("method", STREAM_ONLY)
-@pytest.mark.parametrize("name", ["vit", "llama"])
+@pytest.mark.parametrize(("name", "method"), tiny.mostly_seldom(product(["vit", "llama"], STREAM_ONLY), 2))
 def test_residual_orthogonal_turns_the_stream_back_under_every_method(name, method):
     models = turned(name, inside=False)
     assert_computes(merged(models, method, residual="orthogonal"), models)

@@ -77,7 +77,7 @@ def test_nothing_may_be_wider_is_told_before_data_is_read():
         merge({"a": model, "b": model}, Unread(), method="partial")
 
 
-@pytest.mark.parametrize("name", WIDENABLE)
+@pytest.mark.parametrize("name", tiny.mostly_seldom(WIDENABLE))
 def test_wide_merged_models_compute_their_expert(name: str, tmp_path: Path):
     """All of an architecture's spaces wider at once, in the class that is saved."""
     model, planned, wide = planned_for(name)

@@ -18,6 +18,7 @@ from hf_zipit.planning.cut import blocks_in_trunk, cut_model, tower_lengths
 from hf_zipit.symmetry import MergeSpec
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import product_key
+from tests import tiny
 from tests.tiny import REQUIRED, TRUNKS, build
 
 DEPTHS = (0.0, 0.5, 1.0)
@@ -310,7 +311,7 @@ def test_shared_layers_of_albert_are_one_block():
     assert len(cut_model(model, spec, 1).trunk) > 20
 
 
-@pytest.mark.parametrize("name", [*TRUNKS, "clip-vision", "vit-features"])
+@pytest.mark.parametrize("name", tiny.mostly_seldom([*TRUNKS, "clip-vision", "vit-features"], 2))
 def test_every_model_is_cut_or_refused_in_one_sentence(name):
     model, spec = traced(name)
     for depth in DEPTHS:
