@@ -95,6 +95,7 @@ def group(
     config = MergeConfig.of(config, **settings)
     loaded = load_experts(experts)
     check_groups(len(loaded), groups)
+    method = plan(loaded, config, data=True).config.name  # and what is wrong is found before work starts
     data, rest = read_divided(
         calibration, validation, loaded, hold_out, config.seed, accelerator=accelerator, **reading
     )
@@ -111,7 +112,6 @@ def group(
             loses[task][other], errs[task][other] = (
                 now - before for now, before in zip(found[task], alone[task], strict=True)
             )
-    method = plan(loaded, config, data=True).config.name
     return Grouping((), loses, errs, method, held.answers, held.counts).divided(groups)
 
 
