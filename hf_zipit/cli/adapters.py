@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import ColumnNames, Device, Json, Quiet, parse_columns, parse_experts, parse_options
+from hf_zipit.cli.options import (
+    CalibrationSplit,
+    ColumnNames,
+    Device,
+    Json,
+    Quiet,
+    Seed,
+    parse_columns,
+    parse_experts,
+    parse_options,
+)
 from hf_zipit.cli.printing import print_json, print_lines, working
 
 
@@ -43,10 +53,10 @@ def merge_adapters(
     calibration: Annotated[
         str | None, typer.Option("--calibration", "-c", help="Unlabelled data, for the rule ssr.")
     ] = None,
-    split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
+    split: CalibrationSplit = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples.", min=1)] = 512,
     column: ColumnNames = None,
-    seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,

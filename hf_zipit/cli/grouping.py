@@ -9,21 +9,23 @@ import typer
 
 from hf_zipit.cli.app import app
 from hf_zipit.cli.options import (
+    CalibrationSplit,
     Classes,
     ColumnNames,
+    Depth,
     Device,
+    Experts,
     Json,
     Quiet,
+    Seed,
     Streaming,
+    check_picture,
+    expert_entries,
     number_or_name,
-    parse_classes,
     parse_columns,
-    parse_experts,
+    refitted,
 )
 from hf_zipit.cli.printing import print_json, stdout, working
-from hf_zipit.errors import RecipeError
-from hf_zipit.extras import require
-from hf_zipit.registry import suggestion
 
 
 @app.command(
@@ -32,10 +34,7 @@ from hf_zipit.registry import suggestion
     topic="exploring",
 )
 def group(
-    experts: Annotated[
-        list[str],
-        typer.Argument(metavar="EXPERT...", help="Repo ids or folders, each as TASK=MODEL or as MODEL alone."),
-    ],
+    experts: Experts,
     calibration: Annotated[
         str,
         typer.Option(
@@ -43,7 +42,7 @@ def group(
         ),
     ],
     groups: Annotated[int, typer.Option("--groups", "-g", help="How many models there are to be.", min=1)] = 2,
-    split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
+    split: CalibrationSplit = "train",
     samples: Annotated[
         int, typer.Option(help="How many calibration samples of each task; a quarter is held out.", min=2)
     ] = 512,
@@ -59,13 +58,11 @@ def group(
             "--refit/--no-refit", help="Whether merges are refitted, which takes longer.", show_default=False
         ),
     ] = None,
-    depth: Annotated[
-        str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
-    ] = "1.0",
+    depth: Depth = "1.0",
     plot: Annotated[
         Path | None, typer.Option(help="Draw what tasks lose with each other into this file: .png, .svg or .pdf.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -76,31 +73,24 @@ def group(
     groups that lose least. Saves no model.
     """
     with working(quiet, device) as say:
-        from hf_zipit.files import check_writable
         from hf_zipit.recipe.loading import check_recipe
-        from hf_zipit.recipe.sections import REFIT, CalibrationData, ExpertEntry, Recipe
+        from hf_zipit.recipe.sections import CalibrationData, Recipe
         from hf_zipit.report.grouping import disturbance, grouping_table
-        from hf_zipit.report.plots import picture_kind, save_picture
+        from hf_zipit.report.plots import save_picture
         from hf_zipit.running.exploring import group_recipe
 
         say("checking")
         if plot is not None:
-            require("matplotlib")
-            picture_kind(plot)
-            check_writable(plot.parent)
-        named, own = parse_experts(experts), parse_classes(classes)
-        if unknown := next((task for task in own if task not in named), None):
-            raise RecipeError(f"--classes names the task {unknown!r}; {suggestion(unknown, named)}")
+            check_picture(plot)
         recipe = Recipe(
             name="group",
-            experts={task: ExpertEntry(model=source, classes=own.get(task, ())) for task, source in named.items()},
+            experts=expert_entries(experts, classes),
             calibration=CalibrationData(
                 calibration, split, columns=parse_columns(column), streaming=streaming, samples=samples
             ),
-            method=(f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method,),
             depth=(number_or_name(depth),),
             seed=seed,
-            refit=False if refit is False else None,
+            **refitted(method, refit),
         )
         check_recipe(recipe)
         found = group_recipe(recipe, groups, say=say)

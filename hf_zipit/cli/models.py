@@ -10,18 +10,23 @@ import typer
 
 from hf_zipit.cli.app import app
 from hf_zipit.cli.options import (
+    CalibrationSplit,
     Classes,
     Co2,
     ColumnNames,
+    Depth,
     Device,
     DryRun,
+    Experts,
     Json,
     Quiet,
+    Seed,
     Streaming,
+    expert_entries,
     number_or_name,
     parse_classes,
     parse_columns,
-    parse_experts,
+    refitted,
 )  # fmt: skip
 from hf_zipit.cli.printing import (
     print_json,
@@ -33,7 +38,6 @@ from hf_zipit.cli.printing import (
     working,
 )
 from hf_zipit.errors import RecipeError
-from hf_zipit.registry import suggestion
 
 
 @app.command(
@@ -42,10 +46,7 @@ from hf_zipit.registry import suggestion
     "hf-zipit merge clothes=me/vit-clothes shoes=me/vit-shoes --base me/vit -m identity --combine ties -o out/ties",
 )
 def merge(
-    experts: Annotated[
-        list[str],
-        typer.Argument(metavar="EXPERT...", help="Repo ids or folders, each as TASK=MODEL or as MODEL alone."),
-    ],
+    experts: Experts,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the merged model.")],
     calibration: Annotated[
         str | None,
@@ -53,7 +54,7 @@ def merge(
             "--calibration", "-c", help="Unlabelled data: a name on the Hub, a folder, a file or sklearn-digits."
         ),
     ] = None,
-    split: Annotated[str, typer.Option(help="The split of the calibration data.")] = "train",
+    split: CalibrationSplit = "train",
     samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
     column: ColumnNames = None,
     classes: Classes = None,
@@ -92,9 +93,7 @@ def merge(
             help="Keep what each task's weights are more, for a model of 1.1 times the size or by t-switch, emr, ...",
         ),
     ] = None,
-    depth: Annotated[
-        str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
-    ] = "1.0",
+    depth: Depth = "1.0",
     size: Annotated[
         float | None,
         typer.Option(
@@ -106,7 +105,7 @@ def merge(
         Literal["same", "union"],
         typer.Option(help="Of tokenizers that differ: union matches tokens by their text."),
     ] = "same",
-    seed: Annotated[int, typer.Option(help="Of all random draws.", min=0)] = 0,
+    seed: Seed = 0,
     co2: Co2 = None,
     device: Device = None,
     dry_run: DryRun = False,
@@ -120,14 +119,11 @@ def merge(
     """
     with working(quiet, device) as say:
         from hf_zipit.recipe.loading import check_recipe
-        from hf_zipit.recipe.sections import REFIT, CalibrationData, ExpertEntry, Recipe
+        from hf_zipit.recipe.sections import CalibrationData, Recipe
         from hf_zipit.running.run import run_recipe
 
         say("checking")
-        named, own = parse_experts(experts), parse_classes(classes)
-        if unknown := next((task for task in own if task not in named), None):
-            raise RecipeError(f"--classes names the task {unknown!r}; {suggestion(unknown, named)}")
-        entries = {task: ExpertEntry(model=source, classes=own.get(task, ())) for task, source in named.items()}
+        entries = expert_entries(experts, classes)
         columns = parse_columns(column)
         data = None
         if calibration:
@@ -139,11 +135,9 @@ def merge(
             **({} if size is None else {"size": size}),
             **({"vocabulary": "union"} if vocabulary == "union" else {}),
         }
-        method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
         recipe = Recipe(
-            name=out.absolute().name, experts=entries, base=base, calibration=data, method=(method,),
-            depth=(number_or_name(depth),), output=out, seed=seed, refit=False if refit is False else None,
-            settings=settings,
+            name=out.absolute().name, experts=entries, base=base, calibration=data, depth=(number_or_name(depth),),
+            output=out, seed=seed, settings=settings, **refitted(method, refit),
         )  # fmt: skip
         check_recipe(recipe, [out])
         if dry_run:

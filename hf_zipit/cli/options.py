@@ -9,8 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_zipit.config import REFIT
 from hf_zipit.errors import RecipeError
-from hf_zipit.recipe.sections import Recipe
+from hf_zipit.extras import require
+from hf_zipit.recipe.sections import ExpertEntry, Recipe
+from hf_zipit.registry import suggestion
 
 RecipePath = Annotated[Path, typer.Argument(help="The recipe, a YAML file; see recipes/ for examples.")]
 
@@ -54,6 +57,19 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 Streaming = Annotated[bool, typer.Option("--streaming", help="Read only these samples from the Hub.")]
 
+Experts = Annotated[
+    list[str],
+    typer.Argument(metavar="EXPERT...", help="Repo ids or folders, each as TASK=MODEL or as MODEL alone."),
+]
+
+CalibrationSplit = Annotated[str, typer.Option("--split", help="The split of the calibration data.")]
+
+Depth = Annotated[
+    str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
+]
+
+Seed = Annotated[int, typer.Option("--seed", help="Of all random draws.", min=0)]
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")]
 
 
@@ -70,6 +86,32 @@ def parse_experts(arguments: list[str]) -> dict[str, str]:
             raise RecipeError(f"Two experts are named {task!r}; give them task names: NAME={source}.")
         experts[task] = source
     return experts
+
+
+def expert_entries(arguments: list[str], classes: list[str] | None) -> dict[str, ExpertEntry]:
+    """A recipe's experts, of `TASK=MODEL` and `TASK=A,B,C` arguments; raises RecipeError as they are parsed, and for
+    classes of no expert.
+    """
+    named, own = parse_experts(arguments), parse_classes(classes)
+    if unknown := next((task for task in own if task not in named), None):
+        raise RecipeError(f"--classes names the task {unknown!r}; {suggestion(unknown, named)}")
+    return {task: ExpertEntry(model=source, classes=own.get(task, ())) for task, source in named.items()}
+
+
+def refitted(method: str, refit: bool | None) -> dict[str, Any]:
+    """A recipe's method and refit, of the options --method and --refit or --no-refit."""
+    method = f"{method}{REFIT}" if refit and not method.endswith(REFIT) else method
+    return {"method": (method,), "refit": False if refit is False else None}
+
+
+def check_picture(path: Path) -> None:
+    """Raises an error where a picture cannot be drawn into a file."""
+    from hf_zipit.files import check_writable
+    from hf_zipit.report.plots import picture_kind
+
+    require("matplotlib")
+    picture_kind(path)
+    check_writable(path.parent)
 
 
 def parse_columns(arguments: list[str] | None) -> dict[str, str]:

@@ -9,10 +9,20 @@ from typing import Annotated, Any
 import typer
 
 from hf_zipit.cli.app import app
-from hf_zipit.cli.options import Co2, Device, DryRun, Json, Out, Quiet, RecipePath, number_or_name, read_recipe
+from hf_zipit.cli.options import (
+    Co2,
+    Device,
+    DryRun,
+    Json,
+    Out,
+    Quiet,
+    RecipePath,
+    check_picture,
+    number_or_name,
+    read_recipe,
+)
 from hf_zipit.cli.printing import print_json, print_plans, print_result, stdout, working
 from hf_zipit.errors import RecipeError
-from hf_zipit.extras import require
 
 
 @app.command(
@@ -66,17 +76,12 @@ def sweep(
     Saves no model; the table, and the picture if one is asked for, are all that comes out.
     """
     with working(quiet, device) as say:
-        from hf_zipit.files import check_writable
         from hf_zipit.recipe.loading import check_recipe
         from hf_zipit.recipe.sections import REFIT
         from hf_zipit.running.run import run_recipe
 
         if plot is not None:
-            from hf_zipit.report.plots import picture_kind
-
-            require("matplotlib")
-            picture_kind(plot)
-            check_writable(plot.parent)
+            check_picture(plot)
         loaded = read_recipe(recipe, None, say)
         if loaded.evaluation is None:
             raise RecipeError(f"The recipe {recipe} has no evaluation section; a sweep needs something to measure on.")

@@ -358,8 +358,7 @@ class Calibration:
 
     def select(self, rows: Mapping[str | None, Sequence[int]]) -> Calibration:
         """Calibration data of some samples, by task, in the order of their positions."""
-        part = replace(self)
-        part.tasks, part.inputs = self.tasks, self.inputs
+        part = self._without_data()
         for task, positions in rows.items():
             index = torch.as_tensor(positions)
             chosen = {name: tensor[index] for name, tensor in self.whole(task).items()}
@@ -370,15 +369,14 @@ class Calibration:
 
     def of_tasks(self, tasks: Sequence[str]) -> Calibration:
         """The data of some of the tasks; all of it where it is one collection for all."""
-        part = replace(self)
-        part.tasks, part.inputs = tuple(tasks), self.inputs
+        part = self._without_data()
+        part.tasks = tuple(tasks)
         part._streams = {task: batches for task, batches in self._streams.items() if task is None or task in tasks}
         return part
 
     def and_more(self, more: Mapping[str | None, Iterable[Callable[[], Inputs]]]) -> Calibration:
         """The same calibration data, and behind it further batches of some tasks: what makes them, when asked for."""
-        whole = replace(self)
-        whole.tasks, whole.inputs = self.tasks, self.inputs
+        whole = self._without_data()
         whole._streams = {
             task: [
                 *batches,
@@ -387,6 +385,12 @@ class Calibration:
             for task, batches in self._streams.items()
         }
         return whole
+
+    def _without_data(self) -> Calibration:
+        """The same for the same experts, and nothing read."""
+        other = replace(self)
+        other.tasks, other.inputs = self.tasks, self.inputs
+        return other
 
     def fingerprint(self) -> dict[str, Any]:
         """The number of samples by task, or of all, and the sha256 of what models read of them; empty if none was.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -175,19 +175,17 @@ def make_plan(
         bases=folded(bases or {}, "base of"),
         spec=spec,
         cut=cut,
-        parameters=count_parameters(experts, spec, cut, trunk, readouts=config.refit not in (None, AUTO)),
+        parameters=count_parameters(experts, spec, cut, readouts=config.refit not in (None, AUTO)),
         coverage=coverage(spec, first, trunk),
         moment_bytes=sum(BYTES_PER_MOMENT * (len(experts) * spec.size(probe.key)) ** 2 for probe in spec.probes),
     )
 
 
-def count_parameters(
-    experts: Mapping[str, nn.Module], spec: MergeSpec, cut: Cut, trunk: Collection[str], *, readouts: bool
-) -> dict[str, int]:
+def count_parameters(experts: Mapping[str, nn.Module], spec: MergeSpec, cut: Cut, *, readouts: bool) -> dict[str, int]:
     """Elements by part. A refit fits an affine map `[d, d + 1]` for every place and task that reads the trunk."""
-    tensors = model_tensors(next(iter(experts.values())))
+    first = next(iter(experts.values()))
     sizes = [sum(p.numel() for p in model.parameters()) for model in experts.values()]
-    in_trunk = sum(tensors[name].numel() for name in trunk)
+    in_trunk = sum(p.numel() for name, p in first.named_parameters() if name in cut.trunk)
     branches = sum(  # a head that is tied to the embeddings is untied: every task keeps its own
         sum(p.numel() for name, p in model.named_parameters(remove_duplicate=False) if name not in cut.trunk)
         for model in experts.values()

@@ -33,8 +33,7 @@ def depth_for_size(experts: Mapping[str, nn.Module], spec: MergeSpec, size: floa
 
     def times(merged: int) -> float:
         cut = cut_model(first, spec, merged / blocks)
-        trunk = {name for name, _ in first.named_parameters() if name in cut.trunk}
-        found = count_parameters(experts, cut.trunk_spec(spec), cut, trunk, readouts=readouts)
+        found = count_parameters(experts, cut.trunk_spec(spec), cut, readouts=readouts)
         return found["merged"] / found["expert"]
 
     whole = times(blocks)

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from hf_zipit.grouping.grouping import Grouping
 from hf_zipit.report.plots import add_title, drawing, wrapped
-from hf_zipit.report.tables import held_out_samples, new_table
+from hf_zipit.report.tables import measured_on, new_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,5 +69,4 @@ def disturbance(found: Grouping, title: str = "") -> Figure:
 
 def _measured(found: Grouping) -> str:
     """Which merges, on which data."""
-    right = {"labels": "labelled", "experts": "labelled by the experts"}[found.answers]
-    return f"pairs merged by {found.method}; {held_out_samples(found.samples)}, {right}"
+    return f"pairs merged by {found.method}; {measured_on(found.samples, found.answers)}"

@@ -15,7 +15,7 @@ from rich.table import Table
 from hf_zipit.files import write_json
 from hf_zipit.landscapes.results import Curve, Landscape, Plane
 from hf_zipit.report.plots import MARKERS, add_legend, add_title, drawing, look, save_picture, wrapped
-from hf_zipit.report.tables import held_out_samples, new_table, share
+from hf_zipit.report.tables import measured_on, new_table, share
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -158,8 +158,7 @@ def _curve(axis: Axes, curve: Curve, values: Sequence[float], index: int) -> Non
 
 def _title(found: Landscape, title: str) -> str:
     """What is shown, of which merge, on which data."""
-    right = {"labels": "labelled", "experts": "labelled by the experts"}[found.answers]
-    merge = f"{found.method}, depth {found.depth:g}; {held_out_samples(found.samples)}, {right}"
+    merge = f"{found.method}, depth {found.depth:g}; {measured_on(found.samples, found.answers)}"
     return f"{title}: {merge}" if title else merge
 
 

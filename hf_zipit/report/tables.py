@@ -190,6 +190,12 @@ def held_out_samples(samples: Mapping[str, int]) -> str:
     return f"{', '.join(f'{count} {task}' for task, count in samples.items())} held-out samples"
 
 
+def measured_on(samples: Mapping[str, int], answers: str) -> str:
+    """Which held-out samples were measured on, and who said what is right there, in words."""
+    right = {"labels": "labelled", "experts": "labelled by the experts"}[answers]
+    return f"{held_out_samples(samples)}, {right}"
+
+
 def megabytes(size: int) -> str:
     """A size in bytes as megabytes: `12.3 MB`."""
     return f"{size / 1e6:,.1f} MB"
