@@ -203,9 +203,14 @@ def whitening(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor,
     moments, count, like = fit.zeros(1), fit.zeros(1), None
     for x, weight in parts:
         moments, count, like = moments + ((x * weight[:, None]).T @ x).to(moments), count + weight.sum(), x
-    moments = fit.all_reduce(moments) / fit.all_reduce(count).clamp_min(1e-12)
-    moments.diagonal().add_(fit.config.ridge * moments.diagonal().mean().clamp_min(1e-12))
-    root, inverse = square_root(moments, moments.diagonal().mean() * 1e-12)
+    return whitening_of(fit, fit.all_reduce(moments) / fit.all_reduce(count).clamp_min(1e-12), like)
+
+
+def whitening_of(fit: Fit, squares: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+    """What `whitening` gives, of the mean of x x^T `[d, d]`, float64, in the number format and place of `like`."""
+    squares = squares.clone()
+    squares.diagonal().add_(fit.config.ridge * squares.diagonal().mean().clamp_min(1e-12))
+    root, inverse = square_root(squares, squares.diagonal().mean() * 1e-12)
     return inverse.to(like), root.to(like)
 
 

@@ -21,9 +21,18 @@ from torch.nn import functional
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlps import Mlp
 from hf_zipit.refit.positions import at_rows
-from hf_zipit.refit.regression import ridge
+from hf_zipit.refit.regression import SecondMoments, ridge
 from hf_zipit.refit.solvable import RefitSite
-from hf_zipit.refit.steps import HELD_OUT, Spread, WhiteLayer, is_held_out, take_steps, typical_size, whitening
+from hf_zipit.refit.steps import (
+    HELD_OUT,
+    Spread,
+    WhiteLayer,
+    is_held_out,
+    take_steps,
+    typical_size,
+    whitening,
+    whitening_of,
+)
 from hf_zipit.refit.values import MERGED
 
 ROOM = 2**25
@@ -77,8 +86,7 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
     """
     fitted, held, spread = split_rows(fit, mlp)
     with torch.no_grad():
-        solve_reader(fit, mlp, fitted)
-        layer = WhiteMlp(fit, mlp, fitted)
+        layer = WhiteMlp(fit, mlp, fitted, solve_reader(fit, mlp, fitted))
         errors = UnitErrors(fit, fitted, held)
         first = errors.held_out(layer)
     steps = min(fit.config.unit_steps, max(FEW, PASSES * errors.windows))
@@ -92,11 +100,12 @@ def refine_units(fit: Fit, mlp: Mlp) -> bool:
 class WhiteMlp(WhiteLayer[LayerWeights]):
     """An MLP as a function of its input, with parameters in which its inputs and its units' outputs are white."""
 
-    def __init__(self, fit: Fit, mlp: Mlp, rows: MlpRows) -> None:
+    def __init__(self, fit: Fit, mlp: Mlp, rows: MlpRows, put_out: SecondMoments) -> None:
+        """`put_out`: what the units put out on the rows."""
         self.fit, self.mlp = fit, mlp
         own = {site: layer_weights(fit, site) for site in (*mlp.writers, mlp.reader)}
         white = whitening(fit, ((x, weight) for x, _, weight in rows.chunks()))
-        even = whitening(fit, ((units(fit, mlp, x, own), weight) for x, _, weight in rows.chunks()))
+        even = whitening_of(fit, put_out.xx / put_out.n.clamp_min(1e-12), rows.x)
         self.white = {site: even[0] if site is mlp.reader else white[0] for site in own}
         undo = {site: even[1] if site is mlp.reader else white[1] for site in own}
         self.own = {site: [weight @ undo[site], *bias] for site, (weight, *bias) in own.items()}
@@ -151,14 +160,16 @@ def units(fit: Fit, mlp: Mlp, x: Tensor, own: LayerWeights, b: int = 0) -> Tenso
     return fit.values.follow(mlp.between, known, MERGED, b)[mlp.reader.node.args[0]]  # type: ignore[index]
 
 
-def solve_reader(fit: Fit, mlp: Mlp, rows: MlpRows) -> None:
-    """Write the output projection that suits the units as they are."""
+def solve_reader(fit: Fit, mlp: Mlp, rows: MlpRows) -> SecondMoments:
+    """Write the output projection that suits the units as they are; the moments of what these put out."""
     start = fit.matrix(mlp.reader)
     own = {site: layer_weights(fit, site) for site in mlp.writers}
     gram = fit.gram(start)
     for x, y, weight in rows.chunks():
         gram.add(units(fit, mlp, x, own), y, weight)
-    fit.write(mlp.reader, *ridge(gram.reduce(fit.all_reduce), start, fit.config.ridge, mlp.reader.bias is not None))
+    moments = gram.reduce(fit.all_reduce)
+    fit.write(mlp.reader, *ridge(moments, start, fit.config.ridge, mlp.reader.bias is not None))
+    return moments
 
 
 def split_rows(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
