@@ -249,8 +249,8 @@ def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
 
     def opposed(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
         fitted, _, spread = split(fit, mlp)
-        unit_refinement.solve_reader(fit, mlp, fitted)
-        made = unit_refinement.WhiteMlp(fit, mlp, fitted)(fitted.x).detach()
+        put_out = unit_refinement.solve_reader(fit, mlp, fitted)
+        made = unit_refinement.WhiteMlp(fit, mlp, fitted, put_out)(fitted.x).detach()
         return fitted, replace(fitted, y=2 * made - fitted.y), spread
 
     with patch.object(unit_refinement, "split_rows", opposed), patch.object(mlp_solver, "refine_units") as called:
