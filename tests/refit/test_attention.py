@@ -216,7 +216,7 @@ def test_layers_of_other_kinds(model_class: type[PreTrainedModel], layers: int):
     assert [layer.logits for layer in found] == ["rotary"] * layers
 
 
-@pytest.mark.parametrize(("name", "layers"), [*WHOLE.items(), *VALUES.items()])
+@pytest.mark.parametrize(("name", "layers"), tiny.mostly_seldom([*WHOLE.items(), *VALUES.items()], 2))
 def test_which_layers_are_solved_as_a_whole(name: str, layers: int):
     """Of the others values and output projections are, even where they are part of a fused map."""
     model = tiny.build(name)
@@ -285,7 +285,7 @@ def with_biases(name: str, seed: int = 0) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("name", "dim"),
     [
-        *product(["vit", "clip", "llama", "qwen3"], [2, 4]),
+        *tiny.mostly_seldom(product(["vit", "clip", "llama", "qwen3"], [2, 4]), 2),
         *((name, 4) for name in WITH_BIASES),
     ],
 )
@@ -373,10 +373,13 @@ CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.at
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [
-        *((name, True) for name in ("vit", "llama", "qwen3", "gpt-neox", "gpt2", "t5", "mpnet")),
-        *((name, False) for name in ("vit", "llama", "t5")),
-    ],
+    tiny.mostly_seldom(
+        [
+            *((name, True) for name in ("vit", "llama", "qwen3", "gpt-neox", "gpt2", "t5", "mpnet")),
+            *((name, False) for name in ("vit", "llama", "t5")),
+        ],
+        2,
+    ),
 )
 def test_the_merged_model_computes_what_the_walk_did(name: str, split: bool):
     """With more and narrower heads, too, with some of their rotary pairs, or with biases of their own."""

@@ -147,7 +147,7 @@ def measured(name: str, method: str = "permute", **settings: object) -> tuple[Me
     return found, found.refit(name, method, **settings)
 
 
-@each_kind
+@pytest.mark.parametrize("name", tiny.mostly_seldom(KINDS, 2))
 def test_no_regression_is_worse_than_the_combined_weights(name: str):
     found, _ = measured(name)
     together = found.walk.in_attention | found.walk.behind_attention | found.walk.in_mlp  # solved with their layer
@@ -171,7 +171,13 @@ def test_the_report_has_every_site_and_task(name: str):
 
 
 @pytest.mark.parametrize(
-    ("name", "depth"), [*((name, 1.0) for name in KINDS), ("clip", 0.5), ("bert-masked", 0.5), ("resnet-basic", 0.5)]
+    ("name", "depth"),
+    [
+        *tiny.mostly_seldom(((name, 1.0) for name in KINDS), 2),
+        ("clip", 0.5),
+        ("bert-masked", 0.5),
+        ("resnet-basic", 0.5),
+    ],
 )
 def test_the_walk_ends_where_the_merged_model_is(name: str, depth: float):
     """What the walk saw at the readouts is what the assembled model hands its branches. (A tied table read under its
@@ -497,7 +503,7 @@ def test_a_mask_is_given_to_all_or_none():
     assert all("attention_mask" in batch.inputs for batch in mixed)
 
 
-@pytest.mark.parametrize("name", ["vit", "bert-masked", "clip", "resnet-basic"])
+@pytest.mark.parametrize("name", tiny.mostly_seldom(["vit", "bert-masked", "clip", "resnet-basic"], 2))
 def test_the_size_of_micro_batches_has_no_influence(name: str):
     models = experts(name)
     data = by_task(calibration(models[0]))

@@ -72,7 +72,7 @@ def rotary_spaces(spec):
     return [space for space in spec.spaces.values() if space.symmetry is Symmetry.ROTARY]
 
 
-@pytest.mark.parametrize("name", ROTATED)
+@pytest.mark.parametrize("name", tiny.mostly_seldom(ROTATED, 2))
 def test_pairs_can_be_rotated_and_no_more(name):
     model, spec = traced(ROTATED[name])
     first, _ = rotary_spaces(spec)  # one a layer
