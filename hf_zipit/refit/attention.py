@@ -79,6 +79,7 @@ class SolvedApart:
         steps: the ops between them and the layer's op.
         scales: the tensors that these ops alone read, such as the gains of norms, which all heads share.
         gains: that of queries and that of keys, a number for each unit of a head; None where other scales are read.
+        placed: whether a norm has a place for every head, so that none can take another's; they can be fitted.
     """
 
     query: Heads
@@ -86,6 +87,7 @@ class SolvedApart:
     steps: frozenset[fx.Node]
     scales: tuple[str, ...] = ()
     gains: tuple[RefitSite, RefitSite] | None = None
+    placed: bool = False
 
     @property
     def maps(self) -> tuple[Heads, Heads]:
@@ -280,8 +282,7 @@ def _apart(
         asked |= path.steps & program.behind([path.site.node])  # the frequencies of a rotation are other layers', too
     read = {used for step in asked for used in (step, *program.made_of_weights(step))}
     inputs = {used: name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used))}
-    if any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ())):
-        return None  # a norm that has a place for every head does not follow it elsewhere
+    placed = any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ()))
     shared = {program.tensor_of(used) for used in program.inputs if not read.issuperset(used.users)}
     scales = {n for used, n in inputs.items() if n in spec.axes and used.meta["val"].is_floating_point()} - shared
     rows = [(own.site.node, unit) for own in (*found, value) for unit in own.units]
@@ -292,8 +293,8 @@ def _apart(
     if not users <= {node, *steps}:
         return None
     gains = _one_gain_each(found, [gain for step in asked if (gain := gain_at(program, step)) is not None], program)
-    alone = gains is not None and {gain.weight for gain in gains} == scales
-    return SolvedApart(*found, frozenset(steps), tuple(sorted(scales)), gains if alone else None)
+    alone = gains is not None and {gain.weight for gain in gains} == scales and not placed
+    return SolvedApart(*found, frozenset(steps), tuple(sorted(scales)), gains if alone else None, placed)
 
 
 def _one_gain_each(

@@ -140,7 +140,8 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
     def __call__(self, b: int) -> Tensor:
         """What the layer adds to the stream of a micro-batch, `[rows, units]`."""
         own = self._now()
-        return functional.linear(self._mixed(own, b).flatten(0, -2), own.output, own.output_bias)
+        put_out = functional.linear(self._mixed(own, b).flatten(0, -2), own.output, own.output_bias)
+        return self.fit.into_stream(self.forward.attention.output, put_out)
 
     @torch.no_grad()
     def weights(self) -> HeadWeights:
@@ -230,7 +231,7 @@ class AttentionErrors:
 
     @torch.no_grad()
     def __init__(self, fit: Fit, forward: MergedAttention, windows: Windows) -> None:
-        self.fit, self.site, self.windows = fit, forward.attention.output, windows
+        self.fit, self.site, self.windows = fit, forward.attention.output.aim, windows
         every = max(1, fit.rows.all_batches // LOOKED_AT)
         batches = fit.values.batches
         self.looked_at = [b for b, batch in enumerate(batches) if batch.number % every == 0]

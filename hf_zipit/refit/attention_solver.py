@@ -391,6 +391,9 @@ class AttentionSolver:
         fit, attention, left = self.fit, self.attention, self._left()
         if left <= AGREED:
             return None
+        if apart.placed:
+            self._refine_paired(apart, paired)
+            return None
         pairs = None
         if split is not None:
             pairs = self._split_normed(split)
@@ -411,9 +414,12 @@ class AttentionSolver:
         else:
             if split is not None:
                 self._solve_values(paired, starts)
-            self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
-            self.asked_anew = self.scaled_anew = self._refine(paired, slice(attention.width))
+            self._refine_paired(apart, paired)
         return None
+
+    def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> None:
+        self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
+        self.asked_anew = self.scaled_anew = self._refine(paired, slice(self.attention.width))
 
     def _choose(self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int], every: MergedHeads) -> None:
         """Write some of all experts' heads, and fit them."""

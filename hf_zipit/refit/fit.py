@@ -67,8 +67,23 @@ class Targets:
         if key not in self.values.store or self._rows[key] is not rows:
             self._rows[key] = rows
             node = site.stream or site.output
-            self.values.store[key] = self.share(node, site.target_axis, self.label(site), b, rows)
+            if site.behind is None:
+                self.values.store[key] = self.share(node, site.target_axis, self.label(site), b, rows)
+            else:
+                self.values.store[key] = self._before_norm(site, b, rows)
         return self.values.store[key]
+
+    def _before_norm(self, site: RefitSite, b: int, rows: Picked | None) -> Tensor:
+        """What the stream lacks behind a norm, its gain taken out, in rows as long as the experts' are there."""
+        gain = site.aim
+        lacking = self.of(gain, b, rows)
+        task = self.values.batches[b].task
+        lengths = torch.zeros_like(lacking[..., :1])
+        for t, weight in zip(self.values.experts, self.weights(task), strict=True):
+            own = self.values.of(site.output, t, b)
+            own = own if rows is None else at_rows(own, -1, rows)
+            lengths += weight * own.square().mean(-1, keepdim=True).sqrt()
+        return lacking * lengths / away_from_zero(self.values.merged[gain.weight] + gain.constant)
 
     def know(self, site: RefitSite, b: int, rows: Picked, value: Tensor) -> None:
         """Remember what a site's output should be, where that is no share of what the experts put out there."""
@@ -80,6 +95,8 @@ class Targets:
         for b in range(len(self.values.batches)):
             self.values.store.pop((site, "target", b))
             self._rows.pop((site, "target", b), None)
+        if site.behind is not None:
+            self.forget(site.aim)
 
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
@@ -164,7 +181,11 @@ def scale_of(site: RefitSite, values: Values, who: int) -> Tensor | float:
     """What a model multiplies a site's output by before it is added to a stream, away from zero."""
     if not isinstance(site.scale, fx.Node):
         return 1.0 if site.scale is None else site.scale
-    scale = values.of(site.scale, who, 0)
+    return away_from_zero(values.of(site.scale, who, 0))
+
+
+def away_from_zero(scale: Tensor) -> Tensor:
+    """Numbers that can be divided by."""
     least = FAINT * scale.abs().mean().clamp_min(1e-12)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
 
@@ -258,6 +279,12 @@ class Fit:
     def outputs(self, site: RefitSite) -> int:
         """How many units the merged model puts out at a site."""
         return self.values.merged[site.weight].shape[site.unit_axis] if site.part is None else site.part[1]
+
+    def into_stream(self, site: RefitSite, x: Tensor) -> Tensor:
+        """What goes into the stream of what a site puts out `[..., units]`: that, or what the norm behind it makes."""
+        if site.behind is None:
+            return x
+        return self.values.follow(site.behind.ops, {site.output: x}, MERGED, 0)[site.aim.node]
 
     def input_label(self, site: RefitSite) -> AxisLabel:
         """The units of a linear map's input."""

@@ -61,7 +61,7 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
         inputs = {site.node.args[0] for site in writers[name]}
         if len(readers[name]) == 1 and len(inputs) == 1 and inside <= own and spec.movable(name):
             (reader,) = readers[name]
-            if reader.stream is not None and all(site.stream is None for site in writers[name]):
+            if reader.aim.stream is not None and all(site.stream is None for site in writers[name]):
                 between = _between(program, [site.node for site in writers[name]], reader.node)
                 fused = {site.node: len(products(site.label(spec))) for site in writers[name]}
                 if all(unit_by_unit(node) or _takes_apart(node, fused) for node in between):

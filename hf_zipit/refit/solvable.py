@@ -15,7 +15,7 @@ from hf_zipit.refit.rewrites import routed_linear, turned_linear
 from hf_zipit.symmetry.ops import is_within, module_stack, op_name, overload, shape_of
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, Sum, product_key, products
 
-TRANSPARENT = {"dropout", "to", "_to_copy", "contiguous", "clone", "alias", "detach", "feature_dropout"}
+TRANSPARENT = {"dropout", "to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "feature_dropout"}
 """Ops that pass their input on: a linear map followed by them still writes into the addition behind them."""
 
 REORDERING = {"permute", "transpose"}
@@ -45,6 +45,7 @@ class RefitSite:
         length: the name of a weight norm's lengths, where the weight's directions are `weight`.
         constant: what is added to a gain before anything is multiplied by it.
         stream_axis: the stream's axis that has the units.
+        behind: the norm that alone reads what the site puts out, where that writes into a residual stream.
     """
 
     kind: str
@@ -62,6 +63,12 @@ class RefitSite:
     constant: float = field(default=0.0, compare=False)
     stream_axis: int | None = None
     more: tuple[fx.Node, ...] = ()
+    behind: BranchNorm | None = None
+
+    @property
+    def aim(self) -> RefitSite:
+        """What writes into a residual stream, if anything does: the site, or the gain of the norm behind it."""
+        return self if self.behind is None else self.behind.gain
 
     @property
     def unit_axis(self) -> int:
@@ -114,6 +121,19 @@ class RefitSite:
         """The units of what the site puts out."""
         label = spec.output_label(self.weight, self.unit_axis)
         return label if self.part is None else part_of(label, range(*self.rows.indices(1 << 60)), spec) or ()
+
+
+@dataclass(frozen=True)
+class BranchNorm:
+    """A norm between a linear map and a residual stream, see `normed_writers.py`.
+
+    Attributes:
+        ops: in the order they run; the last one multiplies by the gain.
+        gain: where that is solved; it writes into the stream.
+    """
+
+    ops: tuple[fx.Node, ...]
+    gain: RefitSite
 
 
 def part_of(label: AxisLabel, units: Sequence[int], spec: MergeSpec) -> AxisLabel | None:
@@ -346,7 +366,7 @@ def _addition_behind(
     nothing = (None, None, None, order)
     while (user := _only_user(current)) is not None:
         name = op_name(user)
-        if name in TRANSPARENT:
+        if name in TRANSPARENT and user.args[0] is current:
             current = user
             continue
         if name in REORDERING:

@@ -62,20 +62,22 @@ LayerWeights = Mapping[RefitSite, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class MlpRows:
-    """Inputs `[rows, d]` of a layer, its targets `[rows, k]`, the rows' weights, and which of them belong together.
+    """Inputs `[rows, d]` of a layer, what it should put out `[rows, k]`, what the stream lacks (the same, or what the
+    norm behind the layer should make of it), the rows' weights, and which of them belong together.
 
     `turn` counts the rows of all samples through, position after position: rows with the same remainder are spread
     over the samples.
     """
 
     x: Tensor
-    y: Tensor
+    target: Tensor
+    lacking: Tensor
     weight: Tensor
     turn: Tensor
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Inputs, targets and weights of not too many rows."""
-        return zip(*(part.split(CHUNK) for part in (self.x, self.y, self.weight)), strict=True)
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Inputs, targets, what is lacking and weights of not too many rows."""
+        return zip(*(part.split(CHUNK) for part in (self.x, self.target, self.lacking, self.weight)), strict=True)
 
 
 def refine_units(fit: Fit, mlp: Mlp) -> bool:
@@ -104,7 +106,7 @@ class WhiteMlp(WhiteLayer[LayerWeights]):
         """`put_out`: what the units put out on the rows."""
         self.fit, self.mlp = fit, mlp
         own = {site: layer_weights(fit, site) for site in (*mlp.writers, mlp.reader)}
-        white = whitening(fit, ((x, weight) for x, _, weight in rows.chunks()))
+        white = whitening(fit, ((x, weight) for x, *_, weight in rows.chunks()))
         even = whitening_of(fit, put_out.xx / put_out.n.clamp_min(1e-12), rows.x)
         self.white = {site: even[0] if site is mlp.reader else white[0] for site in own}
         undo = {site: even[1] if site is mlp.reader else white[1] for site in own}
@@ -114,7 +116,8 @@ class WhiteMlp(WhiteLayer[LayerWeights]):
 
     def __call__(self, x: Tensor) -> Tensor:
         own = self._now()
-        return functional.linear(units(self.fit, self.mlp, x, own), *own[self.mlp.reader])
+        put_out = functional.linear(units(self.fit, self.mlp, x, own), *own[self.mlp.reader])
+        return self.fit.into_stream(self.mlp.reader, put_out)
 
     def _now(self) -> LayerWeights:
         return {site: [weight @ self.white[site], *bias] for site, (weight, *bias) in self.own.items()}
@@ -133,19 +136,19 @@ class UnitErrors:
         turns = fitted.turn % self.windows
         self.rows = turns.argsort(stable=True).split(turns.bincount(minlength=self.windows).tolist())
         self.whole, self.lacking = (
-            max(float(fit.all_reduce(rows.weight @ rows.y.square().sum(1))), 1e-30) for rows in (fitted, held)
+            max(float(fit.all_reduce(rows.weight @ rows.lacking.square().sum(1))), 1e-30) for rows in (fitted, held)
         )
 
     def held_out(self, layer: WhiteMlp) -> Tensor:
         total = self.fit.zeros(1)
         with torch.no_grad():
-            for x, y, weight in self.held.chunks():
+            for x, _, y, weight in self.held.chunks():
                 total += (weight @ (layer(x) - y).square().sum(1)).to(total)
         return self.fit.all_reduce(total) / self.lacking
 
     def backward(self, layer: WhiteMlp, step: int) -> None:
         rows = self.rows[step % self.windows]
-        x, y, weight = (part[rows] for part in (self.fitted.x, self.fitted.y, self.fitted.weight))
+        x, y, weight = (part[rows] for part in (self.fitted.x, self.fitted.lacking, self.fitted.weight))
         (weight @ (layer(x) - y).square().sum(1) * (self.windows / self.whole)).backward()
 
 
@@ -165,7 +168,7 @@ def solve_reader(fit: Fit, mlp: Mlp, rows: MlpRows) -> SecondMoments:
     start = fit.matrix(mlp.reader)
     own = {site: layer_weights(fit, site) for site in mlp.writers}
     gram = fit.gram(start)
-    for x, y, weight in rows.chunks():
+    for x, y, _, weight in rows.chunks():
         gram.add(units(fit, mlp, x, own), y, weight)
     moments = gram.reduce(fit.all_reduce)
     fit.write(mlp.reader, *ridge(moments, start, fit.config.ridge, mlp.reader.bias is not None))
@@ -180,13 +183,15 @@ def split_rows(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
     for b, batch in enumerate(fit.values.batches):
         x = fit.values.of(mlp.input, MERGED, b)
         rows, picked = fit.rows.pick(x.shape, b, -1, ROOM // (x.shape[-1] + outputs), 1)
-        target, stream = fit.targets.of(mlp.reader, b, rows), fit.targets.reached(mlp.reader, b, rows)
+        aim = mlp.reader.aim
+        target, lacking = fit.targets.of(mlp.reader, b, rows), fit.targets.of(aim, b, rows)
+        stream = fit.targets.reached(aim, b, rows)
         weight = picked.to(x)
         count = x.shape[:-1].numel()
         number = torch.arange(count, device=x.device)[rows]
         sample, position = batch.first + number * batch.size // count, number % max(count // batch.size, 1)
         held = is_held_out(sample)
-        own = [at_rows(x, -1, rows), target, weight, sample - sample // HELD_OUT + position]
+        own = [at_rows(x, -1, rows), target, lacking, weight, sample - sample // HELD_OUT + position]
         parts[0].append([part[~held] for part in own])
         parts[1].append([part[held] for part in own])
         spread.add(stream[held], weight[held])

@@ -40,6 +40,7 @@ from hf_zipit.refit.head_biases import HeadBiases
 from hf_zipit.refit.mixtures import find_mixtures, solve_hidden, solve_outputs
 from hf_zipit.refit.mlp_solver import choose_units
 from hf_zipit.refit.mlps import find_mlps
+from hf_zipit.refit.normed_writers import with_branch_norms
 from hf_zipit.refit.positions import Positions, Rows
 from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
@@ -122,6 +123,7 @@ class Walk:
         self.in_mixtures = {mixture.writer.node: (mixture, solve_hidden) for mixture in mixtures}
         self.in_mixtures |= {mixture.reader.node: (mixture, solve_outputs) for mixture in mixtures}
         self.sites = {n: site for n, site in self.sites.items() if site.kind != "routed" or n in self.in_mixtures}
+        self.sites = with_branch_norms(self.program, self.sites)
         self.readouts = find_readouts(self.program, cut)
         self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.sites}
@@ -218,11 +220,12 @@ class Walk:
 
     def _aims_at(self, site: RefitSite) -> int:
         """The position of what a site aims at; of a table, that of the op that reads it."""
-        return self.program.position.get(site.stream or site.output, self.program.position[site.node])
+        aim = site.aim
+        return self.program.position.get(aim.stream or aim.output, self.program.position[site.node])
 
     def _solve_attention(self, node: fx.Node) -> None:
         layer = self.attention[node]
-        self._advance_experts(self.program.position[layer.output.stream or layer.output.output])
+        self._advance_experts(self._aims_at(layer.output))
         split = self.splits.get(layer)
         biases = None if split is None else split.biases
         solver = AttentionSolver(self.fit, layer, split, biases and self.biases_split.get(biases))
@@ -244,7 +247,7 @@ class Walk:
 
     def _choose_units(self, node: fx.Node) -> None:
         mlp = self.mlps[node]
-        self._advance_experts(self.program.position[mlp.reader.stream or mlp.reader.output])
+        self._advance_experts(self._aims_at(mlp.reader))
         if choose_units(self.fit, mlp):
             self.chosen |= {site.node for site in mlp.writers}
 
