@@ -31,6 +31,8 @@ PAIRS = (
     "text-gpt2",
     "text-qwen3",
     "text-neox",
+    "text-olmo2",
+    "text-gemma2",
     "seq2seq-t5",
     "speech",
     "segmentation",

@@ -10,7 +10,7 @@ from benchmarks.zoo.pairs.many import Many
 from benchmarks.zoo.pairs.scenes import Objects, Segmentation
 from benchmarks.zoo.pairs.seq2seq_t5 import Seq2SeqT5
 from benchmarks.zoo.pairs.speech import Speech
-from benchmarks.zoo.pairs.text_causal import TextGPT2, TextLlama, TextNeoX, TextQwen3
+from benchmarks.zoo.pairs.text_causal import TextGemma2, TextGPT2, TextLlama, TextNeoX, TextOlmo2, TextQwen3
 from benchmarks.zoo.pairs.wordnet_bert import WordNetBert
 from benchmarks.zoo.recipe import Recipe
 
@@ -29,6 +29,8 @@ RECIPES: dict[str, Recipe] = {
         TextGPT2(),
         TextQwen3(),
         TextNeoX(),
+        TextOlmo2(),
+        TextGemma2(),
         Seq2SeqT5(),
         Speech(),
         Segmentation(),

@@ -234,7 +234,7 @@ def _values_alone(
         return None
     absent = Heads(value.site, (), ())
     before = frozenset(steps)
-    apart = None if weights is not None else _apart(node, value, steps, program, sites, made, spec, groups)
+    apart = _apart(node, value, steps, program, sites, made, spec, groups, weights)
     return Attention(
         node, absent, absent, value, output, None, before, behind, heads, groups, width, weights, fused, apart,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -252,6 +252,18 @@ def differs_by_head(bias: fx.Node) -> bool:
     return len(shape) > 2 and shape[-3] != 1
 
 
+def _multiplied(weights: fx.Node, made: set[fx.Node]) -> tuple[fx.Node, fx.Node] | None:
+    """The queries and keys whose products are all that a softmax's weights are made from."""
+    node = weights
+    while True:
+        computed = [used for used in node.all_input_nodes if used in made]
+        if _name(node) in WEIGHING and len(computed) == 2:
+            return computed[0], computed[1]
+        if len(computed) != 1:
+            return None
+        (node,) = computed
+
+
 def _apart(
     node: fx.Node,
     value: Heads,
@@ -261,28 +273,36 @@ def _apart(
     made: set[fx.Node],
     spec: MergeSpec,
     groups: int,
+    weights: fx.Node | None = None,
 ) -> SolvedApart | None:
-    """The queries and keys of an attention op; None where they are not one linear map each, cut into heads that can be
-    exchanged, or something else reads them.
+    """The queries and keys of an attention op, or of what makes its `weights`; None where they are not one linear map
+    each, cut into as many heads as the values, or something else reads them.
     """
     bias = bias_of(node)
-    if bias is not None and differs_by_head(bias):
+    if weights is None and bias is not None and differs_by_head(bias):
         return None
-    found, steps, asked = list[Heads](), set(steps), set[fx.Node]()
-    for x, count in zip(node.args[:2], (shape_of(node)[1], groups), strict=True):
+    asking = node.args[:2] if weights is None else _multiplied(weights, made)
+    if asking is None:
+        return None
+    found, steps, asked, placed = list[Heads](), set(steps), set[fx.Node](), weights is not None
+    heads, width = shape_of(node)[-3], shape_of(node)[-1]
+    for x, count in zip(asking, (heads, groups), strict=True):
         path = _path(x, sites, made)  # type: ignore[arg-type]
         if path is None or len(shape_of(path.site.node)) > SAMPLES_POSITIONS_UNITS:
             return None
         label, units = path.site.label(spec), _units_read(x, path, program)  # type: ignore[arg-type]
+        if len(units) != count * width:
+            return None
         exchanged = label[:1] == value.label[:1] and spec.movable(label[0].space)  # type: ignore[union-attr]
-        width = shape_of(x)[-1]  # type: ignore[arg-type]
-        if not exchanged or width != shape_of(node)[-1] or len(units) != count * width:
+        if weights is None and (not exchanged or shape_of(x)[-1] != width):  # type: ignore[arg-type]
             return None
         found.append(Heads(path.site, label, units))
         asked |= path.steps & program.behind([path.site.node])  # the frequencies of a rotation are other layers', too
+    if weights is not None:
+        asked |= program.behind(asking) & program.before([weights])  # type: ignore[arg-type]
     read = {used for step in asked for used in (step, *program.made_of_weights(step))}
     inputs = {used: name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used))}
-    placed = any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ()))
+    placed |= any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ()))
     shared = {program.tensor_of(used) for used in program.inputs if not read.issuperset(used.users)}
     scales = {n for used, n in inputs.items() if n in spec.axes and used.meta["val"].is_floating_point()} - shared
     rows = [(own.site.node, unit) for own in (*found, value) for unit in own.units]

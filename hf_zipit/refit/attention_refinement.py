@@ -85,7 +85,8 @@ def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> 
 
     What the layer's attention gives is up to date afterwards. Returns whether there were any.
     """
-    if forward.attention.weights is not None or (forward.attention.fused and forward.attention.apart is None):
+    attention = forward.attention
+    if attention.apart is None and (attention.weights is not None or attention.fused):
         return False
     windows = Windows(fit)
     steps = min(fit.config.attention_steps, PASSES * len(windows))

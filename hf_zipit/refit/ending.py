@@ -69,7 +69,7 @@ def find_ending(
     answers = {name: (node, kind_of(name, node.meta["val"], model)) for name, node in made.items()}
     if {kind for _, kind in answers.values()} <= {"values"}:
         return None
-    needed, reached = _before(made.values()), _before(readouts.values())
+    needed, reached = program.before(made.values()), program.before(readouts.values())
     end = max(program.position[node] for node in readouts.values())
     nodes = set[fx.Node]()
     for mlp in mlps:
@@ -96,14 +96,3 @@ def _by_rows(heads: Sequence[fx.Node], readouts: Mapping[ReadPoint, fx.Node], an
     rows = {tuple(shape_of(node)[:-1]) for node in (*readouts.values(), *answers)}
     one = len(readouts) == 1 and len(rows) == 1 and all(entry.axis in (-1, len(*rows)) for entry in readouts)
     return one and all(row_by_row(node, made) for node in heads)
-
-
-def _before(end: Collection[fx.Node]) -> set[fx.Node]:
-    """Some nodes, and what they depend on."""
-    found, todo = set[fx.Node](), list(end)
-    while todo:
-        node = todo.pop()
-        if node not in found:
-            found.add(node)
-            todo += node.all_input_nodes
-    return found

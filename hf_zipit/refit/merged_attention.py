@@ -45,7 +45,7 @@ class MergedAttention:
         """
         node, weights = self.attention.node, self.attention.weights
         if weights is not None:
-            found = self.fit.values.peek(weights, b, {})
+            found = self.fit.values.peek(weights, b, self._weighing(b, blocks, scales or {}))
             return found.reshape(*values.shape[:2], *found.shape[-2:]) @ values
         query, key = (x[..., units] for x in self._asked(b, blocks, scales or {}))
         # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
@@ -100,8 +100,19 @@ class MergedAttention:
         query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
         return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
 
+    def _weighing(self, b: int, blocks: Sequence[Block], scales: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
+        """What follows of queries and keys, which may be of one map, up to the weights that ops make of them."""
+        known: dict[fx.Node, Tensor] = {}
+        for own, rows in zip(self.attention.asked, *blocks, strict=True) if blocks else ():
+            made = self._put_out(own, rows, b)
+            known[own.site.node] = known[own.site.node] + made if own.site.node in known else made
+        if not known:
+            return known
+        tensors = ChainMap(dict(scales), self.fit.values.merged)
+        return self.fit.values.follow(self._steps(self.attention.weights), known, MERGED, b, tensors)  # type: ignore[arg-type]
+
     def _steps(self, node: fx.Node) -> list[fx.Node]:
-        """The ops between a map that is solved apart and what the layer's op reads, in the order they run, with those
+        """The ops between maps that are solved apart and what the layer's op reads, in the order they run, with those
         that make their weights.
         """
         apart, program, found, todo = self.attention.apart, self.fit.values.program, set[fx.Node](), [node]

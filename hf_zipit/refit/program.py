@@ -362,6 +362,17 @@ class Program:
                 reached.add(node)
         return reached - first
 
+    @staticmethod
+    def before(end: Iterable[fx.Node]) -> set[fx.Node]:
+        """Some nodes, and all that they are made from."""
+        found, todo = set[fx.Node](), list(end)
+        while todo:
+            node = todo.pop()
+            if node not in found:
+                found.add(node)
+                todo += node.all_input_nodes
+        return found
+
     def made_of_weights(self, node: fx.Node) -> list[fx.Node]:
         """The ops before a node that no input has a part in: they make its weights, in the order they run."""
         found, todo = set[fx.Node](), list(node.all_input_nodes)

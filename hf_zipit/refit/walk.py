@@ -168,7 +168,8 @@ class Walk:
         reached += [position[site.output] for places in self.shared for site in places]
         reached += [position[node] for node in self.readouts.values()]
         solved_as_a_whole, expiring = self._in_attention_layers(), self._expiring()
-        made_by = {site.output: site for site in self.sites.values() if site.node not in self.in_attention}
+        alone = [site for site in self.sites.values() if site.node not in self.in_attention]
+        made_by = {site.output: site for site in alone if site.behind is None}  # else what the norm makes counts
         shared = {site.output: site for places in self.shared for site in places}
         made_by |= shared
         solved: Readouts = {}

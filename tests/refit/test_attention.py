@@ -550,14 +550,15 @@ def test_heads_that_are_solved_apart_stay_where_they_agree(name: str):
 
 @pytest.mark.parametrize("model_class", [T.CohereForCausalLM, T.Olmo2ForCausalLM])
 def test_heads_whose_norms_have_a_place_for_each_are_not_chosen(model_class: type[PreTrainedModel]):
-    """They would come under another one's scale."""
+    """They would come under another one's scale: they can be fitted alone."""
     model = smallest_model(model_class)
     if model_class is T.CohereForCausalLM:
         model = model_class(type(model.config).from_dict({**model.config.to_dict(), "use_qk_norm": True})).eval()
     spec = MergeSpec.from_model(model)
     program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
     layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
-    assert layers and all(layer.logits is None and layer.apart is None for layer in layers)
+    assert layers and all(layer.logits is None and layer.apart.placed for layer in layers)
+    assert not any(layer.apart.gains for layer in layers)  # nor can they be narrower
 
 
 @pytest.mark.parametrize("name", CHOSEN)

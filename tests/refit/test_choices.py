@@ -251,7 +251,7 @@ def test_units_stay_where_better_ones_are_worse_on_what_is_held_out():
         fitted, _, spread = split(fit, mlp)
         put_out = unit_refinement.solve_reader(fit, mlp, fitted)
         made = unit_refinement.WhiteMlp(fit, mlp, fitted, put_out)(fitted.x).detach()
-        return fitted, replace(fitted, y=2 * made - fitted.y), spread
+        return fitted, replace(fitted, lacking=2 * made - fitted.lacking), spread
 
     with patch.object(unit_refinement, "split_rows", opposed), patch.object(mlp_solver, "refine_units") as called:
         called.side_effect = lambda fit, mlp: results.append(refine(fit, mlp))

@@ -1,6 +1,6 @@
-"""`text-llama`, `text-gpt2`, `text-qwen3`, `text-neox`: causal language models of a dictionary and of source code.
+"""`text-llama`, `text-gpt2` and so on: causal language models of a dictionary and of source code.
 
-Hard pairs, which differ in what they do to queries and keys.
+Hard pairs, which differ in what they do to queries and keys, and in where their norms are.
 
 Expert a reads entries of the GCIDE dictionary, expert b modules of Python's standard library; one tokenizer serves
 both. A sample is a window of a task's texts, one after the other; the label at a place is the token that follows, so
@@ -16,12 +16,16 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen3Config,
@@ -149,6 +153,53 @@ class TextNeoX(TextCausal):
                 num_hidden_layers=4,
                 num_attention_heads=4,
                 intermediate_size=512,
+                max_position_embeddings=LENGTH,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+
+class TextOlmo2(TextCausal):
+    name = "text-olmo2"
+    about = "OLMo 2 (norms over all heads' queries and keys, and behind every branch), the same texts"
+    model_class = Olmo2ForCausalLM
+    seeds = {"a": 171, "b": 172}
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Olmo2ForCausalLM:
+        return Olmo2ForCausalLM(
+            Olmo2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                intermediate_size=344,
+                max_position_embeddings=LENGTH,
+                pad_token_id=None,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
+        )
+
+
+class TextGemma2(TextCausal):
+    name = "text-gemma2"
+    about = "Gemma 2 (norms before and behind every branch, logits through a tanh, sliding windows), the same texts"
+    model_class = Gemma2ForCausalLM
+    seeds = {"a": 181, "b": 182}
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Gemma2ForCausalLM:
+        return Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=128,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+                query_pre_attn_scalar=32,
+                sliding_window=LENGTH // 2,
+                intermediate_size=344,
                 max_position_embeddings=LENGTH,
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=tokenizer.eos_token_id,

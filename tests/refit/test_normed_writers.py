@@ -1,0 +1,136 @@
+"""Maps whose outputs are normed before they reach the stream, and heads that can be fitted but not moved."""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+import pytest
+import torch
+import transformers as T
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_zipit import merge
+from hf_zipit.adapters import adapter_for
+from hf_zipit.refit import RefitReport, attention_refinement, walk
+from hf_zipit.refit.attention import find_attention
+from hf_zipit.refit.fit import Fit, relative_errors
+from hf_zipit.refit.normed_writers import with_branch_norms
+from hf_zipit.refit.program import Program
+from hf_zipit.refit.solvable import RefitSite, find_sites
+from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.proof import apply_element, model_tensors, random_element
+from hf_zipit.symmetry.spec import MergeSpec, fitted
+
+from .. import tiny
+from ..test_invariants import assert_same, in_general_position, outputs, with_tensors
+
+BUILDERS = {
+    "gemma2": tiny.of(T.Gemma2ForCausalLM, T.Gemma2Config, **tiny.DECODER, head_dim=8, sliding_window=4),
+    "gemma3": tiny.of(T.Gemma3ForCausalLM, T.Gemma3TextConfig, **tiny.DECODER, head_dim=8, sliding_window=4),
+    "olmo2": tiny.of(T.Olmo2ForCausalLM, T.Olmo2Config, **tiny.DECODER),
+    "glm4": tiny.of(T.Glm4ForCausalLM, T.Glm4Config, **tiny.DECODER, head_dim=8, pad_token_id=0),
+    "llama": tiny.EVERYTHING["llama"],
+}
+
+
+def experts(name: str, count: int = 2) -> list[PreTrainedModel]:
+    draw = torch.Generator().manual_seed(2)
+    return [in_general_position(BUILDERS[name](), draw) for _ in range(count)]
+
+
+def texts() -> Tensor:
+    return torch.randint(3, 49, (96, 7), generator=torch.Generator().manual_seed(0))
+
+
+def by_task() -> dict[str, dict[str, Tensor]]:
+    return {task: {"input_ids": part} for task, part in zip("ab", texts().chunk(2), strict=True)}
+
+
+def traced(model: nn.Module) -> tuple[Program, MergeSpec]:
+    adapter = adapter_for(model)
+    return Program(model, fitted(adapter.inputs(model), model), adapter.outputs(model)), MergeSpec.from_model(model)
+
+
+@pytest.mark.parametrize(("name", "each"), [("gemma2", 2), ("gemma3", 2), ("olmo2", 2), ("glm4", 2), ("llama", 0)])
+def test_output_projections_know_the_norm_behind_them(name: str, each: int):
+    model = BUILDERS[name]()
+    program, spec = traced(model)
+    found = with_branch_norms(program, find_sites(program, frozenset(spec.axes), spec.head))
+    behind = [site for site in found.values() if site.behind is not None]
+    assert len(behind) == each * model.config.num_hidden_layers
+    assert all(site.aim.stream is not None and "post" in site.aim.weight for site in behind)
+
+
+class Scaled(nn.Module):
+    """A branch with a gain behind ops that norms are made of."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.normed, self.map, self.gain = normed, nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = x.tanh()
+        y = self.map(x)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) if self.normed else y * y.mean(-1, keepdim=True)
+        return {"y": x + self.gain * y}
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_what_keeps_the_length_of_a_row_is_no_norm(normed: bool):
+    program = Program(Scaled(normed), {"x": torch.randn(2, 3, 8)}, None)
+    sites = with_branch_norms(program, find_sites(program, frozenset({"map.weight", "map.bias", "gain"})))
+    assert [site.weight for site in sites.values() if site.behind is not None] == ["map.weight"] * normed
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2"])
+def test_a_merge_is_nearer_to_its_experts_where_norms_are_known(name: str):
+    models, data, off = dict(zip("ab", experts(name), strict=True)), by_task(), []
+    for known in (True, False):
+        with patch.object(walk, "with_branch_norms", with_branch_norms if known else lambda _, sites: sites):
+            merged = merge(models, data, method="permute", refit={"written_samples": 0, "answer_steps": 0})
+        with torch.no_grad():
+            pairs = [(merged(**data[t], task=t).logits, models[t](**data[t]).logits) for t in models]
+        off.append(sum(float((one - other).square().mean() / other.var()) for one, other in pairs))
+    assert off[0] < 0.9 * off[1]
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_a_reordered_copy_comes_back(name: str):
+    (model,), inputs = experts(name, 1), {"input_ids": texts()}
+    spec = MergeSpec.from_model(model)
+    element = random_element(spec, torch.Generator().manual_seed(1), True)
+    moved = with_tensors(model, apply_element(model_tensors(model), spec, element))
+    merged = merge({"a": model, "b": moved}, inputs, method="permute", refit={"written_samples": 0})
+    for task, own in (("a", model), ("b", moved)):
+        assert_same(outputs(merged, inputs, own, task=task), outputs(own, inputs, own), 1e-3)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_heads_that_cannot_be_moved_are_fitted(name: str):
+    """And what norms behind branches make, as the walk knows it, is what the merged model computes."""
+    models, data, seen = dict(zip("ab", experts(name), strict=True)), by_task(), dict[str, Tensor]()
+    program, spec = traced(models["a"])
+    layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
+    assert len(layers) == 2 and all(layer.apart is not None and layer.apart.placed for layer in layers)
+
+    def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
+        seen[site.module] = fit.values.of(site.output, MERGED, 0)[:4]
+        return relative_errors(fit, site)
+
+    passes = patch.object(attention_refinement, "PASSES", 16)  # of the few samples that there are
+    steps = patch.object(attention_refinement, "take_steps", wraps=attention_refinement.take_steps)
+    with passes, steps as taken, patch.object(walk, "relative_errors", remembered):
+        merged = merge(models, data, method="permute", refit={"written_samples": 0, "answer_steps": 0})
+    assert taken.call_count == len(layers)
+    assert {path.rpartition(".")[2] for path in RefitReport.of(merged).errors}.isdisjoint({"o_proj", "down_proj"})
+    computed: dict[str, Tensor] = {}
+    for path in (path for path in seen if "post" in path):
+        merged.trunk.get_submodule(path).register_forward_hook(
+            lambda _, __, found, path=path: computed.__setitem__(path, found)
+        )
+    with torch.no_grad():
+        merged(input_ids=data["a"]["input_ids"][:4], task="a")
+    assert len(computed) == 4
+    for path, value in computed.items():
+        torch.testing.assert_close(value, seen[path], rtol=1e-3, atol=1e-4)
