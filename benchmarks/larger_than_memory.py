@@ -12,13 +12,8 @@ and written without ever being held: sharded safetensors files, the Llama-shaped
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from benchmarks.programs import HF_ZIPIT, MERGEKIT, SCALE, Program
 from hf_zipit.assembly.to_disk import write_shards
 
 LLAMA = LlamaConfig(
@@ -53,48 +49,7 @@ BY_MERGEKIT: dict[str, dict[str, Any]] = {
 }
 """By the end of a row's name what mergekit is told for the same; its TIES trims every tensor, ours the whole model."""
 
-SCALE = 0.4
-"""What task arithmetic multiplies task vectors by, the default of `task-arithmetic`."""
-
 MIB = 2**20
-
-TIMED = """
-import json, sys, time
-settings = json.loads(sys.argv[1])
-started = time.perf_counter()
-import torch
-{imports}
-torch.set_num_threads(1)
-anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-imported, cpu = time.perf_counter(), time.process_time()
-{merge}
-print(json.dumps(dict(
-    import_seconds=imported - started, import_mib=anonymous,
-    seconds=time.perf_counter() - imported, cpu_seconds=time.process_time() - cpu,
-)))
-"""
-
-CHILD = TIMED.format(
-    imports="""
-import transformers
-from hf_zipit.merging import merge
-import hf_zipit.modeling.heads, hf_zipit.combine.rules, hf_zipit.align.methods
-transformers.utils.logging.disable_progress_bar()
-""",
-    merge="merge(**settings)",
-)
-
-MERGEKIT = TIMED.format(
-    imports="""
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-""",
-    merge="""
-options = MergeOptions(copy_tokenizer=False, quiet=True)
-run_merge(MergeConfiguration.model_validate(settings["config"]), settings["output_dir"], options)
-""",
-)
 
 
 class Noise(Mapping[str, Tensor]):
@@ -129,26 +84,12 @@ def write_expert(folder: Path, shape: str, seed: int) -> None:
     write_shards(folder, empty, Noise(empty, seed), "500MB")
 
 
-def measured(
-    settings: Mapping[str, Any], out: Path, python: str = sys.executable, code: str = CHILD
-) -> dict[str, float]:
+def measured(program: Program, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """What a merge in a process of its own takes: seconds, and MiB of anonymous memory at its peak."""
-    settings = {**settings, "output_dir": str(out)}
-    child = subprocess.Popen(
-        [python, "-W", "ignore", "-c", code, json.dumps(settings)], stdout=subprocess.PIPE, text=True
-    )
-    peak = 0
-    while child.poll() is None:
-        try:
-            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        except OSError:
-            break
-        peak = max([peak, *(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))])
-        time.sleep(0.005)
-    told = child.communicate()[0]
-    if child.returncode:
-        raise SystemExit(f"the merge {dict(settings)} failed")
-    return {**json.loads(told.splitlines()[-1]), "peak_mib": peak}
+    (found,) = program.run([{**settings, "output_dir": str(out)}])
+    if found["error"]:
+        raise SystemExit(f"the merge {dict(settings)} failed: {found['error']}")
+    return found
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -201,13 +142,13 @@ def main() -> None:
             experts = {name: str(root / f"{shape}-{name}") for name in names}
             base = {"base": experts.pop("base")} if "base" in experts else {}
             read = sum(size(root / f"{shape}-{name}") for name in names)
-            runs = {row: partial(measured, {"experts": experts, **base, **settings})}
+            runs = {row: (Program(HF_ZIPIT), {"experts": experts, **base, **settings})}
             if given.mergekit and (told := BY_MERGEKIT.get(row.rpartition("-")[2])):
                 config = {**told, "models": [{"model": path} for path in experts.values()], "base_model": base["base"]}
-                runs[f"{row}, mergekit"] = partial(measured, {"config": config}, python=given.mergekit, code=MERGEKIT)
-            for title, run in runs.items():
+                runs[f"{row}, mergekit"] = Program(MERGEKIT, given.mergekit), {"config": config}
+            for title, (program, asked) in runs.items():
                 out = root / f"merged-{title}"
-                found = run(out)
+                found = measured(program, asked, out)
                 cells = [title, f"{read:,}", f"{size(out):,}"]
                 cells += [f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"]
                 cells += [f"{found['peak_mib']:,}", f"{found['peak_mib'] - found['import_mib']:,}"]
