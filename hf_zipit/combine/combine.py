@@ -31,8 +31,8 @@ Combine = Callable[..., Tensor]
 """A rule with its options: from the experts' tensors in merged units, their labels and `base=` to the merged one."""
 
 PART = 1 << 16
-"""Entries that are combined at a time where a rule combines every entry by itself: half a megabyte in float64, of which
-several fit in a core's cache. Four times as many take three times as long."""
+"""Entries that are combined at a time where a rule combines every entry by itself: half a megabyte in float64, of
+which several fit in a core's cache. Four times as many take three times as long."""
 
 
 def check_base(config: MergeConfig, base: Any) -> None:
