@@ -96,7 +96,8 @@ def write_expert(folder: Path, shape: str, seed: int) -> None:
     config.architectures, config.dtype = [model_class.__name__], str(dtype).removeprefix("torch.")
     folder.mkdir()
     config.save_pretrained(folder)
-    write_shards(folder, empty, Noise(empty, seed), "500MB")
+    noise = Noise(empty, seed)
+    write_shards(folder, empty, lambda name: [noise[name]], "500MB")
     words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))  # encoders of sentences have one
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
 
