@@ -163,7 +163,8 @@ class Found:
         self.right &= good == total
         self.apart = sum(isinstance(tensors.get(name), Mapping) for name in family.names)
         word = told(error) if error else f"{good} of {total}"
-        self.words += [] if word in self.words else [word]
+        alike = any(word.partition(":")[0] == one.partition(":")[0] for one in self.words)  # the same error elsewhere
+        self.words += [] if alike else [word]
 
 
 def main(
