@@ -102,14 +102,6 @@ def write_expert(folder: Path, shape: str, seed: int) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
 
 
-def measured(program: Program, settings: Mapping[str, Any], out: Path) -> dict[str, Any]:
-    """What a merge in a process of its own takes: seconds, and MiB of anonymous memory at its peak."""
-    (found,) = program.run([{**settings, "output_dir": str(out)}])
-    if found["error"]:
-        raise SystemExit(f"the merge {dict(settings)} failed: {found['error']}")
-    return found
-
-
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a folder's files, one at a time."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -179,7 +171,10 @@ def main() -> None:
             read = sum(size(root / f"{shape}-{name}") for name in names)
             for title, (program, asked) in programs(row, experts, base, given).items():
                 out = root / f"merged-{title}"
-                found = measured(program, asked, out)
+                (found,) = program.run([{**asked, "output_dir": str(out)}])
+                if found["error"]:
+                    print(f"| {title} | {found['error']} |", flush=True)
+                    continue
                 cells = [title, f"{read:,}", f"{size(out):,}"]
                 cells += [f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"]
                 cells += [f"{found['peak_mib']:,}", f"{found['peak_mib'] - found['import_mib']:,}"]
