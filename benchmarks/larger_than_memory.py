@@ -3,6 +3,7 @@
     python -m benchmarks.larger_than_memory                      # all of it, about 10 GB of disk
     python -m benchmarks.larger_than_memory bert-linear          # one row
     python -m benchmarks.larger_than_memory --mergekit PYTHON    # mergekit beside it, by the Python of its environment
+    python -m benchmarks.larger_than_memory encoder-linear encoder-ties --sentence-transformers PYTHON
 
 Every merge runs in a process of its own. Its anonymous memory (`RssAnon`: what cannot be dropped and read again from a
 file) is sampled from outside, every few milliseconds; what the imports hold is told beside it. The experts are random
@@ -12,22 +13,28 @@ and written without ever being held: sharded safetensors files, the Llama-shaped
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import safe_open
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
+from benchmarks.programs import HF_ZIPIT, MERGEKIT, SCALE, SENTENCE_TRANSFORMERS, Program
 from hf_zipit.assembly.to_disk import write_shards
 
 LLAMA = LlamaConfig(
@@ -36,11 +43,14 @@ LLAMA = LlamaConfig(
 )  # fmt: skip
 SHAPES: dict[str, tuple[type[PreTrainedModel], Any, torch.dtype]] = {
     "bert": (BertForSequenceClassification, BertConfig(), torch.float32),
+    "encoder": (BertModel, BertConfig(), torch.float32),
     "llama": (LlamaForCausalLM, LLAMA, torch.bfloat16),
 }
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert-linear": ("bert", {"method": "identity", "combine": "task-arithmetic"}),
     "bert-ties": ("bert", {"method": "identity", "combine": "ties"}),
+    "encoder-linear": ("encoder", {"method": "identity", "combine": "task-arithmetic"}),
+    "encoder-ties": ("encoder", {"method": "identity", "combine": "ties"}),
     "llama-average": ("llama", {"method": "identity"}),
     "llama-linear": ("llama", {"method": "identity", "combine": "task-arithmetic"}),
     "llama-weights": ("llama", {"method": "weights", "options": {"sweeps": 1}}),
@@ -48,53 +58,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 """By name the shape of the experts and the settings of the merge. Rules on task vectors get a base."""
 
 BY_MERGEKIT: dict[str, dict[str, Any]] = {
-    "linear": {"merge_method": "task_arithmetic", "parameters": {"normalize": False, "weight": 0.4}},
+    "linear": {"merge_method": "task_arithmetic", "parameters": {"normalize": False, "weight": SCALE}},
     "ties": {"merge_method": "ties", "parameters": {"normalize": True, "weight": 1.0, "density": 0.2}},
 }
-"""By the end of a row's name what mergekit is told for the same; its TIES trims every tensor, ours the whole model."""
-
-SCALE = 0.4
-"""What task arithmetic multiplies task vectors by, the default of `task-arithmetic`."""
+"""By the end of a row's name what mergekit is told for the same; its TIES trims every tensor, ours the whole model.
+sentence-transformers merges by mergekit."""
 
 MIB = 2**20
-
-TIMED = """
-import json, sys, time
-settings = json.loads(sys.argv[1])
-started = time.perf_counter()
-import torch
-{imports}
-torch.set_num_threads(1)
-anonymous = next(int(l.split()[1]) // 1024 for l in open("/proc/self/status") if l.startswith("RssAnon"))
-imported, cpu = time.perf_counter(), time.process_time()
-{merge}
-print(json.dumps(dict(
-    import_seconds=imported - started, import_mib=anonymous,
-    seconds=time.perf_counter() - imported, cpu_seconds=time.process_time() - cpu,
-)))
-"""
-
-CHILD = TIMED.format(
-    imports="""
-import transformers
-from hf_zipit.merging import merge
-import hf_zipit.modeling.heads, hf_zipit.combine.rules, hf_zipit.align.methods
-transformers.utils.logging.disable_progress_bar()
-""",
-    merge="merge(**settings)",
-)
-
-MERGEKIT = TIMED.format(
-    imports="""
-from mergekit.config import MergeConfiguration
-from mergekit.merge import run_merge
-from mergekit.options import MergeOptions
-""",
-    merge="""
-options = MergeOptions(copy_tokenizer=False, quiet=True)
-run_merge(MergeConfiguration.model_validate(settings["config"]), settings["output_dir"], options)
-""",
-)
 
 
 class Noise(Mapping[str, Tensor]):
@@ -126,29 +96,10 @@ def write_expert(folder: Path, shape: str, seed: int) -> None:
     config.architectures, config.dtype = [model_class.__name__], str(dtype).removeprefix("torch.")
     folder.mkdir()
     config.save_pretrained(folder)
-    write_shards(folder, empty, Noise(empty, seed), "500MB")
-
-
-def measured(
-    settings: Mapping[str, Any], out: Path, python: str = sys.executable, code: str = CHILD
-) -> dict[str, float]:
-    """What a merge in a process of its own takes: seconds, and MiB of anonymous memory at its peak."""
-    settings = {**settings, "output_dir": str(out)}
-    child = subprocess.Popen(
-        [python, "-W", "ignore", "-c", code, json.dumps(settings)], stdout=subprocess.PIPE, text=True
-    )
-    peak = 0
-    while child.poll() is None:
-        try:
-            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        except OSError:
-            break
-        peak = max([peak, *(int(line.split()[1]) // 1024 for line in lines if line.startswith("RssAnon"))])
-        time.sleep(0.005)
-    told = child.communicate()[0]
-    if child.returncode:
-        raise SystemExit(f"the merge {dict(settings)} failed")
-    return {**json.loads(told.splitlines()[-1]), "peak_mib": peak}
+    noise = Noise(empty, seed)
+    write_shards(folder, empty, lambda name: [noise[name]], "500MB")
+    words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1}, unk_token="[UNK]"))  # encoders of sentences have one
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -173,6 +124,22 @@ def right(out: Path, experts: Mapping[str, str], base: str) -> str:
     return f"{good} of {count}"
 
 
+def programs(
+    row: str, experts: Mapping[str, str], base: Mapping[str, str], given: argparse.Namespace
+) -> dict[str, tuple[Program, dict[str, Any]]]:
+    """By the title of its row every program that does a merge, with its settings."""
+    found = {row: (Program(HF_ZIPIT), {"experts": experts, **base, **ROWS[row][1]})}
+    told, models = BY_MERGEKIT.get(row.rpartition("-")[2]), list(experts.values())
+    if told and given.mergekit:
+        config = {**told, "models": [{"model": path} for path in models], "base_model": base["base"]}
+        found[f"{row}, mergekit"] = Program(MERGEKIT, given.mergekit), {"config": config}
+    if told and given.sentence_transformers and row.startswith("encoder"):
+        how = {"method": told["merge_method"], "parameters": told["parameters"], "base_model": base["base"]}
+        program = Program(SENTENCE_TRANSFORMERS, given.sentence_transformers)
+        found[f"{row}, sentence-transformers"] = program, {"models": models, **how}
+    return found
+
+
 def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors")) // MIB
 
@@ -182,6 +149,7 @@ def main() -> None:
     parser.add_argument("rows", nargs="*", default=list(ROWS), help=f"of {', '.join(ROWS)}; all by default")
     parser.add_argument("--folder", type=Path, help="where the models go, and stay; a temporary folder by default")
     parser.add_argument("--mergekit", help="the Python of an environment that has mergekit, to run it beside")
+    parser.add_argument("--sentence-transformers", help="that of one with sentence-transformers and its extra, merge")
     given = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as room:
@@ -201,13 +169,12 @@ def main() -> None:
             experts = {name: str(root / f"{shape}-{name}") for name in names}
             base = {"base": experts.pop("base")} if "base" in experts else {}
             read = sum(size(root / f"{shape}-{name}") for name in names)
-            runs = {row: partial(measured, {"experts": experts, **base, **settings})}
-            if given.mergekit and (told := BY_MERGEKIT.get(row.rpartition("-")[2])):
-                config = {**told, "models": [{"model": path} for path in experts.values()], "base_model": base["base"]}
-                runs[f"{row}, mergekit"] = partial(measured, {"config": config}, python=given.mergekit, code=MERGEKIT)
-            for title, run in runs.items():
+            for title, (program, asked) in programs(row, experts, base, given).items():
                 out = root / f"merged-{title}"
-                found = run(out)
+                (found,) = program.run([{**asked, "output_dir": str(out)}])
+                if found["error"]:
+                    print(f"| {title} | {found['error']} |", flush=True)
+                    continue
                 cells = [title, f"{read:,}", f"{size(out):,}"]
                 cells += [f"{found['seconds']:.1f}", f"{found['cpu_seconds']:.1f}"]
                 cells += [f"{found['peak_mib']:,}", f"{found['peak_mib'] - found['import_mib']:,}"]

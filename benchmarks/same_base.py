@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -223,18 +223,40 @@ def header(world: World) -> list[str]:
     return [f"| {' | '.join(names)} |", f"| --- |{' ---: |' * (len(names) - 1)}"]
 
 
-def rule_rows(world: World, rule: str, own: Mapping[str, float], **settings: Any) -> Iterator[tuple[float, str]]:
-    """The rule by its defaults and, where that is another one, by its best setting on validation."""
+@dataclass(frozen=True)
+class Trial:
+    """A setting of a rule: its options, by task the accuracy on test images, and what the merge gave and took."""
+
+    options: Mapping[str, Any]
+    scores: Mapping[str, float]
+    models: Mapping[str, Any]
+    seconds: float
+
+
+def default_and_best(
+    world: World, every: Iterable[Mapping[str, Any]], merging: Callable[[Mapping[str, Any]], Any]
+) -> list[Trial]:
+    """The first of some settings and, where that is another one, the best on validation.
+
+    `merging` gives for a setting by task a model to call, and the seconds that the merge took.
+    """
     tried = []
-    for number, options in enumerate(options_of(rule)):
-        models, seconds = merged(world, rule, options, **settings)
+    for number, options in enumerate(every):
+        models, seconds = merging(options)
         score = sum(world.scores(models, "validation").values())
         tried.append((score, -number, options, models, seconds))
     best = max(tried, key=lambda trial: trial[:2])
-    for _, number, options, models, seconds in {id(t): t for t in (tried[0], best)}.values():
-        found = world.scores(models, "test")
-        words = ", ".join(f"{name} {value}" for name, value in options.items())
-        yield sum(found.values()), line(f"`{rule}`" + (f", {words}" if number else ""), found, own, seconds)
+    return [
+        Trial(options, world.scores(models, "test"), models, seconds)
+        for _, _, options, models, seconds in {id(trial): trial for trial in (tried[0], best)}.values()
+    ]
+
+
+def rule_rows(world: World, rule: str, own: Mapping[str, float], **settings: Any) -> Iterator[tuple[float, str]]:
+    """The rule by its defaults and, where that is another one, by its best setting on validation."""
+    for trial in default_and_best(world, options_of(rule), lambda options: merged(world, rule, options, **settings)):
+        words = "".join(f", {name} {value}" for name, value in trial.options.items())
+        yield sum(trial.scores.values()), line(f"`{rule}`{words}", trial.scores, own, trial.seconds)
 
 
 def refit_rows(world: World, own: Mapping[str, float], settings: Mapping[str, Any]) -> Iterator[tuple[float, str]]:

@@ -167,8 +167,9 @@ def parts_of_base(model: PreTrainedModel) -> set[str]:
 
 
 def parts(model: nn.Module) -> list[str]:
-    """Names of the modules and parameters that a model itself holds."""
-    return [name for name, _ in (*model.named_children(), *model.named_parameters(recurse=False))]
+    """Names of the modules, parameters and buffers (BART's bias of the logits) that a model itself holds."""
+    own = (*model.named_parameters(recurse=False), *model.named_buffers(recurse=False))
+    return [name for name, _ in (*model.named_children(), *own)]
 
 
 def with_images(text: Mapping[str, Tensor], seen: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_zipit.combine.combine import CombinedTrunk
 from hf_zipit.errors import ExpertError, SpecError
 from hf_zipit.maps.products import merged_length
 from hf_zipit.maps.space_map import Alignment
@@ -161,6 +162,14 @@ class MergedTensors(Mapping[str, Tensor]):
         if source is None:
             raise ExpertError(f"the tensor {own} of the merged model is missing in the expert {task!r}")
         return source
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor in pieces whose entries follow each other, of a `CombinedTrunk` as it makes them."""
+        part, _, rest = name.partition(".")
+        if part == "trunk" and isinstance(self.trunk, CombinedTrunk):
+            yield from self.trunk.pieces(rest)
+        else:
+            yield self[name]
 
     def _readout(self, place: ReadPoint, task: str, leaf: str) -> Tensor:
         number = list(self.sources).index(task)

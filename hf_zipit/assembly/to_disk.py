@@ -2,7 +2,7 @@
 
 The experts' tensors are pages of their files, the merged model's shapes are known from a model on the meta device, and
 every merged tensor is made when its place in the file has come. So no more is held than one tensor of each expert and
-of the merged model, of elementwise rules not even that.
+of the merged model, of elementwise rules only a part of it.
 
 Invariants: the files are, byte for byte, those of the same merge made in memory and saved; they appear at once, when
 all are complete.
@@ -11,7 +11,7 @@ all are complete.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def write_merged(planned: Plan, maps: Alignment, folder: str | Path, *, processo
     with torch.device("meta"):
         empty = build(configured(planned, trunk.shapes, maps))
     with adding_to(folder) as beside:
-        write_shards(beside, empty, MergedTensors(planned, trunk, maps, empty), SHARD)
+        write_shards(beside, empty, MergedTensors(planned, trunk, maps, empty).pieces, SHARD)
         empty.write_configuration(beside)
         merged = type(empty).from_pretrained(beside, dtype=torch.float32)
         merged.name_or_path, merged.config = str(folder), empty.config  # loading writes into a configuration
@@ -59,13 +59,15 @@ def write_merged(planned: Plan, maps: Alignment, folder: str | Path, *, processo
 
 
 @torch.no_grad()
-def write_shards(folder: Path, empty: PreTrainedModel, values: Mapping[str, Tensor], shard: str | int) -> None:
+def write_shards(
+    folder: Path, empty: PreTrainedModel, pieces: Callable[[str], Iterable[Tensor]], shard: str | int
+) -> None:
     """Write a model's weights under the names of transformers, one file or several with an index.
 
     Args:
         folder: where to.
         empty: a model of the same tensors without values.
-        values: its tensors by name.
+        pieces: gives its tensors by name, each in pieces whose entries follow each other.
         shard: largest size of a file.
     """
     state = empty.state_dict()
@@ -73,7 +75,7 @@ def write_shards(folder: Path, empty: PreTrainedModel, values: Mapping[str, Tens
         state, filename_pattern="model{suffix}.safetensors", max_shard_size=shard
     )
     for file, names in split.filename_to_tensors.items():
-        write_tensors(folder / file, {name: state[name] for name in names}, values.__getitem__)
+        write_tensors(folder / file, {name: state[name] for name in names}, pieces)
     if split.is_sharded:
         about = {"total_parameters": empty.num_parameters(), **split.metadata}
         index = {"metadata": about, "weight_map": split.tensor_to_filename}

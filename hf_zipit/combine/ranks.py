@@ -51,19 +51,34 @@ def order_statistics(
     ends = [count.cumsum(0) for count in counts]
     wanted = [torch.tensor(list(positions(int(end[-1])))) for end in ends]
     bins = [torch.searchsorted(end, asked, right=True) for end, asked in zip(ends, wanted, strict=True)]
-    kept: list[dict[int, list[Tensor]]] = [{int(number): [] for number in numbers} for numbers in bins]
+    kept = [
+        {int(number): Kept(int(count[number])) for number in numbers}
+        for count, numbers in zip(counts, bins, strict=True)
+    ]
     for part in parts:
         for tensor, own in zip(part, kept, strict=True):
             leading = leading_bits(tensor)
-            for number, pieces in own.items():
-                pieces.append(tensor.flatten()[leading == number])
+            for number, entries in own.items():
+                entries.add(tensor.flatten()[leading == number])
     return [
         [
-            float(torch.cat(own[int(number)]).kthvalue(int(asked - end[number] + count[number]) + 1).values)
+            float(own[int(number)].entries.kthvalue(int(asked - end[number] + count[number]) + 1).values)
             for asked, number in zip(asks, numbers, strict=True)
         ]
         for own, asks, numbers, end, count in zip(kept, wanted, bins, ends, counts, strict=True)
     ]
+
+
+class Kept:
+    """So many entries, put one behind the other: thousands of small pieces, each kept, would keep memory in pieces."""
+
+    def __init__(self, count: int) -> None:
+        self.entries = torch.empty(count, dtype=torch.float64)
+        self.end = 0
+
+    def add(self, piece: Tensor) -> None:
+        self.entries[self.end : self.end + len(piece)] = piece
+        self.end += len(piece)
 
 
 def leading_bits(tensor: Tensor) -> Tensor:

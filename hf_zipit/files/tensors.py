@@ -9,7 +9,7 @@ Invariants: a file has the bytes that `safetensors.torch.save_file` would write.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ NAMES = {
     torch.float16: "F16", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """The format's names of dtypes, in the order in which their tensors stand in a file."""
+
+PART = 1 << 20
+"""Entries that are cast at a time."""
 
 ALIGNMENT = 8
 """The header is filled up with spaces, so that the tensors start at a multiple of this."""
@@ -42,13 +45,14 @@ def half_precision(folder: Path) -> torch.dtype | None:
     return kinds.pop() if len(kinds) == 1 and kinds <= {torch.float16, torch.bfloat16} else None
 
 
-def write_tensors(path: Path, like: Mapping[str, Tensor], value: Callable[[str], Tensor]) -> None:
-    """Write a safetensors file, holding one tensor at a time.
+def write_tensors(path: Path, like: Mapping[str, Tensor], pieces: Callable[[str], Iterable[Tensor]]) -> None:
+    """Write a safetensors file, holding one tensor at a time, or one piece of it.
 
     Args:
         path: the file.
         like: tensors with the dtypes and shapes of those to be written, by name; they may be on the meta device.
-        value: gives the tensors, one by one; its results are cast to the dtype that was announced.
+        pieces: gives the tensors, one by one, each in pieces whose entries follow each other; they are cast to the
+            dtype that was announced.
 
     Raises:
         ValueError: a tensor has another shape than was announced.
@@ -67,13 +71,15 @@ def write_tensors(path: Path, like: Mapping[str, Tensor], value: Callable[[str],
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for name in order:
-            tensor = value(name)
-            if tensor.shape != like[name].shape:
-                raise ValueError(
-                    f"the tensor {name} is {list(tensor.shape)}, but {list(like[name].shape)} was announced"
-                )
-            tensor = tensor.detach().to("cpu", like[name].dtype).contiguous()
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            shape, count = like[name].shape, 0
+            for piece in pieces(name):
+                if piece.shape[1:] != shape[1:]:
+                    raise ValueError(f"the tensor {name} has a piece {list(piece.shape)}, but is {list(shape)}")
+                count += piece.numel()
+                for part in piece.detach().reshape(-1).split(PART):
+                    file.write(part.to("cpu", like[name].dtype).view(torch.uint8).numpy())
+            if count != shape.numel():
+                raise ValueError(f"the tensor {name} has {count} entries, but is {list(shape)}")
 
 
 def damage(found: Mapping[str, Any]) -> str | None:

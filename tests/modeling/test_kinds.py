@@ -31,6 +31,8 @@ def pair(
     second = copy.deepcopy(first)
     head = second.get_output_embeddings() or getattr(second, "lm_head", None) or second.qa_outputs
     head.weight = torch.nn.Parameter(head.weight + torch.randn_like(head.weight))
+    if hasattr(second, "final_logits_bias"):  # of the head, though it stands beside it, in no parameter
+        second.final_logits_bias = torch.randn_like(second.final_logits_bias)
     experts = {"a": first, "b": second}
     return experts, hf_zipit.merge(experts, method="identity", refit=None)
 

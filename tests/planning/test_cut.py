@@ -296,6 +296,7 @@ def test_a_table_that_the_head_reads_as_well_is_the_trunks_and_every_heads_own()
     [
         ("T5ForConditionalGeneration", ("lm_head",)),
         ("T5EncoderModel", ()),
+        ("BartForConditionalGeneration", ("lm_head", "final_logits_bias")),
         ("SiglipForImageClassification", ("classifier",)),
         ("WhisperForAudioClassification", ("projector", "classifier")),
     ],
