@@ -30,20 +30,24 @@ class RouterKind:
 
     Attributes:
         name, function: its own.
-        check: raises, before any work, what is wrong with a plan and the options.
+        check: is given the plan and the options before any work, and raises what is wrong.
         by_task: whether it reads calibration data that comes by task.
         needs_origin: whether it is of task vectors: a base is then taken whatever the rule.
     """
 
     name: str
     function: Callable[..., None]
-    check: Callable[..., None]
+    check: Callable[..., object]
     by_task: bool = False
     needs_origin: bool = False
 
 
 def register(
-    name: str, *, check: Callable[..., None], by_task: bool = False, needs_origin: bool = False
+    name: str,
+    *,
+    check: Callable[..., object] = lambda planned, **options: None,
+    by_task: bool = False,
+    needs_origin: bool = False,
 ) -> Callable[[Function], Function]:
     """Decorator that makes a function a router; see `RouterKind`."""
 
