@@ -85,9 +85,9 @@ Small ViTs (4 layers) of one width, from different initialisations and on differ
 at depth 1. T experts are the first T of {tasks}, with
 the seeds of their training in brackets; so a larger group has other tasks as well, easier ones towards the end.
 *share* is of the expert's own score on the test split, the mean over the tasks and the least with its task; *size*
-counts parameters, with one expert as 1, all tasks' heads and maps to them included; *CPU s* is what one call of `merge`
-takes. *permute + refit* is what `hf_zipit.merge(experts, calibration)` does. One set of seeds was trained for each
-width; [how much other seeds change](spread.md) was measured for other pairs.
+counts parameters, with one expert as 1, all tasks' heads and maps to them included; *CPU s* is what one call of
+`merge` takes. *permute + refit* is what `hf_zipit.merge(experts, calibration)` does. One set of seeds was trained for
+each width; [how much other seeds change](spread.md) was measured for other pairs.
 
 Calibration: {samples} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
 Machine: {machines}. hf_zipit {__version__}, sources {versions}."""
