@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 PAIR = "captions-clip"
 SHARES = tuple(i / 10 for i in range(11))
+SCORED = 1000  # test images of every task
 BASE_SAMPLES, SAMPLES = 8000, 12000  # of every task, for the base and for an expert
 CALIBRATION, SEED = 512, 0
 
@@ -79,14 +80,17 @@ def of_one_base(pair: Pair) -> dict[str, PreTrainedModel]:
 def on_the_way(pair: Pair, experts: Mapping[str, PreTrainedModel], method: str, data: Any) -> dict[str, list[float]]:
     """By task the scores of the models between two experts, each read through the task's own modules."""
     found: dict[str, list[float]] = {task: [] for task in experts}
+    test = {task: rows(pair.splits[task]["test"], slice(SCORED)) for task in experts}
+    plain: dict[str, Any] = {"method": method, "refit": False, "corrections": ()}
+    moments = None if data is None else hf_zipit.observe(hf_zipit.plan(experts, **plain), hf_zipit.Calibration(data))
     for part in SHARES:
         weights = dict(zip(experts, (1 - part, part), strict=True))
         merged = hf_zipit.merge(
-            experts, data, method=method, combine="weighted", combine_options={"weights": weights}, refit=False,
-            corrections=(), processor=pair.tokenizer,
-        )  # fmt: skip
+            experts, moments=moments, combine="weighted", combine_options={"weights": weights}, **plain
+        )
         for task in experts:
-            found[task].append(pair.score(partial(merged, task=task), task, "test"))
+            hits = pair.metric.hits(partial(merged, task=task), test[task], pair.metric.prompts.get(task, {}))
+            found[task].append(hits)
     return found
 
 
@@ -112,10 +116,11 @@ Written by `python -m benchmarks.interpolation --zoo zoo --out docs/interpolatio
 
 [UnIVAL](https://arxiv.org/abs/2307.16184) interpolates the weights of multimodal experts of one base and finds models
 that know both tasks. Here two small CLIPs match garments with captions, five kinds each; a model on the way is
-`hf_zipit.merge(experts, combine="weighted", combine_options={{"weights": ...}})`, and is scored on test images by
-zero-shot classification among a task's own kinds. The base saw {BASE_SAMPLES:,} captioned images of each task and the
-experts {SAMPLES:,} of their own, once; those from different initialisations are the zoo's `{PAIR}`, whose units are
-paired by `method="permute"` with {CALIBRATION} unlabelled pairs of each task. Once, with seed {SEED}.
+`hf_zipit.merge(experts, combine="weighted", combine_options={{"weights": ...}})`, and is scored on {SCORED:,} test
+images of each task by zero-shot classification among the task's own kinds. The base saw {BASE_SAMPLES:,} captioned
+images of each task and the experts {SAMPLES:,} of their own, once; those from different initialisations are the zoo's
+`{PAIR}`, whose units are paired by `method="permute"` with {CALIBRATION} unlabelled pairs of each task. Once, with
+seed {SEED}.
 
 {shown}{chr(10).join(f"| {' | '.join(cells)} |" for cells in table)}
 
