@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 WIDTHS = {RECIPES[f"many-{COUNTS[0]}{end}"].width: end for end in ("", "-narrow")}
 """By the experts' width the end of their names in the zoo."""
 
-ROWS = (EXPERTS, "average", "permute", "permute + refit")
+DEFAULT = "permute + refit"
+ROWS = (EXPERTS, "average", "permute", DEFAULT)
 
 
 def shares(row: Row, own: Row) -> list[float]:
@@ -37,17 +38,36 @@ def shares(row: Row, own: Row) -> list[float]:
     return [row.scores[task] / own.scores[task] for task in own.scores]
 
 
+def mean(found: Sequence[float]) -> float:
+    return sum(found) / len(found)
+
+
 def told(row: Row, own: Row) -> list[str]:
     """The cells of a row: the mean and the least of the shares, size and cost."""
     found = shares(row, own)
+    least = f"{100 * min(found):.1f} % ({list(own.scores)[found.index(min(found))]})"
     return [
         row.method,
         share(row.mean),
-        f"{100 * sum(found) / len(found):.1f} %",
-        f"{100 * min(found):.1f} % ({list(own.scores)[found.index(min(found))]})",
+        f"{100 * mean(found):.1f} %",
+        "-" if row is own else least,
         number(row.size, ".2f"),
         number(row.cpu_seconds, ".0f"),
     ]
+
+
+def summary(by_count: dict[int, dict[str, Row]]) -> str:
+    """One width's least and largest group in a sentence; empty where the default was measured of one alone."""
+    measured = [(count, own[DEFAULT], own[EXPERTS]) for count, own in by_count.items() if DEFAULT in own]
+    if len(measured) < 2:
+        return ""
+    (few, first, own), (many, last, last_own) = measured[0], measured[-1]
+    kept, then = shares(first, own), shares(last, last_own)
+    return (
+        f"From {few} to {many} experts the default's mean share goes from {100 * mean(kept):.1f} to "
+        f"{100 * mean(then):.1f} %, the least from {100 * min(kept):.1f} to {100 * min(then):.1f} %, the size from "
+        f"{first.size:.2f} to {last.size:.2f}, the work from {first.cpu_seconds:.0f} to {last.cpu_seconds:.0f} CPU s."
+    )
 
 
 def grouped(rows: Sequence[Row]) -> dict[int, dict[int, dict[str, Row]]]:
@@ -78,12 +98,13 @@ def document(rows: Sequence[Row], samples: int, picture: str | None) -> str:
     parts = [
         f"""# More experts
 
-Written by `python -m benchmarks.scaling --zoo zoo --out docs/scaling.md`, with the experts of
-`python -m benchmarks.zoo --out zoo --only many-8 --only many-8-narrow`; not edited by hand.
+Written by `python -m benchmarks.scaling --zoo zoo --out docs/scaling.md --plot docs/pictures/scaling.png`, with the
+experts of `python -m benchmarks.zoo --out zoo --only many-8 --only many-8-narrow`; not edited by hand.
 
 Small ViTs (4 layers) of one width, from different initialisations and on different tasks of small grey images, merged
-at depth 1. T experts are the first T of {tasks}, with
-the seeds of their training in brackets; so a larger group has other tasks as well, easier ones towards the end.
+at depth 1. T experts are the first T of
+{tasks},
+with the seeds of their training in brackets; so a larger group has other tasks as well, easier ones towards the end.
 *share* is of the expert's own score on the test split, the mean over the tasks and the least with its task; *size*
 counts parameters, with one expert as 1, all tasks' heads and maps to them included; *CPU s* is what one call of
 `merge` takes. *permute + refit* is what `hf_zipit.merge(experts, calibration)` does. One set of seeds was trained for
@@ -93,9 +114,11 @@ Calibration: {samples} unlabelled samples a task from the train split, seed {SEE
 Machine: {machines}. hf_zipit {__version__}, sources {versions}."""
     ]
     if picture:
-        parts.append(f"![What is kept over the number of experts]({picture})")
+        parts.append(
+            f"![What is kept over the number of experts]({picture})\n\nLines are means, shades go down to the least."
+        )
     for width, by_count in grouped(rows).items():
-        parts += [f"## Width {width}", table(by_count)]
+        parts += filter(None, [f"## Width {width}", summary(by_count), table(by_count)])
     parts += [f"{row.pair} {row.method} failed: {row.error}" for row in rows if row.error]
     return "\n\n".join(parts) + "\n"
 
@@ -108,7 +131,7 @@ def drawn(rows: Sequence[Row]) -> Figure:
         for axis, (width, by_count) in zip(axes, found.items(), strict=True):
             for index, method in enumerate(ROWS[1:]):
                 kept = {n: shares(own[method], own[EXPERTS]) for n, own in by_count.items() if method in own}
-                means = [sum(values) / len(values) for values in kept.values()]
+                means = [mean(values) for values in kept.values()]
                 axis.plot(list(kept), means, label=method, linewidth=1.8, markersize=5.5, **look(index))
                 axis.fill_between(list(kept), [min(v) for v in kept.values()], means, color=look(index)["color"],
                                   alpha=0.15, linewidth=0)  # fmt: skip

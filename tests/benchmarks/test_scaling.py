@@ -21,7 +21,15 @@ def test_the_mean_and_the_least_share_are_told() -> None:
     page = document([*found, *rows("many-3-narrow", [0.5, 1.0, 0.9])], 512, None)
     wide, narrow = page.split("## Width 128")[1].split("## Width 64")
     assert "| 2 | permute + refit | .600 | 75.0 % | 50.0 % (letters) | 1.25 | 3 |" in wide
+    assert "| 2 | experts | .800 | 100.0 % | - |" in wide
     assert "| 3 | permute + refit | .640 | 80.0 % | 50.0 % (tops) | 1.25 | 3 |" in narrow
+
+
+def test_the_smallest_and_the_largest_group_are_told_in_a_sentence() -> None:
+    page = document([*rows("many-2", [1.0, 0.5]), *rows("many-3", [0.5, 1.0, 0.9])], 512, None)
+    assert (
+        "From 2 to 3 experts the default's mean share goes from 75.0 to 80.0 %, the least from 50.0 to 50.0 %" in page
+    )
 
 
 def test_a_row_that_failed_is_told_and_not_shown_as_a_score() -> None:
