@@ -109,10 +109,12 @@ def document(found: Sequence[Line], picture: str | None) -> str:
     for line in found:
         table += [[f"{line.about}, task {task}", *map(share, scores)] for task, scores in line.scores.items()]
         table.append([f"{line.about}, of experts", *(f"{100 * kept:.1f} %" for kept in line.kept)])
+    middle = "; ".join(f"{line.about}: {100 * line.kept[len(SHARES) // 2]:.1f} %" for line in found)
     shown = f"![Shares of the experts' scores on the way]({picture})\n\n" if picture else ""
     return f"""# Between two multimodal experts
 
-Written by `python -m benchmarks.interpolation --zoo zoo --out docs/interpolation.md`; not edited by hand.
+Written by `python -m benchmarks.interpolation --zoo zoo --out docs/interpolation.md --plot
+docs/pictures/interpolation.png`; not edited by hand.
 
 [UnIVAL](https://arxiv.org/abs/2307.16184) interpolates the weights of multimodal experts of one base and finds models
 that know both tasks. Here two small CLIPs match garments with captions, five kinds each; a model on the way is
@@ -121,6 +123,9 @@ images of each task by zero-shot classification among the task's own kinds. The 
 images of each task and the experts {SAMPLES:,} of their own, once; those from different initialisations are the zoo's
 `{PAIR}`, whose units are paired by `method="permute"` with {CALIBRATION} unlabelled pairs of each task. Once, with
 seed {SEED}.
+
+What is left of the experts' scores in the middle, where plain averaging lands: {middle}. What a refit of experts of
+different initialisations keeps is in [the results](results.md#{PAIR}).
 
 {shown}{chr(10).join(f"| {' | '.join(cells)} |" for cells in table)}
 
