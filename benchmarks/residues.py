@@ -3,7 +3,8 @@
     python -m benchmarks.residues --zoo zoo --pair fashion-vit --plot docs/pictures/sizes.png
 
 Scores are of the validation split. The trunk is permuted and averaged; the default refit, whose weights residues
-cannot be added to, stands beside it, as deep as it gets and with the last blocks left to every task.
+cannot be added to, stands beside it, as deep as it gets and with the last blocks left to every task. Where the tasks'
+classes stand side by side, there are rows of SMILE as well: tokens find their residues, and the head alone is known.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 from transformers.utils.logging import disable_progress_bar
 
 import hf_zipit
+from benchmarks.measure import concatenates
 from benchmarks.zoo import Pair, load
 from benchmarks.zoo.pair import rows
 from hf_zipit.align.stage import align_trunk
@@ -31,6 +34,7 @@ from hf_zipit.data.calibration import Calibration
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.observation.gather import gathered
 from hf_zipit.report.plots import PANEL, add_legend, drawing, look, save_picture
+from hf_zipit.residues.routing import add_router
 from hf_zipit.residues.stage import add_residues
 
 if TYPE_CHECKING:
@@ -48,6 +52,10 @@ KINDS: tuple[tuple[dict[str, Any], bool], ...] = (
 )
 """The settings of residues that are tried, and whether they read statistics."""
 
+SMILE = "permute, low-rank, smile"
+RANKS = (1, 4, 16, 64)
+"""So many directions of a task's weights say how much of a token is its task's."""
+
 
 def scores(pair: Pair, model: PreTrainedModel, samples: int) -> dict[str, float]:
     """By task, on as many validation samples."""
@@ -58,6 +66,19 @@ def scores(pair: Pair, model: PreTrainedModel, samples: int) -> dict[str, float]
         )
         for task in pair.experts
     }  # fmt: skip
+
+
+def routed_scores(pair: Pair, model: PreTrainedModel, samples: int) -> dict[str, float]:
+    """The same where no task is named, among the task's own classes."""
+
+    def within(task: str, **inputs: Any) -> ModelOutput:
+        start, count = model.config.offsets()[task], len(model.config.labels_of(task))
+        return ModelOutput(logits=model(**inputs).logits[..., start : start + count])
+
+    return {
+        task: pair.metric.hits(partial(within, task), rows(pair.splits[task]["validation"], slice(samples)), {})
+        for task in pair.experts
+    }
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,13 @@ def measured(pair: Pair, calibration: Mapping[str, Any], samples: int) -> Iterat
         line = f"permute, {settings['kind']}" + (", by weights" if by_weights else "")
         about = ", ".join(f"{k} {v}" for k, v in settings.get("options", {}).items())
         yield Row(line, about, 1 + more / bare, scores(pair, model, samples))
+    for rank in RANKS if concatenates(pair) else ():
+        kept = ResidueConfig(kind="low-rank", size=1.25, router="smile", router_options={"rank": rank})
+        routed, model = replace(planned, config=replace(planned.config, residues=kept)), copy.deepcopy(merged)
+        add_residues(model, routed, maps)
+        add_router(model, routed, maps, None)
+        bare, more = residue_bytes(model)
+        yield Row(SMILE, f"rank {rank}", 1 + more / bare, routed_scores(pair, model, samples))
 
 
 def picture(found: Mapping[str, Sequence[Row]]) -> Figure:
@@ -128,7 +156,7 @@ def picture(found: Mapping[str, Sequence[Row]]) -> Figure:
         axes = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
         for axis, (name, rows) in zip(axes, found.items(), strict=True):
             own, start = rows[0].scores, next(row for row in rows if row.line == "permute")
-            lines = dict.fromkeys(row.line for row in rows[1:] if row.line != "permute")
+            lines = dict.fromkeys(row.line for row in rows[1:] if row.line not in ("permute", SMILE))
             for index, line in enumerate(lines):
                 of_kind = [row for row in rows if row.line == line]
                 points = sorted((row.size, row.kept(own)) for row in of_kind)

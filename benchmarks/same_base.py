@@ -181,6 +181,13 @@ def trained_expert(task: str, base: PreTrainedModel, seed: int, stress: Stress =
 ROUTED = ({"kind": "t-switch", "router": True}, {"kind": "low-rank", "size": 1.4, "router": True})
 """Kinds of residues with a router, which reads calibration images."""
 
+SMILE = tuple(
+    {"kind": kind, **size, "router": "smile", "router_options": {"top": top}}
+    for kind, size in (("low-rank", {"size": 1.4}), ("t-switch", {}))
+    for top in (1, 2)
+)
+"""Kinds of residues that every token gets by the gates of SMILE, which read the base and no data."""
+
 
 def options_of(rule: str) -> Iterator[dict[str, Any]]:
     """The settings of a rule that are tried, its defaults first."""
@@ -342,17 +349,29 @@ def by_task(world: World, method: str = "identity") -> str:
         bare, kept_bytes = residue_bytes(model)
         name = f"`{residues['kind']}`, the task found by the router"
         lines.append(sized(name, 1 + kept_bytes / bare, routed_scores(model, world), own, seconds))
+    for residues in SMILE:
+        started = time.perf_counter()
+        model = hf_zipit.merge(world.experts, base=world.bases, residues=residues, **plain)
+        seconds = time.perf_counter() - started
+        bare, kept_bytes = residue_bytes(model)
+        name = f"`{residues['kind']}`, `smile`, top {residues['router_options']['top']}"
+        for about, within in ((", the task's head known", True), ("", False)):
+            found = routed_scores(model, world, within)
+            lines.append(sized(name + about, 1 + kept_bytes / bare, found, own, seconds))
     return "\n".join(lines)
 
 
 @torch.no_grad()
-def routed_scores(model: PreTrainedModel, world: World) -> dict[str, float]:
-    """By task the share of test images of which the router finds the task and the model then the class."""
+def routed_scores(model: PreTrainedModel, world: World, within: bool = False) -> dict[str, float]:
+    """By task the share of test images of which a routed model finds the task and the class; `within` a task's own
+    classes, the class alone."""
     found, offsets = {}, model.config.offsets()
     for task in world.experts:
         data = rows(_data(task, "test"), slice(PARTS["test"]))
-        answers = model(pixel_values=data["pixel_values"], task="auto").logits.argmax(-1)
-        found[task] = float((answers == data["labels"] + offsets[task]).double().mean())
+        logits = model(pixel_values=data["pixel_values"], task="auto" if model.config.router else None).logits
+        start = offsets[task] if within else 0
+        own = logits[:, start : start + len(model.config.labels_of(task))] if within else logits
+        found[task] = float((own.argmax(-1) + start == data["labels"] + offsets[task]).double().mean())
     return found
 
 

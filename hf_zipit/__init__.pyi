@@ -44,6 +44,7 @@ from hf_zipit.polish.kind import register as register_training
 from hf_zipit.recipe.loading import load_recipe as load_recipe
 from hf_zipit.refit import RefitConfig as RefitConfig
 from hf_zipit.report.costs import expected_costs as expected_costs
+from hf_zipit.residues.routing import register as register_router
 from hf_zipit.running.run import run_recipe as run_recipe
 from hf_zipit.searching import search as search
 from hf_zipit.symmetry import MergeSpec as MergeSpec

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from hf_zipit.errors import RecipeError
 from hf_zipit.files import write_json
 from hf_zipit.files.places import folder_of
-from hf_zipit.registry import CORRECTIONS, METHODS, RESIDUES, RULES, TRAININGS, check_options, suggestion
+from hf_zipit.registry import CORRECTIONS, METHODS, RESIDUES, ROUTERS, RULES, TRAININGS, check_options, suggestion
 from hf_zipit.schema import brief, build, convert
 
 AUTO = "auto"
@@ -231,7 +231,10 @@ class ResidueConfig:
         size: of `"signs"` and `"low-rank"`: the merged model's size with them, in bytes, as a multiple of its size
             without; above 1, 1.1 by default. The other kinds are as large as they are.
         options: the kind's own, such as `{"threshold": 0.4}`.
-        router: whether `task="auto"` finds the task of every sample; needs calibration data by task.
+        router: what is done where no task is named, one of `hf_zipit.residues.routers`: with True or `"discriminant"`
+            `task="auto"` finds the task of every sample, for which calibration data must come by task; with `"smile"`
+            every token gets the residues of the tasks that it is of, layer by layer. False or None: neither.
+        router_options: the router's own, such as `{"rank": 8}`.
 
     Raises:
         RecipeError: a setting is unknown or out of range.
@@ -240,7 +243,8 @@ class ResidueConfig:
     kind: str = "signs"
     size: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    router: bool = False
+    router: str | bool | None = None
+    router_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         kind = RESIDUES.get(self.kind)
@@ -248,6 +252,13 @@ class ResidueConfig:
         if options:
             kind.pack((), **options)
         object.__setattr__(self, "options", options)
+        router = "discriminant" if self.router is True else self.router or None
+        object.__setattr__(self, "router", router)
+        if router is None and self.router_options:
+            raise RecipeError(f"router_options {sorted(self.router_options)} are a router's own; name the router.")
+        if router is not None:
+            found = check_options(router, ROUTERS.get(router).function, self.router_options or {})
+            object.__setattr__(self, "router_options", found)
         if not kind.stepwise and self.size is not None:
             raise RecipeError(
                 f"residues of kind {self.kind!r} are as large as their masks; leave size={self.size} out, or choose a "
@@ -257,6 +268,12 @@ class ResidueConfig:
             object.__setattr__(self, "size", 1.1)
         if self.size is not None and not self.size > 1:
             raise RecipeError(f"residues' size is {self.size}; it is a multiple of the merged model's own, above 1")
+
+    @property
+    def needs_origin(self) -> bool:
+        """Whether something of them is of task vectors: a base is then taken whatever the rule."""
+        routed = self.router is not None and ROUTERS.get(self.router).needs_origin
+        return RESIDUES.get(self.kind).needs_origin or routed
 
 
 @checked

@@ -234,7 +234,7 @@ def merge(
         correct(merged, planned, maps, calibration, moments=found, reparametrised=refitted.reparametrised)
         polished = polish(merged, planned, maps, calibration)
         add_residues(merged, planned, maps, read)
-        add_router(merged, planned, calibration)
+        add_router(merged, planned, maps, calibration)
         calibrate_joint(merged, planned, calibration)
         errors = refitted.report.to_dict() if refitted.report else None
         record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))

@@ -123,6 +123,9 @@ ADAPTERS: Registry[Any] = Registry("adapter", "hf_zipit.adapters", "hf_zipit.ada
 RESIDUES: Registry[Any] = Registry("kind of residue", "hf_zipit.modeling.kinds", "hf_zipit.residues")
 """Kinds of residues: classes derived from `hf_zipit.modeling.residue.Residue`."""
 
+ROUTERS: Registry[Any] = Registry("router", "hf_zipit.residues.routers", "hf_zipit.routers")
+"""What finds out what a sample needs where no task is named: `hf_zipit.residues.routing.RouterKind`."""
+
 CONVERSIONS: Registry[Any] = Registry("conversion", "hf_zipit.assembly", "hf_zipit.conversions")
 """What a task of a merged model can be made into, `(model, task) -> model`: `hf_zipit.assembly.disassemble`."""
 

@@ -29,7 +29,7 @@ from hf_zipit.config import PolishConfig, RefitConfig
 from hf_zipit.hub.cache import looks_local
 from hf_zipit.recipe.loading import check_recipe
 from hf_zipit.recipe.sections import Recipe
-from hf_zipit.registry import ADAPTERS, CORRECTIONS, LORA_RULES, METHODS, RESIDUES, RULES, TRAININGS
+from hf_zipit.registry import ADAPTERS, CORRECTIONS, LORA_RULES, METHODS, RESIDUES, ROUTERS, RULES, TRAININGS
 
 from .docs_world import make_world
 from .running.worker import RUN
@@ -44,7 +44,7 @@ FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE
 )
 NOT_RUN = re.compile(r"<!-- not run: (.+?) -->\s*\Z", re.DOTALL)
-REGISTRIES = (METHODS, RULES, LORA_RULES, CORRECTIONS, TRAININGS, RESIDUES, ADAPTERS)
+REGISTRIES = (METHODS, RULES, LORA_RULES, CORRECTIONS, TRAININGS, RESIDUES, ROUTERS, ADAPTERS)
 
 FEW_STEPS: dict[type[Any], dict[str, int]] = {
     RefitConfig: {"attention_steps": 4, "unit_steps": 8, "answer_steps": 8},

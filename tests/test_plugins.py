@@ -15,13 +15,13 @@ from hf_zipit import ZipItForImageClassification
 
 ROOT = Path(__file__).parents[1]
 
-GROUPS = ("methods", "rules", "lora_rules", "corrections", "adapters", "trainings", "residues")
+GROUPS = ("methods", "rules", "lora_rules", "corrections", "adapters", "trainings", "residues", "routers")
 
 EXTRAS = """
 import torch
 from hf_zipit import (
-    register_adapter, register_correction, register_lora_rule, register_method, register_residue, register_rule,
-    register_training,
+    register_adapter, register_correction, register_lora_rule, register_method, register_residue, register_router,
+    register_rule, register_training,
 )
 from hf_zipit.adapters.auto import Adapter
 from hf_zipit.maps.space_map import SpaceMap
@@ -85,6 +85,13 @@ class Means(Residue):
         return None, found
 
 
+@register_router("chance")
+def chance(merged, planned, maps, calibration, *, top=1):
+    used.add("router")
+    layer = {"module": "dinov2.encoder.layer.0.mlp.fc1", "rank": 1, "units": 32}
+    merged.add_gates(top, [layer])
+
+
 @register_adapter
 class Dinov2Adapter(Adapter):
     model_types = ("dinov2",)
@@ -98,7 +105,7 @@ MERGE = """
 import json, sys
 import torch
 from hf_zipit import merge
-from hf_zipit.registry import ADAPTERS, CORRECTIONS, LORA_RULES, METHODS, RESIDUES, RULES, TRAININGS
+from hf_zipit.registry import ADAPTERS, CORRECTIONS, LORA_RULES, METHODS, RESIDUES, ROUTERS, RULES, TRAININGS
 from tests import tiny
 
 models = dict(zip("ab", tiny.pair("dinov2"), strict=True))
@@ -109,14 +116,15 @@ merged = merge(
 )
 merged.save_pretrained(sys.argv[1])
 learnt = merge(
-    models, torch.randn(8, 3, 16, 16), method="identity", residues={"kind": "means", "options": {"scale": 0.5}},
+    models, torch.randn(8, 3, 16, 16), method="identity",
+    residues={"kind": "means", "options": {"scale": 0.5}, "router": "chance", "router_options": {"top": 2}},
     polish={"kind": "shifts", "options": {"weighed": 0.0}, "steps": 1, "evaluate_every": 1},
 )
 about = [learnt.config.method["polished"]["kind"], sorted({setting["kind"] for setting in learnt.config.residues})]
 from extras import used
 own = models["a"].state_dict()
 changed = {n: float((t - own[n]).mean()) for n, t in merged.trunk.state_dict().items() if not torch.equal(t, own[n])}
-registries = (METHODS, RULES, LORA_RULES, CORRECTIONS, ADAPTERS, TRAININGS, RESIDUES)
+registries = (METHODS, RULES, LORA_RULES, CORRECTIONS, ADAPTERS, TRAININGS, RESIDUES, ROUTERS)
 names = [[*registry] for registry in registries]
 print(json.dumps({"used": sorted(used), "changed": changed, "names": names, "about": about}))
 """
@@ -155,10 +163,10 @@ def test_a_package_adds_one_of_every_kind(tmp_path: Path):
     done = fresh(tmp_path, MERGE, tmp_path / "merged")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["used"] == ["adapter", "correction", "method", "residue", "rule", "training"]
+    assert found["used"] == ["adapter", "correction", "method", "residue", "router", "rule", "training"]
     assert found["changed"] == {"dinov2.embeddings.cls_token": pytest.approx(2.0)}
     assert found["about"] == ["shifts", ["dense", "means"]]
-    own = ("mirror", "first", "widest", "louder", "dinov2", "shifts", "means")
+    own = ("mirror", "first", "widest", "louder", "dinov2", "shifts", "means", "chance")
     for name, names in zip(own, found["names"], strict=True):
         assert name in names and len(names) > 1
     for name, (_, reason) in BROKEN.items():

@@ -14,6 +14,9 @@ from benchmarks.zoo.pairs.text_causal import TextGemma2, TextGPT2, TextLlama, Te
 from benchmarks.zoo.pairs.wordnet_bert import WordNetBert
 from benchmarks.zoo.recipe import Recipe
 
+COUNTS, NARROW = (2, 3, 4, 6, 8), 64
+"""Of the experts of `many`, and the width of the narrow ones."""
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -35,6 +38,7 @@ RECIPES: dict[str, Recipe] = {
         Speech(),
         Segmentation(),
         Objects(),
-        *map(Many, (2, 3, 4, 6, 8)),
+        *map(Many, COUNTS),
+        *(Many(count, NARROW) for count in COUNTS),
     )
 }

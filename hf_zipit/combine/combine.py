@@ -24,7 +24,7 @@ from hf_zipit.maps.transform import to_merged
 from hf_zipit.observation.statistics import LayerStatistics
 from hf_zipit.planning.compatible import all_finite
 from hf_zipit.planning.plan import Plan
-from hf_zipit.registry import RESIDUES, RULES
+from hf_zipit.registry import RULES
 from hf_zipit.symmetry.proof import model_tensors
 from hf_zipit.symmetry.spec import AxisLabel, MergeSpec, product_key
 
@@ -44,7 +44,7 @@ def check_base(config: MergeConfig, base: Any) -> None:
             f"combine={config.combine!r} adds up what the experts learnt; pass the model that they "
             "started from as base="
         )
-    of_vectors = config.residues is not None and RESIDUES.get(config.residues.kind).needs_origin
+    of_vectors = config.residues is not None and config.residues.needs_origin
     if base is not None and not rule.needs_base and not of_vectors:
         with_base = [name for name in RULES if RULES.get(name).needs_base]
         raise RecipeError(f"combine={config.combine!r} reads no base; leave base= out, or choose one of {with_base}.")

@@ -7,7 +7,7 @@ Nothing here knows a model family: trunk and branches are modules of the source 
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
-`rescales.`, `surgery.`, `residues.`, `router.`), and a saved and loaded model gives bit-identical outputs.
+`rescales.`, `surgery.`, `residues.`, `router.`, `gates.`), and a saved and loaded model gives bit-identical outputs.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from ..registry import CONVERSIONS
 from .configuration import ZipItConfig
 from .empty_model import empty_model
 from .entries import Entry, attach, leave, make_entries
+from .gates import Gate, make_gates
 from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
@@ -130,6 +131,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
             self._make_residues()
         if config.router is not None:
             self.router = make_router(config.router, self.trunk, len(config.tasks))
+        if config.gates is not None:
+            self._make_gates()
         self.post_init()
 
     @classmethod
@@ -168,6 +171,22 @@ class ZipItPreTrainedModel(PreTrainedModel):
         self.router.weight.copy_(weight)
         self.router.bias.copy_(bias)
         self.router.train(self.training)
+
+    def add_gates(self, top: int, layers: Sequence[Mapping[str, Any]]) -> list[Gate]:
+        """What gives every token the residues of some tasks where none is named, zero until set: see `gates.py`.
+
+        `top` and `layers`, those of the trunk, become `config.gates`. Raises ZipItError if the model has some.
+        """
+        if self.config.gates is not None:
+            raise ZipItError("This model has gates already; start from the merged model.")
+        self.config.gates = {"top": top, "layers": [dict(layer) for layer in layers]}
+        self._make_gates()
+        return list(self.gates)
+
+    def _make_gates(self) -> None:
+        names = list(self.branch_names.values())
+        self.gates = make_gates(self.config.gates, self.trunk, self.residues, self.config.residues, names)
+        self.gates.train(self.training)
 
     def _make_residues(self) -> None:
         self.residues = make_residues(self.config.residues, self.trunk, self.branch_names)
@@ -215,7 +234,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, (Entry, Affine, Surgery, Residue, Router)):
+        if isinstance(module, (Entry, Affine, Surgery, Residue, Router, Gate)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)

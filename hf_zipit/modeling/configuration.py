@@ -71,6 +71,8 @@ class ZipItConfig(PreTrainedConfig):
             the trunk, "shape": list, "kind": str, "size": planes, rank, ...}`; of task None what all tasks share.
         router: what finds the task of a sample (see `router.py`): `{"module": name in the trunk, "size": int}`; None:
             nothing does.
+        gates: what gives every token the residues of some tasks (see `gates.py`): `{"top": so many at most, "layers":
+            [{"module": name in the trunk, "rank": int, "units": int}]}`; None: nothing does.
         surgery: networks that correct a task's features (see `surgery.py`): `{"rank": int, "sites": [{"module": path
             in the source, "axis": int, "size": k}]}`, the sites in the trunk; entries and exits have one each.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
@@ -110,6 +112,7 @@ class ZipItConfig(PreTrainedConfig):
     rescaled: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str | None = None
     residues: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str = ()
     router: dict[str, Any] | None = None
+    gates: dict[str, Any] | None = None
     surgery: dict[str, Any] | None = None
     trunk_shapes: dict[str, list[int]] | str | None = None
     head_dims: dict[str, int] | str | None = None

@@ -1,8 +1,8 @@
 """Residues: what a task's own weights are more than the merged ones, in a few bits, added while that task runs alone.
 
 A tensor W of the trunk is W + R_t for the time in which its module runs for task t. In a joint forward pass the trunk
-runs once for all tasks, without any residue. Residues stay packed in memory, in one of the kinds of `kinds/`, and are
-unpacked module by module as these run.
+runs once for all tasks, without any residue, unless gates give every token some (`gates.py`). Residues stay packed in
+memory, in one of the kinds of `kinds/`, and are unpacked module by module as these run.
 
 State dict: `residues.NUMBER.TASK.TENSOR.*`, NUMBER counting the modules that have some; `all-tasks` in place of a task
 holds what all tasks share of a tensor.
@@ -43,15 +43,23 @@ class ModuleResidues(nn.ModuleDict):
         """Forward pre-hook: the module has the running task's tensors."""
         task = running_task()
         LOCK.acquire()
-        for name, residue in self[task].items() if task in self else ():
+        for name in self._names(task):
             home = module._parameters if name in module._parameters else module._buffers
             own = home[name]
             self._kept.append((home, name, own))
-            home[name] = own + residue.tensor(self._shared(name)).to(own)
+            home[name] = own + self._unpacked(task, name).to(own)
 
-    def _shared(self, name: str) -> nn.Module | None:
-        """What all tasks share of a tensor."""
-        return self[SHARED][name] if SHARED in self and name in self[SHARED] else None
+    def tensors(self, task: str) -> dict[str, Tensor]:
+        """A task's residues, float32, by the tensors' names in the module."""
+        return {name: self._unpacked(task, name) for name in self._names(task)}
+
+    def _names(self, task: str | None) -> list[str]:
+        """The tensors of the module that a task has residues of."""
+        return list(self[task]) if task in self else []
+
+    def _unpacked(self, task: str, name: str) -> Tensor:
+        shared = self[SHARED][name] if SHARED in self and name in self[SHARED] else None
+        return self[task][name].tensor(shared)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, called whatever happened, in `enter` as well: the module has its own tensors again."""
@@ -102,7 +110,7 @@ def residue_of(residues: Iterable[nn.Module], settings: Sequence[Mapping[str, An
 
 
 def residue_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of a merged model without its residues, and of these, with the router."""
+    """Bytes of a merged model without its residues, and of these, with the router or the gates."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
-    kept = sum(size for name, size in sizes.items() if name.startswith(("residues.", "router.")))
+    kept = sum(size for name, size in sizes.items() if name.startswith(("residues.", "router.", "gates.")))
     return sum(sizes.values()) - kept, kept

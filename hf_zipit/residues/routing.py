@@ -1,29 +1,61 @@
-"""The router of a merged model, solved: a linear discriminant between the tasks' unlabelled samples.
+"""Routers, by name: how a merged model with residues finds out what a sample needs where nobody names its task.
 
-With the mean feature mu_t of every task and the covariance C that all have in common, a sample is of the task with the
-largest mu_t C^-1 x - mu_t C^-1 mu_t / 2 (Fisher). The tasks count the same, however many samples each has.
+A router is a function
+
+    router(merged, planned, maps, calibration, *, option=default, ...) -> None
+
+that gives a merged model, which has its residues, what it needs to find out. Its keyword-only parameters are its
+options. What runs with the model is in `hf_zipit.modeling`: a saved model runs without what made it.
 """
 
 from __future__ import annotations
 
-from functools import partial
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
 
 from hf_zipit.data.calibration import Calibration
-from hf_zipit.data.processes import running
-from hf_zipit.errors import DataError, SpecError
+from hf_zipit.errors import DataError
+from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling.base import ZipItPreTrainedModel
-from hf_zipit.modeling.router import end_with_features, read_features
 from hf_zipit.planning.plan import Plan
+from hf_zipit.registry import ROUTERS
 
-RIDGE = 1e-3
-"""Relative to the mean variance of a feature."""
+Function = TypeVar("Function", bound=Callable[..., None])
 
 
-def wants_router(planned: Plan) -> bool:
-    return planned.config.residues is not None and planned.config.residues.router
+@dataclass(frozen=True)
+class RouterKind:
+    """A registered router.
+
+    Attributes:
+        name, function: its own.
+        check: is given the plan and the options before any work, and raises what is wrong.
+        by_task: whether it reads calibration data that comes by task.
+        needs_origin: whether it is of task vectors: a base is then taken whatever the rule.
+    """
+
+    name: str
+    function: Callable[..., None]
+    check: Callable[..., object]
+    by_task: bool = False
+    needs_origin: bool = False
+
+
+def register(
+    name: str,
+    *,
+    check: Callable[..., object] = lambda planned, **options: None,
+    by_task: bool = False,
+    needs_origin: bool = False,
+) -> Callable[[Function], Function]:
+    """Decorator that makes a function a router; see `RouterKind`."""
+
+    def decorate(function: Function) -> Function:
+        ROUTERS.add(name, RouterKind(name, function, check, by_task, needs_origin))
+        return function
+
+    return decorate
 
 
 def check_router(planned: Plan, calibration: Calibration | None) -> None:
@@ -31,53 +63,19 @@ def check_router(planned: Plan, calibration: Calibration | None) -> None:
 
     Raises:
         DataError: there is no calibration data, or it does not say which task each sample is of.
-        SpecError: the trunk has no block.
+        RecipeError, SpecError: as the router's own check.
     """
-    if not wants_router(planned):
+    config = planned.config.residues
+    if config is None or config.router is None:
         return
-    if calibration is None or not calibration.read(planned.experts).by_task:
+    kind = ROUTERS.get(config.router)
+    if kind.by_task and (calibration is None or not calibration.read(planned.experts).by_task):
         raise DataError("The router tells the tasks apart by unlabelled samples: give calibration data by task.")
-    first_block(planned)
+    kind.check(planned, **config.router_options)
 
 
-def first_block(planned: Plan) -> str:
-    """The path of the trunk's first block."""
-    shared = planned.cut.shared
-    for block in planned.spec.blocks:
-        if any(path in ("", block.path) or block.path.startswith(f"{path}.") for path in shared):
-            return block.path
-    raise SpecError("The trunk has no block that a router could read; merge more of the model, or leave router out.")
-
-
-def add_router(merged: ZipItPreTrainedModel, planned: Plan, calibration: Calibration | None) -> None:
-    """Give a merged model a router, in place, where the config asks for one."""
-    if not wants_router(planned):
-        return
-    assert calibration is not None
-    module = first_block(planned)
-
-    def features() -> list[Tensor]:
-        found: dict[str, list[Tensor]] = {task: [] for task in planned.tasks}
-        for batch in calibration.batches():
-            inputs = {name: tensor.to(calibration.device) for name, tensor in batch.inputs.items()}
-            run = partial(merged.run_branch, planned.tasks[0], inputs)
-            found[batch.task].append(read_features(inputs, run).double().cpu())
-        return [torch.cat(parts) for parts in found.values()]
-
-    hook = merged.trunk.get_submodule(module).register_forward_hook(end_with_features)
-    try:
-        with running([merged], calibration.device):
-            weight, bias = discriminant(calibration.while_it_fits(features))
-    finally:
-        hook.remove()
-    merged.add_router(module, weight, bias)
-
-
-def discriminant(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Weights `[tasks, d]` and biases `[tasks]`, of every task's features `[samples, d]`, float64."""
-    means = torch.stack([x.mean(0) for x in rows])
-    within = torch.stack([(x - x.mean(0)).T @ (x - x.mean(0)) / len(x) for x in rows]).mean(0)
-    spread = within.diagonal().mean().clamp_min(1e-30)
-    within = within + RIDGE * spread * torch.eye(len(within), dtype=within.dtype)
-    weight = torch.linalg.solve(within, means.T).T
-    return weight, -(weight * means).sum(1) / 2
+def add_router(merged: ZipItPreTrainedModel, planned: Plan, maps: Alignment, calibration: Calibration | None) -> None:
+    """Give a merged model, which has its residues, a router, in place, where the config asks for one."""
+    config = planned.config.residues
+    if config is not None and config.router is not None:
+        ROUTERS.get(config.router).function(merged, planned, maps, calibration, **config.router_options)

@@ -372,9 +372,12 @@ def test_a_frame_is_asked_for_the_digit_that_sounds_at_its_middle() -> None:
 
 @needs_fashion
 def test_smaller_groups_are_the_first_tasks_of_larger_ones_and_share_their_experts() -> None:
-    tasks = [list(RECIPES[f"many-{count}"].seeds.items()) for count in (2, 3, 4, 6, 8)]
-    assert all(small == large[: len(small)] for small, large in zip(tasks, tasks[1:], strict=False))
-    assert {RECIPES[f"many-{count}"].folder for count in (2, 8)} == {"many"}
+    for end, width in (("", 128), ("-narrow", 64)):
+        groups = [RECIPES[f"many-{count}{end}"] for count in (2, 3, 4, 6, 8)]
+        tasks = [list(group.seeds.items()) for group in groups]
+        assert all(small == large[: len(small)] for small, large in zip(tasks, tasks[1:], strict=False))
+        assert {group.folder for group in groups} == {f"many{end}"}
+        assert groups[0].untrained("tops", None).config.hidden_size == width
 
 
 def test_a_flip_and_shift_moves_the_image_whole() -> None:

@@ -16,7 +16,7 @@ from hf_zipit import merge
 from hf_zipit.errors import DataError, ZipItError
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.modeling.router import features_of
-from hf_zipit.residues.routing import RIDGE, discriminant
+from hf_zipit.residues.routers.discriminant import RIDGE, discriminant
 from tests import tiny
 
 

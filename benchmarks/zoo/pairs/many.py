@@ -1,6 +1,7 @@
 """`many-2` to `many-8`: up to eight ViTs from different initialisations on different tasks of small grey images.
 
-A pair of T tasks is the first T of `TASKS`; all read the same experts, which are trained once.
+A pair of T tasks is the first T of `TASKS`; all read the same experts, which are trained once. `many-2-narrow` and so
+on are the same tasks by ViTs of half the width.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from benchmarks.zoo.sources import digits, drawings, fashion_mnist
 Images = tuple[Tensor, Tensor]  # `[n, 28, 28]`, uint8, and labels `[n]`
 
 COUNTS = {"train": 8000, "validation": 1000, "test": 1000}
+WIDTH = 128
 TOPS = (0, 2, 3, 4, 6)  # of Fashion-MNIST's classes
 OTHERS = (1, 5, 7, 8, 9)
 TURNS = ("upright", "left", "upside down", "right")
@@ -79,16 +81,18 @@ TASKS: dict[str, tuple[Callable[[str, Generator], Images], tuple[str, ...]]] = {
 
 
 class Many(Recipe):
-    """The first `count` tasks."""
+    """The first `count` tasks, by experts of a width."""
 
     model_class = ViTForImageClassification
-    folder = "many"
     schedule = Schedule(epochs=4, batch_size=32, learning_rate=1e-3, weight_decay=0.05)
 
-    def __init__(self, count: int) -> None:
-        self.name = f"many-{count}"
+    def __init__(self, count: int, width: int = WIDTH) -> None:
+        narrow = width < WIDTH
+        self.name = f"many-{count}" + "-narrow" * narrow
+        self.folder = "many" + "-narrow" * narrow
+        self.width = width
         self.tasks = tuple(TASKS)[:count]
-        self.about = f"ViT (pre-LN), {count} tasks: {', '.join(self.tasks)}"
+        self.about = f"ViT (pre-LN{f', width {width}' * narrow}), {count} tasks: {', '.join(self.tasks)}"
         self.seeds = {task: 101 + i for i, task in enumerate(self.tasks)}
 
     def splits(self, tokenizer: PreTrainedTokenizerBase | None) -> Splits:
@@ -101,10 +105,10 @@ class Many(Recipe):
         names = dict(enumerate(TASKS[task][1]))
         return ViTForImageClassification(
             ViTConfig(
-                hidden_size=128,
+                hidden_size=self.width,
                 num_hidden_layers=4,
                 num_attention_heads=4,
-                intermediate_size=512,
+                intermediate_size=4 * self.width,
                 image_size=28,
                 patch_size=4,
                 num_channels=1,
