@@ -70,7 +70,7 @@ def _forgets_length(program: Program, source: fx.Node, ops: Sequence[fx.Node]) -
     if not ops:
         return False
     draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, shape_of(source)[-1], generator=draw)
+    x = torch.randn(3, shape_of(source)[-1], generator=draw).to(program.device)
     try:
         one, double, first = (_made(program, source, ops, value) for value in (x, 2 * x, x[:1]))
     except (KeyError, RuntimeError, IndexError):  # they read something else, or count axes from the first

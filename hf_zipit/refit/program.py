@@ -268,7 +268,7 @@ class Program:
         The forward pass is traced on the CPU, and runs on `device`, whatever device it names.
         """
         self._forward = forward_pass(model, inputs, fields)
-        self._device = torch.device(device)
+        self.device = torch.device(device)
         self._constants = {name: tensor.to(device) for name, tensor in self._forward.constants.items()}
         # The graph reads tied tensors under one of their names, which may be that of a head's own copy.
         self.tied = {
@@ -330,7 +330,7 @@ class Program:
             return self.value_of(node, tensors, inputs)
         if node.op == "get_attr":
             found = getattr(self._forward.module, str(node.target))
-            return found.to(self._device) if isinstance(found, Tensor) else found
+            return found.to(self.device) if isinstance(found, Tensor) else found
         sizes = self.arguments(node) if merged else node
 
         def value(x: Any, size: Any) -> Any:
@@ -342,7 +342,7 @@ class Program:
                 return self._constants[x.name] if x.name in self._constants else inputs.get(x.name)
             if isinstance(x, (list, tuple)):
                 return type(x)(value(*pair) for pair in zip(x, size, strict=True))
-            return self._device if isinstance(x, torch.device) else size
+            return self.device if isinstance(x, torch.device) else size
 
         arguments = value(tuple(node.args), tuple(sizes.args))
         keywords = {key: value(x, sizes.kwargs[key]) for key, x in node.kwargs.items()}
@@ -351,7 +351,7 @@ class Program:
                 f"which way is taken through {module_of(node)} depends on the samples, which refit cannot follow"
             )
         found = out_of_place(node.target)(*arguments, **keywords)
-        return found.to(self._device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
+        return found.to(self.device) if isinstance(node.target, Known) and isinstance(found, Tensor) else found
 
     def behind(self, start: Iterable[fx.Node]) -> set[fx.Node]:
         """The ops that depend on some nodes, without these."""

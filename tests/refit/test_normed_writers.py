@@ -23,6 +23,7 @@ from hf_zipit.symmetry.proof import apply_element, model_tensors, random_element
 from hf_zipit.symmetry.spec import MergeSpec, fitted
 
 from .. import tiny
+from ..second_device import accelerator_on_second, second_device
 from ..test_invariants import assert_same, in_general_position, outputs, with_tensors
 
 BUILDERS = {
@@ -60,6 +61,13 @@ def test_output_projections_know_the_norm_behind_them(name: str, each: int):
     behind = [site for site in found.values() if site.behind is not None]
     assert len(behind) == each * model.config.num_hidden_layers
     assert all(site.aim.stream is not None and "post" in site.aim.weight for site in behind)
+
+
+def test_no_op_meets_tensors_of_two_devices():
+    few = {"attention_steps": 2, "unit_steps": 2, "answer_steps": 0, "written_samples": 0}
+    with patch.object(attention_refinement, "EVERY", 2), second_device():
+        models = dict(zip("ab", experts("gemma2"), strict=True))
+        merge(models, by_task(), accelerator=accelerator_on_second(), method="permute", refit=few)
 
 
 class Scaled(nn.Module):
