@@ -79,7 +79,8 @@ class SolvedApart:
         steps: the ops between them and the layer's op.
         scales: the tensors that these ops alone read, such as the gains of norms, which all heads share.
         gains: that of queries and that of keys, a number for each unit of a head; None where other scales are read.
-        placed: whether a norm has a place for every head, so that none can take another's; they can be fitted.
+        placed: whether heads stay where they are, and can be fitted alone: a norm has a place for every head, or the
+            weights are made step by step.
     """
 
     query: Heads

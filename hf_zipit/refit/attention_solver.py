@@ -165,7 +165,8 @@ class AttentionSolver:
         attention, fit = self.attention, self.fit
         projection = fit.matrix(attention.output)
         chosen_from = attention.apart if fit.config.split_heads else None
-        self._regress((*attention.inputs, *(() if chosen_from is None else chosen_from.maps)))
+        moved = chosen_from is not None and not chosen_from.placed
+        self._regress((*attention.inputs, *(chosen_from.maps if moved else ())))  # type: ignore[union-attr]
         heads, split = self._paired(), self._split()
         if attention.logits is None:
             starts = self._paired_starts(heads, projection)

@@ -74,16 +74,24 @@ class Targets:
         return self.values.store[key]
 
     def _before_norm(self, site: RefitSite, b: int, rows: Picked | None) -> Tensor:
-        """What the stream lacks behind a norm, its gain taken out, in rows as long as the experts' are there."""
-        gain = site.aim
+        """What the stream lacks behind a norm, as rows that are as long before the norm as the experts' are there.
+
+        The gain is taken out, but of units that hardly have one: those stay the experts' share.
+        """
+        norm, gain = site.behind, site.aim
+        assert norm is not None
         lacking = self.of(gain, b, rows)
-        task = self.values.batches[b].task
         lengths = torch.zeros_like(lacking[..., :1])
-        for t, weight in zip(self.values.experts, self.weights(task), strict=True):
+        for t, weight in zip(self.values.experts, self.weights(self.values.batches[b].task), strict=True):
             own = self.values.of(site.output, t, b)
             own = own if rows is None else at_rows(own, -1, rows)
-            lengths += weight * own.square().mean(-1, keepdim=True).sqrt()
-        return lacking * lengths / away_from_zero(self.values.merged[gain.weight] + gain.constant)
+            normed = self.values.follow(norm.ops[:-1], {site.output: own}, t, b)[norm.ops[-2]]
+            one, other = (torch.linalg.vector_norm(part, dim=-1, keepdim=True) for part in (own, normed))
+            lengths += weight * one / other.clamp_min(1e-30)
+        share = self.share(site.output, -1, self.label(site), b, rows)
+        scale = self.values.merged[gain.weight] + gain.constant
+        least = FAINT_GAIN * scale.abs().mean().clamp_min(1e-12)
+        return share + (lacking * lengths - scale * share) * scale / (scale.square() + least.square())
 
     def know(self, site: RefitSite, b: int, rows: Picked, value: Tensor) -> None:
         """Remember what a site's output should be, where that is no share of what the experts put out there."""
@@ -177,15 +185,15 @@ FAINT = 1e-3
 """Scales of a writer into a stream count at least this share of their mean: next to none cannot be divided by."""
 
 
+FAINT_GAIN = 1e-2
+"""A norm's gain that is a smaller share of their mean tells next to nothing of what should be before it."""
+
+
 def scale_of(site: RefitSite, values: Values, who: int) -> Tensor | float:
     """What a model multiplies a site's output by before it is added to a stream, away from zero."""
     if not isinstance(site.scale, fx.Node):
         return 1.0 if site.scale is None else site.scale
-    return away_from_zero(values.of(site.scale, who, 0))
-
-
-def away_from_zero(scale: Tensor) -> Tensor:
-    """Numbers that can be divided by."""
+    scale = values.of(site.scale, who, 0)
     least = FAINT * scale.abs().mean().clamp_min(1e-12)
     return torch.where(scale.abs() < least, torch.where(scale < 0, -least, least), scale)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, fx
+from torch.nn.functional import normalize
 
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import TRANSPARENT, BranchNorm, RefitSite
@@ -20,7 +21,7 @@ NORMING = TRANSPARENT | {"pow", "square", "mul", "mean", "add", "rsqrt", "sqrt",
 """The ops of a norm by the root of the mean square."""
 
 SAME = 1e-3
-"""A norm gives twice a value what it gives the value, but for this share and the rounding of its own."""
+"""What a norm makes of values is theirs but for the lengths of rows, up to this share."""
 
 
 def with_branch_norms(program: Program, sites: Mapping[fx.Node, RefitSite]) -> dict[fx.Node, RefitSite]:
@@ -33,8 +34,10 @@ def with_branch_norms(program: Program, sites: Mapping[fx.Node, RefitSite]) -> d
         site = found.get(source) if source is not None else None
         if site is None or site.kind != "linear" or site.stream is not None or not site.plain:
             continue
+        if program.position[gain.other] > program.position[site.node]:
+            continue  # what the stream lacks is not known yet
         users = {user for node in (site.node, *ops[:-1]) for user in node.users if not _reads_format(user, node)}
-        if site.output is site.node and users <= set(ops) and _forgets_length(program, site.node, ops[:-1]):
+        if site.output is site.node and users <= set(ops) and _is_norm(program, site.node, ops[:-1]):
             found[site.node] = replace(site, behind=BranchNorm(ops, gain))
     return found
 
@@ -65,18 +68,20 @@ def _reads_format(node: fx.Node, source: fx.Node) -> bool:
     return op_name(node) == "type_as" and node.args[0] is not source
 
 
-def _forgets_length(program: Program, source: fx.Node, ops: Sequence[fx.Node]) -> bool:
-    """Whether some ops make the same of a row and of its double, and of rows one by one."""
+def _is_norm(program: Program, source: fx.Node, ops: Sequence[fx.Node]) -> bool:
+    """Whether some ops give every row of a value one length and leave its direction, whatever axes are before."""
     if not ops:
         return False
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(3, shape_of(source)[-1], generator=draw).to(program.device)
+    draw, shape = torch.Generator().manual_seed(0), shape_of(source)
+    device = "cpu" if program.device.type == "meta" else program.device
+    x = torch.randn(3, shape[-1], generator=draw).to(device)
     try:
-        one, double, first = (_made(program, source, ops, value) for value in (x, 2 * x, x[:1]))
+        one, double = (_made(program, source, ops, value) for value in (x, 2 * x))
+        shaped = _made(program, source, ops, x.view(*[1] * (len(shape) - 2), *x.shape))
+        alike = torch.allclose(one, double, rtol=SAME) and torch.allclose(one, shaped.view_as(one), rtol=SAME)
+        return alike and torch.allclose(normalize(one), normalize(x), atol=SAME)
     except (KeyError, RuntimeError, IndexError):  # they read something else, or count axes from the first
         return False
-    alike = one.shape == x.shape and torch.allclose(one, double, rtol=SAME, atol=SAME * float(one.abs().max()))
-    return alike and not torch.allclose(one, x) and torch.allclose(one[:1], first, rtol=SAME)
 
 
 def _made(program: Program, source: fx.Node, ops: Sequence[fx.Node], x: Tensor) -> Tensor:

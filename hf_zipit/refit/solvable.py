@@ -261,7 +261,7 @@ def _gain(program: Program, node: fx.Node, own: Any, other: fx.Node) -> RefitSit
         if name == "add" and len(gain.args) == 2 and len(numbers) == 1:
             constant += float(numbers[0])
             gain = next(x for x in gain.args if isinstance(x, fx.Node))
-        elif name in TRANSPARENT:
+        elif name in TRANSPARENT and len(gain.all_input_nodes) == 1:
             gain = gain.args[0]
         else:
             return None

@@ -62,8 +62,8 @@ LayerWeights = Mapping[RefitSite, Sequence[Tensor]]
 
 @dataclass(frozen=True)
 class MlpRows:
-    """Inputs `[rows, d]` of a layer, what it should put out `[rows, k]`, what the stream lacks (the same, or what the
-    norm behind the layer should make of it), the rows' weights, and which of them belong together.
+    """Inputs `[rows, d]` of a layer, what it should put out `[rows, k]`, what the stream lacks (the same tensor, or
+    what the norm behind the layer should make of it), the rows' weights, and which of them belong together.
 
     `turn` counts the rows of all samples through, position after position: rows with the same remainder are spread
     over the samples.
@@ -177,24 +177,28 @@ def solve_reader(fit: Fit, mlp: Mlp, rows: MlpRows) -> SecondMoments:
 
 def split_rows(fit: Fit, mlp: Mlp) -> tuple[MlpRows, MlpRows, float]:
     """The rows that are fitted, those of samples that are held out, and how far the stream of these varies."""
-    outputs = fit.outputs(mlp.reader)
+    outputs, aim, normed = fit.outputs(mlp.reader), mlp.reader.aim, mlp.reader.behind is not None
     parts: tuple[list[list[Tensor]], ...] = ([], [])
     spread = Spread(fit, outputs)
     for b, batch in enumerate(fit.values.batches):
         x = fit.values.of(mlp.input, MERGED, b)
-        rows, picked = fit.rows.pick(x.shape, b, -1, ROOM // (x.shape[-1] + outputs), 1)
-        aim = mlp.reader.aim
-        target, lacking = fit.targets.of(mlp.reader, b, rows), fit.targets.of(aim, b, rows)
-        stream = fit.targets.reached(aim, b, rows)
+        rows, picked = fit.rows.pick(x.shape, b, -1, ROOM // (x.shape[-1] + outputs * (1 + normed)), 1)
+        target, stream = fit.targets.of(mlp.reader, b, rows), fit.targets.reached(aim, b, rows)
         weight = picked.to(x)
         count = x.shape[:-1].numel()
         number = torch.arange(count, device=x.device)[rows]
         sample, position = batch.first + number * batch.size // count, number % max(count // batch.size, 1)
         held = is_held_out(sample)
-        own = [at_rows(x, -1, rows), target, lacking, weight, sample - sample // HELD_OUT + position]
+        own = [at_rows(x, -1, rows), target, weight, sample - sample // HELD_OUT + position]
+        own += [fit.targets.of(aim, b, rows)] if normed else []
         parts[0].append([part[~held] for part in own])
         parts[1].append([part[held] for part in own])
         spread.add(stream[held], weight[held])
     fit.targets.forget(mlp.reader)
-    fitted, held = (MlpRows(*map(torch.cat, zip(*found, strict=True))) for found in parts)
+    fitted, held = (_joined(list(map(torch.cat, zip(*found, strict=True)))) for found in parts)
     return fitted, held, spread.total()
+
+
+def _joined(parts: Sequence[Tensor]) -> MlpRows:
+    x, target, weight, turn, *lacking = parts
+    return MlpRows(x, target, lacking[0] if lacking else target, weight, turn)

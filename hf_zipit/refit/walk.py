@@ -196,6 +196,8 @@ class Walk:
                     self._advance_experts(self._aims_at(shared[node]))
                 if node not in solved_as_a_whole:
                     values.compute(node, MERGED)
+                if site is not None and site.behind is not None:
+                    self.fit.targets.forget(site)
                 for entry, source in self.readouts.items():
                     if source is node:
                         found = solve_readout(self.fit, entry, node)
@@ -290,8 +292,10 @@ class Walk:
         last = {node: self.program.last_use.get(node, i) for i, node in enumerate(self.program.nodes)}
         for layer in self.attention.values():
             steps = (*layer.ops, layer.value.site.node, *layer.steps_apart)
+            # Weights that are made step by step are as many as pairs of positions, and made anew where they are read.
+            made = layer.apart.steps - layer.ops if layer.apart is not None and layer.weights is not None else ()
             for node in (used for op in steps for used in (op, *op.all_input_nodes)):
-                if node in last:
+                if node in last and node not in made:
                     last[node] = max(last[node], self.program.position[layer.node])
         for biases in {split.biases for split in self.splits.values() if split.biases is not None}:
             for node in biases.needed(self.program) & last.keys():
@@ -333,7 +337,7 @@ class Walk:
 
     def _bar(self) -> tqdm:
         return tqdm(
-            total=len(self.sites) - len(self.in_attention),
+            total=sum(site.behind is None for site in self.sites.values()) - len(self.in_attention),
             desc="refit",
             unit="module",
             disable=not self.progress,

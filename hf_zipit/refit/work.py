@@ -15,6 +15,7 @@ from hf_zipit.planning.plan import Plan
 from hf_zipit.refit import answer_refinement, attention_refinement, unit_refinement
 from hf_zipit.refit.mlp_solver import ROWS
 from hf_zipit.refit.mlps import find_mlps
+from hf_zipit.refit.normed_writers import with_branch_norms
 from hf_zipit.refit.positions import NEARLY_ALL
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import turned_linear
@@ -77,7 +78,7 @@ def counted(planned: Plan) -> ForwardWork:
     inputs = example_inputs(model)
     program = Program(model, inputs, adapter_for(model).outputs(model), trunk, device="meta")
     samples = len(next(iter(inputs.values())))
-    sites = find_sites(program, trunk, spec.head)
+    sites = with_branch_norms(program, find_sites(program, trunk, spec.head))
     layers = {node: _layer(site, samples) for node, site in sites.items() if site.kind in ("linear", "conv")}
     mlps = [tuple(layers[site.node] for site in (*mlp.writers, mlp.reader)) for mlp in find_mlps(program, sites, spec)]
     weighing = (node for node in program.nodes if op_name(node) == "scaled_dot_product_attention")
@@ -87,7 +88,7 @@ def counted(planned: Plan) -> ForwardWork:
         attention=attention / samples,
         layers=tuple(layers.values()),
         mlps=tuple(mlps),
-        stream=_bytes(site.stream for site in sites.values() if site.stream is not None) / samples,
+        stream=_bytes(site.aim.stream for site in sites.values() if site.aim.stream is not None) / samples,
         widest=_bytes(layers) / samples,
     )
 
@@ -221,7 +222,7 @@ def answers(found: ForwardWork, samples: int, steps: int) -> Work:
 
 def _bases(planned: Plan, found: ForwardWork, total: int) -> Work:
     """The experts once more, over as many samples as are enough, and the joint moments of their streams."""
-    writers = [layer for layer in found.layers if layer.site.stream is not None and layer.site.channel_axis == -1]
+    writers = [layer for layer in found.layers if layer.site.aim.stream is not None and layer.site.channel_axis == -1]
     if not writers:
         return Work()
     width = max(layer.outputs for layer in writers) * len(planned.tasks)

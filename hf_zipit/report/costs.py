@@ -150,7 +150,7 @@ def expected_costs(
         budget = (refit.memory_gb or memory_gb or Calibration.memory_gb) * 2**30
         kept = activations(found, experts, experts * samples)
         memory |= {"activations": min(kept, budget), "regressions": regressions(found, experts, refit)}
-        branches = sum(layer.site.stream is not None for layer in found.layers)  # each makes new values
+        branches = sum(layer.site.aim.stream is not None for layer in found.layers)  # each makes new values
         spilled = max(kept - budget, 0.0) * max(branches, 1)
         read, written = read + 2 * spilled, written + spilled
     return Costs(samples, seconds, memory, read, written, rates.seconds(one))

@@ -70,25 +70,46 @@ def test_no_op_meets_tensors_of_two_devices():
         merge(models, by_task(), accelerator=accelerator_on_second(), method="permute", refit=few)
 
 
-class Scaled(nn.Module):
+class Branch(nn.Module):
     """A branch with a gain behind ops that norms are made of."""
 
-    def __init__(self, normed: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.normed, self.map, self.gain = normed, nn.Linear(8, 8), nn.Parameter(torch.ones(8))
+        self.kind, self.map, self.gain = kind, nn.Linear(8, 8), nn.Parameter(torch.ones(8))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = x.tanh()
         y = self.map(x)
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) if self.normed else y * y.mean(-1, keepdim=True)
-        return {"y": x + self.gain * y}
+        if self.kind == "square":
+            y = y.pow(2)
+        root = torch.rsqrt(y.pow(2).mean(1 if self.kind == "positions" else -1, keepdim=True) + 1e-6)
+        y = y * (y.mean(-1, keepdim=True) if self.kind == "length" else root)
+        if self.kind == "late":
+            x = x * 1.5
+        return {"y": x + self.gain * (y * -1 if self.kind == "minus" else y)}
 
 
-@pytest.mark.parametrize("normed", [True, False])
-def test_what_keeps_the_length_of_a_row_is_no_norm(normed: bool):
-    program = Program(Scaled(normed), {"x": torch.randn(2, 3, 8)}, None)
+@pytest.mark.parametrize("kind", ["norm", "square", "positions", "length", "late", "minus"])
+def test_what_a_norm_is_and_what_is_not(kind: str):
+    """It keeps directions and no length, row by row; and what it is added to has to be known before the map runs."""
+    program = Program(Branch(kind), {"x": torch.randn(2, 3, 8)}, None)
     sites = with_branch_norms(program, find_sites(program, frozenset({"map.weight", "map.bias", "gain"})))
-    assert [site.weight for site in sites.values() if site.behind is not None] == ["map.weight"] * normed
+    found = [site.weight for site in sites.values() if site.behind is not None]
+    assert found == (["map.weight"] if kind == "norm" else [])
+
+
+@pytest.mark.parametrize("name", ["gemma3", "olmo2"])
+@pytest.mark.parametrize("gain", [None, 0.0])
+def test_a_fresh_model_merged_with_itself_stays_itself(name: str, gain: float | None):
+    """Its branches put out so little that the norms' epsilon counts; and where a gain is zero, nothing is known."""
+    torch.manual_seed(0)
+    model, inputs = BUILDERS[name](), {"input_ids": texts()}
+    if gain is not None:
+        for path, own in model.named_parameters():
+            if "post" in path:
+                own.data[3] = gain - ("gemma" in name)  # which adds one
+    merged = merge({"a": model, "b": model}, inputs, method="permute", refit={"written_samples": 0})
+    assert_same(outputs(merged, inputs, model, task="a"), outputs(model, inputs, model), 1e-4)
 
 
 @pytest.mark.parametrize("name", ["gemma3", "olmo2"])
