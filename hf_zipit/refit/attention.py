@@ -6,7 +6,8 @@ go straight into the output projection. Several query heads may share the keys a
 Queries and keys belong to it where their logits are bilinear in the layer's inputs: as they are, or rotated by their
 positions (a rotary embedding). Where something else happens to them, a norm of the queries for instance, each of the
 two maps is regressed like any other, and experts' heads may take the place of what that gives: all of them where they
-can be narrower (`splitting.py`), or else some (`chosen_heads.py`).
+can be narrower (`splitting.py`), or else some (`chosen_heads.py`). Heads that cannot take another's place, under one
+norm over all of them or with weights that are made step by step, are fitted where they are.
 """
 
 from __future__ import annotations
