@@ -29,7 +29,7 @@ from benchmarks.zoo.pairs.captions_clip import CaptionsClip
 from benchmarks.zoo.recipe import Schedule
 from benchmarks.zoo.training import fit
 from hf_zipit.files import check_writable, write_text
-from hf_zipit.report.plots import PANEL, add_legend, drawing, look, save_picture
+from hf_zipit.report.plots import look, panels, save_picture
 from hf_zipit.report.tables import share
 
 if TYPE_CHECKING:
@@ -135,20 +135,16 @@ Machine: {machine()}. Sources `{sources()}`.
 
 def drawn(found: Sequence[Line]) -> Figure:
     """A panel for each line: both tasks' scores, and what is kept of the experts on average."""
-    with drawing(1.2 + PANEL * len(found), 3.9) as figure:
-        axes = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
+    names = [line.about.replace(", ", ",\n") for line in found]
+    with panels(names, "share of the second expert", "share of the experts' scores") as axes:
         for axis, line in zip(axes, found, strict=True):
             own = {task: scores[place] for place, (task, scores) in zip((0, -1), line.scores.items(), strict=True)}
             for index, (task, scores) in enumerate(line.scores.items()):
                 axis.plot(SHARES, [score / own[task] for score in scores], label=f"task {task}", **look(index))
             axis.plot(SHARES, line.kept, label="both", color="black", linestyle="--")
-            axis.set_title(line.about.replace(", ", ",\n"), loc="left")
-            axis.set_xlabel("share of the second expert")
             axis.set_ylim(0, None)
             axis.yaxis.set_major_formatter("{x:.0%}")
-        axes[0].set_ylabel("share of the experts' scores")
-        add_legend(figure, axes[0])
-    return figure
+    return axes[0].figure
 
 
 def main(

@@ -33,7 +33,7 @@ from hf_zipit.config import ResidueConfig
 from hf_zipit.data.calibration import Calibration
 from hf_zipit.modeling.residues import residue_bytes
 from hf_zipit.observation.gather import gathered
-from hf_zipit.report.plots import PANEL, add_legend, drawing, look, save_picture
+from hf_zipit.report.plots import PANEL, look, panels, save_picture
 from hf_zipit.residues.routing import add_router
 from hf_zipit.residues.stage import add_residues
 
@@ -152,9 +152,9 @@ def measured(pair: Pair, calibration: Mapping[str, Any], samples: int) -> Iterat
 
 def picture(found: Mapping[str, Sequence[Row]]) -> Figure:
     """What is kept over the size, a panel for each pair."""
-    with drawing(1.2 + PANEL * 1.25 * len(found), 4.2) as figure:
-        axes = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, (name, rows) in zip(axes, found.items(), strict=True):
+    labels = "size, with one model as 1", "share of the experts' scores"
+    with panels(list(found), *labels, width=1.25 * PANEL, height=4.2) as axes:
+        for axis, rows in zip(axes, found.values(), strict=True):
             own, start = rows[0].scores, next(row for row in rows if row.line == "permute")
             lines = dict.fromkeys(row.line for row in rows[1:] if row.line not in ("permute", SMILE))
             for index, line in enumerate(lines):
@@ -173,12 +173,8 @@ def picture(found: Mapping[str, Sequence[Row]]) -> Figure:
             axis.plot(
                 [rows[0].size], [1], label=SIDE_BY_SIDE, marker="*", markersize=11, linestyle="none", color="black"
             )
-            axis.set_title(name, loc="left")
-            axis.set_xlabel("size, with one model as 1")
             axis.yaxis.set_major_formatter("{x:.0%}")
-        axes[0].set_ylabel("share of the experts' scores")
-        add_legend(figure, axes[0])
-    return figure
+    return axes[0].figure
 
 
 def main(

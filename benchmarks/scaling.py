@@ -20,7 +20,7 @@ from benchmarks.results import SAMPLES, known_rows, number, reused
 from benchmarks.zoo.table import COUNTS, RECIPES
 from hf_zipit import __version__
 from hf_zipit.files import check_writable, write_json, write_text
-from hf_zipit.report.plots import PANEL, add_legend, drawing, look, save_picture
+from hf_zipit.report.plots import look, panels, save_picture
 from hf_zipit.report.tables import share
 
 if TYPE_CHECKING:
@@ -126,23 +126,19 @@ Machine: {machines}. hf_zipit {__version__}, sources {versions}."""
 def drawn(rows: Sequence[Row]) -> Figure:
     """The mean share over the number of experts, and down to the least one, a panel for each width."""
     found = grouped(rows)
-    with drawing(1.2 + PANEL * len(found), 3.9) as figure:
-        axes = figure.subplots(1, len(found), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, (width, by_count) in zip(axes, found.items(), strict=True):
+    names = [f"width {width}" for width in found]
+    with panels(names, "experts", "share of the experts' scores") as axes:
+        for axis, by_count in zip(axes, found.values(), strict=True):
             for index, method in enumerate(ROWS[1:]):
                 kept = {n: shares(own[method], own[EXPERTS]) for n, own in by_count.items() if method in own}
                 means = [mean(values) for values in kept.values()]
                 axis.plot(list(kept), means, label=method, linewidth=1.8, markersize=5.5, **look(index))
                 axis.fill_between(list(kept), [min(v) for v in kept.values()], means, color=look(index)["color"],
                                   alpha=0.15, linewidth=0)  # fmt: skip
-            axis.set_title(f"width {width}", loc="left")
-            axis.set_xlabel("experts")
             axis.set_xticks(COUNTS)
             axis.set_ylim(0, 1.05)
             axis.yaxis.set_major_formatter("{x:.0%}")
-        axes[0].set_ylabel("share of the experts' scores")
-        add_legend(figure, axes[0])
-    return figure
+    return axes[0].figure
 
 
 def main(

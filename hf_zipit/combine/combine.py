@@ -196,32 +196,6 @@ def generator_of(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def combine_tensor(
-    tensors: Sequence[Tensor],
-    labels: Sequence[AxisLabel],
-    maps: Alignment,
-    spec: MergeSpec,
-    combine: Combine,
-    bases: Sequence[Tensor] = (),
-    base_shares: Sequence[float] | None = None,
-    elementwise: bool = False,
-) -> Tensor:
-    """The merged tensor, in the experts' dtype, or in float32 where that is coarser: nothing merged is rounded to it.
-
-    Args:
-        tensors: the experts' tensors, of one shape and dtype.
-        labels: one label per axis; none for a tensor that the forward pass does not read.
-        maps, spec: the map of every movable space, and the sizes of all.
-        combine: the rule.
-        bases, base_shares: for rules that need them, as for `in_merged_units`.
-        elementwise: the rule combines every entry by itself: a large tensor is then combined in parts.
-
-    Raises:
-        SpecError: as `CombinedTrunk` does.
-    """
-    return joined(combined_parts(tensors, labels, maps, spec, combine, bases, base_shares, elementwise))
-
-
 class At(NamedTuple):
     """Where a part of a tensor lies: along which axis, from where, and how long the tensor is there."""
 
@@ -240,7 +214,21 @@ def combined_parts(
     base_shares: Sequence[float] | None = None,
     elementwise: bool = False,
 ) -> Iterator[tuple[At | None, Tensor]]:
-    """The merged tensor of `combine_tensor` in the parts in which it is combined, one after the other; None: whole."""
+    """The merged tensor in the parts in which it is combined, one after the other, and where each lies; None: whole.
+
+    In the experts' dtype, or in float32 where that is coarser: nothing merged is rounded to it.
+
+    Args:
+        tensors: the experts' tensors, of one shape and dtype.
+        labels: one label per axis; none for a tensor that the forward pass does not read.
+        maps, spec: the map of every movable space, and the sizes of all.
+        combine: the rule.
+        bases, base_shares: for rules that need them, as for `in_merged_units`.
+        elementwise: the rule combines every entry by itself: a large tensor is then combined in parts.
+
+    Raises:
+        SpecError: as `CombinedTrunk` does.
+    """
     if not tensors[0].is_floating_point():
         yield None, _agreed(tensors, labels, maps)
         return
@@ -344,8 +332,8 @@ def mean(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], *, base: Tensor
 
 
 def merge_tensor(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Alignment, spec: MergeSpec) -> Tensor:
-    """The mean of the experts' tensors in merged units, sum_t M_t W_t U_t; see `combine_tensor`."""
-    return combine_tensor(tensors, labels, maps, spec, mean)
+    """The mean of the experts' tensors in merged units, sum_t M_t W_t U_t; see `combined_parts`."""
+    return joined(combined_parts(tensors, labels, maps, spec, mean))
 
 
 def _agreed(tensors: Sequence[Tensor], labels: Sequence[AxisLabel], maps: Mapping[str, Any]) -> Tensor:

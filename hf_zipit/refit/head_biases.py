@@ -10,7 +10,7 @@ How the ops that make the biases change with the number of heads is read off a t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +138,7 @@ def _tables(program: Program, layer: Attention, spec: MergeSpec) -> dict[str, in
     if bias is None or layer.logits != "plain" or not differs_by_head(bias) or shape_of(bias)[-3] != layer.heads:
         return None
     heads, found = layer.query.label[:-1], dict[str, int]()
-    for node in (bias, *_before(bias)):
+    for node in program.before([bias]):
         name = program.tensor_of(node)
         if name is None or not node.meta["val"].is_floating_point():
             continue
@@ -165,23 +165,12 @@ def _made_of(program: Program, layer: Attention) -> list[fx.Node]:
     """The ops that a layer's biases depend on, the last one first."""
     bias = bias_of(layer.node)
     assert bias is not None
-    return [node for node in (bias, *_before(bias)) if node in program.position]
+    return [node for node in program.before([bias]) if node in program.position]
 
 
 def _sizes(arguments: Arguments) -> Any:
     """The numbers and settings among an op's arguments."""
     return fx.map_arg((arguments.args, dict(arguments.kwargs)), lambda node: None)
-
-
-def _before(node: fx.Node) -> Iterator[fx.Node]:
-    """All that a value depends on."""
-    seen, todo = set[fx.Node](), list(node.all_input_nodes)
-    while todo:
-        current = todo.pop()
-        if current not in seen:
-            seen.add(current)
-            todo += current.all_input_nodes
-            yield current
 
 
 def _sharing(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -363,15 +363,15 @@ class Program:
         return reached - first
 
     @staticmethod
-    def before(end: Iterable[fx.Node]) -> set[fx.Node]:
-        """Some nodes, and all that they are made from."""
-        found, todo = set[fx.Node](), list(end)
+    def before(end: Iterable[fx.Node]) -> KeysView[fx.Node]:
+        """Some nodes, and all that they are made from, the last one first."""
+        found, todo = dict[fx.Node, None](), list(end)
         while todo:
             node = todo.pop()
             if node not in found:
-                found.add(node)
+                found[node] = None
                 todo += node.all_input_nodes
-        return found
+        return found.keys()
 
     def made_of_weights(self, node: fx.Node) -> list[fx.Node]:
         """The ops before a node that no input has a part in: they make its weights, in the order they run."""

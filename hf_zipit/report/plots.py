@@ -111,22 +111,33 @@ def add_legend(figure: Figure, axis: Axes) -> None:
         figure.set_figheight(figure.get_figheight() + (-(-len(names) // columns) - 1) * LINE * 10)
 
 
+@contextmanager
+def panels(
+    names: Sequence[str], across: str, up: str, *, title: str = "", width: float = PANEL, height: float = 3.9
+) -> Iterator[list[Axes]]:
+    """A figure's panels side by side, with one scale, and one legend below; of each its name and what goes across."""
+    with drawing(1.2 + width * len(names), height) as figure:
+        axes = list(figure.subplots(1, len(names), sharex=True, sharey=True, squeeze=False)[0])
+        yield axes
+        for axis, name in zip(axes, names, strict=True):
+            axis.set_title(name, loc="left")
+            axis.set_xlabel(across)
+        axes[0].set_ylabel(up)
+        add_legend(figure, axes[0])
+        add_title(figure, title)
+
+
 def accuracy_over_depth(rows: Sequence[Measurement], experts: Accuracies, title: str = "") -> Figure:
     """Accuracy over the share of merged blocks: a line per method, a panel per task and one for the joint accuracy.
 
     With more than three tasks their mean takes the place of the tasks. The experts, side by side, are a dashed line.
     """
-    panels = _panels(experts)
-    with drawing(1.2 + PANEL * len(panels), 3.9) as figure:
-        axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
-        for axis, (name, measure) in zip(axes, panels.items(), strict=True):
+    measures = _panels(experts)
+    names = [wrapped(name, PANEL, 12) for name in measures]
+    with panels(names, "depth (share of blocks merged)", "accuracy", title=title) as axes:
+        for axis, measure in zip(axes, measures.values(), strict=True):
             _draw(axis, rows, experts, measure)
-            axis.set_title(wrapped(name, PANEL, 12), loc="left")
-            axis.set_xlabel("depth (share of blocks merged)")
-        axes[0].set_ylabel("accuracy")
-        add_legend(figure, axes[0])
-        add_title(figure, title)
-    return figure
+    return axes[0].figure
 
 
 def kept_picture(merged: Accuracies, experts: Accuracies) -> Figure:

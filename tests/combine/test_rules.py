@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_zipit import merge
-from hf_zipit.combine.combine import combine_tensor, combine_trunk
+from hf_zipit.combine.combine import combine_trunk, combined_parts, joined
 from hf_zipit.errors import ExpertError, RecipeError
 from hf_zipit.maps.space_map import SpaceMap
 from hf_zipit.merging import plan
@@ -139,11 +139,12 @@ def test_a_base_for_every_expert_moves_with_it_and_the_mean_is_the_origin():
     maps = {"units": SpaceMap(4, torch.stack([torch.arange(4), order]))}
     merged = torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     (own, start), (other, other_start) = merged[:2], merged[2:]
-    found = combine_tensor(
+    parts = combined_parts(
         [own, other[order]], labels, maps, spec,
         lambda moved, _, base: RULES.get("task-arithmetic").function(moved, labels, None, base=base, scale=0.4),
         [start, other_start[order]],
     )  # fmt: skip
+    found = joined(parts)
     expected = (start + other_start) / 2 + 0.4 * ((own - start) + (other - other_start))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

@@ -9,26 +9,21 @@ that every place is scored and nothing has to be shifted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
-    Gemma2Config,
     Gemma2ForCausalLM,
-    GPT2Config,
     GPT2LMHeadModel,
-    GPTNeoXConfig,
     GPTNeoXForCausalLM,
-    LlamaConfig,
     LlamaForCausalLM,
-    Olmo2Config,
     Olmo2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen3Config,
     Qwen3ForCausalLM,
 )
 
@@ -45,9 +40,14 @@ LENGTH = 128
 VOCABULARY = 1000
 
 
-class TextCausal(Recipe):
-    """What the pairs share."""
+SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "max_position_embeddings": LENGTH}
+"""Of every class that has these names for them."""
 
+
+class TextCausal(Recipe):
+    """What the pairs share. `sizes` are a class's settings, but for what the tokenizer decides."""
+
+    sizes: ClassVar[Mapping[str, Any]]
     schedule = Schedule(epochs=1, batch_size=8, learning_rate=2e-3, weight_decay=0.05)
 
     def train_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -64,6 +64,10 @@ class TextCausal(Recipe):
             }
         return found
 
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+        return self.model_class(self.model_class.config_class(vocab_size=len(tokenizer), **ends, **self.sizes))
+
     def metric(self, tokenizer: PreTrainedTokenizerBase) -> Metric:
         return Metric("next-token accuracy", perplexity=True)
 
@@ -76,21 +80,7 @@ class TextLlama(TextCausal):
     about = "Llama (RoPE, grouped queries, SwiGLU), next tokens of a dictionary and of source code"
     model_class = LlamaForCausalLM
     seeds = {"a": 81, "b": 82}
-
-    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-        return LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                intermediate_size=344,
-                max_position_embeddings=LENGTH,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    sizes = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 344}
 
 
 class TextGPT2(TextCausal):
@@ -98,22 +88,15 @@ class TextGPT2(TextCausal):
     about = "GPT-2 (learned positions, fused queries, keys and values), the same texts"
     model_class = GPT2LMHeadModel
     seeds = {"a": 91, "b": 92}
-
-    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
-        return GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_embd=128,
-                n_layer=4,
-                n_head=4,
-                n_positions=LENGTH,
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    sizes = {
+        "n_embd": 128,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_positions": LENGTH,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
 
 
 class TextQwen3(TextCausal):
@@ -121,22 +104,7 @@ class TextQwen3(TextCausal):
     about = "Qwen3 (RoPE, grouped queries, norms of queries and keys, SwiGLU), the same texts"
     model_class = Qwen3ForCausalLM
     seeds = {"a": 151, "b": 152}
-
-    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-        return Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                intermediate_size=344,
-                max_position_embeddings=LENGTH,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    sizes = {**SIZES, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 344}
 
 
 class TextNeoX(TextCausal):
@@ -144,20 +112,7 @@ class TextNeoX(TextCausal):
     about = "GPT-NeoX (RoPE of a quarter of each head, one map to all, parallel branches), the same texts"
     model_class = GPTNeoXForCausalLM
     seeds = {"a": 161, "b": 162}
-
-    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> GPTNeoXForCausalLM:
-        return GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                intermediate_size=512,
-                max_position_embeddings=LENGTH,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    sizes = {**SIZES, "intermediate_size": 512}
 
 
 class TextOlmo2(TextCausal):
@@ -165,21 +120,7 @@ class TextOlmo2(TextCausal):
     about = "OLMo 2 (norms over all heads' queries and keys, and behind every branch), the same texts"
     model_class = Olmo2ForCausalLM
     seeds = {"a": 171, "b": 172}
-
-    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Olmo2ForCausalLM:
-        return Olmo2ForCausalLM(
-            Olmo2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                intermediate_size=344,
-                max_position_embeddings=LENGTH,
-                pad_token_id=None,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    sizes = {**SIZES, "intermediate_size": 344, "pad_token_id": None}
 
 
 class TextGemma2(TextCausal):
@@ -187,24 +128,14 @@ class TextGemma2(TextCausal):
     about = "Gemma 2 (norms before and behind every branch, logits through a tanh, sliding windows), the same texts"
     model_class = Gemma2ForCausalLM
     seeds = {"a": 181, "b": 182}
-
-    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> Gemma2ForCausalLM:
-        return Gemma2ForCausalLM(
-            Gemma2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=128,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-                query_pre_attn_scalar=32,
-                sliding_window=LENGTH // 2,
-                intermediate_size=344,
-                max_position_embeddings=LENGTH,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            )
-        )
+    sizes = {
+        **SIZES,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "sliding_window": LENGTH // 2,
+        "intermediate_size": 344,
+    }
 
 
 def windows(texts: Sequence[str], count: int, tokenizer: PreTrainedTokenizerBase) -> Tensors:
