@@ -6,8 +6,8 @@ go straight into the output projection. Several query heads may share the keys a
 Queries and keys belong to it where their logits are bilinear in the layer's inputs: as they are, or rotated by their
 positions (a rotary embedding). Where something else happens to them, a norm of the queries for instance, each of the
 two maps is regressed like any other, and experts' heads may take the place of what that gives: all of them where they
-can be narrower (`splitting.py`), or else some (`chosen_heads.py`). Heads that cannot take another's place, under one
-norm over all of them or with weights that are made step by step, are fitted where they are.
+can be narrower (`splitting.py`), or else some (`chosen_heads.py`). Heads that cannot take another's place are fitted
+where they are.
 """
 
 from __future__ import annotations
@@ -78,10 +78,11 @@ class SolvedApart:
     Attributes:
         query, key: the linear maps.
         steps: the ops between them and the layer's op.
-        scales: the tensors that these ops alone read, such as the gains of norms, which all heads share.
-        gains: that of queries and that of keys, a number for each unit of a head; None where other scales are read.
-        placed: whether heads stay where they are, and can be fitted alone: a norm has a place for every head, or the
-            weights are made step by step.
+        scales: the tensors that these ops alone read, such as the gains of norms.
+        gains: that of queries and that of keys; None where other scales are read.
+        placed: whether scales, those gains if there are any, have a place for every head; else all heads share them.
+        exchanged: whether an expert's heads can take the place of others, with their gains where these have a place
+            for every head; else they are fitted where they are.
     """
 
     query: Heads
@@ -90,6 +91,7 @@ class SolvedApart:
     scales: tuple[str, ...] = ()
     gains: tuple[RefitSite, RefitSite] | None = None
     placed: bool = False
+    exchanged: bool = True
 
     @property
     def maps(self) -> tuple[Heads, Heads]:
@@ -286,7 +288,7 @@ def _apart(
     asking = node.args[:2] if weights is None else _multiplied(weights, made)
     if asking is None:
         return None
-    found, steps, asked, placed = list[Heads](), set(steps), set[fx.Node](), weights is not None
+    found, steps, asked, exchanged = list[Heads](), set(steps), set[fx.Node](), True
     heads, width = shape_of(node)[-3], shape_of(node)[-1]
     for x, count in zip(asking, (heads, groups), strict=True):
         path = _path(x, sites, made)  # type: ignore[arg-type]
@@ -295,7 +297,7 @@ def _apart(
         label, units = path.site.label(spec), _units_read(x, path, program)  # type: ignore[arg-type]
         if len(units) != count * width:
             return None
-        exchanged = label[:1] == value.label[:1] and spec.movable(label[0].space)  # type: ignore[union-attr]
+        exchanged &= label[:1] == value.label[:1] and spec.movable(label[0].space)  # type: ignore[union-attr]
         if weights is None and (not exchanged or shape_of(x)[-1] != width):  # type: ignore[arg-type]
             return None
         found.append(Heads(path.site, label, units))
@@ -304,7 +306,7 @@ def _apart(
         asked |= program.behind(asking) & program.before([weights])  # type: ignore[arg-type]
     read = {used for step in asked for used in (step, *program.made_of_weights(step))}
     inputs = {used: name for step in read for used in step.all_input_nodes if (name := program.tensor_of(used))}
-    placed |= any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ()))
+    placed = any(label[:1] == value.label[:1] for name in inputs.values() for label in spec.axes.get(name, ()))
     shared = {program.tensor_of(used) for used in program.inputs if not read.issuperset(used.users)}
     scales = {n for used, n in inputs.items() if n in spec.axes and used.meta["val"].is_floating_point()} - shared
     rows = [(own.site.node, unit) for own in (*found, value) for unit in own.units]
@@ -315,8 +317,10 @@ def _apart(
     if not users <= {node, *steps}:
         return None
     gains = _one_gain_each(found, [gain for step in asked if (gain := gain_at(program, step)) is not None], program)
-    alone = gains is not None and {gain.weight for gain in gains} == scales and not placed
-    return SolvedApart(*found, frozenset(steps), tuple(sorted(scales)), gains if alone else None, placed)
+    if gains is not None and {gain.weight for gain in gains} != scales:
+        gains = None
+    exchanged &= not placed or (gains is not None and weights is None)
+    return SolvedApart(*found, frozenset(steps), tuple(sorted(scales)), gains, placed, exchanged)
 
 
 def _one_gain_each(

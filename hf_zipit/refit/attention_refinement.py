@@ -193,7 +193,7 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         values = functional.linear(x, own.value, own.value_bias).unflatten(-1, (self.heads.groups, -1)).transpose(1, 2)
         blocks = [(self._whole(query), self._whole(key)) for query, key in own.blocks]
         every = values.repeat_interleave(self.heads.shared_by, 1)
-        return self.forward.means(every, b, blocks, own.scales, self.heads.units)
+        return self.forward.means(every, b, blocks, [own.scales] * len(blocks), self.heads.units)
 
     def _mixed(self, own: HeadWeights, b: int) -> Tensor:
         """What the output projection reads of the heads that are not empty, `[samples, positions, units]`."""

@@ -29,7 +29,7 @@ Ours; comparing heads by circuits is from *A Mathematical Framework for Transfor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,8 +165,8 @@ class AttentionSolver:
         attention, fit = self.attention, self.fit
         projection = fit.matrix(attention.output)
         chosen_from = attention.apart if fit.config.split_heads else None
-        moved = chosen_from is not None and not chosen_from.placed
-        self._regress((*attention.inputs, *(chosen_from.maps if moved else ())))  # type: ignore[union-attr]
+        moved = () if chosen_from is None or not chosen_from.exchanged else chosen_from.maps
+        self._regress((*attention.inputs, *moved))
         heads, split = self._paired(), self._split()
         if attention.logits is None:
             starts = self._paired_starts(heads, projection)
@@ -264,12 +264,16 @@ class AttentionSolver:
         return self._metric(query), Metric.of(centred, self.fit.config.ridge)
 
     def _metric(self, own: Heads) -> Metric:
+        return Metric.of(self._moment(own), self.fit.config.ridge)
+
+    def _moment(self, own: Heads) -> Tensor:
+        """Of a map's input, with one more that is always one if it has a bias."""
         found = self.moments[own]
         moment = found.xx / found.n
         if own.site.bias is not None:
             mean = found.x / found.n
             moment = torch.cat([torch.cat([moment, mean[:, None]], 1), torch.cat([mean, mean.new_ones(1)])[None]])
-        return Metric.of(moment, self.fit.config.ridge)
+        return moment
 
     def _factors(self, heads: MergedHeads, group: int) -> tuple[list[Tensor], list[Tensor]]:
         """Per expert in a group its queries `[heads, head_dim, n]` and keys `[head_dim, m]`."""
@@ -392,7 +396,7 @@ class AttentionSolver:
         fit, attention, left = self.fit, self.attention, self._left()
         if left <= AGREED:
             return None
-        if apart.placed:
+        if not apart.exchanged:
             self._refine_paired(apart, paired)
             return None
         pairs = None
@@ -405,29 +409,53 @@ class AttentionSolver:
                 pairs, self.blocks = None, []
         members = [[Member(t, self._nth(head))] for t in self.tasks for head in range(attention.groups)]
         every = MergedHeads([], [], members, attention.width, attention.heads, attention.groups)
-        blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
-        experts = ExpertHeads(blocks, *self._values(every))
+        experts = self._expert_heads(apart, every)
         chosen = choose_heads(fit, self.forward, experts, left)
+        before = [self._combined(own) for own in apart.maps], {name: fit.values.merged[name] for name in apart.scales}
         if chosen is not None:
-            self._choose(apart, experts, chosen, every)
+            heads = self._choose(apart, experts, chosen, every)
+            # Under one norm over all of them, heads are not quite those that were chosen.
+            if not apart.placed or self._left() <= left:
+                self.asked_anew, self.scaled_anew = True, apart.placed
+                self.scaled_anew |= self._refine(heads, slice(heads.width))
+                return None
+            for own, rows in zip(apart.maps, before[0], strict=True):
+                self.forward.write(own, rows)
+            fit.values.merged.update(before[1])
         elif split is not None and pairs is not None:
             return self._write_normed(apart, split, pairs)
-        else:
-            if split is not None:
-                self._solve_values(paired, starts)
-            self._refine_paired(apart, paired)
+        if split is not None or chosen is not None:
+            self._solve_values(paired, starts)
+        self._refine_paired(apart, paired)
         return None
+
+    def _expert_heads(self, apart: SolvedApart, every: MergedHeads) -> ExpertHeads:
+        """All experts' heads; those under one norm as long as each other's, which makes no difference to them."""
+        blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
+        if not apart.placed:
+            return ExpertHeads(blocks, *self._values(every))
+        moments = [self._moment(own) for own in apart.maps]
+        blocks = [
+            tuple(rows / ((rows @ m) * rows).sum(1).mean().clamp_min(1e-30).sqrt() for rows, m in zip(block, moments))
+            for block in blocks
+        ]
+        tensors, merged = self.fit.values.tensors, self.fit.values.merged
+        scales = [{name: tensors[t][name].to(merged[name]) for name in apart.scales} for t in self.tasks]
+        return ExpertHeads(blocks, *self._values(every), scales)
 
     def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> None:
         self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
         self.asked_anew = self.scaled_anew = self._refine(paired, slice(self.attention.width))
 
-    def _choose(self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int], every: MergedHeads) -> None:
-        """Write some of all experts' heads, and fit them."""
+    def _choose(
+        self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int], every: MergedHeads
+    ) -> MergedHeads:
+        """Write some of all experts' heads."""
         attention = self.attention
         shared = attention.heads // attention.groups
-        self.asked_anew = True
         self.blocks = [experts.of(chosen)]
+        if apart.placed:
+            self._write_gains(apart, experts, chosen)
         for own, rows in zip(apart.maps, self.blocks[0], strict=True):
             self.forward.write(own, rows)
         values = [every.values[group] for group in chosen]
@@ -438,7 +466,33 @@ class AttentionSolver:
         ]
         heads = replace(every, queries=asking, keys=values, values=values)
         self._solve_values(heads, self._split_starts(heads))
-        self.scaled_anew = self._refine(heads, slice(heads.width))
+        return heads
+
+    def _write_gains(self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int]) -> None:
+        """Give heads their own gains, times what makes them as long as they are under their experts' norms."""
+        merged, groups = self.fit.values.merged, self.attention.groups
+        own = {
+            gain.weight: torch.stack([scales[gain.weight].flatten().unflatten(0, (groups, -1)) for scales in experts.scales])
+            .flatten(0, 1)[list(chosen)]
+            .view_as(merged[gain.weight])
+            for gain in apart.gains  # type: ignore[union-attr]
+        }
+        wanted, found = self._lengths(experts.blocks, experts.scales), self._lengths(self.blocks, [own])
+        for gain, whole, now in zip(apart.gains, wanted, found, strict=True):  # type: ignore[arg-type]
+            longer = whole.unflatten(0, (len(experts.blocks) * groups, -1))[list(chosen)].flatten() / now.clamp_min(1e-30)
+            heads = (own[gain.weight] + gain.constant).flatten().unflatten(0, (len(longer), -1))
+            merged[gain.weight] = (heads * longer[:, None].to(heads)).view_as(own[gain.weight]) - gain.constant
+
+    def _lengths(self, blocks: Sequence[Block], scales: Sequence[Mapping[str, Tensor]]) -> list[Tensor]:
+        """The root mean squares of queries and of keys behind their norms, by head."""
+        fit, sums = self.fit, list[Tensor]()
+        for b in range(len(fit.values.batches)):
+            for n, part in enumerate(self.forward.asked(b, blocks, scales)):
+                heads = part.square().mean(-1).mT  # [samples, positions, heads]
+                rows, weight = fit.rows.pick(heads.shape, b, -1, heads.shape[-1])
+                total = (weight @ at_rows(heads, -1, rows)).to(fit.zeros())
+                sums[n:] = [sums[n] + total] if len(sums) > n else [total]
+        return [fit.all_reduce(total).sqrt() for total in sums]
 
     def _split_normed(self, heads: MergedHeads) -> list[int]:
         """The rotary pairs of all experts' heads that say most once they are normed; `blocks` are these heads."""

@@ -13,7 +13,7 @@ Ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,11 +36,13 @@ class ExpertHeads:
     Attributes:
         blocks: by expert queries and keys, with a column for biases that matter.
         slope, shift: of the values, `[experts * groups, width, d]` and `[experts * groups, width]`.
+        scales: by expert and name what stands between queries and keys and the logits and has a place for every head.
     """
 
     blocks: Sequence[Block]
     slope: Tensor
     shift: Tensor
+    scales: Sequence[Mapping[str, Tensor]] = ()
 
     def of(self, chosen: Sequence[int]) -> Block:
         """Queries and keys of some groups of heads, in their order."""
@@ -67,7 +69,7 @@ def choose_heads(fit: Fit, forward: MergedAttention, heads: ExpertHeads, paired:
     for b in range(len(fit.values.batches)):
         x = fit.values.of(attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
         values = functional.linear(x, slope, shift).unflatten(-1, (len(heads.slope), -1)).transpose(1, 2)
-        means = forward.means(values.repeat_interleave(shared, 1), b, heads.blocks).transpose(1, 2).flatten(2)
+        means = forward.means(values.repeat_interleave(shared, 1), b, heads.blocks, heads.scales).transpose(1, 2).flatten(2)
         rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
         y = fit.targets.of(site, b, rows)
         gram.add(at_rows(means, -1, rows), y, picked)

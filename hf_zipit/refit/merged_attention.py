@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +33,7 @@ class MergedAttention:
         values: Tensor,
         b: int,
         blocks: Sequence[Block],
-        scales: Mapping[str, Tensor] | None = None,
+        scales: Sequence[Mapping[str, Tensor]] = (),
         units: slice | list[int] = EVERYTHING,
     ) -> Tensor:
         """Values `[samples, heads, positions, any]` averaged by the attention weights of the heads in `blocks`.
@@ -40,14 +41,14 @@ class MergedAttention:
         Without any, by those of the queries and keys that the model has.
 
         Args:
-            scales: tensors between the maps and the logits in the place of the model's.
+            scales: by block tensors between the maps and the logits in the place of the model's.
             units: those of a head that may be other than zero.
         """
         node, weights = self.attention.node, self.attention.weights
         if weights is not None:
-            found = self.fit.values.peek(weights, b, self._weighing(b, blocks, scales or {}))
-            return found.reshape(*values.shape[:2], *found.shape[-2:]) @ values
-        query, key = (x[..., units] for x in self._asked(b, blocks, scales or {}))
+            return self._weights(weights, len(values), b, blocks, scales) @ values
+        query, key = (x[..., units] for x in self.asked(b, blocks, scales))
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         # Of one width all three are computed several times faster. More zeros change no product of queries and keys.
         more = max(0, values.shape[-1] - query.shape[-1])
         query, key = functional.pad(query, (0, more)), functional.pad(key, (0, more))
@@ -84,13 +85,14 @@ class MergedAttention:
         """A slope and a shift of rows that may have both."""
         return (rows[:, :-1], rows[:, -1]) if self.has_shift(own) else (rows, rows[:, 0] * 0)
 
-    def _asked(self, b: int, blocks: Sequence[Block], scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The merged heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width."""
+    def asked(
+        self, b: int, blocks: Sequence[Block], scales: Sequence[Mapping[str, Tensor]] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """The heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width; args as `means`."""
         attention, values = self.attention, self.fit.values
-        tensors = ChainMap(dict(scales), values.merged)
         found = []
-        for block in blocks or [(None, None)]:
-            parts = []
+        for block, own_scales in zip_longest(blocks or [(None, None)], scales, fillvalue={}):
+            parts, tensors = [], ChainMap(dict(own_scales), values.merged)
             for node, own, rows in zip(attention.node.args, attention.asked, block, strict=False):
                 known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
                 if known:  # what the walk computed of the model's own queries and keys is no matter
@@ -98,18 +100,24 @@ class MergedAttention:
                 parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
             found.append(parts)
         query, key = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-        return query, key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        return query, key
 
-    def _weighing(self, b: int, blocks: Sequence[Block], scales: Mapping[str, Tensor]) -> dict[fx.Node, Tensor]:
-        """What follows of queries and keys, which may be of one map, up to the weights that ops make of them."""
-        known: dict[fx.Node, Tensor] = {}
-        for own, rows in zip(self.attention.asked, *blocks, strict=True) if blocks else ():
-            made = self._put_out(own, rows, b)
-            known[own.site.node] = known[own.site.node] + made if own.site.node in known else made
-        if not known:
-            return known
-        tensors = ChainMap(dict(scales), self.fit.values.merged)
-        return self.fit.values.follow(self._steps(self.attention.weights), known, MERGED, b, tensors)  # type: ignore[arg-type]
+    def _weights(
+        self, node: fx.Node, samples: int, b: int, blocks: Sequence[Block], scales: Sequence[Mapping[str, Tensor]]
+    ) -> Tensor:
+        """The weights that ops make of queries and keys, which may be of one map: `[samples, heads, rows, columns]`."""
+        values, found = self.fit.values, []
+        for block, own_scales in zip_longest(blocks or [()], scales, fillvalue={}):
+            known: dict[fx.Node, Tensor] = {}
+            for own, rows in zip(self.attention.asked, block, strict=True) if block else ():
+                made = self._put_out(own, rows, b)
+                known[own.site.node] = known[own.site.node] + made if own.site.node in known else made
+            if known:
+                tensors = ChainMap(dict(own_scales), values.merged)
+                known = values.follow(self._steps(node), known, MERGED, b, tensors)
+            made = values.peek(node, b, known)
+            found.append(made.reshape(samples, -1, *made.shape[-2:]))
+        return torch.cat(found, 1)
 
     def _steps(self, node: fx.Node) -> list[fx.Node]:
         """The ops between maps that are solved apart and what the layer's op reads, in the order they run, with those

@@ -138,7 +138,8 @@ def find_splits(
 def _split(program: Program, layer: Attention, dim: int, biases: HeadBiases | None) -> SplitHeads | None:
     """The layer with heads of another width; None where an op has a place for every head or every unit of one."""
     count, ratio = layer.heads * layer.width // dim, layer.width / dim
-    normed = layer.logits is None and layer.apart is not None and layer.apart.gains is not None and not layer.fused
+    apart = None if layer.weights is not None or layer.fused else layer.apart
+    normed = layer.logits is None and apart is not None and apart.gains is not None and not apart.placed
     if not (layer.logits or (normed and layer.turned)) or (layer.turned and dim % 2):
         return None
     bias = bias_of(layer.node)
