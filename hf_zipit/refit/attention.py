@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Literal
 
@@ -53,11 +53,23 @@ class Heads:
         site: where its weight is solved.
         label: its units, head by head.
         units: which of the map's outputs they are.
+        elsewhere: other ops with the same weight, such as those that read relative positions.
     """
 
     site: RefitSite
     label: AxisLabel
     units: tuple[int, ...]
+    elsewhere: tuple[fx.Node, ...] = ()
+
+    @property
+    def places(self) -> tuple[fx.Node, ...]:
+        """All ops with the weight."""
+        return self.site.node, *self.elsewhere
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        """What these read."""
+        return tuple(place.args[0] for place in self.places)  # type: ignore[misc]
 
     @property
     def count(self) -> int:
@@ -76,7 +88,7 @@ class SolvedApart:
     """Queries and keys of a layer that are solved apart from it: what happens to them, head by head, is not followed.
 
     Attributes:
-        query, key: the linear maps.
+        maps: those of queries and of keys; more where positions are mapped to queries and keys by others.
         steps: the ops between them and the layer's op.
         scales: the tensors that these ops alone read, such as the gains of norms.
         gains: that of queries and that of keys; None where other scales are read.
@@ -85,8 +97,7 @@ class SolvedApart:
             for every head; else they are fitted where they are.
     """
 
-    query: Heads
-    key: Heads
+    maps: tuple[Heads, ...]
     steps: frozenset[fx.Node]
     scales: tuple[str, ...] = ()
     gains: tuple[RefitSite, RefitSite] | None = None
@@ -94,8 +105,9 @@ class SolvedApart:
     exchanged: bool = True
 
     @property
-    def maps(self) -> tuple[Heads, Heads]:
-        return self.query, self.key
+    def places(self) -> frozenset[fx.Node]:
+        """The ops that are the maps."""
+        return frozenset(place for own in self.maps for place in own.places)
 
 
 @dataclass(frozen=True)
@@ -137,7 +149,7 @@ class Attention:
         return self.logits == "rotary" or self.apart is not None and any(map(_is_minus, self.apart.steps))
 
     @property
-    def asked(self) -> tuple[Heads, Heads]:
+    def asked(self) -> tuple[Heads, ...]:
         """Queries and keys."""
         return (self.query, self.key) if self.apart is None else self.apart.maps
 
@@ -146,7 +158,7 @@ class Attention:
         """The ops of queries and keys that are solved apart, their maps included."""
         if self.apart is None:
             return frozenset()
-        return self.apart.steps | {own.site.node for own in self.apart.maps}
+        return self.apart.steps | self.apart.places
 
     @property
     def inputs(self) -> tuple[Heads, ...]:
@@ -171,15 +183,26 @@ class Attention:
 
 
 def find_attention(
-    program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec, alignment: Alignment
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    spec: MergeSpec,
+    alignment: Alignment,
+    shared: Sequence[Sequence[RefitSite]] = (),
 ) -> Iterator[Attention]:
-    """The attention layers that can be solved as a whole."""
+    """The attention layers that can be solved as a whole.
+
+    Args: `sites` that have their tensors alone, and the places of those that are used at several.
+    """
     starts = {node for node, site in sites.items() if site.kind != "table"}  # of which a rotation may be made
     made = program.behind(starts) | starts
     for node in program.nodes:
         name = op_name(node) if node.op == "call_function" else ""
-        find = _attention if name == "scaled_dot_product_attention" else _weighing if name in WEIGHING else None
-        found = find(node, program, sites, made, spec, alignment) if find else None
+        if name == "scaled_dot_product_attention":
+            found = _attention(node, program, sites, made, spec, alignment)
+        elif name in WEIGHING:
+            found = _weighing(node, program, sites, made, spec, alignment, shared)
+        else:
+            continue
         if found is not None:
             yield found
 
@@ -198,6 +221,7 @@ def _weighing(
     made: set[fx.Node],
     spec: MergeSpec,
     alignment: Alignment,
+    shared: Sequence[Sequence[RefitSite]],
 ) -> Attention | None:
     """The layer of an op that weighs values by what a softmax put out: what made its logits may be anything."""
     weights, values = node.args[:2]
@@ -207,7 +231,10 @@ def _weighing(
     if not isinstance(made_by, fx.Node) or op_name(made_by) not in ("softmax", "_softmax"):
         return None
     spread = values if len(shape_of(values)) == 4 else with_heads(values)  # type: ignore[arg-type]
-    return _values_alone(node, spread, program, sites, made, spec, alignment, weights, {values})  # type: ignore[arg-type]
+    found = _values_alone(node, spread, program, sites, made, spec, alignment, weights, {values})  # type: ignore[arg-type]
+    if found is None or found.apart is not None:
+        return found
+    return replace(found, apart=_several_places(found, program, sites, made, spec, shared))
 
 
 def _values_alone(
@@ -320,7 +347,52 @@ def _apart(
     if gains is not None and {gain.weight for gain in gains} != scales:
         gains = None
     exchanged &= not placed or (gains is not None and weights is None)
-    return SolvedApart(*found, frozenset(steps), tuple(sorted(scales)), gains, placed, exchanged)
+    return SolvedApart(tuple(found), frozenset(steps), tuple(sorted(scales)), gains, placed, exchanged)
+
+
+def _several_places(
+    layer: Attention,
+    program: Program,
+    sites: Mapping[fx.Node, RefitSite],
+    made: set[fx.Node],
+    spec: MergeSpec,
+    shared: Sequence[Sequence[RefitSite]],
+) -> SolvedApart | None:
+    """The maps of queries and keys of which a layer makes its weights by several products (DeBERTa: those of words
+    with words, and of words with relative positions, mapped by the same weights or by others).
+
+    None where anything else is part of it, a map does not have all heads, or is read elsewhere.
+    """
+    groups = [*shared, *((site,) for site in sites.values())]
+    at = {site.node: places for places in groups for site in places if site.kind == "linear" and site.part is None}
+    found, steps, todo = dict[tuple[RefitSite, ...], None](), set[fx.Node](), [layer.weights]
+    while todo:
+        node = todo.pop()
+        if node in at:
+            found[tuple(at[node])] = None  # type: ignore[index]
+        elif node in sites:
+            return None
+        elif node not in steps:
+            steps.add(node)  # type: ignore[arg-type]
+            todo += [used for used in node.all_input_nodes if used in made]  # type: ignore[union-attr]
+    maps = []
+    for places in found:
+        site, label = places[0], places[0].label(spec)
+        if spec.length(label) != layer.heads * layer.width or len(shape_of(site.node)) > SAMPLES_POSITIONS_UNITS:
+            return None
+        maps.append(Heads(site, label, tuple(range(spec.length(label))), tuple(own.node for own in places[1:])))
+    exchanged = all(own.label[:1] == layer.value.label[:1] for own in maps) and spec.movable(
+        layer.value.label[0].space
+    )  # type: ignore[union-attr]
+    places = {place for own in maps for place in own.places}
+    inside = {layer.node, *layer.before, *steps, *places}
+    read = {used for step in steps for used in (step, *program.made_of_weights(step)) if used not in places}
+    alone = all(set(step.users) <= inside for step in (*steps, *places))
+    if not maps or layer.groups != layer.heads or not alone or layer.value.site.node in places:
+        return None
+    if any(program.tensor_of(used) in spec.axes for step in read & steps for used in step.all_input_nodes):
+        return None  # something of each head or unit is part of it that is no map
+    return SolvedApart(tuple(maps), frozenset(steps) | layer.before, exchanged=exchanged)
 
 
 def _one_gain_each(

@@ -11,7 +11,7 @@ samples at a time (`steps.py`), in coordinates in which the inputs of linear map
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,16 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.head_factors import padded
 from hf_zipit.refit.merged_attention import EVERYTHING, Block, MergedAttention
 from hf_zipit.refit.positions import at_rows
-from hf_zipit.refit.steps import Spread, WhiteLayer, Windows, by_row, take_steps, typical_size, whitening
+from hf_zipit.refit.steps import (
+    Spread,
+    WhiteLayer,
+    Windows,
+    by_row,
+    mean_squares,
+    take_steps,
+    typical_size,
+    whitening_of,
+)
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
 
@@ -47,14 +56,14 @@ class SolvedHeads:
         blocks: queries and keys.
         units: those of a head's own that a merged head has; the others are zeros in the blocks.
         groups, shared_by: how many heads have values, and how many heads share one's.
-        asked: what queries and keys are multiplied by where they are written.
+        asked: what queries and keys are multiplied by where they are written, if by anything.
     """
 
     blocks: list[Block]
     units: slice | list[int]
     groups: int
     shared_by: int
-    asked: tuple[float, float] = (1.0, 1.0)
+    asked: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,18 +128,18 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         apart = attention.apart
         scales = {} if apart is None else {name: fit.values.merged[name].float().clone() for name in apart.scales}
         self.first = own = HeadWeights(
-            [(self._narrow(query), self._narrow(key)) for query, key in heads.blocks],
+            [tuple(map(self._narrow, block)) for block in heads.blocks],
             value[values.rows][:rows],
             None if value_bias is None else value_bias[values.rows][:rows],
             output[:, : slots * self.width],
             output_bias,
             scales,
         )
-        nodes = [maps.site.node.args[0] for maps in (*attention.asked, values)]
-        white = {node: self._white(node) for node in dict.fromkeys(nodes)}  # type: ignore[arg-type]
-        inputs = [white[node] for node in nodes]
+        read = [maps.inputs for maps in (*attention.asked, values)]
+        white = {nodes: self._white(nodes) for nodes in dict.fromkeys(read)}
+        *asked, mixed = [white[nodes] for nodes in read]
         means = self._whitening(self._mixed(own, b) for b in range(len(fit.values.batches)))
-        self.white = [*inputs[:2] * len(heads.blocks), inputs[2], means]
+        self.white = [*asked * len(heads.blocks), mixed, means]
         self.own = self._turned(own, [back for _, back in self.white])
         linear, biases, between = list(self.own.linear()), self.own.biases(), list(self.own.scales.values())
         sizes = [typical_size(weight) for weight in linear]
@@ -158,7 +167,8 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         """Put weights into the merged model, and keep what attention gives with them."""
         fit, attention, heads = self.fit, self.forward.attention, self.heads
         found = map(torch.cat, zip(*own.blocks, strict=True))
-        for maps, rows, scale in zip(attention.asked, found, heads.asked, strict=True):
+        scales = [1.0] * len(attention.asked) if heads.asked is None else heads.asked
+        for maps, rows, scale in zip(attention.asked, found, scales, strict=True):
             self.forward.write(maps, padded(rows * scale, maps.count))
         value, output = attention.value, attention.output
         bias = None if own.value_bias is None else padded(own.value_bias[:, None], value.count)[:, 0]
@@ -184,14 +194,15 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
             for weight, turn in zip(own.linear(), turns, strict=True)
         ]
         *asked, value, output = weights
-        blocks = list(zip(asked[::2], asked[1::2], strict=True))
+        each = len(asked) // len(own.blocks)
+        blocks = [tuple(asked[first : first + each]) for first in range(0, len(asked), each)]
         return HeadWeights(blocks, value, own.value_bias, output, own.output_bias, own.scales)
 
     def _means(self, own: HeadWeights, b: int) -> Tensor:
         """`[samples, heads, positions, width]`."""
         x = self.fit.values.of(self.forward.attention.value.site.node.args[0], MERGED, b)
         values = functional.linear(x, own.value, own.value_bias).unflatten(-1, (self.heads.groups, -1)).transpose(1, 2)
-        blocks = [(self._whole(query), self._whole(key)) for query, key in own.blocks]
+        blocks = [tuple(map(self._whole, block)) for block in own.blocks]
         every = values.repeat_interleave(self.heads.shared_by, 1)
         return self.forward.means(every, b, blocks, [own.scales] * len(blocks), self.heads.units)
 
@@ -211,16 +222,19 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
         whole[:, self.heads.units] = narrow
         return whole.flatten(0, 1)
 
-    def _white(self, node: fx.Node) -> tuple[Tensor, Tensor]:
+    def _white(self, nodes: Sequence[fx.Node]) -> tuple[Tensor, Tensor]:
         values = self.fit.values
-        return self._whitening(values.of(node, MERGED, b) for b in range(len(values.batches)))
+        return self._whitening(*((values.of(node, MERGED, b) for b in range(len(values.batches))) for node in nodes))
 
-    def _whitening(self, found: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        parts = []
+    def _whitening(self, *found: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Of values, all of which count the same."""
+        squares = [mean_squares(self.fit, self._rows(own)) for own in found]
+        return whitening_of(self.fit, sum(own for own, _ in squares) / len(squares), squares[0][1])  # type: ignore[arg-type]
+
+    def _rows(self, found: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for b, x in enumerate(found):
             rows, weight = self.fit.rows.pick(x.shape, b, -1, x.shape[-1])
-            parts.append((at_rows(x, -1, rows), weight.to(x)))
-        return whitening(self.fit, parts)
+            yield at_rows(x, -1, rows), weight.to(x)
 
 
 class AttentionErrors:

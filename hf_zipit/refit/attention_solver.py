@@ -189,7 +189,7 @@ class AttentionSolver:
         self._refine(heads, slice(heads.width))
         return None
 
-    def _refine(self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] = (1.0, 1.0)) -> bool:
+    def _refine(self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] | None = None) -> bool:
         """Fit all of the layer to what the stream lacks, from where it is; whether that changed it."""
         groups, shared_by = len(heads.values), heads.shared_by
         solved = SolvedHeads(self.blocks, units, groups, shared_by, asked)
@@ -238,12 +238,12 @@ class AttentionSolver:
         They are linear maps W_t of the expert's own input. So it is that input which is regressed, towards U_t: what
         W_t makes of the solution is the solution for W_t's outputs, towards W_t U_t.
         """
-        by_input: dict[fx.Node, list[Heads]] = {}
+        by_input: dict[tuple[fx.Node, ...], list[Heads]] = {}
         for own in maps:
-            by_input.setdefault(own.site.node.args[0], []).append(own)  # type: ignore[arg-type]
-        for x, alike in by_input.items():
+            by_input.setdefault(own.inputs, []).append(own)
+        for found, alike in by_input.items():
             intercept = any(own.site.bias for own in alike)  # without one nothing could add it
-            moments, inputs = regress_inputs(self.fit, x, self.fit.input_label(alike[0].site), intercept)
+            moments, inputs = regress_inputs(self.fit, found, self.fit.input_label(alike[0].site), intercept)
             for own in alike:
                 self.regressed[own] = [written(self.fit, own.site, t, *inputs[t], own.rows) for t in self.tasks]
                 self.moments[own] = moments
@@ -431,12 +431,15 @@ class AttentionSolver:
 
     def _expert_heads(self, apart: SolvedApart, every: MergedHeads) -> ExpertHeads:
         """All experts' heads; those under one norm as long as each other's, which makes no difference to them."""
-        blocks = [(self._own(apart.query, t), self._own(apart.key, t)) for t in self.tasks]
+        blocks = [tuple(self._own(own, t) for own in apart.maps) for t in self.tasks]
         if not apart.placed:
             return ExpertHeads(blocks, *self._values(every))
         moments = [self._moment(own) for own in apart.maps]
         blocks = [
-            tuple(rows / ((rows @ m) * rows).sum(1).mean().clamp_min(1e-30).sqrt() for rows, m in zip(block, moments))
+            tuple(
+                rows / ((rows @ m) * rows).sum(1).mean().clamp_min(1e-30).sqrt()
+                for rows, m in zip(block, moments, strict=True)
+            )
             for block in blocks
         ]
         tensors, merged = self.fit.values.tensors, self.fit.values.merged
@@ -444,7 +447,7 @@ class AttentionSolver:
         return ExpertHeads(blocks, *self._values(every), scales)
 
     def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> None:
-        self.blocks = [(self._combined(apart.query), self._combined(apart.key))]
+        self.blocks = [tuple(map(self._combined, apart.maps))]
         self.asked_anew = self.scaled_anew = self._refine(paired, slice(self.attention.width))
 
     def _choose(
@@ -472,14 +475,18 @@ class AttentionSolver:
         """Give heads their own gains, times what makes them as long as they are under their experts' norms."""
         merged, groups = self.fit.values.merged, self.attention.groups
         own = {
-            gain.weight: torch.stack([scales[gain.weight].flatten().unflatten(0, (groups, -1)) for scales in experts.scales])
+            gain.weight: torch.stack(
+                [scales[gain.weight].flatten().unflatten(0, (groups, -1)) for scales in experts.scales]
+            )
             .flatten(0, 1)[list(chosen)]
             .view_as(merged[gain.weight])
             for gain in apart.gains  # type: ignore[union-attr]
         }
         wanted, found = self._lengths(experts.blocks, experts.scales), self._lengths(self.blocks, [own])
         for gain, whole, now in zip(apart.gains, wanted, found, strict=True):  # type: ignore[arg-type]
-            longer = whole.unflatten(0, (len(experts.blocks) * groups, -1))[list(chosen)].flatten() / now.clamp_min(1e-30)
+            longer = whole.unflatten(0, (len(experts.blocks) * groups, -1))[list(chosen)].flatten() / now.clamp_min(
+                1e-30
+            )
             heads = (own[gain.weight] + gain.constant).flatten().unflatten(0, (len(longer), -1))
             merged[gain.weight] = (heads * longer[:, None].to(heads)).view_as(own[gain.weight]) - gain.constant
 
@@ -547,7 +554,7 @@ class AttentionSolver:
         weight, bias = fit.affine(site)
         off, square, total, count = fit.zeros(), fit.zeros(), fit.zeros(fit.outputs(site)), fit.zeros()
         for b in range(len(fit.values.batches)):
-            means = fit.values.store[self.attention.node, MERGED, b].transpose(1, 2).flatten(2)
+            means = self.forward.kept(b)
             rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1] * len(self.tasks))  # as heads are chosen
             y = fit.targets.of(site, b, rows)
             left = functional.linear(at_rows(means, -1, rows), weight, bias) - y

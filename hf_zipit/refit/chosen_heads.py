@@ -69,7 +69,11 @@ def choose_heads(fit: Fit, forward: MergedAttention, heads: ExpertHeads, paired:
     for b in range(len(fit.values.batches)):
         x = fit.values.of(attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
         values = functional.linear(x, slope, shift).unflatten(-1, (len(heads.slope), -1)).transpose(1, 2)
-        means = forward.means(values.repeat_interleave(shared, 1), b, heads.blocks, heads.scales).transpose(1, 2).flatten(2)
+        means = (
+            forward.means(values.repeat_interleave(shared, 1), b, heads.blocks, heads.scales)
+            .transpose(1, 2)
+            .flatten(2)
+        )
         rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
         y = fit.targets.of(site, b, rows)
         gram.add(at_rows(means, -1, rows), y, picked)

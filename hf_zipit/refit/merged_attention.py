@@ -15,9 +15,10 @@ from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
 
-Block = tuple[Tensor, Tensor]
-"""Queries and keys of some heads as wide as an expert's, `[heads * head_dim, n]`; a bias that matters is a column."""
-
+Block = tuple[Tensor, ...]
+"""Queries and keys of some heads as wide as an expert's, `[heads * head_dim, n]`, and what else `Attention.asked` has;
+a bias that matters is a column.
+"""
 
 EVERYTHING = slice(None)
 
@@ -68,6 +69,13 @@ class MergedAttention:
         means = functional.pad(means, (0, 0, 0, 0, 0, more)) if more else means
         values.store[node, MERGED, b] = means.flatten(0, 1) if len(shape_of(node)) == 3 else means
 
+    def kept(self, b: int) -> Tensor:
+        """What `put` kept, head by head, `[samples, positions, units]`."""
+        means = self.fit.values.store[self.attention.node, MERGED, b]
+        if means.dim() == 3:
+            means = means.unflatten(0, (-1, self.fit.matrix(self.attention.output).shape[1] // means.shape[-1]))
+        return means.transpose(1, 2).flatten(2)
+
     def drop(self) -> None:
         """Forget what was kept; it is made anew from now on."""
         for b in range(len(self.fit.values.batches)):
@@ -88,13 +96,13 @@ class MergedAttention:
     def asked(
         self, b: int, blocks: Sequence[Block], scales: Sequence[Mapping[str, Tensor]] = ()
     ) -> tuple[Tensor, Tensor]:
-        """The heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width; args as `means`."""
+        """The heads' queries and keys, `[samples, heads, positions, head_dim]`, of an expert's width; see `means`."""
         attention, values = self.attention, self.fit.values
         found = []
         for block, own_scales in zip_longest(blocks or [(None, None)], scales, fillvalue={}):
             parts, tensors = [], ChainMap(dict(own_scales), values.merged)
             for node, own, rows in zip(attention.node.args, attention.asked, block, strict=False):
-                known = {} if rows is None else {own.site.node: self._put_out(own, rows, b)}
+                known = {} if rows is None else {own.site.node: self._put_out(own, own.site.node, rows, b)}
                 if known:  # what the walk computed of the model's own queries and keys is no matter
                     known = values.follow(self._steps(node), known, MERGED, b, tensors)  # type: ignore[arg-type]
                 parts.append(values.peek(node, b, known))  # type: ignore[arg-type]
@@ -105,13 +113,14 @@ class MergedAttention:
     def _weights(
         self, node: fx.Node, samples: int, b: int, blocks: Sequence[Block], scales: Sequence[Mapping[str, Tensor]]
     ) -> Tensor:
-        """The weights that ops make of queries and keys, which may be of one map: `[samples, heads, rows, columns]`."""
+        """The weights that ops make of queries and keys, maybe of one map: `[samples, heads, rows, columns]`."""
         values, found = self.fit.values, []
         for block, own_scales in zip_longest(blocks or [()], scales, fillvalue={}):
             known: dict[fx.Node, Tensor] = {}
             for own, rows in zip(self.attention.asked, block, strict=True) if block else ():
-                made = self._put_out(own, rows, b)
-                known[own.site.node] = known[own.site.node] + made if own.site.node in known else made
+                for place in own.places:
+                    made = self._put_out(own, place, rows, b)
+                    known[place] = known[place] + made if place in known else made
             if known:
                 tensors = ChainMap(dict(own_scales), values.merged)
                 known = values.follow(self._steps(node), known, MERGED, b, tensors)
@@ -129,11 +138,12 @@ class MergedAttention:
             if current in apart.steps and current not in found:
                 found |= {current, *program.made_of_weights(current)}
                 todo += current.all_input_nodes
-        return sorted(found, key=program.position.__getitem__)
+        maps = set() if apart is None else apart.places  # and what these are made from is known
+        return sorted(found - maps - program.before(maps), key=program.position.__getitem__)
 
-    def _put_out(self, own: Heads, rows: Tensor, b: int) -> Tensor:
-        """What a map puts out with some rows, at their place among the outputs of the weight that they are in."""
-        x = self.fit.values.of(own.site.node.args[0], MERGED, b)
+    def _put_out(self, own: Heads, place: fx.Node, rows: Tensor, b: int) -> Tensor:
+        """What a map puts out with some rows at a place, among the outputs of the weight that they are in."""
+        x = self.fit.values.of(place.args[0], MERGED, b)  # type: ignore[arg-type]
         slope, shift = (part.to(x) for part in self._affine(own, rows))
         made = functional.linear(x, slope, shift)
         whole = made.new_zeros(*made.shape[:-1], self.fit.matrix(own.site).shape[0])

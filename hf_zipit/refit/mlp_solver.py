@@ -102,7 +102,7 @@ def choose_units(fit: Fit, mlp: Mlp) -> bool:
 def _candidates(fit: Fit, mlp: Mlp) -> Candidates:
     spec, experts = fit.spec, fit.values.experts
     units = fit.input_label(mlp.writers[0])
-    _, inputs = regress_inputs(fit, mlp.input, units, all(site.bias for site in mlp.writers))
+    _, inputs = regress_inputs(fit, [mlp.input], units, all(site.bias for site in mlp.writers))
     maps = {}
     for site in mlp.writers:
         label, *others = products(fit.targets.label(site))

@@ -54,6 +54,12 @@ class SecondMoments:
         more = start.double() if self.start is None else start.double() - self.start.double()
         return SecondMoments(self.xx, self.xy - self.xx @ more.T, self.x, self.y - more @ self.x, self.n, start)
 
+    def joined(self, other: SecondMoments) -> SecondMoments:
+        """With those of other rows, and the same first solution: all of them count as much as these."""
+        share = self.n / other.n.clamp_min(1e-30)
+        sums = (own + share * more for own, more in zip(self.sums, other.sums, strict=True))
+        return SecondMoments(*sums, self.start)
+
     def mixed(self, mix: Tensor, start: Tensor) -> SecondMoments:
         """Those of `mix` `[m, d]` times the inputs, with a first solution `[k, m]`."""
         left = self.without(start.double() @ mix)

@@ -180,24 +180,28 @@ def solve_offset(fit: Fit, site: RefitSite) -> None:
 
 
 def regress_inputs(
-    fit: Fit, node: fx.Node, label: AxisLabel, intercept: bool = True
+    fit: Fit, nodes: Sequence[fx.Node], label: AxisLabel, intercept: bool = True
 ) -> tuple[SecondMoments, list[tuple[Tensor, Tensor]]]:
-    """The merged model's moments of a value, and per expert the slope and shift that make its own value of it.
+    """The merged model's moments of values, and per expert the slope and shift that make its own values of them.
 
     Args:
-        node: the value.
-        label: its units.
+        nodes: the values, all of which count the same.
+        label: their units.
         intercept: whether there is a shift; zeros otherwise.
     """
     experts = fit.values.experts
     start = torch.cat([unmerge_matrix(fit.alignment, label, t, fit.spec) for t in experts])
-    gram = fit.gram(start.to(fit.home))
-    for b in range(len(fit.values.batches)):
-        value = fit.values.of(node, MERGED, b)
-        rows, picked = fit.rows.pick(value.shape, b, -1, value.shape[-1])
-        y = [at_rows(fit.values.of(node, t, b), -1, rows) for t in experts]
-        gram.add(at_rows(value, -1, rows), torch.cat(y, -1), picked)
-    moments = gram.reduce(fit.all_reduce)
+    moments: SecondMoments | None = None
+    for node in nodes:
+        gram = fit.gram(start.to(fit.home))
+        for b in range(len(fit.values.batches)):
+            value = fit.values.of(node, MERGED, b)
+            rows, picked = fit.rows.pick(value.shape, b, -1, value.shape[-1])
+            y = [at_rows(fit.values.of(node, t, b), -1, rows) for t in experts]
+            gram.add(at_rows(value, -1, rows), torch.cat(y, -1), picked)
+        found = gram.reduce(fit.all_reduce)
+        moments = found if moments is None else moments.joined(found)
+    assert moments is not None
     slope, shift = ridge(moments, start, fit.config.ridge, intercept)
     return moments, list(zip(slope.chunk(len(experts)), shift.chunk(len(experts)), strict=True))
 

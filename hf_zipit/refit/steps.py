@@ -200,10 +200,15 @@ def whitening(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor,
     Args:
         parts: rows x `[rows, d]` and their weights `[rows]`, part by part, at least one.
     """
+    return whitening_of(fit, *mean_squares(fit, parts))
+
+
+def mean_squares(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The mean of x x^T `[d, d]`, float64, over the parts that `whitening` is given, and one of these."""
     moments, count, like = fit.zeros(1), fit.zeros(1), None
     for x, weight in parts:
         moments, count, like = moments + ((x * weight[:, None]).T @ x).to(moments), count + weight.sum(), x
-    return whitening_of(fit, fit.all_reduce(moments) / fit.all_reduce(count).clamp_min(1e-12), like)
+    return fit.all_reduce(moments) / fit.all_reduce(count).clamp_min(1e-12), like
 
 
 def whitening_of(fit: Fit, squares: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

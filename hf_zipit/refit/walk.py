@@ -125,7 +125,9 @@ class Walk:
         self.sites = {n: site for n, site in self.sites.items() if site.kind != "routed" or n in self.in_mixtures}
         self.sites = with_branch_norms(self.program, self.sites)
         self.readouts = find_readouts(self.program, cut)
-        self.attention = {layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment)}
+        self.attention = {
+            layer.node: layer for layer in find_attention(self.program, self.sites, spec, alignment, self.shared)
+        }
         self.in_attention = {site.node for layer in self.attention.values() for site in layer.sites}
         self.behind_attention = {layer.output.node for layer in self.attention.values()}
         mlps = list(find_mlps(self.program, self.sites, spec))
@@ -141,7 +143,7 @@ class Walk:
             layers, inputs = self.attention.values(), batches[0].inputs
             self.splits = find_splits(self.program, layers, model, inputs, fields, len(tasks), spec)
         self.head_cuts: dict[str, HeadCut] = {}
-        self.scaled_anew = set[str]()
+        self.scaled_anew, self.asked_anew = set[str](), set[str]()
         self.biases_split: dict[HeadBiases, bool] = {}
 
         values = Values(self.program, experts, merged, batches, budget, torch.device(device))
@@ -157,6 +159,7 @@ class Walk:
         self.fit = Fit(tuple(tasks), spec, alignment, config, values, rows, targets, all_reduce)
         self.errors: dict[str, dict[str, float]] = {}
         self.rows: dict[str, tuple[int, int]] = {}
+        self.noted: dict[fx.Node, str] = {}  # by what name of the two
         self.ahead = 0
         self.read_of_experts = self._read_of_experts()
 
@@ -213,7 +216,7 @@ class Walk:
                 self.chosen |= {site.node for site in self.ending.sites}  # type: ignore[union-attr]
         tensors = {name: values.solved[self.program.tied.get(name, name)] for name in self.cut.trunk}
         reparametrised = {self.sites[node].weight for node in self.in_attention | self.chosen}
-        reparametrised |= self.scaled_anew
+        reparametrised |= self.scaled_anew | self.asked_anew
         reparametrised |= {layer.value.site.weight for layer in self.attention.values()}
         off = {} if answers is None else answers.errors
         report = RefitReport(self.fit.tasks, self.errors, self._untouched(), self.rows, off)
@@ -234,10 +237,10 @@ class Walk:
         solver = AttentionSolver(self.fit, layer, split, biases and self.biases_split.get(biases))
         cut = solver.solve()
         if solver.asked_anew:
-            self.chosen |= {own.site.node for own in layer.asked}
-            for own in layer.asked:  # as they were solved apart
-                self.errors.pop(own.site.module, None)
-                self.rows.pop(own.site.module, None)
+            self.asked_anew |= {own.site.weight for own in layer.asked}
+            for node in layer.steps_apart & self.noted.keys():  # as they were solved apart
+                name = self.noted.pop(node)
+                del self.errors[name], self.rows[name]
         if solver.scaled_anew and layer.apart is not None:
             self.scaled_anew |= set(layer.apart.scales)
         if cut is not None and layer.module is not None:
@@ -271,7 +274,7 @@ class Walk:
         """The nodes whose values of the experts are targets, or regressed on the merged model's."""
         single = [site for site in self.sites.values() if site.node not in self.in_attention]
         layers = self.attention.values()
-        inputs = [own.site.node.args[0] for layer in layers for own in (*layer.inputs, *layer.asked)]
+        inputs = [x for layer in layers for own in (*layer.inputs, *layer.asked) for x in own.inputs]
         shared = [site for places in self.shared for site in places]
         targets = [site.stream or site.output for site in (*single, *shared)]
         return {
@@ -323,6 +326,7 @@ class Walk:
         names = chain((site.module, site.weight), (f"{site.module} at place {n}" for n in count(2)))
         name = next(name for name in names if name not in self.errors)
         self.errors[name], self.rows[name] = found, rows_used(self.fit, site)
+        self.noted[site.node] = name
         return sum(found.values()) / max(len(found), 1)
 
     def _untouched(self) -> tuple[str, ...]:
