@@ -89,18 +89,19 @@ class HeadWeights:
         return [bias for bias in (self.value_bias, self.output_bias) if bias is not None]
 
 
-def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> bool:
+def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> float | None:
     """Write better queries, keys and values, and an output projection, into the merged model, if there are any.
 
-    What the layer's attention gives is up to date afterwards. Returns whether there were any.
+    What the layer's attention gives is up to date afterwards. Returns the share of what the stream lacks that the
+    layer leaves on samples that were held out; None where nothing can be fitted.
     """
     attention = forward.attention
     if attention.apart is None and (attention.weights is not None or attention.fused):
-        return False
+        return None
     windows = Windows(fit)
     steps = min(fit.config.attention_steps, PASSES * len(windows))
     if steps < EVERY:
-        return False
+        return None
     forward.drop()
     layer = WhiteHeads(fit, forward, heads)
     errors = AttentionErrors(fit, forward, windows)
@@ -109,9 +110,9 @@ def refine_attention(fit: Fit, forward: MergedAttention, heads: SolvedHeads) -> 
     fit.targets.forget(forward.attention.output)
     if found is None:
         layer.put(layer.first)
-    else:
-        layer.write(found[0])
-    return found is not None
+        return float(first.mean())
+    layer.write(found[0])
+    return float(found[1].mean())
 
 
 class WhiteHeads(WhiteLayer[HeadWeights]):

@@ -189,11 +189,11 @@ class AttentionSolver:
         self._refine(heads, slice(heads.width))
         return None
 
-    def _refine(self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] | None = None) -> bool:
-        """Fit all of the layer to what the stream lacks, from where it is; whether that changed it."""
+    def _refine(self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] | None = None) -> float:
+        """Fit all of the layer to what the stream lacks, from where it is; the share of that which it leaves."""
         groups, shared_by = len(heads.values), heads.shared_by
-        solved = SolvedHeads(self.blocks, units, groups, shared_by, asked)
-        return refine_attention(self.fit, self.forward, solved)
+        left = refine_attention(self.fit, self.forward, SolvedHeads(self.blocks, units, groups, shared_by, asked))
+        return self._left() if left is None else left
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
@@ -396,44 +396,68 @@ class AttentionSolver:
         fit, attention, left = self.fit, self.attention, self._left()
         if left <= AGREED:
             return None
-        if not apart.exchanged:
-            self._refine_paired(apart, paired)
-            return None
-        pairs = None
-        if split is not None:
-            pairs = self._split_normed(split)
-            self._solve_values(split, self._split_starts(split))
-            if (narrower := self._left()) <= WORTH * left:
-                left = narrower
-            else:
-                pairs, self.blocks = None, []
-        members = [[Member(t, self._nth(head))] for t in self.tasks for head in range(attention.groups)]
-        every = MergedHeads([], [], members, attention.width, attention.heads, attention.groups)
-        experts = self._expert_heads(apart, every)
-        chosen = choose_heads(fit, self.forward, experts, left)
-        before = [self._combined(own) for own in apart.maps], {name: fit.values.merged[name] for name in apart.scales}
-        if chosen is not None:
-            heads = self._choose(apart, experts, chosen, every)
-            # Under one norm over all of them, heads are not quite those that were chosen.
-            if not apart.placed or self._left() <= left:
-                self.asked_anew, self.scaled_anew = True, apart.placed
-                self.scaled_anew |= self._refine(heads, slice(heads.width))
-                return None
-            for own, rows in zip(apart.maps, before[0], strict=True):
-                self.forward.write(own, rows)
-            fit.values.merged.update(before[1])
-        elif split is not None and pairs is not None:
-            return self._write_normed(apart, split, pairs)
-        if split is not None or chosen is not None:
-            self._solve_values(paired, starts)
-        self._refine_paired(apart, paired)
+        combined, experts, chosen, pairs = self._tensors(apart), None, None, None
+        if apart.exchanged:
+            if split is not None:
+                pairs = self._split_normed(split)
+                self._solve_values(split, self._split_starts(split))
+                if (narrower := self._left()) <= WORTH * left:
+                    left = narrower
+                else:
+                    pairs, self.blocks = None, []
+            experts = self._expert_heads(apart)
+            chosen = choose_heads(fit, self.forward, experts, left)
+            if chosen is None and split is not None and pairs is not None:
+                return self._write_normed(apart, split, pairs)
+            if split is not None:
+                self._solve_values(paired, starts)
+        # Under one norm over all of them heads are not quite those that were chosen, and before a norm of the branch
+        # they are chosen without it: what is better the steps show.
+        in_place = None
+        if experts is None or chosen is None or apart.placed or attention.output.behind is not None:
+            left, in_place = self._refine_paired(apart, paired), self._tensors(apart)
+        if experts is not None and chosen is not None:
+            fit.values.merged.update(combined)
+            heads = self._choose(apart, experts, chosen)
+            if self._refine(heads, slice(heads.width)) > left and in_place is not None:
+                fit.values.merged.update(in_place)
+                self._put_again(apart)
+        new = {name for name, tensor in self._tensors(apart).items() if tensor is not combined[name]}
+        self.asked_anew = not new.isdisjoint(own.site.weight for own in apart.maps)
+        self.scaled_anew = not new.isdisjoint(apart.scales)
         return None
 
-    def _expert_heads(self, apart: SolvedApart, every: MergedHeads) -> ExpertHeads:
+    def _tensors(self, apart: SolvedApart) -> dict[str, Tensor]:
+        """The merged model's own of this layer, by name."""
+        sites = [*(own.site for own in (*apart.maps, self.attention.value)), self.attention.output]
+        names = {*apart.scales, *(name for site in sites for name in (site.weight, site.bias, site.length) if name)}
+        return {name: self.fit.values.merged[name] for name in names}
+
+    def _put_again(self, apart: SolvedApart) -> None:
+        """Keep what attention gives with the merged model's own tensors."""
+        fit, value, shared = self.fit, self.attention.value, self.attention.heads // self.attention.groups
+        blocks = [tuple(map(self._combined, apart.maps))]
+        weight, bias = fit.affine(value.site)
+        for b in range(len(fit.values.batches)):
+            x = fit.values.of(value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+            made = functional.linear(x, weight, bias)[..., value.rows].unflatten(-1, (self.attention.groups, -1))
+            every = made.transpose(1, 2).repeat_interleave(shared, 1)
+            self.forward.put(self.forward.means(every, b, blocks), b)
+
+    def _every(self) -> MergedHeads:
+        """All experts' heads that have values."""
+        attention = self.attention
+        members = [[Member(t, self._nth(head))] for t in self.tasks for head in range(attention.groups)]
+        return MergedHeads([], [], members, attention.width, attention.heads, attention.groups)
+
+    def _expert_heads(self, apart: SolvedApart) -> ExpertHeads:
         """All experts' heads; those under one norm as long as each other's, which makes no difference to them."""
-        blocks = [tuple(self._own(own, t) for own in apart.maps) for t in self.tasks]
+        blocks, values = (
+            [tuple(self._own(own, t) for own in apart.maps) for t in self.tasks],
+            self._values(self._every()),
+        )
         if not apart.placed:
-            return ExpertHeads(blocks, *self._values(every))
+            return ExpertHeads(blocks, *values)
         moments = [self._moment(own) for own in apart.maps]
         blocks = [
             tuple(
@@ -444,17 +468,15 @@ class AttentionSolver:
         ]
         tensors, merged = self.fit.values.tensors, self.fit.values.merged
         scales = [{name: tensors[t][name].to(merged[name]) for name in apart.scales} for t in self.tasks]
-        return ExpertHeads(blocks, *self._values(every), scales)
+        return ExpertHeads(blocks, *values, scales)
 
-    def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> None:
+    def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> float:
         self.blocks = [tuple(map(self._combined, apart.maps))]
-        self.asked_anew = self.scaled_anew = self._refine(paired, slice(self.attention.width))
+        return self._refine(paired, slice(self.attention.width))
 
-    def _choose(
-        self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int], every: MergedHeads
-    ) -> MergedHeads:
+    def _choose(self, apart: SolvedApart, experts: ExpertHeads, chosen: Sequence[int]) -> MergedHeads:
         """Write some of all experts' heads."""
-        attention = self.attention
+        attention, every = self.attention, self._every()
         shared = attention.heads // attention.groups
         self.blocks = [experts.of(chosen)]
         if apart.placed:
