@@ -47,11 +47,10 @@ class ExpertHeads:
     def of(self, chosen: Sequence[int]) -> Block:
         """Queries and keys of some groups of heads, in their order."""
         groups = len(self.slope) // len(self.blocks)
-        queries, keys = (
+        return tuple(
             torch.cat([part.unflatten(0, (groups, -1)) for part in parts])[list(chosen)].flatten(0, 1)
             for parts in zip(*self.blocks, strict=True)
         )
-        return queries, keys
 
 
 @torch.no_grad()

@@ -340,7 +340,7 @@ def test_norms_of_narrower_heads_have_larger_gains(model_class: type[PreTrainedM
     assert not is_proven(others, model, inputs, fields)
 
 
-OUTPUTS = ("o_proj", "attn.c_proj", "Attention.o", "attn.o", "attention.dense")
+OUTPUTS = ("o_proj", "attn.c_proj", "Attention.o", "attn.o", "attention.dense", "attention.output.dense")
 """What output projections are called."""
 
 
@@ -367,7 +367,11 @@ def assert_computes(merged: PreTrainedModel, data: dict[str, Tensor], seen: dict
         torch.testing.assert_close(found[path].reshape(value.shape), value, rtol=1e-3, atol=1e-4)
 
 
-CHOSEN = {"qwen3": "model.layers.0.self_attn", "gpt-neox": "gpt_neox.layers.0.attention"}
+CHOSEN = {
+    "qwen3": "model.layers.0.self_attn",
+    "gpt-neox": "gpt_neox.layers.0.attention",
+    "deberta-v2": "deberta.encoder.layer.0.attention",
+}
 """Classes in which something stands between the maps and the logits; their first attention."""
 
 
@@ -502,7 +506,7 @@ def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedM
     models = []
     for seed in range(2):
         tensors = dict(model_tensors(model))
-        for leaf in [leaf for leaf in tensors if leaf.startswith(path) and "norm" not in leaf]:
+        for leaf in [leaf for leaf in tensors if leaf.startswith(path) and "norm" not in leaf.lower()]:
             tensors[leaf] = 0.5 * drawn(*tensors[leaf].shape, seed=10 * seed + len(leaf)).float()
             if leaf.endswith(tuple(f"{end}.weight" for end in OUTPUTS)):
                 tensors[leaf].chunk(2, 1)[abs(first - seed)].zero_()
@@ -512,13 +516,28 @@ def half_used(model: PreTrainedModel, path: str, first: int) -> list[PreTrainedM
     return models
 
 
-@pytest.mark.parametrize(("name", "first"), [("qwen3", 0), ("qwen3", 1), ("gpt-neox", 1)])
+SHARED_MAPS = tiny.of(
+    T.DebertaV2ForSequenceClassification,
+    T.DebertaV2Config,
+    **tiny.TEXT,
+    **tiny.DISENTANGLED,
+    share_att_key=True,
+    norm_rel_ebd="layer_norm",
+    position_buckets=4,
+)
+"""Words and relative positions by the same maps, as published checkpoints have them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [("qwen3", 0), ("qwen3", 1), ("gpt-neox", 1), ("deberta-v2", 0), ("deberta-v2, shared maps", 1)],
+)
 def test_heads_that_are_solved_apart_are_chosen(name: str, first: int):
     """Each of two experts uses half of its first layer's heads: those are taken, wherever they are, and nothing is
     lost.
     """
-    model = case(name).model
-    path, data = CHOSEN[name], calibration(model)
+    model = SHARED_MAPS().eval() if "shared" in name else case(name).model
+    path, data = CHOSEN[name.partition(",")[0]], calibration(model)
     models, lost = half_used(model, path, first), {}
     for split in (True, False):
         settings = RefitConfig(
@@ -529,7 +548,10 @@ def test_heads_that_are_solved_apart_are_chosen(name: str, first: int):
         assert report is not None
         own = [max(e.values()) for n, e in report.errors.items() if n.startswith(path) and n.endswith(OUTPUTS)]
         lost[split] = max(own)
-    assert lost[True] < 1e-5 < 1e-3 < lost[False]
+    if "deberta" in name:  # whose stream is normed next, so that experts' values are scaled before their mean is taken
+        assert lost[True] < 0.1 * lost[False]
+    else:
+        assert lost[True] < 1e-5 < 1e-3 < lost[False]
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -548,17 +570,21 @@ def test_heads_that_are_solved_apart_stay_where_they_agree(name: str):
     assert seen and set(map(str, seen)) == {"None"}
 
 
-@pytest.mark.parametrize("model_class", [T.CohereForCausalLM, T.Olmo2ForCausalLM])
-def test_heads_whose_norms_have_a_place_for_each_are_not_chosen(model_class: type[PreTrainedModel]):
-    """They would come under another one's scale: they can be fitted alone."""
+@pytest.mark.parametrize(("model_class", "gains"), [(T.CohereForCausalLM, False), (T.Olmo2ForCausalLM, True)])
+def test_heads_whose_norms_have_a_place_for_each_take_their_gains_along(
+    model_class: type[PreTrainedModel], gains: bool
+):
+    """Or stay where they are, and can be fitted alone; nor can they be narrower."""
     model = smallest_model(model_class)
     if model_class is T.CohereForCausalLM:
         model = model_class(type(model.config).from_dict({**model.config.to_dict(), "use_qk_norm": True})).eval()
     spec = MergeSpec.from_model(model)
-    program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
+    inputs, fields = fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model)
+    program = Program(model, inputs, fields)
     layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
     assert layers and all(layer.logits is None and layer.apart.placed for layer in layers)
-    assert not any(layer.apart.gains for layer in layers)  # nor can they be narrower
+    assert all((layer.apart.gains is not None) == layer.apart.exchanged == gains for layer in layers)
+    assert find_splits(program, layers, model, inputs, fields, 2, spec) == {}
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -570,8 +596,8 @@ def test_heads_that_are_solved_apart_are_written_as_they_were_fitted(name: str):
 
     def some(fit: Fit, layer: attention_refinement.WhiteHeads, *args: object, **more: object) -> tuple:
         found = layer.weights()
-        steps.append(replace(found, blocks=[(1.5 * query, key) for query, key in found.blocks]))
-        return steps[-1], None
+        steps.append(replace(found, blocks=[(1.5 * query, *others) for query, *others in found.blocks]))
+        return steps[-1], torch.zeros(())
 
     data = {key: torch.cat([x] * (700 // len(x)))[:700] for key, x in calibration(models[0]).items()}
     settings = RefitConfig(attention_steps=16, unit_steps=0, answer_steps=0, micro_batch=16)

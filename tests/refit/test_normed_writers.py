@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from hf_zipit import merge
 from hf_zipit.adapters import adapter_for
-from hf_zipit.refit import RefitReport, attention_refinement, walk
-from hf_zipit.refit.attention import find_attention
+from hf_zipit.refit import RefitReport, attention_refinement, attention_solver, walk
+from hf_zipit.refit.attention import SolvedApart, find_attention
+from hf_zipit.refit.chosen_heads import ExpertHeads
 from hf_zipit.refit.fit import Fit, relative_errors
 from hf_zipit.refit.normed_writers import with_branch_norms
 from hf_zipit.refit.program import Program
@@ -135,21 +136,42 @@ def test_a_reordered_copy_comes_back(name: str):
         assert_same(outputs(merged, inputs, own, task=task), outputs(own, inputs, own), 1e-3)
 
 
+def test_heads_under_one_norm_are_as_long_as_under_their_experts():
+    """Whichever of them are taken: of the four that two experts have, one of each."""
+    models, seen = dict(zip("ab", experts("olmo2"), strict=True)), list[tuple[Tensor, Tensor]]()
+    solver = attention_solver.AttentionSolver
+    choose = solver._choose
+
+    def chosen(self: attention_solver.AttentionSolver, apart: SolvedApart, heads: ExpertHeads, _: object) -> object:
+        found = choose(self, apart, heads, [0, 3])
+        gains = {name: self.fit.values.merged[name] for name in apart.scales}
+        lengths = self._lengths(heads.blocks, heads.scales), self._lengths(self.blocks, [gains])
+        seen.extend(zip(*lengths, strict=True))
+        return found
+
+    with patch.object(attention_solver, "choose_heads", return_value=[0, 3]), patch.object(solver, "_choose", chosen):
+        merge(models, by_task(), method="permute", refit={"written_samples": 0, "answer_steps": 0})
+    assert len(seen) == 4  # queries and keys of two layers
+    for every, own in seen:
+        torch.testing.assert_close(own, every.unflatten(0, (4, -1))[[0, 3]].flatten(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_heads_that_cannot_be_moved_are_fitted(name: str):
     """And what norms behind branches make, as the walk knows it, is what the merged model computes."""
     models, data, seen = dict(zip("ab", experts(name), strict=True)), by_task(), dict[str, Tensor]()
     program, spec = traced(models["a"])
     layers = list(find_attention(program, find_sites(program, frozenset(spec.axes), spec.head), spec, {}))
-    assert len(layers) == 2 and all(layer.apart is not None and layer.apart.placed for layer in layers)
+    assert len(layers) == 2 and all(layer.apart is not None for layer in layers)
 
     def remembered(fit: Fit, site: RefitSite) -> dict[str, float]:
         seen[site.module] = fit.values.of(site.output, MERGED, 0)[:4]
         return relative_errors(fit, site)
 
     passes = patch.object(attention_refinement, "PASSES", 16)  # of the few samples that there are
+    none_are_chosen = patch.object(attention_solver, "choose_heads", return_value=None)
     steps = patch.object(attention_refinement, "take_steps", wraps=attention_refinement.take_steps)
-    with passes, steps as taken, patch.object(walk, "relative_errors", remembered):
+    with passes, none_are_chosen, steps as taken, patch.object(walk, "relative_errors", remembered):
         merged = merge(models, data, method="permute", refit={"written_samples": 0, "answer_steps": 0})
     assert taken.call_count == len(layers)
     assert {path.rpartition(".")[2] for path in RefitReport.of(merged).errors}.isdisjoint({"o_proj", "down_proj"})
