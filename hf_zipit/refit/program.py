@@ -82,8 +82,8 @@ def _made(model: nn.Module, inputs: Mapping[str, Tensor], fields: tuple[str, ...
     named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = signature.inputs_to_lifted_tensor_constants
     output = next(node for node in exported.graph.nodes if node.op == "output")
-    rewrite(exported.graph)
     fixed = {name: exported.constants[constant] for name, constant in constants.items()}
+    rewrite(exported.graph, fixed)
     nodes = [node for node in exported.graph.nodes if node.op in ("call_function", "get_attr")]
     if mapped := next((node for node in nodes if getattr(node.target, "__name__", "") == "_add_batch_dim"), None):
         raise SpecError(f"{module_of(mapped)} maps a function over axes (vmap), which refit cannot follow")

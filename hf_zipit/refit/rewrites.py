@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -31,14 +31,15 @@ def routed_linear(x: Tensor, weight: Tensor, chosen: Tensor) -> Tensor:
     return out
 
 
-def rewrite(graph: fx.Graph) -> None:
-    """Make one op of several, wherever that is known, in place."""
+def rewrite(graph: fx.Graph, constants: Mapping[str, Tensor]) -> None:
+    """Make one op of several, wherever that is known, in place; `constants` by the names of the graph's inputs."""
     for node in list(graph.nodes):
         if op_name(node) == "_assert_tensor_metadata":  # reads a value and makes none
             graph.erase_node(node)
     linear_maps_of_rows(graph)
     products_with_turned_weights(graph)
     linear_maps_by_number(graph)
+    parts_by_number(graph, constants)
     attention_step_by_step(graph)
 
 
@@ -96,6 +97,24 @@ def linear_maps_by_number(graph: fx.Graph) -> None:
             _replace(graph, whole, routed_linear, (column.args[0], weight, numbers[0]), (node, looked_up, column))  # type: ignore[union-attr,index,arg-type]
 
 
+def parts_by_number(graph: fx.Graph, constants: Mapping[str, Tensor]) -> None:
+    """`x[..., [-2], :]`, where the numbers are known and lie side by side, is a slice (Falcon's keys and values)."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or op_name(node) != "index":
+            continue
+        x, numbers = node.args
+        axis = next((axis for axis, own in enumerate(numbers) if own is not None), 0)
+        source = numbers[axis] if sum(own is not None for own in numbers) == 1 else None
+        if isinstance(source, fx.Node) and op_name(source) == "lift_fresh_copy":
+            source = source.args[0]
+        found = constants.get(source.name) if isinstance(source, fx.Node) else None
+        if found is None or found.dtype != torch.int64 or found.dim() != 1 or not len(found):
+            continue
+        first = int(found[0]) % x.meta["val"].shape[axis]
+        if torch.equal(found - found[0], torch.arange(len(found))) and (found[0] >= 0 or found[-1] < 0):
+            _replace(graph, node, torch.ops.aten.slice.Tensor, (x, axis, first, first + len(found)), ())
+
+
 def attention_step_by_step(graph: fx.Graph) -> None:
     """`softmax(q k^T * scale + bias) v` is one op, the one that torch has for it."""
     for node in list(graph.nodes):
@@ -127,7 +146,7 @@ def attention_step_by_step(graph: fx.Graph) -> None:
                 made.meta["val"] = whole.meta["val"].reshape(sizes)
                 made = _call(graph, torch.ops.aten.view.default, made, [-1, *whole.meta["val"].shape[1:]])
         whole.replace_all_uses_with(made)
-        for old in dict.fromkeys((whole, *passed, node, *steps)):
+        for old in dict.fromkeys((whole, *passed, node, *steps, *((query, key, value) if flat else ()))):
             if not old.users:
                 graph.erase_node(old)
 
@@ -139,7 +158,7 @@ def _values_behind(node: fx.Node) -> tuple[fx.Node | None, list[fx.Node]]:
         (user,) = node.users
         if op_name(user) in ("matmul", "bmm") and user.args[0] is node:
             return user, passed
-        if op_name(user) not in PASSING:
+        if op_name(user) not in PASSING and not _moves_heads(user):
             break
         passed.insert(0, user)
         node = user
@@ -150,6 +169,14 @@ PASSING = {"dropout", "to", "_to_copy", "contiguous", "clone", "detach", "alias"
 """Ops that pass weights on."""
 
 
+def _moves_heads(node: fx.Node) -> bool:
+    """Whether an op puts heads beside samples `[samples * heads, positions, positions]`, or on their own axis."""
+    if op_name(node) not in FLAT:
+        return False
+    before, after = (list(x.meta["val"].shape) for x in (node.args[0], node))  # type: ignore[union-attr]
+    return {len(before), len(after)} == {3, 4} and before[-2:] == after[-2:]
+
+
 def _logits_before(node: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node], list[fx.Node]] | None:
     """Queries, keys, the scale of their product, what is added to it, and the ops in between, the last one first."""
     scale, biases, steps = 1.0, list[fx.Node](), list[fx.Node]()
@@ -157,7 +184,10 @@ def _logits_before(node: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node
         steps.append(node)
         name, args = op_name(node), node.args
         if name in ("matmul", "bmm"):
-            return _factors(node, scale, biases, steps)
+            return _factors(*args[:2], scale, biases, steps)  # type: ignore[misc]
+        if name == "baddbmm" and node.kwargs.get("beta", 1) == 1 and scale == 1.0:
+            biases.append(args[0])  # type: ignore[arg-type]
+            return _factors(*args[1:3], float(node.kwargs.get("alpha", 1)), biases, steps)  # type: ignore[misc,arg-type]
         if name == "add" and scale == 1.0 and len(args) == 2 and not node.kwargs and isinstance(args[1], fx.Node):
             product = next((x for x in args if _leads_to_a_product(x)), None)
             if product is None:
@@ -167,7 +197,7 @@ def _logits_before(node: fx.Node) -> tuple[fx.Node, fx.Node, float, list[fx.Node
         elif name in ("mul", "div") and isinstance(args[1], (int, float)) and args[1]:
             scale = scale * args[1] if name == "mul" else scale / args[1]
             node = args[0]  # type: ignore[assignment]
-        elif name in PASSING:
+        elif name in PASSING or _moves_heads(node):
             node = args[0]  # type: ignore[assignment]
         else:
             break
@@ -178,21 +208,20 @@ def _leads_to_a_product(node: fx.Node) -> bool:
     """Whether a summand is a product of matrices that nothing else reads, but for scales and further summands."""
     while isinstance(node, fx.Node) and node.op == "call_function" and len(node.users) == 1:
         name = op_name(node)
-        if name in ("matmul", "bmm"):
+        if name in ("matmul", "bmm", "baddbmm"):
             return True
         if name == "add" and isinstance(node.args[1], fx.Node):
             return any(_leads_to_a_product(x) for x in node.args)  # type: ignore[arg-type]
-        if name not in PASSING | {"mul", "div"}:
+        if name not in PASSING | {"mul", "div"} and not _moves_heads(node):
             break
         node = node.args[0]  # type: ignore[assignment]
     return False
 
 
 def _factors(
-    node: fx.Node, scale: float, biases: list[fx.Node], steps: list[fx.Node]
+    query: fx.Node, key: fx.Node, scale: float, biases: list[fx.Node], steps: list[fx.Node]
 ) -> tuple[fx.Node, fx.Node, float, list[fx.Node], list[fx.Node]] | None:
     """The queries and keys of a product, either of which may be scaled by a number."""
-    query, key = node.args
     keys = []
     while isinstance(key, fx.Node) and op_name(key) in {"div", "mul", *PASSING}:
         if op_name(key) in ("div", "mul"):

@@ -159,26 +159,58 @@ def test_which_part_of_an_axis_some_units_are():
 class StepByStep(nn.Module):
     """Attention as classes write it, and a linear map as some do."""
 
-    def __init__(self, bias: bool) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        self.maps, self.out, self.bias = nn.Linear(8, 24), nn.Parameter(torch.randn(8, 8)), bias
+        self.maps, self.out, self.kind = nn.Linear(8, 24), nn.Parameter(torch.randn(8, 8)), kind
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in self.maps(x).chunk(3, -1))
+        if self.kind == "beside samples":
+            query, key, value = (y.reshape(-1, 5, 4) for y in (query, key, value))
+            slopes = torch.tensor([0.5, 0.25, 0.5, 0.25])[:, None, None] * torch.arange(5)
+            logits = torch.baddbmm(slopes, query, key.transpose(-1, -2), beta=1.0, alpha=0.7).view(2, 2, 5, -1)
+            means = torch.bmm(torch.softmax(logits + x[:, None, :, :1].mT, -1).view(4, 5, -1), value).view(2, 2, 5, 4)
+            return means.transpose(1, 2).flatten(2) @ self.out.T
         logits = query @ (key / 2).transpose(-1, -2) * 3
-        if self.bias:
+        if self.kind == "biases":
             logits = logits + x[:, None, :, :1] + x[:, None, :, 1:2].mT
         means = torch.softmax(logits, -1) @ value
         return means.transpose(1, 2).flatten(2) @ self.out.T
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_attention_step_by_step_is_one_op_that_computes_the_same(bias: bool):
-    model = StepByStep(bias)
+class ByNumber(nn.Module):
+    """Parts of an axis by their numbers, some of which lie side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.maps(x).unflatten(-1, (6, 4))
+        return torch.cat(
+            [heads[..., [-2], :], heads[..., [1, 2], :], heads[..., [-2, -1], :], heads[..., [3, 1], :]], 2
+        )
+
+
+def test_parts_by_numbers_side_by_side_are_slices():
+    model, x = ByNumber(), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    program = Program(model, {"x": x}, None)
+    names = [op_name(node) for node in program.nodes]
+    assert (names.count("slice"), names.count("index")) == (3, 1)
+    values: dict = {}
+    with torch.no_grad():
+        for node in program.nodes:
+            values[node] = program.run(node, values.__getitem__, model_tensors(model), {"x": x})
+        torch.testing.assert_close(values[program.outputs["output"]], model(x))
+
+
+@pytest.mark.parametrize("kind", ["", "biases", "beside samples"])
+def test_attention_step_by_step_is_one_op_that_computes_the_same(kind: str):
+    model = StepByStep(kind)
     x = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     program = Program(model, {"x": x}, None)
     names = [op_name(node) for node in program.nodes]
-    assert "scaled_dot_product_attention" in names and "softmax" not in names and "matmul" not in names
+    assert "scaled_dot_product_attention" in names and {"softmax", "matmul", "bmm", "baddbmm"}.isdisjoint(names)
     weights = frozenset({"maps.weight", "out"})
     assert weights == {site.weight for site in find_sites(program, weights).values()}
     values: dict = {}
