@@ -101,6 +101,8 @@ class RefitConfig:
             of Adam; 0 leaves them as they were solved.
         unit_steps: fit the units of MLPs to what the stream lacks through their nonlinearity, by at most so many steps
             of Adam; 0 leaves them as they were solved.
+        shared_steps: fit layers that run again and again, such as ALBERT's one, through all rounds, by at most so many
+            steps of Adam; 0 leaves them as they were solved.
         answer_steps: fit the last layer and the maps out of the trunk to what the experts answer to samples of their
             own tasks, by at most so many steps of Adam; 0 leaves them as they were solved.
         written_samples: where a task has fewer samples than this, there are further ones, up to this number, and of
@@ -124,6 +126,7 @@ class RefitConfig:
     choose_units: bool = True
     attention_steps: int = 32
     unit_steps: int = 128
+    shared_steps: int = 256
     answer_steps: int = 128
     written_samples: int = 512
     stream_bases: bool = True
@@ -141,7 +144,14 @@ class RefitConfig:
                 raise RecipeError(f"refit's {name} is {value}; it must be above 0")
         if self.micro_batch < 1:
             raise RecipeError(f"refit's micro_batch is {self.micro_batch}; it must be at least 1")
-        for name in ("rows_per_input", "attention_steps", "unit_steps", "answer_steps", "written_samples"):
+        for name in (
+            "rows_per_input",
+            "attention_steps",
+            "unit_steps",
+            "shared_steps",
+            "answer_steps",
+            "written_samples",
+        ):
             if getattr(self, name) < 0:
                 raise RecipeError(f"refit's {name} is {getattr(self, name)}; it must be at least 0")
 

@@ -109,7 +109,7 @@ class Targets:
     def share(self, node: fx.Node, axis: int, label: AxisLabel, b: int, rows: Picked | None = None) -> Tensor:
         """The merged units' share of the experts' values: `sum_t share_t T M_t y_t`, the shares summing to one."""
         found = [as_traced(node, self.values.of(node, t, b)) for t in self.values.experts]
-        return self.share_of(found, axis, label, b, rows, _normed_next(node))
+        return self.share_of(found, axis, label, b, rows, normed_next(node))
 
     def share_of(
         self,
@@ -208,7 +208,7 @@ def as_traced(node: fx.Node, value: Tensor) -> Tensor:
     return value
 
 
-def _normed_next(node: fx.Node) -> bool:
+def normed_next(node: fx.Node) -> bool:
     """Whether a layer norm reads a value, and nothing else does."""
     return len(node.users) == 1 and op_name(next(iter(node.users))) == "layer_norm"
 

@@ -46,6 +46,7 @@ from hf_zipit.refit.program import Program, merged_shapes, resized_copy
 from hf_zipit.refit.report import RefitReport
 from hf_zipit.refit.shared import KINDS as SHARED
 from hf_zipit.refit.shared import solve_shared
+from hf_zipit.refit.shared_refinement import recurring, refine_shared
 from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites, knows_its_units
 from hf_zipit.refit.solvers import Readouts, find_readouts, norm_names, solve, solve_readout
 from hf_zipit.refit.splitting import SplitHeads, find_splits
@@ -175,11 +176,15 @@ class Walk:
         made_by = {site.output: site for site in alone if site.behind is None}  # else what the norm makes counts
         shared = {site.output: site for places in self.shared for site in places}
         made_by |= shared
+        again = recurring(self.shared)
+        first_round = min((position[site.node] for places in again for site in places), default=-1)
         solved: Readouts = {}
         with values.store, self._bar() as bar:
             solve_shared(self.fit, self.shared)
             for i, node in enumerate(self.program.nodes[: max(reached, default=-1) + 1]):
                 self._advance_experts(i)
+                if i == first_round:
+                    refine_shared(self.fit, again)
                 site = self.sites.get(node) if node not in self.in_attention else None
                 if site is not None:
                     self._advance_experts(self._aims_at(site))

@@ -1,0 +1,189 @@
+"""Layers that run again and again, such as ALBERT's one, are fitted as they run.
+
+Solved for what they should read (`shared.py`), they read what they put out themselves: whatever a first round leaves
+grows from round to round. So all their weights are fitted together, through all rounds, to what the experts' streams
+are after each,
+
+    min  sum_l sum_i w_i || x_l(i) - y_l(i) ||^2 / spread(y_l),
+
+with x_l the merged model's stream behind the l-th writer, made of the rounds before, and y_l the share of the experts'
+there. Steps of Adam (`steps.py`), in coordinates in which the inputs of linear maps are white.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from hf_zipit.refit.fit import Fit, normed_next
+from hf_zipit.refit.solvable import RefitSite
+from hf_zipit.refit.steps import (
+    Spread,
+    WhiteLayer,
+    Windows,
+    by_row,
+    mean_squares,
+    take_steps,
+    typical_size,
+    whitening_of,
+)
+from hf_zipit.refit.stream_basis import values_of
+from hf_zipit.refit.values import MERGED
+from hf_zipit.symmetry.ops import shape_of
+
+EVERY = 16
+"""After so many steps the samples that are held out are looked at; fewer steps are of no use."""
+
+PASSES = 16
+"""So often, at most, steps go through all samples: all rounds have no more weights than one layer elsewhere."""
+
+RIGHT = 0.002
+"""Nothing is fitted where no more than this share of the streams' variance is off."""
+
+EVERYTHING = slice(None)
+
+Places = tuple[RefitSite, ...]
+
+
+def recurring(groups: Sequence[Places]) -> list[Places]:
+    """Of tensors that are used at several places those of layers that run again: some of them write into the stream
+    that they read.
+    """
+    writers = [places for places in groups if places[0].kind == "linear" and all(site.stream for site in places)]
+    return [places for places in groups if places[0].kind in ("linear", "norm")] if writers else []
+
+
+def refine_shared(fit: Fit, groups: Sequence[Places]) -> bool:
+    """Write better weights of layers that run again into the merged model; whether there were any.
+
+    Args:
+        groups: what `recurring` found; all that is computed before the first of their places is there.
+    """
+    windows = Windows(fit)
+    steps = min(fit.config.shared_steps, PASSES * len(windows))
+    if steps < EVERY:
+        return False
+    layer = Rounds(fit, groups)
+    errors = RoundErrors(fit, layer.aims, windows)
+    first = errors.held_out(layer)
+    found = take_steps(fit, layer, errors, first=first, steps=steps, every=EVERY, right=RIGHT)
+    for site in layer.aims:
+        fit.targets.forget(site)
+    if found is None:
+        return False
+    fit.values.merged.update(found[0])
+    return True
+
+
+class Rounds(WhiteLayer[dict[str, Tensor]]):
+    """The streams behind every writer as a function of the weights that all rounds share.
+
+    Attributes:
+        aims: the writers.
+    """
+
+    @torch.no_grad()
+    def __init__(self, fit: Fit, groups: Sequence[Places]) -> None:
+        self.fit, program = fit, fit.values.program
+        places = [site for group in groups for site in group]
+        self.aims = [site for site in places if site.stream is not None]
+        start = {site.node for site in places}
+        needed = program.before([site.stream for site in self.aims if site.stream is not None])
+        self.nodes = [node for node in program.nodes if node in needed and node in start | program.behind(start)]
+        self.own = {n: fit.values.merged[n].float().clone() for g in groups for n in (g[0].weight, g[0].bias) if n}
+        self.turned = {group[0].weight: group[0].turned for group in groups if group[0].kind == "linear"}
+        self.white = self._whitenings(groups)
+        for name, (_, back) in self.white.items():
+            self.own[name] = (self.own[name].mT if self.turned[name] else self.own[name]) @ back
+        sizes = {g[0].weight: typical_size(self.own[g[0].weight]) for g in groups}
+        of = {name: g[0].weight for g in groups for name in (g[0].weight, g[0].bias) if name}
+        self.set_parameters(list(self.own.values()), [sizes[of[name]] for name in self.own])
+
+    def __call__(self, b: int) -> Iterator[tuple[RefitSite, Tensor]]:
+        """The streams of a micro-batch."""
+        tensors = ChainMap(self._now(), self.fit.values.merged)  # type: ignore[arg-type]
+        known = self.fit.values.follow(self.nodes, {}, MERGED, b, tensors)
+        for site in self.aims:
+            yield site, known[site.stream]  # type: ignore[index]
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self._now().items()}
+
+    def _now(self) -> dict[str, Tensor]:
+        tensors = dict(self.own)
+        for name, (there, _) in self.white.items():
+            weight = tensors[name] @ there
+            tensors[name] = weight.mT if self.turned[name] else weight
+        return tensors
+
+    def _whitenings(self, groups: Sequence[Places]) -> dict[str, tuple[Tensor, Tensor]]:
+        """By linear map what makes its inputs white, all places counting the same, and back again."""
+        fit, values = self.fit, self.fit.values
+        found: dict[fx.Node, list[tuple[Tensor, Tensor]]] = {}
+        linear = [group for group in groups if group[0].weight in self.turned]
+        for b in range(len(values.batches)):
+            known = values.follow(self.nodes, {}, MERGED, b)
+            for source in dict.fromkeys(site.node.args[0] for group in linear for site in group):
+                x = known[source] if source in known else values.of(source, MERGED, b)  # type: ignore[index,arg-type]
+                rows, weight = fit.rows.pick(x.shape, b, -1, x.shape[-1])
+                found.setdefault(source, []).append((x.flatten(0, -2)[rows], weight.to(x)))  # type: ignore[arg-type]
+        squares = {source: mean_squares(fit, parts) for source, parts in found.items()}
+        white = {}
+        for group in linear:
+            own = [squares[site.node.args[0]] for site in group]  # type: ignore[index]
+            white[group[0].weight] = whitening_of(fit, sum(mean for mean, _ in own) / len(own), own[0][1])  # type: ignore[arg-type]
+        return white
+
+
+class RoundErrors:
+    """How far the streams are from the experts', as shares of how these vary, on average over the writers."""
+
+    @torch.no_grad()
+    def __init__(self, fit: Fit, aims: Sequence[RefitSite], windows: Windows) -> None:
+        self.fit, self.windows = fit, windows
+        by_stream = {site.stream: site for site in aims}
+        fitted, held = ({site: Spread(fit, fit.outputs(site)) for site in aims} for _ in range(2))
+        for b, inputs in enumerate(fit.values.inputs):
+            for node, *found in values_of(by_stream.keys(), fit.values.program, fit.values.tensors[:-1], inputs):
+                site = by_stream[node]
+                label = fit.targets.label(site)
+                y = fit.targets.share_of(found, site.target_axis, label, b, EVERYTHING, normed_next(node))
+                fit.targets.know(site, b, EVERYTHING, y)
+                apart, weight = self._weights(site, b, len(y))
+                fitted[site].add(y, weight * ~apart)
+                held[site].add(y, weight * apart)
+        self.fitted, self.held = ({site: max(x.total(), 1e-30) for site, x in own.items()} for own in (fitted, held))
+
+    def held_out(self, layer: Rounds) -> Tensor:
+        total = self.fit.zeros(1)
+        with torch.no_grad():
+            for b in range(len(self.fit.values.batches)):
+                if bool(self.windows.held(b).any()):
+                    for site, off in self._off(layer, b):
+                        apart, weight = self._weights(site, b, len(off))
+                        total += ((weight * apart) @ off).to(total) / (self.held[site] * len(layer.aims))
+        return self.fit.all_reduce(total)
+
+    def backward(self, layer: Rounds, step: int) -> None:
+        for b, seen in self.windows.seen(step):
+            errors = []
+            for site, off in self._off(layer, b):
+                _, weight = self._weights(site, b, len(off))
+                share = len(self.windows) / (self.fitted[site] * len(layer.aims))
+                errors.append((weight * by_row(seen, len(off))) @ off * share)
+            torch.stack(errors).sum().backward()
+
+    def _off(self, layer: Rounds, b: int) -> Iterator[tuple[RefitSite, Tensor]]:
+        for site, stream in layer(b):
+            y = self.fit.targets.reached(site, b, EVERYTHING)
+            yield site, (stream.movedim(site.target_axis, -1).flatten(0, -2) - y).square().sum(1)
+
+    def _weights(self, site: RefitSite, b: int, rows: int) -> tuple[Tensor, Tensor]:
+        """Which rows of a micro-batch are held out, and what each counts."""
+        shape = shape_of(site.stream)  # type: ignore[arg-type]
+        weight = self.fit.rows.weights(shape, b, site.target_axis)
+        return by_row(self.windows.held(b), rows), weight
