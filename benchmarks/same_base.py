@@ -188,6 +188,11 @@ SMILE = tuple(
 )
 """Kinds of residues that every token gets by the gates of SMILE, which read the base and no data."""
 
+WEMOE = ("wemoe", "wemoe-distilled")
+"""Trainings of routers that weigh the task vectors of MLPs for every sample, on calibration images."""
+
+STEPS = 200  # of these
+
 
 def options_of(rule: str) -> Iterator[dict[str, Any]]:
     """The settings of a rule that are tried, its defaults first."""
@@ -358,6 +363,16 @@ def by_task(world: World, method: str = "identity") -> str:
         for about, within in ((", the task's head known", True), ("", False)):
             found = routed_scores(model, world, within)
             lines.append(sized(name + about, 1 + kept_bytes / bare, found, own, seconds))
+    average = {"combine": "task-arithmetic", "combine_options": {"scale": 1 / len(own)}}
+    for training in WEMOE:
+        started = time.perf_counter()
+        polish = {"kind": training, "steps": STEPS, "evaluate_every": 25}
+        model = hf_zipit.merge(world.experts, world.calibration(), base=world.bases, polish=polish, **average, **plain)
+        seconds = time.perf_counter() - started
+        bare, kept_bytes = residue_bytes(model)
+        for about, within in ((", the task's head known", True), ("", False)):
+            found = routed_scores(model, world, within)
+            lines.append(sized(f"`{training}`, trained{about}", 1 + kept_bytes / bare, found, own, seconds))
     return "\n".join(lines)
 
 

@@ -292,7 +292,7 @@ def card_text(
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=polished,
         training=polished and TRAININGS.find(polished.kind),
-        residues=residue_bytes(model) if model.config.residues else None,
+        residues=residue_bytes(model) if model.config.residues or model.config.mixtures else None,
         refit=None if result.changed else RefitReport.of(model),
         refit_picture=REFIT_PICTURE if installed("matplotlib") else None,
         depth_picture=DEPTH_PICTURE if draws_curve(result) else None,
