@@ -1,7 +1,7 @@
-"""Mixtures of task vectors: MLPs of the trunk whose task vectors are weighed anew for every sample (WEMoE, arXiv 2402.00433).
+"""Mixtures of task vectors: MLPs that are merged anew for every sample (WEMoE, arXiv 2402.00433).
 
-The linear layers y = W x + b of an MLP are y + sum_t g_t(h) (D_t x + e_t), with the task vectors D_t and e_t of their
-weights and biases, and weights g that a small router makes of the MLP's input h, one for every task and sample:
+The linear layers y = W x + b of an MLP of the trunk are y + sum_t g_t(h) (D_t x + e_t), with the task vectors D_t and
+e_t of their weights and biases, and weights g of every task and sample that a small router makes of the MLP's input h:
 
     g(h) = mean over the positions of (up relu(down h + inner) + outer).
 

@@ -291,6 +291,7 @@ def card_text(
         ends=ends,
         scored=result.scores and score_lines({EXPERTS: result.expert_scores, "**this model**": result.scores}),
         polished=polished,
+        rooted=model.config.method.get("rooted"),
         training=polished and TRAININGS.find(polished.kind),
         residues=residue_bytes(model) if model.config.residues or model.config.mixtures else None,
         refit=None if result.changed else RefitReport.of(model),
