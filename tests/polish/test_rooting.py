@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from hf_zipit.data.calibration import Calibration
 from hf_zipit.errors import DataError, RecipeError
 from hf_zipit.polish.rooting import root
 from hf_zipit.polish.state import Progress
+from hf_zipit.symmetry import MergeSpec
+from hf_zipit.symmetry.group import apply_element, random_element
+from hf_zipit.symmetry.proof import model_tensors
 
 from .. import tiny
 
@@ -107,9 +111,18 @@ def test_the_same_seed_gives_the_same_bytes_and_the_anchor_matters() -> None:
     assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def test_copies_of_one_expert_stay_what_they_are() -> None:
-    (first,) = {id(model): model for model in [experts("vit")["a"]]}.values()
-    model = merged(models={"a": first, "b": first}, root=FEW)
+@torch.no_grad()
+def test_a_reordered_copy_of_the_anchor_starts_as_itself() -> None:
+    first = experts("vit")["a"]
+    spec, copied = MergeSpec.from_model(first), copy.deepcopy(first)
+    element = random_element(spec, torch.Generator().manual_seed(1), permutations_only=True)
+    moved = apply_element(model_tensors(first), spec, element)
+    for name, tensor in model_tensors(copied).items():
+        tensor.copy_(moved[name])
+    model = merged(models={"a": first, "b": copied}, root=FEW)
+    assert not all(
+        torch.equal(own, tensor) for own, tensor in zip(first.parameters(), copied.parameters(), strict=True)
+    )
     assert model.config.method["rooted"]["experts"]["b"]["loss"][0] < 1e-6
     torch.testing.assert_close(logits(model, task="b"), logits(first), rtol=1e-3, atol=1e-3)
 
