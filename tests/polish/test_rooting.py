@@ -105,10 +105,9 @@ def test_the_card_and_the_record_call_it_training(tmp_path: Path) -> None:
     assert model.config.method["rooted"]["experts"]["b"]["steps"] == 6
 
 
-def test_the_same_seed_gives_the_same_bytes_and_the_anchor_matters() -> None:
-    one, two, other = (merged(root={"anchor": anchor, **FEW}).state_dict() for anchor in "aab")
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    one, two = (merged(root={"anchor": "a", **FEW}).state_dict() for _ in range(2))
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
-    assert not all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
 @torch.no_grad()
@@ -128,7 +127,8 @@ def test_a_reordered_copy_of_the_anchor_starts_as_itself() -> None:
 
 
 def test_a_refit_goes_on_from_rooted_experts() -> None:
-    model = merged(method="permute", refit=True, root={"anchor": "a", **FEW})
+    few = {"attention_steps": 0, "unit_steps": 0, "answer_steps": 0, "written_samples": 0}
+    model = merged(method="permute", refit=few, root={"anchor": "a", **FEW})
     assert model.config.method["rooted"]["anchor"] == "a" and model.config.method["refit_errors"]
 
 
