@@ -37,6 +37,7 @@ SHOWN = (
     "combine_options",
     "refit",
     "corrections",
+    "root",
     "polish",
     "residues",
     "seed",

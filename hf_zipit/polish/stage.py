@@ -70,7 +70,7 @@ def train(
     accelerator = calibration.run_on()
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise RecipeError(
-            f"polish runs in float32 or with mixed precision bf16, but the accelerator's is "
+            f"Training runs in float32 or with mixed precision bf16, but the accelerator's is "
             f"{accelerator.mixed_precision}; give another accelerator"
         )
     samples = Samples(calibration, tasks, config.held_out, planned.config.seed)
