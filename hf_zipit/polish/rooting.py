@@ -28,6 +28,7 @@ from hf_zipit.errors import RecipeError
 from hf_zipit.maps.space_map import Alignment, LinearMap, Map, SpaceMap
 from hf_zipit.maps.transform import to_merged
 from hf_zipit.modeling import ZipItPreTrainedModel
+from hf_zipit.modeling.empty_model import empty_model
 from hf_zipit.planning.plan import Plan
 from hf_zipit.polish.distance import Distance
 from hf_zipit.polish.kind import Learnt
@@ -86,7 +87,7 @@ def root(
             student = assemble(planned, {n: model_tensors(moved[anchor])[n] for n in planned.cut.trunk}, maps)
             report = train(student, planned, calibration, config.training, (task,), Towards(student, planned, task))
             reports[task] = rounded(report)
-            rooted[task] = plain(student, planned, task)
+            rooted[task] = plain(student, task)
     rule, residues = RULES.get(planned.config.combine), planned.config.residues
     based = rule.needs_base or (residues is not None and residues.needs_origin)
     bases = dict.fromkeys(planned.tasks, moved[anchor]) if based else {}
@@ -133,11 +134,11 @@ def in_merged_units(planned: Plan, maps: Alignment, expert: int) -> PreTrainedMo
     return with_tensors(model, moved)
 
 
-def plain(student: ZipItPreTrainedModel, planned: Plan, task: str) -> PreTrainedModel:
-    """What was learnt for a task as a model of the experts' class."""
+def plain(student: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
+    """What was learnt for a task as a model of the experts' class, whose head is tied to nothing any more."""
     parts = model_tensors(student.branch(task)) | model_tensors(student.trunk)
-    model = copy.deepcopy(planned.folded[task])
-    return with_tensors(model, {name: parts[name] for name in model_tensors(model) if name in parts})
+    model = empty_model(student.config, task).eval()
+    return with_tensors(model, {name: parts[name] for name in model_tensors(model)})
 
 
 @torch.no_grad()
