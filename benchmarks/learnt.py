@@ -34,6 +34,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "surgery, all blocks": {**ARITHMETIC, "polish": {"kind": "surgery", "options": {"blocks": True}, **FEW}},
     "SyMerge": {**ARITHMETIC, "polish": {"kind": "symerge", **FEW}},
     "Concrete mask": {**ARITHMETIC, "polish": {"kind": "concrete", **FEW}},
+    "WEMoE": {**ARITHMETIC, "polish": {"kind": "wemoe", **FEW}},
+    "WEMoE, distilled": {**ARITHMETIC, "polish": {"kind": "wemoe-distilled", **FEW}},
     "all weights": {**ARITHMETIC, "polish": {"kind": "weights", **FEW}},
     "refit, no alignment (solved)": {"method": "identity", "refit": True, "corrections": ()},
 }  # fmt: skip

@@ -188,6 +188,12 @@ SMILE = tuple(
 )
 """Kinds of residues that every token gets by the gates of SMILE, which read the base and no data."""
 
+WEMOE = ("wemoe", "wemoe-distilled")
+"""Trainings of routers that weigh the task vectors of MLPs for every sample, on calibration images."""
+
+FEW = {"steps": 200, "evaluate_every": 25}
+"""Of these trainings."""
+
 
 def options_of(rule: str) -> Iterator[dict[str, Any]]:
     """The settings of a rule that are tried, its defaults first."""
@@ -361,6 +367,43 @@ def by_task(world: World, method: str = "identity") -> str:
     return "\n".join(lines)
 
 
+def unknown_tasks(world: World) -> str:
+    """What finds out by itself what a sample needs: routers on top of residues, and those that are trained in MLPs."""
+    plain: dict[str, Any] = {"method": "identity", "corrections": (), "refit": False}
+    average = {"combine": "task-arithmetic", "combine_options": {"scale": 1 / len(world.experts)}}
+    settings: dict[str, dict[str, Any]] = {"average": {}}
+    settings |= {f"`{own['kind']}`, `discriminant`": {"residues": own} for own in ROUTED}
+    settings |= {
+        f"`{own['kind']}`, `smile`, top {own['router_options']['top']}": {"residues": own, "base": world.bases}
+        for own in SMILE
+    }
+    settings |= {
+        f"`{kind}`, trained": {"polish": {"kind": kind, **FEW}, "base": world.bases, **average} for kind in WEMOE
+    }
+    own = world.scores(world.experts, "test")
+    lines = [
+        "| | size | task and class found | worst | of experts | the task's head known | of experts | seconds |",
+        f"| --- |{' ---: |' * 7}",
+    ]
+    for name, setting in settings.items():
+        started = time.perf_counter()
+        model = hf_zipit.merge(world.experts, world.calibration(), **plain, **setting)
+        seconds = time.perf_counter() - started
+        bare, kept_bytes = residue_bytes(model)
+        alone, within = (routed_scores(model, world, known) for known in (False, True))
+        shown = [
+            f"{1 + kept_bytes / bare:.3f}",
+            *(f"{x:.3f}".removeprefix("0") for x in (mean(alone), min(alone.values()))),
+        ]
+        shown += [f"{100 * kept(alone, own):.1f} %", f"{mean(within):.3f}".removeprefix("0")]
+        lines.append(f"| {name} | {' | '.join([*shown, f'{100 * kept(within, own):.1f} %', f'{seconds:.1f}'])} |")
+    return "\n".join(lines)
+
+
+def mean(found: Mapping[str, float]) -> float:
+    return sum(found.values()) / len(found)
+
+
 @torch.no_grad()
 def routed_scores(model: PreTrainedModel, world: World, within: bool = False) -> dict[str, float]:
     """By task the share of test images of which a routed model finds the task and the class; `within` a task's own
@@ -458,8 +501,10 @@ def worlds(folder: Path | None, sections: Collection[str]) -> dict[str, Callable
     made: dict[str, Callable[[], str]] = {
         "Two tasks, one base": lambda: same_base(one_base(2)),
         "Two tasks, one base, the task known": lambda: by_task(one_base(2)),
+        "Two tasks, one base, the task unknown": lambda: unknown_tasks(one_base(2)),
         "Four tasks, one base": lambda: same_base(one_base(4)),
         "Four tasks, one base, the task known": lambda: by_task(one_base(4)),
+        "Four tasks, one base, the task unknown": lambda: unknown_tasks(one_base(4)),
         "Four tasks, one base, under stress": lambda: under_stress(one_base(4), stressed()),
         "Four tasks, two bases": lambda: two_bases(mixed()),
         "Four tasks, two bases, the task known": lambda: by_task(mixed(), "weights"),

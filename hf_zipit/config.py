@@ -232,6 +232,39 @@ class PolishConfig:
 
 @checked
 @dataclass(frozen=True, kw_only=True)
+class RootConfig:
+    """How experts are trained from the weights of one of them before they are combined, if they are.
+
+    Attributes:
+        anchor: the task whose expert the others start from; the first by default.
+        steps, batch_size, learning_rate, feature_weight, held_out, evaluate_every, patience: as of a `PolishConfig`.
+    """
+
+    anchor: str | None = None
+    steps: int = 600
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    feature_weight: float = 1.0
+    held_out: float = 0.125
+    evaluate_every: int = 50
+    patience: int = 6
+
+    def __post_init__(self) -> None:
+        set_typed(self, "root")
+        _ = self.training
+
+    @property
+    def training(self) -> PolishConfig:
+        """The training of every expert."""
+        own = {name: value for name, value in asdict(self).items() if name != "anchor"}
+        try:
+            return PolishConfig(**own)
+        except RecipeError as error:
+            raise RecipeError(str(error).replace("polish's", "root's")) from None
+
+
+@checked
+@dataclass(frozen=True, kw_only=True)
 class ResidueConfig:
     """What is kept, task by task, of what the tasks' own weights are more than the merged ones.
 
@@ -312,6 +345,9 @@ class MergeConfig:
             `hf_zipit.correct`. `"auto"`: what an automatic method needs, else nothing.
         polish: True, a `PolishConfig` or its settings, or its kind alone (`polish="adamerging"`): *train* the merged
             model, or a part of it, on the calibration data, after everything else; False or None, the default: do not.
+        root: True, a `RootConfig` or its settings, or the anchor's task alone (`root="clothes"`): *train* the other
+            experts from the anchor's weights towards their own answers before they are combined, as experts of one
+            base; False or None, the default: do not.
         residues: True, a `ResidueConfig` or its settings, or its size or kind alone (`residues=1.1`, `"emr"`): keep
             what the tasks' own weights are more than the merged ones in a few bits, to be added where a task runs
             alone; False or None, the default: do not. It is for trunks that are not refitted.
@@ -336,6 +372,7 @@ class MergeConfig:
     refit: RefitConfig | Mapping[str, Any] | bool | Literal["auto"] | None = AUTO
     corrections: Named | Literal["auto"] = AUTO
     polish: PolishConfig | Mapping[str, Any] | str | bool | None = None
+    root: RootConfig | Mapping[str, Any] | str | bool | None = None
     residues: ResidueConfig | Mapping[str, Any] | float | str | bool | None = None
     row_fraction: float | Literal["auto"] = AUTO
     vocabulary: str = "same"
@@ -359,6 +396,13 @@ class MergeConfig:
             self._set("corrections", correction_options(() if self.corrections == AUTO else self.corrections))
         trained = {"kind": self.polish} if isinstance(self.polish, str) else self.polish
         self._set("polish", section(PolishConfig, trained, "polish"))
+        rooted = {"anchor": self.root} if isinstance(self.root, str) else self.root
+        self._set("root", section(RootConfig, rooted, "root"))
+        if self.root is not None and self.polish is not None:
+            raise RecipeError(
+                "root trains experts before they are combined, and polish towards experts as they then are; leave "
+                "one of them out."
+            )
         kept = {"size": self.residues} if _is_number(self.residues) else self.residues
         kept = {"kind": kept} if isinstance(kept, str) else kept
         self._set("residues", section(ResidueConfig, kept, "residues"))
@@ -426,6 +470,8 @@ class MergeConfig:
             plain["refit"] = asdict(self.refit)
         if self.polish is not None:  # where its state is kept decides nothing
             plain["polish"] = {name: value for name, value in asdict(self.polish).items() if name != "checkpoint"}
+        if self.root is not None:
+            plain["root"] = asdict(self.root)
         if self.residues is not None:
             plain["residues"] = asdict(self.residues)
         if self.corrections != AUTO:

@@ -1,6 +1,8 @@
 """`merge()`: the stages in order, and nothing else.
 
-    plan -> observe -> align -> combine -> refit -> assemble -> correct (-> polish -> residues, where asked for)
+    plan -> observe -> align (-> root) -> combine -> refit -> assemble -> correct (-> polish -> residues)
+
+Those in brackets are there where they are asked for.
 
 Each stage can be called alone: it takes the plan and the results of those before, and returns its own.
 """
@@ -45,6 +47,7 @@ from hf_zipit.planning.plan import Plan, make_plan
 from hf_zipit.planning.size import depth_for_size
 from hf_zipit.polish.kind import check_polish
 from hf_zipit.polish.report import rounded
+from hf_zipit.polish.rooting import check_root, root
 from hf_zipit.polish.stage import polish
 from hf_zipit.refit.joint_heads import calibrate_joint, check_joint_heads
 from hf_zipit.refit.stage import refit_trunk
@@ -110,6 +113,7 @@ def plan(
         )
         check_rule(planned)
         check_polish(planned)
+        check_root(planned)
         wide = cache(lambda: widenable_spaces(first, planned.spec))
         needs = check_settings(planned.spec, len(loaded), config, wide)
         return replace(planned, needs=needs, widenable=wide() if "widths" in needs else frozenset())
@@ -121,6 +125,8 @@ def _needs_data(config: MergeConfig) -> str | None:
         return "refit regresses on what the experts compute"
     if RULES.get(config.combine).layerwise:
         return f"combine={config.combine!r} merges layers on what the models compute"
+    if config.root is not None:
+        return "root trains experts on what they compute"
     if config.polish is not None:
         return "polish trains on what the experts compute"
     return f"{next(iter(config.corrections))} runs models on data" if config.corrections else None
@@ -140,7 +146,9 @@ def merge(
     example_inputs: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
-    """Merge models of one architecture into one multi-task model; without training, unless `polish` is asked for.
+    """Merge models of one architecture into one multi-task model, without training.
+
+    Only `polish` and `root` train, where they are asked for.
 
     Args:
         experts: the models by task name: loaded ones, repo ids or folders; in a list, each is named like its folder
@@ -208,7 +216,10 @@ def merge(
             )
         found = moments_for(planned.matched, calibration, moments)
         maps = align_trunk(planned, found)
-        if planned.matched is not planned or not planned.config.corrections:  # moments of the bases are no expert's
+        planned, maps, rooted = root(planned, maps, calibration)
+        if (
+            rooted or planned.matched is not planned or not planned.config.corrections
+        ):  # moments of the bases are no expert's
             found = None  # their memory is needed
         read = statistics_for(planned, calibration, statistics)
         if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
@@ -237,7 +248,7 @@ def merge(
         add_router(merged, planned, maps, calibration)
         calibrate_joint(merged, planned, calibration)
         errors = refitted.report.to_dict() if refitted.report else None
-        record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished))
+        record(merged, planned, calibration, errors, reading.get("processor"), polished and rounded(polished), rooted)
         if output_dir is not None:
             merged.save_pretrained(output_dir)
         return merged

@@ -54,6 +54,8 @@ def plain_expert(merged: ZipItPreTrainedModel, task: str) -> PreTrainedModel:
         raise ExpertError(_cannot(merged, task, "it is rescaled and shifted per task; merge without that correction"))
     if config.surgery is not None:
         raise ExpertError(_cannot(merged, task, "its features are corrected per task; merge without surgery"))
+    if config.mixtures:
+        raise ExpertError(_cannot(merged, task, "its MLPs are weighed for every sample; merge without that"))
     if config.residues:
         raise ExpertError(_cannot(merged, task, "it has residues per task; take the expert that it was merged from"))
     if config.output_bias:

@@ -27,11 +27,12 @@ def record(
     refit_errors: Mapping[str, Any] | None,
     processor: Any = None,
     polished: Mapping[str, Any] | None = None,
+    rooted: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """The model itself, with what it is to remember. It must be finished: its weights are hashed.
 
     The calibration data's processor, or without data the one that is given, may become the model's; `refit_errors` is
-    what a refit left and `polished` what a training did, as plain values.
+    what a refit left, `polished` and `rooted` what a training after and before the merge did, as plain values.
     """
     found = {
         **planned.config.to_dict(),
@@ -47,7 +48,9 @@ def record(
         found["refit_errors"] = packed(refit_errors)
     if polished is not None:
         found["polished"] = polished
-    if planned.bases:
+    if rooted is not None:
+        found["rooted"] = rooted
+    elif planned.bases:
         found["bases"] = {task: origin.to_dict() for task, origin in origins(planned.bases).items()}
     found["sha256"] = fingerprint_experts({"": merged})[""]
     merged.config.method = found

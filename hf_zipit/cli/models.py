@@ -78,6 +78,14 @@ def merge(
         str | None,
         typer.Option(help="The model that all experts started from, for rules that read it.", show_default=False),
     ] = None,
+    root: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK",
+            help="Train the other experts from this one's weights before they are merged.",
+            show_default=False,
+        ),
+    ] = None,
     polish: Annotated[
         str | None,
         typer.Option(
@@ -130,6 +138,7 @@ def merge(
             data = CalibrationData(calibration, split, columns=columns, streaming=streaming, samples=samples)
         settings = {
             **({"combine": combine} if combine != "average" else {}),
+            **({"root": root} if root else {}),
             **({"polish": polish} if polish else {}),
             **({"residues": number_or_name(residues)} if residues else {}),
             **({} if size is None else {"size": size}),

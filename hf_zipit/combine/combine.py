@@ -39,7 +39,7 @@ which several fit in a core's cache. Four times as many take three times as long
 def check_base(config: MergeConfig, base: Any) -> None:
     """Raise RecipeError if a rule needs a base and has none, or the reverse."""
     rule = RULES.get(config.combine)
-    if rule.needs_base and base is None:
+    if rule.needs_base and base is None and config.root is None:
         raise RecipeError(
             f"combine={config.combine!r} adds up what the experts learnt; pass the model that they "
             "started from as base="

@@ -7,7 +7,8 @@ Nothing here knows a model family: trunk and branches are modules of the source 
 entered through the unmerge maps (`entries.py`), joined by pure functions (`joint.py`).
 
 Invariants: every tensor is once in the state dict (`trunk.`, `branches.TASK.`, `entries.TASK.`, `exits.TASK.`,
-`rescales.`, `surgery.`, `residues.`, `router.`, `gates.`), and a saved and loaded model gives bit-identical outputs.
+`rescales.`, `surgery.`, `residues.`, `router.`, `gates.`, `mixtures.`), and a saved and loaded model gives
+bit-identical outputs.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from .gates import Gate, make_gates
 from .head_dims import cut_heads
 from .hub import COMPANIONS, auto_map, open_repo, push_folder, write_remote_module
 from .joint import joint_ids, joint_loss, side_by_side
+from .mixtures import VectorMixture, make_mixtures
 from .rescale import Affine, make_rescales
 from .residue import Residue
 from .residues import make_residues, residue_of
@@ -133,6 +135,8 @@ class ZipItPreTrainedModel(PreTrainedModel):
             self.router = make_router(config.router, self.trunk, len(config.tasks))
         if config.gates is not None:
             self._make_gates()
+        if config.mixtures:
+            self._make_mixtures()
         self.post_init()
 
     @classmethod
@@ -224,6 +228,21 @@ class ZipItPreTrainedModel(PreTrainedModel):
         self.surgery = make_surgery(self.config.surgery, self.trunk, readouts, self.branches)
         self.surgery.train(self.training)
 
+    def add_mixtures(self, settings: Sequence[Mapping[str, Any]]) -> list[VectorMixture]:
+        """MLPs whose task vectors are weighed for every sample, not at all until that is learnt: see `mixtures.py`.
+
+        `settings` become `config.mixtures`. Raises ZipItError if the model has some.
+        """
+        if self.config.mixtures:
+            raise ZipItError("This model's MLPs are weighed for every sample already; start from the merged model.")
+        self.config.mixtures = [dict(setting) for setting in settings]
+        self._make_mixtures()
+        return list(self.mixtures)
+
+    def _make_mixtures(self) -> None:
+        self.mixtures = make_mixtures(self.config.mixtures, self.trunk, self.branches.values(), self.branches)
+        self.mixtures.train(self.training)
+
     def adopt(self, model: PreTrainedModel) -> None:
         """What placing, casting and feeding the model depend on is the source class's."""
         self.main_input_name = model.main_input_name
@@ -234,7 +253,7 @@ class ZipItPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """The source class knows how, also for buffers that are in no file (position ids, rotary frequencies)."""
-        if isinstance(module, (Entry, Affine, Surgery, Residue, Router, Gate)):
+        if isinstance(module, (Entry, Affine, Surgery, Residue, Router, Gate, VectorMixture)):
             module.reset()
         else:
             next(iter(self.branches.values()))._init_weights(module)

@@ -37,13 +37,14 @@ SHOWN = (
     "combine_options",
     "refit",
     "corrections",
+    "root",
     "polish",
     "residues",
     "seed",
 )
 """Of the record of a merge, what `repr` tells; `to_dict` has all of it."""
 
-BY_LAYER = ("trunk_shapes", "head_dims", "rotary_pairs", "rescaled", "residues")
+BY_LAYER = ("trunk_shapes", "head_dims", "rotary_pairs", "rescaled", "residues", "mixtures")
 """Fields that say how modules are built, layer by layer: a line each in the file, however many layers there are. Maps
 of units are tensors, and stand with the others in the safetensors file."""
 
@@ -73,6 +74,8 @@ class ZipItConfig(PreTrainedConfig):
             nothing does.
         gates: what gives every token the residues of some tasks (see `gates.py`): `{"top": so many at most, "layers":
             [{"module": name in the trunk, "rank": int, "units": int}]}`; None: nothing does.
+        mixtures: MLPs of the trunk whose task vectors are weighed for every sample (see `mixtures.py`): `{"layers":
+            [name in the trunk], "hidden": units of the router, "rank": of the task vectors, 0 for whole ones}`.
         surgery: networks that correct a task's features (see `surgery.py`): `{"rank": int, "sites": [{"module": path
             in the source, "axis": int, "size": k}]}`, the sites in the trunk; entries and exits have one each.
         trunk_shapes: shapes of trunk tensors, by name in the source model, that differ from the source's.
@@ -113,6 +116,7 @@ class ZipItConfig(PreTrainedConfig):
     residues: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str = ()
     router: dict[str, Any] | None = None
     gates: dict[str, Any] | None = None
+    mixtures: list[dict[str, Any]] | tuple[dict[str, Any], ...] | str = ()
     surgery: dict[str, Any] | None = None
     trunk_shapes: dict[str, list[int]] | str | None = None
     head_dims: dict[str, int] | str | None = None
@@ -132,7 +136,7 @@ class ZipItConfig(PreTrainedConfig):
             self.source_config = AutoConfig.for_model(**self.source_config)
         for name in BY_LAYER:
             setattr(self, name, unpacked(getattr(self, name)))
-        for name in ("tasks", "shared", "entries", "exits", "residues", "joint_names"):
+        for name in ("tasks", "shared", "entries", "exits", "residues", "mixtures", "joint_names"):
             setattr(self, name, list(getattr(self, name)))
         self.trunk_shapes = dict(self.trunk_shapes or {})
         self.head_dims = dict(self.head_dims or {})

@@ -110,7 +110,8 @@ def residue_of(residues: Iterable[nn.Module], settings: Sequence[Mapping[str, An
 
 
 def residue_bytes(model: nn.Module) -> tuple[int, int]:
-    """Bytes of a merged model without its residues, and of these, with the router or the gates."""
+    """Bytes of a merged model without what is added to its trunk for tasks or samples, and of this."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
-    kept = sum(size for name, size in sizes.items() if name.startswith(("residues.", "router.", "gates.")))
+    added = ("residues.", "router.", "gates.", "mixtures.")
+    kept = sum(size for name, size in sizes.items() if name.startswith(added))
     return sum(sizes.values()) - kept, kept

@@ -118,13 +118,14 @@ def versions(output: Any) -> list[int]:
 class Now:
     """What is running: the outputs of the joint forward pass, or inside the trunk the task that it runs for.
 
-    `inputs`: of a pass that is for a router's features only.
+    `inputs`: of a pass that is for a router's features only; `notes`: what modules leave for those that run later.
     """
 
     def __init__(self) -> None:
         self.memo: Memo | None = None
         self.task: str | None = None
         self.inputs: Mapping[str, Any] | None = None
+        self.notes: dict[Any, Any] = {}
 
 
 class OfThread(threading.local, Now):
@@ -147,6 +148,11 @@ def running_jointly() -> bool:
 def running_task() -> str | None:
     """Inside the trunk, the module name of the task that it runs for; None in a joint forward pass."""
     return _now().task
+
+
+def notes() -> dict[Any, Any]:
+    """What modules note in a forward pass for those that run later in it, of this thread."""
+    return _now().notes
 
 
 @contextmanager

@@ -63,6 +63,7 @@ def _for_plain_module(config: MergeConfig, model: nn.Module) -> MergeConfig:
     Raises RecipeError where that is asked for.
     """
     asked = {"refit": config.refit, "corrections": config.corrections, "polish": config.polish}
+    asked["root"] = config.root
     for name, setting in asked.items():
         if setting and setting != AUTO:
             raise RecipeError(

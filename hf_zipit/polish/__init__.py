@@ -1,6 +1,6 @@
-"""Polish, the one stage that trains: a merged model distilled from its experts on the same unlabelled samples.
+"""What trains: polish, of a merged model towards its experts on the same unlabelled samples, and rooting before it.
 
-It is off unless it is asked for. Everything before it is solved layer by layer; this is a few hundred steps of AdamW
+Both are off unless they are asked for. Everything else is solved layer by layer; this is a few hundred steps of AdamW
 (Hinton et al., *Distilling the Knowledge in a Neural Network*, arXiv 1503.02531), after which the model is called
 trained wherever it is described. No label is read.
 """

@@ -78,6 +78,7 @@ class PolishKind:
         about: what it does, for cards: "the model was trained ... to ...", as in "all weights, to put out ...".
         loss: what is measured on held-out samples, for cards.
         needs_base: whether it goes on from task vectors.
+        check: is given the plan and the options before any work, and raises what is wrong.
     """
 
     name: str
@@ -85,18 +86,24 @@ class PolishKind:
     about: str
     loss: str
     needs_base: bool = False
+    check: Callable[..., object] = lambda planned, **options: None
 
 
 KindFunction = TypeVar("KindFunction", bound=Callable[..., Learnt])
 
 
 def register(
-    name: str, *, about: str, loss: str = "distance from the experts", needs_base: bool = False
+    name: str,
+    *,
+    about: str,
+    loss: str = "distance from the experts",
+    needs_base: bool = False,
+    check: Callable[..., object] = lambda planned, **options: None,
 ) -> Callable[[KindFunction], KindFunction]:
     """Decorator that makes a function a kind of training; see `PolishKind`."""
 
     def decorate(function: KindFunction) -> KindFunction:
-        TRAININGS.add(name, PolishKind(name, function, about, loss, needs_base))
+        TRAININGS.add(name, PolishKind(name, function, about, loss, needs_base, check))
         return function
 
     return decorate
@@ -105,18 +112,20 @@ def register(
 def check_polish(planned: Plan) -> None:
     """Raise RecipeError if a training goes on from task vectors, and there are none or a refit changes what they are.
 
-    It is asked before any work.
+    It is asked before any work. Raises also what the kind's own check does.
     """
     config: Any = planned.config.polish
-    if config is None or not TRAININGS.get(config.kind).needs_base:
+    if config is None:
         return
-    if not planned.bases:
+    kind = TRAININGS.get(config.kind)
+    if kind.needs_base and not planned.bases:
         raise RecipeError(
             f"polish={config.kind!r} learns how much of the experts' task vectors counts; choose a rule that reads a "
             "base, such as combine='task-arithmetic', and pass base="
         )
-    if planned.config.refit is not None:
+    if kind.needs_base and planned.config.refit is not None:
         raise RecipeError(
             f"polish={config.kind!r} goes on from task vectors, and refitted weights are no sum of these; pass "
             "refit=False"
         )
+    kind.check(planned, **config.options)

@@ -66,7 +66,7 @@ class Loop:
         with training_only(self.merged, [*self.parameters.values(), *self.learnt.through]):
             self._start()
             shown = tqdm(
-                total=self.config.steps, initial=self.progress.step, desc="polish", unit="step",
+                total=self.config.steps, initial=self.progress.step, desc="train", unit="step",
                 disable=not self.accelerator.is_main_process,
             )  # fmt: skip
             with shown:

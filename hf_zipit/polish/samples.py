@@ -35,7 +35,7 @@ class Samples:
             count = size_of(inputs)
             if count < 2:
                 raise DataError(
-                    f"polish holds samples out and needs at least two of every task, but the calibration data has "
+                    f"Training holds samples out and needs at least two of every task, but the calibration data has "
                     f"{count} for the task {task!r}; give more"
                 )
             order = self._order(count, number, 0)

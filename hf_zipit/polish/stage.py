@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
@@ -15,11 +16,12 @@ from hf_zipit.experts.fingerprint import digest_strings, fingerprint_experts
 from hf_zipit.maps.space_map import Alignment
 from hf_zipit.modeling import ZipItPreTrainedModel
 from hf_zipit.planning.plan import Plan
-from hf_zipit.polish.kind import Finished
+from hf_zipit.polish.kind import Finished, Learnt
 from hf_zipit.polish.loop import Loop
 from hf_zipit.polish.report import PolishReport
 from hf_zipit.polish.samples import Samples
 from hf_zipit.refit.asked import asked_token
+from hf_zipit.refit.positions import Positions
 from hf_zipit.refit.stage import readout_positions
 from hf_zipit.registry import TRAININGS
 
@@ -46,24 +48,40 @@ def polish(
     config = planned.config.polish
     if config is None or not planned.cut.trunk:
         return None
+
+    def learn(positions: Positions) -> Learnt:
+        finished = Finished(merged, planned, maps, positions)
+        return TRAININGS.get(config.kind).function(finished, **config.options)
+
+    return train(merged, planned, calibration, config, planned.tasks, learn)
+
+
+def train(
+    merged: ZipItPreTrainedModel,
+    planned: Plan,
+    calibration: Calibration | None,
+    config: PolishConfig,
+    tasks: tuple[str, ...],
+    learn: Callable[[Positions], Learnt],
+) -> PolishReport:
+    """Train what `learn` makes of a model, given which positions count, on samples of some tasks; see `polish`."""
     if calibration is None:
         raise DataError("polish trains on what the experts compute: pass a little unlabelled data as calibration=")
     accelerator = calibration.run_on()
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise RecipeError(
-            f"polish runs in float32 or with mixed precision bf16, but the accelerator's is "
+            f"Training runs in float32 or with mixed precision bf16, but the accelerator's is "
             f"{accelerator.mixed_precision}; give another accelerator"
         )
-    samples = Samples(calibration, planned.tasks, config.held_out, planned.config.seed)
+    samples = Samples(calibration, tasks, config.held_out, planned.config.seed)
     asked = partial(asked_token, list(planned.folded.values()), calibration.micro_batches(64))
     positions = readout_positions(planned.model, calibration.processor, config.readout_weight, asked)
     with torch.enable_grad(), placed([merged, *planned.folded.values()], accelerator.device):
-        kind = TRAININGS.get(config.kind)
-        learnt = kind.function(Finished(merged, planned, maps, positions), **config.options)
+        learnt = learn(positions)
         progress = Loop(
             merged, learnt, samples, config, accelerator, fingerprint=_fingerprint(merged, planned, samples, config)
         ).run()
-    tasks = progress.agreements[0]
+    measured = progress.agreements[0]
     return PolishReport(
         steps=progress.step,
         best=progress.best,
@@ -71,7 +89,7 @@ def polish(
         seed=planned.config.seed,
         samples=samples.counts,
         loss=[progress.losses[0], progress.losses[progress.best]],
-        agreement={task: [progress.agreements[step][task] for step in (0, progress.best)] for task in tasks},
+        agreement={task: [progress.agreements[step][task] for step in (0, progress.best)] for task in measured},
     )
 
 

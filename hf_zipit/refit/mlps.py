@@ -46,7 +46,10 @@ UNTAGGED = {"dropout", "clone", "contiguous", "alias", "detach", "to", "_to_copy
 
 
 def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeSpec) -> Iterator[Mlp]:
-    """The layers whose units can be chosen: no tensor but the writers' and the reader's has an axis in their space."""
+    """The layers whose units can be chosen, in the order they run.
+
+    No tensor but the writers' and the reader's has an axis in their space.
+    """
     writers, readers = defaultdict[str, list[RefitSite]](list), defaultdict[str, list[RefitSite]](list)
     for node in sorted(sites, key=program.position.__getitem__):
         site = sites[node]
@@ -55,7 +58,7 @@ def find_mlps(program: Program, sites: Mapping[fx.Node, RefitSite], spec: MergeS
             if len(set(out)) == 1:  # one map, or a fused one to gates and what they gate
                 writers["*".join(product_key(out[0]))].append(site)
             readers["*".join(product_key(into))].append(site)
-    for name in writers.keys() & readers.keys() & spec.spaces.keys():
+    for name in (name for name in writers if name in readers and name in spec.spaces):
         inside = {tensor for tensor, labels in spec.axes.items() if any(name in product_key(x) for x in labels)}
         own = {tensor for site in (*writers[name], *readers[name]) for tensor in (site.weight, site.bias)}
         inputs = {site.node.args[0] for site in writers[name]}

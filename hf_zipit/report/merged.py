@@ -59,6 +59,7 @@ def merged_parts(model: ZipItPreTrainedModel) -> MergedParts:
         for task, key in model.branch_names.items()
     }
     words = [str(method.get("method", "hand"))]
+    words += ["root"] if method.get("root") else []
     words += ["refit"] if method.get("refit") else []
     words += [next(iter(found)) for found in method.get("corrections") or ()]
     words += ["polish"] if method.get("polish") else []

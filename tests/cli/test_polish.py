@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from hf_zipit.config import PolishConfig
+from hf_zipit.config import PolishConfig, RootConfig
 from hf_zipit.recipe.loading import load_recipe
 
 
@@ -32,6 +32,17 @@ def test_a_kind_of_polish_is_named(call: Any, vits: Path, tmp_path: Path, kind: 
     assert method["combine"] == (rule or "average")
     recipe = load_recipe(tmp_path / "m" / "recipe.yaml")
     assert recipe.config("identity", 1.0).polish == PolishConfig(kind=kind)
+
+
+def test_an_anchor_is_named(call: Any, vits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    init = RootConfig.__init__.__wrapped__  # type: ignore[attr-defined]
+    monkeypatch.setattr(init, "__kwdefaults__", {**init.__kwdefaults__, "steps": 2, "evaluate_every": 1})
+    arguments = [vits / "low", vits / "high", "-c", "sklearn-digits", "--samples", 8, "-m", "identity", "--no-refit"]
+    code, _, err = call("merge", *arguments, "--combine", "ties", "--root", "high", "-o", tmp_path / "m", "-q")
+    assert code == 0, err
+    method = AutoConfig.from_pretrained(tmp_path / "m").method
+    assert method["rooted"]["anchor"] == "high" and method["combine"] == "ties"
+    assert load_recipe(tmp_path / "m" / "recipe.yaml").config("identity", 1.0).root == RootConfig(anchor="high")
 
 
 def test_what_a_kind_needs_is_said_before_any_work(call: Any, vits: Path, tmp_path: Path):
