@@ -42,7 +42,7 @@ $(NIGHTLY): $(INSTALLED)
 	touch $@
 
 nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, and the notebooks
-	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/cli/test_hf_extension.py tests/running/test_verify.py tests/experts
+	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/cli/test_hf_extension.py tests/running/test_verify.py tests/test_publishing.py tests/experts
 
 notebooks: $(NIGHTLY) ## run the notebooks of the docs and keep what they put out
 	$(BIN)/python -m benchmarks.notebooks
