@@ -37,8 +37,11 @@ test: $(INSTALLED) ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
 
 # What needs gigabytes or a browser: sentence-transformers, timm, Gradio in Debian's chromium, the notebooks.
+# timm brings torchvision. One built for another torch (CUDA's beside the CPU's) breaks every import of transformers; then it
+# goes, and the tests of timm are skipped.
 $(NIGHTLY): $(INSTALLED)
 	$(PIP) install -c constraints.txt -e '.[nightly]'
+	$(BIN)/python -c 'import torchvision' || $(PIP) uninstall -y torchvision
 	touch $@
 
 nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, and the notebooks
