@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.kept_rows import tables
 from hf_zipit.files import write_text
 from hf_zipit.planning.auto import WITH_DATA, WITHOUT_DATA
 
@@ -22,18 +23,17 @@ REFERENCES = ("experts", "experts side by side")
 def kept(page: str) -> dict[str, dict[str, float]]:
     """By method and pair the percentage of the experts' mean that is kept at depth 1."""
     found: dict[str, dict[str, float]] = {}
-    for section in page.split("\n## ")[1:]:
-        pair, *lines = section.splitlines()
-        columns: list[str] = []
-        for line in lines:
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if cells[0] == "method":
-                columns = cells
-            elif columns and len(cells) == len(columns):
-                row = dict(zip(columns, cells, strict=True))
-                if row["depth"] == "1" and (share := re.match(r"([\d.]+) %", row["of experts"])):
-                    found.setdefault(row["method"], {})[pair.strip()] = float(share[1])
+    for pair, rows in tables(page).items():
+        for (method, depth), row in rows.items():
+            if depth == "1" and (share := re.match(r"([\d.]+) %", row["of experts"])):
+                found.setdefault(method, {})[pair] = float(share[1])
     return found
+
+
+def sources(page: str, method: str) -> str:
+    """Of which versions a method's rows at depth 1 are."""
+    rows = (rows.get((method, "1")) for rows in tables(page).values())
+    return ", ".join(dict.fromkeys(row["sources"] for row in rows if row))
 
 
 def section(page: str) -> str:
@@ -42,9 +42,10 @@ def section(page: str) -> str:
     pairs = {pair for shares in by_method.values() for pair in shares}
     whole = {m: shares for m, shares in by_method.items() if set(shares) == pairs and m not in REFERENCES}
     means = {method: sum(shares.values()) / len(shares) for method, shares in whole.items()}
-    lines = ["| method | mean | least |", "| --- | ---: | ---: |"]
+    lines = ["| method | mean | least | sources |", "| --- | ---: | ---: | --- |"]
     for method in sorted(means, key=means.__getitem__, reverse=True):
-        lines.append(f"| {method} | {means[method]:.1f} % | {min(whole[method].values()):.1f} % |")
+        least = min(whole[method].values())
+        lines.append(f"| {method} | {means[method]:.1f} % | {least:.1f} % | {sources(page, method)} |")
     return f"""{HEADING}
 
 The share of the experts' mean that is kept at depth 1, over the {len(pairs)} pairs below (`python -m

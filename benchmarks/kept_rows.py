@@ -8,9 +8,7 @@ row names.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
-
-from benchmarks.averages import HEADING
+from collections.abc import Iterable, Mapping, Sequence
 
 EARLIER = "earlier"
 
@@ -18,13 +16,11 @@ Key = tuple[str, str]
 """Method and depth, as they stand in the table."""
 
 
-def tables(page: str, pairs: Container[str]) -> dict[str, dict[Key, dict[str, str]]]:
+def tables(page: str) -> dict[str, dict[Key, dict[str, str]]]:
     """By pair and by method and depth: the cells of a row, by the heads of its table."""
     found: dict[str, dict[Key, dict[str, str]]] = {}
     for section in page.split("\n## ")[1:]:
         name, *lines = section.splitlines()
-        if name.strip() not in pairs:
-            continue
         heads: list[str] = []
         for line in lines:
             cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -66,8 +62,8 @@ def _head(page: str) -> tuple[str, str]:
     return (listed[1], listed[2]) if listed else ("", "")
 
 
-def others(page: str, pairs: Iterable[str]) -> str:
-    """What follows the pairs' sections: sections of other things, written elsewhere."""
-    names = {*pairs, HEADING.strip("# ")}
+def others(page: str, names: Iterable[str]) -> str:
+    """The sections of other names: of other things, written elsewhere."""
     sections = page.split("\n## ")[1:]
-    return "".join(f"\n## {each.rstrip()}\n" for each in sections if each.partition("\n")[0].strip() not in names)
+    left = [each for each in sections if each.partition("\n")[0].strip() not in {*names}]
+    return "".join(f"\n## {each.rstrip()}\n" for each in left)

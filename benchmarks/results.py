@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.averages import updated
+from benchmarks.averages import HEADING, updated
 from benchmarks.kept_rows import EARLIER, Key, digests, joined, machines, others, tables
 from benchmarks.measure import EXPERTS, METHODS, REFERENCES, SEED, Row, measure_apart
 from benchmarks.zoo import RECIPES
@@ -105,7 +105,7 @@ def number(value: float | None, form: str, unit: str = "") -> str:
 
 def introduction(rows: Sequence[Row], command: str, page: str = "") -> str:
     """What the tables show and how to make them again. `page`: the one that rows are kept of."""
-    kept = tables(page, RECIPES)
+    kept = tables(page)
     present = {*(row.method for row in rows), *(method for pair in kept.values() for method, _ in pair)}
     measured = [row for row in rows if row.method in METHODS]
     splits = " and ".join(dict.fromkeys(row.split for row in rows))
@@ -178,11 +178,27 @@ def known_rows(files: Iterable[Path]) -> list[Row]:
 
 
 def reused(rows: Iterable[Row], asked: Mapping[str, Any]) -> Row | None:
-    """The last of the rows that answers what is asked."""
+    """The last of the rows that answers what is asked: of the method, or else of another with the same settings."""
     given = dict(asked)
-    samples = given.pop("samples")
-    fitting = [row for row in rows if all(getattr(row, name) == value for name, value in given.items())]
-    return next((row for row in reversed(fitting) if row.samples in (None, samples)), None)
+    samples, method = given.pop("samples"), given.pop("method")
+    fitting = [
+        row
+        for row in rows
+        if row.samples in (None, samples) and all(getattr(row, name) == value for name, value in given.items())
+    ]
+    for name in (method, *alike(method, given["pair"])):
+        for row in reversed(fitting):
+            if row.method == name:
+                return replace(row, method=method)
+    return None
+
+
+def alike(method: str, pair: str) -> Iterator[str]:
+    """The other methods that merge a pair by the same arguments: a chosen alignment may be one that has a row."""
+    if method in METHODS:
+        for name, other in METHODS.items():
+            if name != method and other.settings_for(pair) == METHODS[method].settings_for(pair):
+                yield name
 
 
 def command_line(**options: Any) -> str:
@@ -249,7 +265,7 @@ def main(
     differing |= {"samples": samples} if samples != SAMPLES else {}
     header = introduction(rows, command_line(**({} if keep else chosen), **differing), old)
     header += PARTS if only_reused or keep else ""
-    page = document(rows, header, tables(old, RECIPES)) + others(old, RECIPES)
+    page = document(rows, header, tables(old)) + others(old, [*RECIPES, HEADING.strip("# ")])
     typer.echo(page)
     if out is not None:
         write_text(out, updated(page))

@@ -21,6 +21,7 @@ from benchmarks.refit_scaling import line
 from benchmarks.zoo import Metric, Pair
 
 PAIR = "wordnet-bert"
+METHODS_AND_SCORES = (("average + refit", 0.6), ("permute + refit", 0.7), ("average", 0.1))
 ROOT = Path(__file__).parents[2]
 
 
@@ -128,11 +129,11 @@ def test_rows_of_a_page_keep_their_text_where_others_are_measured(tmp_path: Path
         results.main(zoo=tmp_path, out=page, reuse=[numbers], only_reused=True, keep=True)
         told.append(page.read_text())
     assert told[0] == told[1]
-    found = tables(told[0], [PAIR, "fashion-vit"])
+    found = tables(told[0])
     assert list(found[PAIR]) == [(EXPERTS, "-"), ("zip", "1"), ("zip", "0.5"), ("weights", "1")]
     assert [row["sources"] for row in found[PAIR].values()] == ["ne3ne3ne", "ne3ne3ne", EARLIER, "ne3ne3ne"]
     assert found[PAIR]["zip", "1"]["of experts"] == "112.5 %"
-    kept = tables(without, ["fashion-vit"])["fashion-vit"]
+    kept = tables(without)["fashion-vit"]
     assert found["fashion-vit"] == kept and kept["zip", "1"]["a"] == ".123"
     assert "sources `0ld0ld0l`, `ne3ne3ne`" in told[0] and told[0].count(f"*{EARLIER}*") == 1
     assert told[0].endswith("## On an accelerator\n\nBy hand.\n")
@@ -170,6 +171,17 @@ def test_rows_are_taken_over_from_a_file_only_where_they_answer_what_is_asked(tm
     assert results.reused(known, {**asked, "method": "weights", "samples": 64}) == rows[2]  # looks at no data
     for name, other in {"pair": "x", "method": "permute", "depth": 0.5, "split": "validation", "samples": 64}.items():
         assert results.reused(known, {**asked, name: other}) is None
+
+
+def test_a_row_of_the_same_settings_is_not_measured_twice() -> None:
+    asked = {"pair": "fashion-vit", "method": "chosen + refit", "depth": 1.0, "split": "test", "samples": 512}
+    known = [dataclasses.replace(_row(method, a=a), pair="fashion-vit") for method, a in METHODS_AND_SCORES]
+    assert results.reused(known, asked) == dataclasses.replace(known[0], method="chosen + refit")
+    assert results.reused(known, {**asked, "pair": PAIR}) is None
+    other = [dataclasses.replace(row, pair=PAIR) for row in known]  # whose chosen alignment is no average
+    assert results.reused(other, {**asked, "pair": PAIR}) is None
+    own = dataclasses.replace(known[0], method="chosen + refit", scores={"a": 0.3})
+    assert results.reused([own, *known], asked) == own
 
 
 def test_the_command_can_be_typed_again() -> None:
