@@ -11,11 +11,17 @@ import re
 import sys
 from pathlib import Path
 
-from benchmarks.kept_rows import tables
+from benchmarks.kept_rows import EARLIER, tables
 from hf_zipit.files import write_text
 from hf_zipit.planning.auto import WITH_DATA, WITHOUT_DATA
 
 HEADING = "## On average over the pairs"
+
+OLD = f"""
+
+Rows whose sources are *{EARLIER}* are from before the refit chose the bases of residual streams and the units of MLPs
+and fitted them in steps ([what was tried](refit.md#what-was-tried)): with a refit most keep more now, and take longer.
+Those without one come out the same where they were measured again, [with several seeds](spread.md)."""
 
 REFERENCES = ("experts", "experts side by side")
 
@@ -55,11 +61,8 @@ the best and, unlike averaging, exact for experts that are near each other or re
 
 {chr(10).join(lines)}
 
-All of this page is of one pair of seeds for each pair of models; [how much it varies](spread.md), and what the default
-keeps now, was measured with several. The rows of the refit here are from before it chose the bases of residual streams
-and the units of MLPs and fitted them in steps ([what was tried](refit.md#what-was-tried)): it takes longer now.
-Measured again in between, on the same machine: fashion-vit *chosen + refit* .848, .934 (99.8 %), fashion-resnet
-*chosen + refit* .906, .967 (98.8 %), *permute + refit* .904, .966 (98.7 %); both *permute* rows are what they were.
+All of this page is of one pair of seeds for each pair of models; [how much it varies](spread.md) was measured with
+several.{OLD if EARLIER in {row["sources"] for rows in tables(page).values() for row in rows.values()} else ""}
 """
 
 
