@@ -41,7 +41,9 @@ test: $(INSTALLED) ## run the tests
 # goes, and the tests of timm are skipped.
 $(NIGHTLY): $(INSTALLED)
 	$(PIP) install -c constraints.txt -e '.[nightly]'
-	$(BIN)/python -c 'import torchvision' || $(PIP) uninstall -y torchvision
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || { \
+		echo 'torchvision was built for another torch: it is taken out, and the tests of timm are skipped'; \
+		$(PIP) uninstall -y torchvision; }
 	touch $@
 
 nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, and the notebooks
