@@ -135,7 +135,7 @@ def test_rows_of_a_page_keep_their_text_where_others_are_measured(tmp_path: Path
     assert found[PAIR]["zip", "1"]["of experts"] == "112.5 %"
     kept = tables(without)["fashion-vit"]
     assert found["fashion-vit"] == kept and kept["zip", "1"]["a"] == ".123"
-    assert "sources `0ld0ld0l`, `ne3ne3ne`" in told[0] and told[0].count(f"*{EARLIER}*") == 1
+    assert "sources `0ld0ld0l`, `ne3ne3ne`" in told[0] and told[0].count(f"*{EARLIER}* stands for") == 1
     assert told[0].endswith("## On an accelerator\n\nBy hand.\n")
 
 
