@@ -37,12 +37,17 @@ test: $(INSTALLED) ## run the tests
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 -q
 
 # What needs gigabytes or a browser: sentence-transformers, timm, Gradio in Debian's chromium, the notebooks.
+# timm brings torchvision. One built for another torch (CUDA's beside the CPU's) breaks every import of transformers; then it
+# goes, and the tests of timm are skipped.
 $(NIGHTLY): $(INSTALLED)
 	$(PIP) install -c constraints.txt -e '.[nightly]'
+	$(BIN)/python -c 'import torchvision' 2>/dev/null || { \
+		echo 'torchvision was built for another torch: it is taken out, and the tests of timm are skipped'; \
+		$(PIP) uninstall -y torchvision; }
 	touch $@
 
 nightly: $(NIGHTLY) ## run the tests that need the libraries that `test` skips, and the notebooks
-	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/cli/test_hf_extension.py tests/running/test_verify.py tests/experts
+	HF_ZIPIT_NIGHTLY=1 $(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_app.py tests/test_timm.py tests/test_notebooks.py tests/test_harnesses.py tests/cli/test_hf_extension.py tests/running/test_verify.py tests/test_publishing.py tests/experts
 
 notebooks: $(NIGHTLY) ## run the notebooks of the docs and keep what they put out
 	$(BIN)/python -m benchmarks.notebooks

@@ -11,10 +11,17 @@ import re
 import sys
 from pathlib import Path
 
+from benchmarks.kept_rows import EARLIER, tables
 from hf_zipit.files import write_text
 from hf_zipit.planning.auto import WITH_DATA, WITHOUT_DATA
 
 HEADING = "## On average over the pairs"
+
+OLD = f"""
+
+Rows whose sources are *{EARLIER}* are from before the refit chose the bases of residual streams and the units of MLPs
+and fitted them in steps ([what was tried](refit.md#what-was-tried)): with a refit most keep more now, and take longer.
+Those without one come out the same where they were measured again, [with several seeds](spread.md)."""
 
 REFERENCES = ("experts", "experts side by side")
 
@@ -22,18 +29,17 @@ REFERENCES = ("experts", "experts side by side")
 def kept(page: str) -> dict[str, dict[str, float]]:
     """By method and pair the percentage of the experts' mean that is kept at depth 1."""
     found: dict[str, dict[str, float]] = {}
-    for section in page.split("\n## ")[1:]:
-        pair, *lines = section.splitlines()
-        columns: list[str] = []
-        for line in lines:
-            cells = [cell.strip() for cell in line.strip("|").split("|")]
-            if cells[0] == "method":
-                columns = cells
-            elif columns and len(cells) == len(columns):
-                row = dict(zip(columns, cells, strict=True))
-                if row["depth"] == "1" and (share := re.match(r"([\d.]+) %", row["of experts"])):
-                    found.setdefault(row["method"], {})[pair.strip()] = float(share[1])
+    for pair, rows in tables(page).items():
+        for (method, depth), row in rows.items():
+            if depth == "1" and (share := re.match(r"([\d.]+) %", row["of experts"])):
+                found.setdefault(method, {})[pair] = float(share[1])
     return found
+
+
+def sources(page: str, method: str) -> str:
+    """Of which versions a method's rows at depth 1 are."""
+    rows = (rows.get((method, "1")) for rows in tables(page).values())
+    return ", ".join(dict.fromkeys(row["sources"] for row in rows if row))
 
 
 def section(page: str) -> str:
@@ -42,9 +48,10 @@ def section(page: str) -> str:
     pairs = {pair for shares in by_method.values() for pair in shares}
     whole = {m: shares for m, shares in by_method.items() if set(shares) == pairs and m not in REFERENCES}
     means = {method: sum(shares.values()) / len(shares) for method, shares in whole.items()}
-    lines = ["| method | mean | least |", "| --- | ---: | ---: |"]
+    lines = ["| method | mean | least | sources |", "| --- | ---: | ---: | --- |"]
     for method in sorted(means, key=means.__getitem__, reverse=True):
-        lines.append(f"| {method} | {means[method]:.1f} % | {min(whole[method].values()):.1f} % |")
+        least = min(whole[method].values())
+        lines.append(f"| {method} | {means[method]:.1f} % | {least:.1f} % | {sources(page, method)} |")
     return f"""{HEADING}
 
 The share of the experts' mean that is kept at depth 1, over the {len(pairs)} pairs below (`python -m
@@ -54,11 +61,8 @@ the best and, unlike averaging, exact for experts that are near each other or re
 
 {chr(10).join(lines)}
 
-All of this page is of one pair of seeds for each pair of models; [how much it varies](spread.md), and what the default
-keeps now, was measured with several. The rows of the refit here are from before it chose the bases of residual streams
-and the units of MLPs and fitted them in steps ([what was tried](refit.md#what-was-tried)): it takes longer now.
-Measured again in between, on the same machine: fashion-vit *chosen + refit* .848, .934 (99.8 %), fashion-resnet
-*chosen + refit* .906, .967 (98.8 %), *permute + refit* .904, .966 (98.7 %); both *permute* rows are what they were.
+All of this page is of one pair of seeds for each pair of models; [how much it varies](spread.md) was measured with
+several.{OLD if EARLIER in {row["sources"] for rows in tables(page).values() for row in rows.values()} else ""}
 """
 
 

@@ -140,7 +140,7 @@ METHODS = {
     ),
     "chosen + refit": Method(
         {"refit": True},
-        about="the same after the alignment that was best on the pair's validation split",
+        about="the same after the alignment that was best, by an earlier refit, on the pair's validation split",
         fits=has_choice,
         by_pair=CHOSEN,
     ),

@@ -5,20 +5,23 @@
 The zoo has to be trained before (`python -m benchmarks.zoo --out zoo`). Settings are chosen with `--split validation`;
 the table in the documentation is of the test split. A line about every finished row goes to stderr, the table to
 stdout and, if asked for, into a file. `--json` keeps the exact numbers, row by row; `--reuse` takes rows from there.
+`--keep` leaves the other rows of the page as they are: with `--methods "permute + refit"` only that one is new.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import Enum
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.averages import updated
+from benchmarks.averages import HEADING, updated
+from benchmarks.kept_rows import EARLIER, Key, digests, joined, machines, others, tables
 from benchmarks.measure import EXPERTS, METHODS, REFERENCES, SEED, Row, measure_apart
 from benchmarks.zoo import RECIPES
 from hf_zipit import __version__
@@ -27,7 +30,7 @@ from hf_zipit.report.tables import share
 
 SAMPLES = 512
 DEPTHS = (1.0, 0.5)
-COLUMNS = ("mean", "of experts", "joint", "size", "seconds", "CPU s", "memory")
+COLUMNS = ("mean", "of experts", "joint", "size", "seconds", "CPU s", "memory", "sources")
 
 
 PARTS = """
@@ -44,28 +47,39 @@ class Split(str, Enum):
 # ------------------------------------------------------------------------------------------------ the document
 
 
-def document(rows: Sequence[Row], header: str) -> str:
+Kept = Mapping[str, Mapping[Key, Mapping[str, str]]]
+"""By pair and by method and depth: the cells of a row that stands on a page already."""
+
+
+def document(rows: Sequence[Row], header: str, kept: Kept = MappingProxyType({})) -> str:
     """The whole page in Markdown: the header, and a section with a table for every pair."""
-    pairs = dict.fromkeys(row.pair for row in rows)
-    return "\n\n".join([header, *(section([row for row in rows if row.pair == pair]) for pair in pairs)]) + "\n"
+    present = {*kept, *(row.pair for row in rows)}
+    sections = [
+        section(pair, [row for row in rows if row.pair == pair], kept.get(pair, {}))
+        for pair in RECIPES
+        if pair in present
+    ]
+    return "\n\n".join([header, *sections]) + "\n"
 
 
-def section(rows: Sequence[Row]) -> str:
+def section(pair: str, rows: Sequence[Row], kept: Mapping[Key, Mapping[str, str]] = MappingProxyType({})) -> str:
     """One pair: what it is, its table, and why rows have no numbers."""
-    recipe = RECIPES[rows[0].pair]
+    recipe = RECIPES[pair]
     seeds = ", ".join(f"{task} {seed}" for task, seed in recipe.seeds.items())
-    parts = [f"## {recipe.name}", f"{recipe.about}. Training seeds: {seeds}.", table(rows)]
+    parts = [f"## {recipe.name}", f"{recipe.about}. Training seeds: {seeds}.", table(rows, kept)]
     parts += [f"{row.method} at depth {row.depth} failed: {row.error}" for row in rows if row.error]
     return "\n\n".join(parts)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """A Markdown table of one pair's rows: the references first, then the methods in the order given, by depth."""
+def table(rows: Sequence[Row], kept: Mapping[Key, Mapping[str, str]] = MappingProxyType({})) -> str:
+    """A Markdown table of one pair's rows, new and kept: the references first, then the methods in order, by depth."""
     tasks = list(dict.fromkeys(task for row in rows for task in row.scores))
     whole = next((row.mean for row in rows if row.method == EXPERTS), None)
-    heads = ["method", "depth", *tasks, *COLUMNS]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [*lines, *(cells(row, tasks, whole) for row in rows)])
+    heads = ["method", "depth", *tasks, *COLUMNS] if rows else [*next(iter(kept.values()))]
+    new = [dict(zip(heads, cells(row, tasks, whole), strict=True)) for row in rows]
+    lines = [[row[head] for head in heads] for row in joined(new, kept, [*REFERENCES, *METHODS])]
+    rule = ["---", *["---:"] * (len(heads) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [heads, rule, *lines])
 
 
 def cells(row: Row, tasks: Iterable[str], whole: float | None) -> list[str]:
@@ -81,6 +95,7 @@ def cells(row: Row, tasks: Iterable[str], whole: float | None) -> list[str]:
         number(row.seconds, ".1f"),
         number(row.cpu_seconds, ".1f"),
         number(row.peak_mib, ".0f", " MiB"),
+        row.sources or "-",
     ]
 
 
@@ -88,13 +103,17 @@ def number(value: float | None, form: str, unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def introduction(rows: Sequence[Row], command: str) -> str:
-    """What the tables show and how to make them again."""
+def introduction(rows: Sequence[Row], command: str, page: str = "") -> str:
+    """What the tables show and how to make them again. `page`: the one that rows are kept of."""
+    kept = tables(page)
+    present = {*(row.method for row in rows), *(method for pair in kept.values() for method, _ in pair)}
     measured = [row for row in rows if row.method in METHODS]
     splits = " and ".join(dict.fromkeys(row.split for row in rows))
     samples = " or ".join(str(count) for count in sorted({row.samples for row in measured if row.samples}))
-    machines = "; or ".join(dict.fromkeys(row.machine for row in rows))
-    versions = ", ".join(f"`{digest}`" for digest in dict.fromkeys(row.sources for row in rows))
+    where = "; or ".join(dict.fromkeys([*machines(page), *(row.machine for row in rows)]))
+    versions = ", ".join(f"`{digest}`" for digest in dict.fromkeys([*digests(page), *(row.sources for row in rows)]))
+    old = any(row["sources"] == EARLIER for pair in kept.values() for row in pair.values())
+    earlier = f"\n*{EARLIER}* stands for one of the digests below that no row names." if old else ""
     return f"""# Results
 
 Written by `{command}`, with the experts of `python -m benchmarks.zoo --out zoo`; not edited by hand.
@@ -104,14 +123,15 @@ Scores are shares of hits on the {splits} split. `a` and `b` are within the task
 mean in percent of the experts' mean, *joint* among the classes of both tasks when the task is not known (`-` where
 both tasks have the same candidates). *depth* is the share of the blocks that is merged, *size* counts parameters,
 with one expert as 1. *seconds*, *CPU s* (all threads) and *memory* (how far the resident memory rose, each row in a
-process of its own) are those of one call of `merge`, its passes over the calibration data included.
+process of its own) are those of one call of `merge`, its passes over the calibration data included. *sources* is a
+digest of the code that made the row, and rows that differ in it are of different versions.{earlier}
 
 Calibration: {samples or "no"} unlabelled samples a task from the train split, seed {SEED}. Merging seed: {SEED}.
-Machine: {machines}. hf_zipit {__version__}, sources {versions}.
+Machine: {where}. hf_zipit {__version__}, sources {versions}.
 Rows that mean nothing for a pair are left out: BatchNorm reset without BatchNorm, joint heads without classes,
 *chosen* where nothing was chosen.
 
-{legend(dict.fromkeys(row.method for row in rows))}"""
+{legend(name for name in (REFERENCES | METHODS) if name in present)}"""
 
 
 def legend(methods: Iterable[str]) -> str:
@@ -158,11 +178,27 @@ def known_rows(files: Iterable[Path]) -> list[Row]:
 
 
 def reused(rows: Iterable[Row], asked: Mapping[str, Any]) -> Row | None:
-    """The last of the rows that answers what is asked."""
+    """The last of the rows that answers what is asked: of the method, or else of another with the same settings."""
     given = dict(asked)
-    samples = given.pop("samples")
-    fitting = [row for row in rows if all(getattr(row, name) == value for name, value in given.items())]
-    return next((row for row in reversed(fitting) if row.samples in (None, samples)), None)
+    samples, method = given.pop("samples"), given.pop("method")
+    fitting = [
+        row
+        for row in rows
+        if row.samples in (None, samples) and all(getattr(row, name) == value for name, value in given.items())
+    ]
+    for name in (method, *alike(method, given["pair"])):
+        for row in reversed(fitting):
+            if row.method == name:
+                return replace(row, method=method)
+    return None
+
+
+def alike(method: str, pair: str) -> Iterator[str]:
+    """The other methods that merge a pair by the same arguments: a chosen alignment may be one that has a row."""
+    if method in METHODS:
+        for name, other in METHODS.items():
+            if name != method and other.settings_for(pair) == METHODS[method].settings_for(pair):
+                yield name
 
 
 def command_line(**options: Any) -> str:
@@ -172,6 +208,16 @@ def command_line(**options: Any) -> str:
         for each in value if isinstance(value, (list, tuple)) else [value]:
             words.append(f"--{name} {json.dumps(each) if ' ' in str(each) else each}")
     return " ".join(words)
+
+
+def kept_page(out: Path | None, split: Split, samples: int) -> str:
+    """The page whose rows are kept; leaves with a sentence if there is none, or one of other scores."""
+    if out is None or not out.is_file():
+        raise SystemExit("error: --keep leaves rows of a page as they are; name one that is there with --out.")
+    page = out.read_text(encoding="utf-8")
+    if f"hits on the {split.value} split" not in page or f"Calibration: {samples} unlabelled" not in page:
+        raise SystemExit(f"error: {out} is not of the {split.value} split and {samples} samples; leave out --keep.")
+    return page
 
 
 def checked(kind: str, names: Sequence[str] | None, known: Iterable[str]) -> list[str]:
@@ -194,12 +240,14 @@ def main(
     numbers: Annotated[Path | None, typer.Option("--json", help="Where to keep the exact numbers.")] = None,
     reuse: Annotated[list[Path] | None, typer.Option(help="Take rows from such a file; may be repeated.")] = None,
     only_reused: Annotated[bool, typer.Option(help="Measure nothing: leave out what no such file has.")] = False,
+    keep: Annotated[bool, typer.Option(help="Leave the other rows of the page at --out as they are.")] = False,
 ) -> None:
     """Merge the zoo's pairs by every method, and print the table."""
     chosen = {"pairs": pairs or [], "methods": methods or [], "depths": depths or []}
     pairs, methods = checked("pair", pairs, RECIPES), checked("method", methods, METHODS)
     for target in filter(None, (out, numbers)):
         check_writable(target.parent)
+    old = kept_page(out, split, samples) if keep else ""
     known = known_rows(reuse or [])
     rows: list[Row] = []
     for request in requests(pairs, methods, depths or DEPTHS):
@@ -211,9 +259,13 @@ def main(
         typer.echo(f"{row.pair}: {row.error or ' '.join(cells(row, row.scores, None))}", err=True)
         if numbers is not None:
             write_json(numbers, {"rows": [asdict(each) for each in rows]})
+    if not rows:
+        raise SystemExit("error: no row was measured or found in the files of --reuse.")
     differing = {"split": split.value} if split != Split.test else {}
     differing |= {"samples": samples} if samples != SAMPLES else {}
-    page = document(rows, introduction(rows, command_line(**chosen, **differing)) + (PARTS if only_reused else ""))
+    header = introduction(rows, command_line(**({} if keep else chosen), **differing), old)
+    header += PARTS if only_reused or keep else ""
+    page = document(rows, header, tables(old)) + others(old, [*RECIPES, HEADING.strip("# ")])
     typer.echo(page)
     if out is not None:
         write_text(out, updated(page))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import re
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from hf_zipit.errors import ZipItError
 from hf_zipit.extras import EXTRAS, require
@@ -25,6 +28,34 @@ def test_every_extra_brings_the_package_that_it_is_named_for():
         assert extra in extras["all"][0]
     base = {re.split(r"[><=\[]", each)[0] for each in PROJECT["dependencies"]}
     assert base & {package for package, *_ in EXTRAS.values()} == set()
+
+
+def pins() -> dict[str, str]:
+    """The version of every package that `constraints.txt` asks for under this Python."""
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    asked = [Requirement(line) for line in lines]
+    here = [each for each in asked if each.marker is None or each.marker.evaluate()]
+    assert len({canonicalize_name(each.name) for each in here}) == len(here)
+    return {canonicalize_name(each.name): next(iter(each.specifier)).version for each in here}
+
+
+def test_everything_that_an_extra_brings_is_pinned_within_its_range():
+    pinned = pins()
+    extras = PROJECT["optional-dependencies"]
+    for each in map(Requirement, [*PROJECT["dependencies"], *(each for extra in extras.values() for each in extra)]):
+        if each.name != "hf-zipit":
+            assert pinned.get(canonicalize_name(each.name), "") in each.specifier, each
+
+
+def test_no_pin_is_refused_by_another_package():
+    pinned = pins()
+    for package in importlib.metadata.distributions():
+        if pinned.get(canonicalize_name(package.name)) != package.version:
+            continue
+        for each in map(Requirement, package.requires or ()):
+            pin = pinned.get(canonicalize_name(each.name))
+            if pin and (each.marker is None or each.marker.evaluate({"extra": ""})):
+                assert each.specifier.contains(pin, prereleases=True), f"{package.name} asks for {each}"
 
 
 def test_what_is_missing_is_told_with_its_extra(monkeypatch):

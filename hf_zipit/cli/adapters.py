@@ -54,7 +54,7 @@ def merge_adapters(
         str | None, typer.Option("--calibration", "-c", help="Unlabelled data, for the rule ssr.")
     ] = None,
     split: CalibrationSplit = "train",
-    samples: Annotated[int, typer.Option(help="How many calibration samples.", min=1)] = 512,
+    samples: Annotated[int, typer.Option(help="Number of calibration samples.", min=1)] = 512,
     column: ColumnNames = None,
     seed: Seed = 0,
     device: Device = None,

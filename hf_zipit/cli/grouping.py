@@ -43,9 +43,7 @@ def group(
     ],
     groups: Annotated[int, typer.Option("--groups", "-g", help="How many models there are to be.", min=1)] = 2,
     split: CalibrationSplit = "train",
-    samples: Annotated[
-        int, typer.Option(help="How many calibration samples of each task; a quarter is held out.", min=2)
-    ] = 512,
+    samples: Annotated[int, typer.Option(help="Calibration samples per task; a quarter is held out.", min=2)] = 512,
     column: ColumnNames = None,
     classes: Classes = None,
     streaming: Streaming = False,

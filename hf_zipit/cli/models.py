@@ -55,7 +55,7 @@ def merge(
         ),
     ] = None,
     split: CalibrationSplit = "train",
-    samples: Annotated[int, typer.Option(help="How many calibration samples of each task.", min=1)] = 512,
+    samples: Annotated[int, typer.Option(help="Calibration samples per task.", min=1)] = 512,
     column: ColumnNames = None,
     classes: Classes = None,
     streaming: Streaming = False,
@@ -90,7 +90,7 @@ def merge(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="Train at the end: weights, all on what the experts compute, or less: adamerging, surgery, ...",
+            help="Train at the end: weights, all on what the experts compute, or fewer: adamerging, surgery, ...",
             show_default=False,
         ),
     ] = None,
@@ -98,20 +98,20 @@ def merge(
         str | None,
         typer.Option(
             metavar="SIZE|KIND",
-            help="Keep what each task's weights are more, for a model of 1.1 times the size or by t-switch, emr, ...",
+            help="Keep some of what merging takes from each task: a size, such as 1.1, or a kind: t-switch, emr, ...",
         ),
     ] = None,
     depth: Depth = "1.0",
     size: Annotated[
         float | None,
         typer.Option(
-            help="In place of a depth: at most so many times one expert's parameters, 1.25 for instance.",
+            help="Instead of a depth: at most this many times the parameters of one expert, 1.25 for instance.",
             show_default=False,
         ),
     ] = None,
     vocabulary: Annotated[
         Literal["same", "union"],
-        typer.Option(help="Of tokenizers that differ: union matches tokens by their text."),
+        typer.Option(help="For tokenizers that differ: union matches tokens by their text."),
     ] = "same",
     seed: Seed = 0,
     co2: Co2 = None,
@@ -123,7 +123,7 @@ def merge(
     """Merge two or more experts into one model.
 
     It is saved with its card and with the recipe that makes it again; `run` does the same for a recipe of your own.
-    At the end stands how often it answers as its experts do, on samples that the merge has not read.
+    At the end it says how often the result answers as its experts do, on samples that the merge has not read.
     """
     with working(quiet, device) as say:
         from hf_zipit.recipe.loading import check_recipe
@@ -306,7 +306,7 @@ def compare(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say which of two merged models is better, and how sure.
+    """Say which of two merged models is better, with intervals.
 
     Both are measured on the same samples: the difference has its own interval, narrower than those of the two.
     """

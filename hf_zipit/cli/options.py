@@ -39,7 +39,7 @@ Co2 = Annotated[
     typer.Option(
         "--co2",
         metavar="COUNTRY",
-        help="Have the card say what the run emitted (codecarbon); the machine's country, as FRA.",
+        help="Put what the run emitted into the card (codecarbon); give the machine's country, such as FRA.",
         show_default=False,
     ),
 ]
@@ -68,7 +68,7 @@ Depth = Annotated[
     str, typer.Option("--depth", "-d", help="Share of blocks to merge, from 0 to 1 (all), or a block's path.")
 ]
 
-Seed = Annotated[int, typer.Option("--seed", help="Of all random draws.", min=0)]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of all random draws.", min=0)]
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan; write nothing.")]
 

@@ -87,10 +87,8 @@ class RefitReport:
         some = [used for used, known in self.rows.values() if used < known]
         if not some:
             return f"all rows (at most {most:,}): every layer is small enough to read them all"
-        told = (
-            f"{min(some):,} to {max(some):,} of at most {most:,} rows in {len(some)} regressions, as many as their "
-            "inputs need (rows_per_input)"
-        )
+        used = f"{min(some):,}" if min(some) == max(some) else f"{min(some):,} to {max(some):,}"
+        told = f"{used} of at most {most:,} rows in {len(some)} regressions, as many as inputs need (rows_per_input)"
         return f"{told}; all rows in {len(every)}" if every else told
 
     @property

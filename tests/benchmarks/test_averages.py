@@ -32,7 +32,7 @@ Intro.
 def test_means_are_over_pairs_that_all_have_the_method_at_depth_1() -> None:
     assert kept(PAGE)["zip"] == {"one": 50.0, "two": 70.0}
     lines = [line for line in section(PAGE).splitlines() if line.startswith("| ")]
-    assert lines[2:] == ["| zip | 60.0 % | 50.0 % |", "| average | 30.0 % | 20.0 % |"]
+    assert lines[2:] == ["| zip | 60.0 % | 50.0 % | earlier |", "| average | 30.0 % | 20.0 % | earlier |"]
 
 
 def test_the_section_is_put_before_the_pairs_and_only_once() -> None:

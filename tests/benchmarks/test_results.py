@@ -15,11 +15,13 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from benchmarks import measure, results
+from benchmarks.kept_rows import EARLIER, tables
 from benchmarks.measure import ENSEMBLE, EXPERTS, METHODS, REFERENCES, Row
 from benchmarks.refit_scaling import line
 from benchmarks.zoo import Metric, Pair
 
 PAIR = "wordnet-bert"
+METHODS_AND_SCORES = (("average + refit", 0.6), ("permute + refit", 0.7), ("average", 0.1))
 ROOT = Path(__file__).parents[2]
 
 
@@ -83,7 +85,7 @@ def test_a_table_without_experts_has_no_shares() -> None:
 
 def test_a_failed_row_keeps_its_place_and_its_reason() -> None:
     broken = Row(PAIR, "permute", 0.5, "test", 512, error="SpecError: no such block")
-    text = results.section([_reference(), broken, _row()])
+    text = results.section(PAIR, [_reference(), broken, _row()])
     rows = _parsed("\n".join(line for line in text.splitlines() if line.startswith("|")))
     assert [row["method"] for row in rows] == [EXPERTS, "permute", "zip"]
     assert set(rows[1].values()) == {"permute", "0.5", "-"}
@@ -93,7 +95,7 @@ def test_a_failed_row_keeps_its_place_and_its_reason() -> None:
 def test_the_page_has_a_section_a_pair_and_says_what_was_run() -> None:
     rows = [_reference(), _row(), dataclasses.replace(_row("weights", samples=None), pair="fashion-vit")]
     page = results.document(rows, results.introduction(rows, "COMMAND"))
-    assert re.findall("^## (.*)$", page, re.M) == [PAIR, "fashion-vit"]
+    assert re.findall("^## (.*)$", page, re.M) == ["fashion-vit", PAIR]  # in the order of the zoo
     assert "`COMMAND`" in page and page.count("BOX") == 1 and "512 unlabelled samples" in page and "test split" in page
     assert '| `method="zip"` |' in page and "| permute |" not in page
     assert (
@@ -106,6 +108,46 @@ def test_the_legend_shows_arguments_that_evaluate_to_the_settings() -> None:
     for name, method in METHODS.items():
         typed = re.findall(r"`([^`]*)` \|$", results.legend([name]), re.MULTILINE)[-1]  # the first is the header
         assert eval(f"dict({typed})") == dict(method.settings)
+
+
+# Rows that are kept --------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_page_keep_their_text_where_others_are_measured(tmp_path: Path) -> None:
+    page, numbers = tmp_path / "page.md", tmp_path / "rows.json"
+    other = dataclasses.replace(_row(a=0.123), pair="fashion-vit", sources="0ld0ld0l")
+    first = [_reference(sources="0ld0ld0l"), _row(sources="0ld0ld0l"), _row(depth=0.5, sources="0ld0ld0l"), other]
+    without = results.document(first, results.introduction(first, "COMMAND"))
+    without = re.sub(r" (sources|0ld0ld0l|---:|-) \|$", "", without, flags=re.MULTILINE)  # as before that column
+    page.write_text(without + "\n## On an accelerator\n\nBy hand.\n")
+    new = [_reference(), _row(a=0.9, b=0.9), _row("weights", samples=None)]
+    new = [dataclasses.replace(row, sources="ne3ne3ne") for row in new]
+    numbers.write_text(json.dumps({"rows": [dataclasses.asdict(row) for row in new]}))
+
+    told = []
+    for _ in range(2):
+        results.main(zoo=tmp_path, out=page, reuse=[numbers], only_reused=True, keep=True)
+        told.append(page.read_text())
+    assert told[0] == told[1]
+    found = tables(told[0])
+    assert list(found[PAIR]) == [(EXPERTS, "-"), ("zip", "1"), ("zip", "0.5"), ("weights", "1")]
+    assert [row["sources"] for row in found[PAIR].values()] == ["ne3ne3ne", "ne3ne3ne", EARLIER, "ne3ne3ne"]
+    assert found[PAIR]["zip", "1"]["of experts"] == "112.5 %"
+    kept = tables(without)["fashion-vit"]
+    assert found["fashion-vit"] == kept and kept["zip", "1"]["a"] == ".123"
+    assert "sources `0ld0ld0l`, `ne3ne3ne`" in told[0] and told[0].count(f"*{EARLIER}* stands for") == 1
+    assert told[0].endswith("## On an accelerator\n\nBy hand.\n")
+
+
+def test_rows_are_kept_of_a_page_of_the_same_scores_alone(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    with pytest.raises(SystemExit, match="name one that is there with --out"):
+        results.kept_page(page, results.Split.test, 512)
+    page.write_text(results.introduction([_reference(), _row()], "COMMAND"))
+    assert results.kept_page(page, results.Split.test, 512)
+    for asked in ((results.Split.validation, 512), (results.Split.test, 64)):
+        with pytest.raises(SystemExit, match="leave out --keep"):
+            results.kept_page(page, *asked)
 
 
 # Which rows ----------------------------------------------------------------------------------------------------------
@@ -129,6 +171,17 @@ def test_rows_are_taken_over_from_a_file_only_where_they_answer_what_is_asked(tm
     assert results.reused(known, {**asked, "method": "weights", "samples": 64}) == rows[2]  # looks at no data
     for name, other in {"pair": "x", "method": "permute", "depth": 0.5, "split": "validation", "samples": 64}.items():
         assert results.reused(known, {**asked, name: other}) is None
+
+
+def test_a_row_of_the_same_settings_is_not_measured_twice() -> None:
+    asked = {"pair": "fashion-vit", "method": "chosen + refit", "depth": 1.0, "split": "test", "samples": 512}
+    known = [dataclasses.replace(_row(method, a=a), pair="fashion-vit") for method, a in METHODS_AND_SCORES]
+    assert results.reused(known, asked) == dataclasses.replace(known[0], method="chosen + refit")
+    assert results.reused(known, {**asked, "pair": PAIR}) is None
+    other = [dataclasses.replace(row, pair=PAIR) for row in known]  # whose chosen alignment is no average
+    assert results.reused(other, {**asked, "pair": PAIR}) is None
+    own = dataclasses.replace(known[0], method="chosen + refit", scores={"a": 0.3})
+    assert results.reused([own, *known], asked) == own
 
 
 def test_the_command_can_be_typed_again() -> None:

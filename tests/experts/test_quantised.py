@@ -30,11 +30,16 @@ def bitsandbytes(**settings: bool | str) -> QuantizationConfigMixin:
     return BitsAndBytesConfig(**settings)
 
 
-def torchao() -> QuantizationConfigMixin:
+def torchao(kind: str) -> QuantizationConfigMixin:
     library("torchao")
-    from torchao.quantization import Int8WeightOnlyConfig
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
-    return TorchAoConfig(Int8WeightOnlyConfig())
+    kinds = {
+        "int4": lambda: IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)),
+        "int8": Int8WeightOnlyConfig,
+        "float8": Float8WeightOnlyConfig,
+    }
+    return TorchAoConfig(kinds[kind]())
 
 
 def gptq() -> QuantizationConfigMixin:
@@ -95,7 +100,9 @@ def save_by(settings: Callable[[], QuantizationConfigMixin]) -> Callable[[Path, 
 LOADING = {
     "bitsandbytes, 4 bits": lambda: bitsandbytes(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
     "bitsandbytes, 8 bits": lambda: bitsandbytes(load_in_8bit=True),
-    "torchao, 8 bits": torchao,
+    "torchao, 8 bits": lambda: torchao("int8"),
+    "torchao, 4 bits": lambda: torchao("int4"),
+    "torchao, float8": lambda: torchao("float8"),
 }
 SAVING = {
     **{kind: save_by(settings) for kind, settings in LOADING.items()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -41,6 +43,9 @@ def test_report_says_how_many_rows_were_used():
         assert 0 < used <= known, module
     assert any(used < known for used, known in report.rows.values())  # 4 rows an input of 96 samples x 17 positions
     assert "rows_per_input" in report.rows_in_words()
+    for used, told in (((10, 10), "10 of at most 20 rows in 2"), ((10, 12), "10 to 12 of at most 20 rows in 2")):
+        rows = dict(zip("ab", ((each, 20) for each in used), strict=True))
+        assert dataclasses.replace(report, rows=rows).rows_in_words().startswith(told)
     assert RefitReport.from_dict(report.to_dict()).rows == report.rows
 
 
