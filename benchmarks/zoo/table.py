@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.zoo.pairs.captions_clip import CaptionsClip
-from benchmarks.zoo.pairs.chars_roberta import CharsMixed, CharsRoberta
+from benchmarks.zoo.pairs.chars_roberta import CharsAlbert, CharsDeberta, CharsMixed, CharsRoberta
 from benchmarks.zoo.pairs.fashion import FashionResNet, FashionViT
 from benchmarks.zoo.pairs.glosses_mlm import GlossesPreLayerNorm, GlossesRoberta
 from benchmarks.zoo.pairs.many import Many
@@ -28,6 +28,8 @@ RECIPES: dict[str, Recipe] = {
         GlossesPreLayerNorm(),
         CharsRoberta(),
         CharsMixed(),
+        CharsDeberta(),
+        CharsAlbert(),
         TextLlama(),
         TextGPT2(),
         TextQwen3(),

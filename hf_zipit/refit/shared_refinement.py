@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from hf_zipit.refit.fit import Fit, normed_next
+from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite
 from hf_zipit.refit.steps import (
     Spread,
@@ -56,6 +57,14 @@ def recurring(groups: Sequence[Places]) -> list[Places]:
     return [places for places in groups if places[0].kind in ("linear", "norm")] if writers else []
 
 
+def rounds_of(program: Program, groups: Sequence[Places]) -> list[fx.Node]:
+    """The ops from the first of the places to the last stream that they write into, in the order they run."""
+    start = {site.node for places in groups for site in places}
+    needed = program.before([site.stream for places in groups for site in places if site.stream is not None])
+    inside = start | program.behind(start)
+    return [node for node in program.nodes if node in needed and node in inside]
+
+
 def refine_shared(fit: Fit, groups: Sequence[Places]) -> bool:
     """Write better weights of layers that run again into the merged model; whether there were any.
 
@@ -87,12 +96,8 @@ class Rounds(WhiteLayer[dict[str, Tensor]]):
 
     @torch.no_grad()
     def __init__(self, fit: Fit, groups: Sequence[Places]) -> None:
-        self.fit, program = fit, fit.values.program
-        places = [site for group in groups for site in group]
-        self.aims = [site for site in places if site.stream is not None]
-        start = {site.node for site in places}
-        needed = program.before([site.stream for site in self.aims if site.stream is not None])
-        self.nodes = [node for node in program.nodes if node in needed and node in start | program.behind(start)]
+        self.fit, self.nodes = fit, rounds_of(fit.values.program, groups)
+        self.aims = [site for group in groups for site in group if site.stream is not None]
         self.own = {n: fit.values.merged[n].float().clone() for g in groups for n in (g[0].weight, g[0].bias) if n}
         self.turned = {group[0].weight: group[0].turned for group in groups if group[0].kind == "linear"}
         self.white = self._whitenings(groups)

@@ -12,14 +12,15 @@ from hf_zipit.adapters import adapter_for, example_inputs
 from hf_zipit.config import RefitConfig
 from hf_zipit.planning.cut import tower_lengths
 from hf_zipit.planning.plan import Plan
-from hf_zipit.refit import answer_refinement, attention_refinement, unit_refinement
+from hf_zipit.refit import answer_refinement, attention_refinement, shared_refinement, unit_refinement
 from hf_zipit.refit.mlp_solver import ROWS
 from hf_zipit.refit.mlps import find_mlps
 from hf_zipit.refit.normed_writers import with_branch_norms
 from hf_zipit.refit.positions import NEARLY_ALL
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.rewrites import turned_linear
-from hf_zipit.refit.solvable import RefitSite, find_sites
+from hf_zipit.refit.shared_refinement import recurring, rounds_of
+from hf_zipit.refit.solvable import RefitSite, find_shared, find_sites
 from hf_zipit.refit.stage import BASIS_ROWS
 from hf_zipit.refit.steps import HELD_OUT, SAMPLES
 from hf_zipit.symmetry.ops import op_name, shape_of
@@ -58,7 +59,7 @@ class ForwardWork:
 
     Attributes:
         forward: the operations of matrix products, of one expert.
-        attention: those of them that weigh positions.
+        attention: those of them that weigh positions; rounds: those of layers that run again and again.
         layers: of the trunk.
         mlps: by hidden width, once for each of those whose units the refit chooses.
         stream: float32 bytes of the widest value that layers add to; widest: of the widest value of a layer.
@@ -66,6 +67,7 @@ class ForwardWork:
 
     forward: float
     attention: float
+    rounds: float
     layers: tuple[WorkLayer, ...]
     mlps: tuple[tuple[WorkLayer, ...], ...]
     stream: float
@@ -86,6 +88,7 @@ def counted(planned: Plan) -> ForwardWork:
     return ForwardWork(
         forward=_all_operations(program) / samples,
         attention=attention / samples,
+        rounds=sum(map(_operations, rounds_of(program, recurring(find_shared(program, trunk, spec.head))))) / samples,
         layers=tuple(layers.values()),
         mlps=tuple(mlps),
         stream=_bytes(site.aim.stream for site in sites.values() if site.aim.stream is not None) / samples,
@@ -150,6 +153,7 @@ def refit_work(planned: Plan, found: ForwardWork, samples: int) -> Work:
             work += refinement(layers, total, config.unit_steps)
     work += Work(single=total * found.attention * experts)  # every expert's values under the merged weights
     work += attention(found, total, config.attention_steps)
+    work += rounds(found, total, config.shared_steps)
     if list(planned.cut.blocks) == tower_lengths(planned.spec):
         work += answers(found, total, config.answer_steps)
     return work + (_bases(planned, found, total) if config.stream_bases else Work())
@@ -189,6 +193,14 @@ def attention(found: ForwardWork, samples: int, steps: int) -> Work:
     maps = [layer for layer in found.layers if layer.site.kind == "linear" and layer.site.node not in in_mlps]
     part = found.attention + sum(2 * layer.rows * layer.inputs * layer.outputs for layer in maps)
     return Work(single=part * (3 * steps * SAMPLES + (1 + steps / attention_refinement.EVERY) * samples))
+
+
+def rounds(found: ForwardWork, samples: int, steps: int) -> Work:
+    """At most: steps forwards and backwards through all rounds of shared layers, and looks at what is held out."""
+    steps = min(steps, shared_refinement.PASSES * ceil(samples / SAMPLES))
+    if steps < shared_refinement.EVERY:
+        return Work()
+    return Work(single=found.rounds * (3 * steps * SAMPLES + (2 + steps / shared_refinement.EVERY) * samples))
 
 
 def refinement(layers: tuple[WorkLayer, ...], samples: int, steps: int) -> Work:

@@ -1,4 +1,4 @@
-"""`chars-roberta` and `chars-mixed`: masked characters in fixed columns, by narrow post-LN RoBERTas. Hard pairs.
+"""`chars-roberta` and its kind: masked characters in fixed columns, by narrow models. Hard pairs.
 
 Expert a reads timetables, expert b tables of inflected verbs, two lines of 64 characters a sample. What is hidden can
 be found elsewhere in the same line, at a distance that depends on the column: the heads (8 of 16) attend to exact
@@ -7,6 +7,9 @@ right on its own source and lost on the other. Blanks are never hidden: the colu
 
 In `chars-mixed` every line of expert a is a timetable's or a number in several notations, every line of expert b a
 verb's forms or its ciphers, and the width is half. Both need all that they have, and little is left for the other.
+
+`chars-deberta` and `chars-albert` read what chars-roberta does, half as much of it: one tells where things are by
+relative positions, which the queries' and keys' own maps read, the other runs one layer four times.
 """
 
 from __future__ import annotations
@@ -17,7 +20,16 @@ from functools import cache
 import torch
 from torch import Generator, Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
+    DebertaV2Config,
+    DebertaV2ForMaskedLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 
 from benchmarks.zoo.characters import character_tokenizer, encode_fixed
 from benchmarks.zoo.masking import hide, shown
@@ -47,6 +59,7 @@ class CharsRoberta(Recipe):
     seeds: Mapping[str, int] = {"a": 71, "b": 72}
     width, heads = 128, 8
     mixed = False
+    samples = SAMPLES
 
     def train_tokenizer(self) -> PreTrainedTokenizerBase:
         return character_tokenizer(timetable.ALPHABET, LENGTH, SPECIALS)
@@ -55,9 +68,11 @@ class CharsRoberta(Recipe):
         return {
             task: {
                 split: hidden(
-                    encode_fixed(tokenizer, _samples(task, split, self.mixed)), tokenizer, Generator().manual_seed(0)
+                    encode_fixed(tokenizer, _samples(task, split, self.mixed)[:count]),
+                    tokenizer,
+                    Generator().manual_seed(0),
                 )
-                for split in SAMPLES
+                for split, count in self.samples.items()
             }
             for task in self.seeds
         }
@@ -104,6 +119,60 @@ class CharsMixed(CharsRoberta):
     seeds: Mapping[str, int] = {"a": 75, "b": 76}
     width, heads = 64, 4
     mixed = True
+
+
+class CharsDeberta(CharsRoberta):
+    name = "chars-deberta"
+    about = (
+        "DeBERTa-v2 (relative positions by the maps of words), masked characters of timetables and of inflected verbs"
+    )
+    model_class = DebertaV2ForMaskedLM
+    schedule = Schedule(epochs=1, batch_size=32, learning_rate=3e-3, weight_decay=0.01)
+    seeds: Mapping[str, int] = {"a": 77, "b": 78}
+    samples = {**SAMPLES, "train": 16_000}
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        return DebertaV2ForMaskedLM(
+            DebertaV2Config(
+                **self._sizes(tokenizer),
+                relative_attention=True,
+                pos_att_type=["p2c", "c2p"],
+                position_biased_input=False,
+                position_buckets=64,
+                max_relative_positions=-1,
+                norm_rel_ebd="layer_norm",
+                share_att_key=True,
+            )
+        )
+
+    def _sizes(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float]:
+        return {
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.width,
+            "num_hidden_layers": 4,
+            "num_attention_heads": self.heads,
+            "intermediate_size": 2 * self.width,
+            "max_position_embeddings": LENGTH,
+            "type_vocab_size": 1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+
+    def loss(self, model: PreTrainedModel, batch: Tensors) -> Tensor:
+        asked = batch["labels"] != IGNORED
+        return cross_entropy(model(batch["input_ids"]).logits[asked], batch["labels"][asked])
+
+
+class CharsAlbert(CharsDeberta):
+    name = "chars-albert"
+    about = "ALBERT (post-LN, one layer four times), masked characters of timetables and of inflected verbs"
+    model_class = AlbertForMaskedLM
+    seeds: Mapping[str, int] = {"a": 79, "b": 80}
+
+    def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        own = {"embedding_size": self.width // 2, "classifier_dropout_prob": 0.0}
+        return AlbertForMaskedLM(AlbertConfig(**self._sizes(tokenizer), **own))
 
 
 @cache
