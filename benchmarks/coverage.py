@@ -226,7 +226,7 @@ def solved(name: str) -> Solved:
     layers = list(walk.attention.values())
     whole = sum(layer.logits is not None for layer in layers)
     share = 1 - sum(sizes[key] for key in kept) / sum(sizes.values())
-    own = len(walk.splits) + sum(layer.apart is not None for layer in layers)
+    own = len(walk.splits) + sum(layer.apart is not None and layer.apart.exchanged for layer in layers)
     return Solved(share, kept[:KEPT], whole, len(layers) - whole, own, len(walk.mlps))
 
 
