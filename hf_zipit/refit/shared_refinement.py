@@ -41,6 +41,9 @@ EVERY = 16
 PASSES = 16
 """So often, at most, steps go through all samples: all rounds have no more weights than one layer elsewhere."""
 
+LOOKED_AT = 8
+"""About so many micro-batches are enough to see how far samples that are held out are off."""
+
 RIGHT = 0.002
 """Nothing is fitted where no more than this share of the streams' variance is off."""
 
@@ -151,6 +154,8 @@ class RoundErrors:
     def __init__(self, fit: Fit, aims: Sequence[RefitSite], windows: Windows) -> None:
         self.fit, self.windows = fit, windows
         by_stream = {site.stream: site for site in aims}
+        every = max(1, fit.rows.all_batches // LOOKED_AT)
+        self.looked_at = [b for b, batch in enumerate(fit.values.batches) if batch.number % every == 0]
         fitted, held = ({site: Spread(fit, fit.outputs(site)) for site in aims} for _ in range(2))
         for b, inputs in enumerate(fit.values.inputs):
             for node, *found in values_of(by_stream.keys(), fit.values.program, fit.values.tensors[:-1], inputs):
@@ -160,17 +165,17 @@ class RoundErrors:
                 fit.targets.know(site, b, EVERYTHING, y)
                 apart, weight = self._weights(site, b, len(y))
                 fitted[site].add(y, weight * ~apart)
-                held[site].add(y, weight * apart)
+                if b in self.looked_at:
+                    held[site].add(y, weight * apart)
         self.fitted, self.held = ({site: max(x.total(), 1e-30) for site, x in own.items()} for own in (fitted, held))
 
     def held_out(self, layer: Rounds) -> Tensor:
         total = self.fit.zeros(1)
         with torch.no_grad():
-            for b in range(len(self.fit.values.batches)):
-                if bool(self.windows.held(b).any()):
-                    for site, off in self._off(layer, b):
-                        apart, weight = self._weights(site, b, len(off))
-                        total += ((weight * apart) @ off).to(total) / (self.held[site] * len(layer.aims))
+            for b in self.looked_at:
+                for site, off in self._off(layer, b):
+                    apart, weight = self._weights(site, b, len(off))
+                    total += ((weight * apart) @ off).to(total) / (self.held[site] * len(layer.aims))
         return self.fit.all_reduce(total)
 
     def backward(self, layer: Rounds, step: int) -> None:
