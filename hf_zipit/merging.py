@@ -217,9 +217,8 @@ def merge(
         found = moments_for(planned.matched, calibration, moments)
         maps = align_trunk(planned, found)
         planned, maps, rooted = root(planned, maps, calibration)
-        if (
-            rooted or planned.matched is not planned or not planned.config.corrections
-        ):  # moments of the bases are no expert's
+        their_own = planned.matched is planned and not rooted  # no moments of bases, or of what experts were before
+        if not (their_own and planned.config.corrections):
             found = None  # their memory is needed
         read = statistics_for(planned, calibration, statistics)
         if output_dir is not None and calibration is None and read is None and planned.config.residues is None:
