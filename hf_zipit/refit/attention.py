@@ -386,11 +386,11 @@ def _several_places(
     )  # type: ignore[union-attr]
     places = {place for own in maps for place in own.places}
     inside = {layer.node, *layer.before, *steps, *places}
-    read = {used for step in steps for used in (step, *program.made_of_weights(step)) if used not in places}
+    read = {used for step in steps for used in (step, *program.made_of_weights(step))} - program.before(places)
     alone = all(set(step.users) <= inside for step in (*steps, *places))
     if not maps or layer.groups != layer.heads or not alone or layer.value.site.node in places:
         return None
-    if any(program.tensor_of(used) in spec.axes for step in read & steps for used in step.all_input_nodes):
+    if any(program.tensor_of(used) in spec.axes for step in read for used in step.all_input_nodes):
         return None  # something of each head or unit is part of it that is no map
     return SolvedApart(tuple(maps), frozenset(steps) | layer.before, exchanged=exchanged)
 

@@ -409,12 +409,13 @@ class AttentionSolver:
             chosen = choose_heads(fit, self.forward, experts, left)
             if chosen is None and split is not None and pairs is not None:
                 return self._write_normed(apart, split, pairs)
-            if split is not None:
-                self._solve_values(paired, starts)
         # Under one norm over all of them heads are not quite those that were chosen, and before a norm of the branch
         # they are chosen without it: what is better the steps show.
         in_place = None
         if experts is None or chosen is None or apart.placed or attention.output.behind is not None:
+            if split is not None and apart.exchanged:  # what narrower heads would have is in the model
+                self.blocks = []
+                self._solve_values(paired, starts)
             left, in_place = self._refine_paired(apart, paired), self._tensors(apart)
         if experts is not None and chosen is not None:
             fit.values.merged.update(combined)
@@ -422,7 +423,7 @@ class AttentionSolver:
             if self._refine(heads, slice(heads.width)) > left and in_place is not None:
                 fit.values.merged.update(in_place)
                 self._put_again(apart)
-        new = {name for name, tensor in self._tensors(apart).items() if tensor is not combined[name]}
+        new = {name for name, tensor in self._tensors(apart).items() if not torch.equal(tensor, combined[name])}
         self.asked_anew = not new.isdisjoint(own.site.weight for own in apart.maps)
         self.scaled_anew = not new.isdisjoint(apart.scales)
         return None

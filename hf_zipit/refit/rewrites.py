@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from hf_zipit.symmetry.ops import op_name
+from hf_zipit.symmetry.ops import is_in_place, op_name
 
 FLAT = {"view", "reshape"}
 """Ops that make rows of positions, and positions of rows."""
@@ -100,8 +100,8 @@ def linear_maps_by_number(graph: fx.Graph) -> None:
 def parts_by_number(graph: fx.Graph, constants: Mapping[str, Tensor]) -> None:
     """`x[..., [-2], :]`, where the numbers are known and lie side by side, is a slice (Falcon's keys and values)."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or op_name(node) != "index":
-            continue
+        if node.op != "call_function" or op_name(node) != "index" or any(map(is_in_place, node.users)):
+            continue  # a slice would be no copy
         x, numbers = node.args
         axis = next((axis for axis, own in enumerate(numbers) if own is not None), 0)
         source = numbers[axis] if sum(own is not None for own in numbers) == 1 else None

@@ -13,24 +13,16 @@ there. Steps of Adam (`steps.py`), in coordinates in which the inputs of linear 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from hf_zipit.refit.fit import Fit, normed_next
+from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite
-from hf_zipit.refit.steps import (
-    Spread,
-    WhiteLayer,
-    Windows,
-    by_row,
-    mean_squares,
-    take_steps,
-    typical_size,
-    whitening_of,
-)
+from hf_zipit.refit.steps import Spread, Squares, WhiteLayer, Windows, by_row, take_steps, typical_size, whitening_of
 from hf_zipit.refit.stream_basis import values_of
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
@@ -52,12 +44,25 @@ EVERYTHING = slice(None)
 Places = tuple[RefitSite, ...]
 
 
-def recurring(groups: Sequence[Places]) -> list[Places]:
-    """Of tensors that are used at several places those of layers that run again: some of them write into the stream
-    that they read.
+def recurring(program: Program, groups: Sequence[Places], alone: Iterable[RefitSite]) -> list[Places]:
+    """Of tensors that are used at several places those of layers that run again: what they write into a stream, they
+    read in a later round.
+
+    None where between their rounds there is something that the walk has yet to solve, of the sites that are `alone`.
     """
-    writers = [places for places in groups if places[0].kind == "linear" and all(site.stream for site in places)]
-    return [places for places in groups if places[0].kind in ("linear", "norm")] if writers else []
+    maps = [places for places in groups if places[0].kind in ("linear", "norm")]
+    writers = [places for places in maps if places[0].kind == "linear" and all(site.stream for site in places)]
+    if not any(places[-1].node in program.behind([places[0].stream]) for places in writers):  # type: ignore[list-item]
+        return []
+    streams = {site.stream for places in writers for site in places if site.stream is not None}
+    end = program.before(streams)
+
+    def inside(site: RefitSite) -> bool:
+        return site.node in end or (site.kind == "norm" and site.node.args[0] in streams)
+
+    found = [places for places in maps if all(map(inside, places))]
+    rounds = program.behind(site.node for places in found for site in places) & end
+    return [] if any(site.node in rounds for site in alone) else found
 
 
 def rounds_of(program: Program, groups: Sequence[Places]) -> list[fx.Node]:
@@ -100,7 +105,8 @@ class Rounds(WhiteLayer[dict[str, Tensor]]):
     @torch.no_grad()
     def __init__(self, fit: Fit, groups: Sequence[Places]) -> None:
         self.fit, self.nodes = fit, rounds_of(fit.values.program, groups)
-        self.aims = [site for group in groups for site in group if site.stream is not None]
+        writers = {site.stream: site for group in groups for site in group if site.stream is not None}
+        self.aims = list(writers.values())
         self.own = {n: fit.values.merged[n].float().clone() for g in groups for n in (g[0].weight, g[0].bias) if n}
         self.turned = {group[0].weight: group[0].turned for group in groups if group[0].kind == "linear"}
         self.white = self._whitenings(groups)
@@ -129,22 +135,20 @@ class Rounds(WhiteLayer[dict[str, Tensor]]):
         return tensors
 
     def _whitenings(self, groups: Sequence[Places]) -> dict[str, tuple[Tensor, Tensor]]:
-        """By linear map what makes its inputs white, all places counting the same, and back again."""
+        """By linear map what makes its inputs white, those of all places together, and back again."""
         fit, values = self.fit, self.fit.values
-        found: dict[fx.Node, list[tuple[Tensor, Tensor]]] = {}
         linear = [group for group in groups if group[0].weight in self.turned]
+        read = {group[0].weight: tuple(site.node.args[0] for site in group) for group in linear}
+        squares = {sources: Squares(fit) for sources in read.values()}
         for b in range(len(values.batches)):
             known = values.follow(self.nodes, {}, MERGED, b)
-            for source in dict.fromkeys(site.node.args[0] for group in linear for site in group):
-                x = known[source] if source in known else values.of(source, MERGED, b)  # type: ignore[index,arg-type]
-                rows, weight = fit.rows.pick(x.shape, b, -1, x.shape[-1])
-                found.setdefault(source, []).append((x.flatten(0, -2)[rows], weight.to(x)))  # type: ignore[arg-type]
-        squares = {source: mean_squares(fit, parts) for source, parts in found.items()}
-        white = {}
-        for group in linear:
-            own = [squares[site.node.args[0]] for site in group]  # type: ignore[index]
-            white[group[0].weight] = whitening_of(fit, sum(mean for mean, _ in own) / len(own), own[0][1])  # type: ignore[arg-type]
-        return white
+            for sources, own in squares.items():
+                for source in sources:
+                    x = known[source] if source in known else values.of(source, MERGED, b)  # type: ignore[index]
+                    rows, weight = fit.rows.pick(x.shape, b, -1, x.shape[-1])
+                    own.add(at_rows(x, -1, rows), weight.to(x))
+        white = {own: whitening_of(fit, sums.mean(), next(iter(self.own.values()))) for own, sums in squares.items()}
+        return {weight: white[sources] for weight, sources in read.items()}
 
 
 class RoundErrors:

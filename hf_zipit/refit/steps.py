@@ -205,10 +205,26 @@ def whitening(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor,
 
 def mean_squares(fit: Fit, parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The mean of x x^T `[d, d]`, float64, over the parts that `whitening` is given, and one of these."""
-    moments, count, like = fit.zeros(1), fit.zeros(1), None
+    squares, like = Squares(fit), None
     for x, weight in parts:
-        moments, count, like = moments + ((x * weight[:, None]).T @ x).to(moments), count + weight.sum(), x
-    return fit.all_reduce(moments) / fit.all_reduce(count).clamp_min(1e-12), like
+        squares.add(x, weight)
+        like = x
+    return squares.mean(), like
+
+
+class Squares:
+    """The mean of x x^T over weighted rows x `[rows, d]` of all processes."""
+
+    def __init__(self, fit: Fit) -> None:
+        self.fit, self.sums, self.count = fit, fit.zeros(1), fit.zeros(1)
+
+    def add(self, x: Tensor, weight: Tensor) -> None:
+        self.sums = self.sums + ((x * weight[:, None]).T @ x).to(self.sums)
+        self.count = self.count + weight.sum()
+
+    def mean(self) -> Tensor:
+        """`[d, d]`, float64."""
+        return self.fit.all_reduce(self.sums) / self.fit.all_reduce(self.count).clamp_min(1e-12)
 
 
 def whitening_of(fit: Fit, squares: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

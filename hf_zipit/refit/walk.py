@@ -176,7 +176,7 @@ class Walk:
         made_by = {site.output: site for site in alone if site.behind is None}  # else what the norm makes counts
         shared = {site.output: site for places in self.shared for site in places}
         made_by |= shared
-        again = recurring(self.shared)
+        again = recurring(self.program, self.shared, self.sites.values())
         first_round = min((position[site.node] for places in again for site in places), default=-1)
         solved: Readouts = {}
         with values.store, self._bar() as bar:

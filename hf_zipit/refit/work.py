@@ -83,12 +83,13 @@ def counted(planned: Plan) -> ForwardWork:
     sites = with_branch_norms(program, find_sites(program, trunk, spec.head))
     layers = {node: _layer(site, samples) for node, site in sites.items() if site.kind in ("linear", "conv")}
     mlps = [tuple(layers[site.node] for site in (*mlp.writers, mlp.reader)) for mlp in find_mlps(program, sites, spec)]
+    again = recurring(program, find_shared(program, trunk, spec.head), sites.values())
     weighing = (node for node in program.nodes if op_name(node) == "scaled_dot_product_attention")
     attention = sum(map(_operations, weighing))
     return ForwardWork(
         forward=_all_operations(program) / samples,
         attention=attention / samples,
-        rounds=sum(map(_operations, rounds_of(program, recurring(find_shared(program, trunk, spec.head))))) / samples,
+        rounds=sum(map(_operations, rounds_of(program, again))) / samples,
         layers=tuple(layers.values()),
         mlps=tuple(mlps),
         stream=_bytes(site.aim.stream for site in sites.values() if site.aim.stream is not None) / samples,

@@ -610,6 +610,21 @@ def test_heads_that_are_solved_apart_are_written_as_they_were_fitted(name: str):
     assert_computes(merged, data, seen)
 
 
+def test_some_whole_heads_may_be_nearer_than_all_narrower_ones():
+    """The narrower ones, which were nearer than paired ones, have no part in them."""
+    models, seen = tiny.pair("qwen3"), dict[str, Tensor]()
+    data = calibration(models[0])
+    groups = models[0].config.num_key_value_heads
+    with (
+        patch.object(walk, "relative_errors", remembering(seen)),
+        patch.object(attention_solver, "WORTH", float("inf")),
+        patch.object(attention_solver, "choose_heads", return_value=list(range(1, groups + 1))) as choose,
+    ):
+        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit={"written_samples": 0})
+    assert choose.call_count == len(seen) == 2 and merged.config.head_dims == {}
+    assert_computes(merged, data, seen)
+
+
 @pytest.mark.parametrize("equal", [True, False])
 def test_biases_have_a_say_in_whether_heads_are_split(equal: bool):
     """Of experts whose queries and keys are the same: where their tables are, too, heads are paired."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_zipit import merge
-from hf_zipit.adapters import adapter_for
 from hf_zipit.refit import (
     RefitReport,
     answer_refinement,
@@ -25,17 +24,12 @@ from hf_zipit.refit.answers import divergence, spread_of, statistics
 from hf_zipit.refit.fit import Fit
 from hf_zipit.refit.mlp_solver import best_units, left_over
 from hf_zipit.refit.mlps import Mlp
-from hf_zipit.refit.program import Program
-from hf_zipit.refit.shared_refinement import recurring, rounds_of
-from hf_zipit.refit.solvable import find_shared
 from hf_zipit.refit.stream_basis import explained, lost_with_scales, principal_basis, read_metric
 from hf_zipit.refit.unit_refinement import MlpRows
-from hf_zipit.symmetry.ops import op_name
 from hf_zipit.symmetry.spaces import Reader
-from hf_zipit.symmetry.spec import MergeSpec, fitted
 
 from .. import tiny
-from ..test_invariants import calibration, case, experts
+from ..test_invariants import calibration, experts
 
 UNITS, EXPERTS = 6, 2
 
@@ -330,37 +324,6 @@ def test_attention_is_fitted_through_its_softmax(monkeypatch: pytest.MonkeyPatch
     before, after, again = left
     assert after < 0.97 * before
     assert after == pytest.approx(again, rel=0.02)
-
-
-def test_layers_that_run_again_are_fitted_through_all_rounds(monkeypatch: pytest.MonkeyPatch):
-    """The same whatever the micro-batches: it is the last round that is off most."""
-    monkeypatch.setattr(steps, "SAMPLES", 8)
-    models = experts("albert")
-    ids = torch.randint(3, 49, (2, 64, 7), generator=torch.Generator().manual_seed(0))
-    data, last = {t: {"input_ids": x} for t, x in zip("ab", ids, strict=True)}, []
-    for count, micro_batch in ((0, 16), (32, 16), (32, 8)):
-        refit = {"shared_steps": count, "answer_steps": 0, "rows_per_input": 0, "micro_batch": micro_batch}
-        refit |= {"written_samples": 0, "ridge": 1e-4}
-        merged = merge(dict(zip("ab", models, strict=True)), data, method="identity", refit=refit, corrections=())
-        errors = RefitReport.of(merged).errors
-        last.append(sum(next(own for name, own in errors.items() if name.endswith("layer_norm.weight")).values()))
-    before, after, again = last
-    assert after < 0.7 * before
-    assert after == pytest.approx(again, rel=0.02)
-
-
-@pytest.mark.parametrize(("name", "again"), [("albert", True), ("deberta-v2", False), ("gpt2", False)])
-def test_which_layers_run_again(name: str, again: bool):
-    """Not those that share a table, or maps that write into no stream."""
-    model = case(name).model
-    spec = MergeSpec.from_model(model)
-    program = Program(model, fitted(adapter_for(model).inputs(model), model), adapter_for(model).outputs(model))
-    groups = recurring(find_shared(program, frozenset(spec.axes), spec.head))
-    assert bool(groups) == again
-    if again:
-        assert {len(places) for places in groups} == {model.config.num_hidden_layers}
-        weighing = [node for node in rounds_of(program, groups) if op_name(node) == "scaled_dot_product_attention"]
-        assert len(weighing) == model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("setting", ["attention_steps", "unit_steps"])
