@@ -7,16 +7,19 @@ are after each,
     min  sum_l sum_i w_i || x_l(i) - y_l(i) ||^2 / spread(y_l),
 
 with x_l the merged model's stream behind the l-th writer, made of the rounds before, and y_l the share of the experts'
-there. Steps of Adam (`steps.py`), in coordinates in which the inputs of linear maps are white.
+there. Steps of Adam (`steps.py`), in coordinates in which the inputs of linear maps are white. What is between two
+streams is computed once more on the way back: no more than that is in memory at once, however many rounds there are.
 """
 
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from hf_zipit.refit.fit import Fit, normed_next
 from hf_zipit.refit.positions import at_rows
@@ -73,6 +76,23 @@ def rounds_of(program: Program, groups: Sequence[Places]) -> list[fx.Node]:
     return [node for node in program.nodes if node in needed and node in inside]
 
 
+def between(nodes: Sequence[fx.Node], streams: Container[fx.Node | None]) -> list[tuple[list[fx.Node], list[fx.Node]]]:
+    """Ops in a row, cut behind every stream; with each part those of its ops that later parts read, and its stream."""
+    parts: list[list[fx.Node]] = [[]]
+    for node in nodes:
+        parts[-1].append(node)
+        if node in streams:
+            parts.append([])
+    inside = set(nodes)
+    found = []
+    for part in filter(None, parts):
+        own = set(part)
+        found.append(
+            (part, [node for node in part if node in streams or not own.issuperset(inside & set(node.users))])
+        )
+    return found
+
+
 def refine_shared(fit: Fit, groups: Sequence[Places]) -> bool:
     """Write better weights of layers that run again into the merged model; whether there were any.
 
@@ -104,9 +124,11 @@ class Rounds(WhiteLayer[dict[str, Tensor]]):
 
     @torch.no_grad()
     def __init__(self, fit: Fit, groups: Sequence[Places]) -> None:
-        self.fit, self.nodes = fit, rounds_of(fit.values.program, groups)
+        self.fit = fit
         writers = {site.stream: site for group in groups for site in group if site.stream is not None}
         self.aims = list(writers.values())
+        nodes = rounds_of(fit.values.program, groups)
+        self.inside, self.parts = set(nodes), between(nodes, writers)
         self.own = {n: fit.values.merged[n].float().clone() for g in groups for n in (g[0].weight, g[0].bias) if n}
         self.turned = {group[0].weight: group[0].turned for group in groups if group[0].kind == "linear"}
         self.white = self._whitenings(groups)
@@ -119,9 +141,18 @@ class Rounds(WhiteLayer[dict[str, Tensor]]):
     def __call__(self, b: int) -> Iterator[tuple[RefitSite, Tensor]]:
         """The streams of a micro-batch."""
         tensors = ChainMap(self._now(), self.fit.values.merged)  # type: ignore[arg-type]
-        known = self.fit.values.follow(self.nodes, {}, MERGED, b, tensors)
-        for site in self.aims:
-            yield site, known[site.stream]  # type: ignore[index]
+        known, aims = dict[fx.Node, Tensor](), {site.stream: site for site in self.aims}
+        for nodes, read_later in self.parts:
+            for used in (used for node in nodes for used in node.all_input_nodes if used.op == "call_function"):
+                if used not in known and used not in self.inside:
+                    known[used] = self.fit.values.peek(used, b, {})
+            run = partial(self._run, nodes, read_later, dict(known), b, tensors)
+            known |= zip(read_later, checkpoint(run, use_reentrant=False, preserve_rng_state=False), strict=True)
+            yield from ((aims[node], known[node]) for node in read_later if node in aims)
+
+    def _run(self, nodes: Sequence[fx.Node], ends: Sequence[fx.Node], known: dict, b: int, tensors: ChainMap) -> tuple:
+        found = self.fit.values.follow(nodes, known, MERGED, b, tensors)
+        return tuple(found[node] for node in ends)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
@@ -140,13 +171,22 @@ class Rounds(WhiteLayer[dict[str, Tensor]]):
         linear = [group for group in groups if group[0].weight in self.turned]
         read = {group[0].weight: tuple(site.node.args[0] for site in group) for group in linear}
         squares = {sources: Squares(fit) for sources in read.values()}
+
+        def add(node: fx.Node, x: Tensor, b: int) -> None:
+            for own in (own for sources, own in squares.items() if node in sources):
+                rows, weight = fit.rows.pick(x.shape, b, -1, x.shape[-1])
+                own.add(at_rows(x, -1, rows), weight.to(x))
+
+        wanted = dict.fromkeys(source for sources in squares for source in sources)  # in one order
         for b in range(len(values.batches)):
-            known = values.follow(self.nodes, {}, MERGED, b)
-            for sources, own in squares.items():
-                for source in sources:
-                    x = known[source] if source in known else values.of(source, MERGED, b)  # type: ignore[index]
-                    rows, weight = fit.rows.pick(x.shape, b, -1, x.shape[-1])
-                    own.add(at_rows(x, -1, rows), weight.to(x))
+            known: dict[fx.Node, Tensor] = {}
+            for source in (source for source in wanted if source not in self.inside):
+                add(source, values.of(source, MERGED, b), b)
+            for nodes, read_later in self.parts:
+                found = values.follow(nodes, known, MERGED, b)
+                for source in (node for node in nodes if node in wanted):
+                    add(source, found[source], b)
+                known |= {node: found[node] for node in read_later}
         white = {own: whitening_of(fit, sums.mean(), next(iter(self.own.values()))) for own, sums in squares.items()}
         return {weight: white[sources] for weight, sources in read.items()}
 
