@@ -241,13 +241,13 @@ class RootConfig:
     """
 
     anchor: str | None = None
-    steps: int = 600
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    feature_weight: float = 1.0
-    held_out: float = 0.125
-    evaluate_every: int = 50
-    patience: int = 6
+    steps: int = PolishConfig.steps
+    batch_size: int = PolishConfig.batch_size
+    learning_rate: float = PolishConfig.learning_rate
+    feature_weight: float = PolishConfig.feature_weight
+    held_out: float = PolishConfig.held_out
+    evaluate_every: int = PolishConfig.evaluate_every
+    patience: int = PolishConfig.patience
 
     def __post_init__(self) -> None:
         set_typed(self, "root")

@@ -27,6 +27,7 @@ from hf_zipit.refit.steps import (
     WhiteLayer,
     Windows,
     by_row,
+    looked_at,
     mean_squares,
     take_steps,
     typical_size,
@@ -40,9 +41,6 @@ EVERY = 16
 
 PASSES = 2
 """So often, at most, steps go through all samples."""
-
-LOOKED_AT = 8
-"""About so many micro-batches are enough to see how far samples that are held out are off."""
 
 RIGHT = 0.02
 """Nothing is fitted where what is left is no more than this share of the stream's own variance."""
@@ -201,11 +199,9 @@ class WhiteHeads(WhiteLayer[HeadWeights]):
 
     def _means(self, own: HeadWeights, b: int) -> Tensor:
         """`[samples, heads, positions, width]`."""
-        x = self.fit.values.of(self.forward.attention.value.site.node.args[0], MERGED, b)
-        values = functional.linear(x, own.value, own.value_bias).unflatten(-1, (self.heads.groups, -1)).transpose(1, 2)
+        values = self.forward.values(own.value, own.value_bias, self.heads.groups, self.heads.shared_by, b)
         blocks = [tuple(map(self._whole, block)) for block in own.blocks]
-        every = values.repeat_interleave(self.heads.shared_by, 1)
-        return self.forward.means(every, b, blocks, [own.scales] * len(blocks), self.heads.units)
+        return self.forward.means(values, b, blocks, [own.scales] * len(blocks), self.heads.units)
 
     def _mixed(self, own: HeadWeights, b: int) -> Tensor:
         """What the output projection reads of the heads that are not empty, `[samples, positions, units]`."""
@@ -248,11 +244,9 @@ class AttentionErrors:
     @torch.no_grad()
     def __init__(self, fit: Fit, forward: MergedAttention, windows: Windows) -> None:
         self.fit, self.site, self.windows = fit, forward.attention.output.aim, windows
-        every = max(1, fit.rows.all_batches // LOOKED_AT)
-        batches = fit.values.batches
-        self.looked_at = [b for b, batch in enumerate(batches) if batch.number % every == 0]
+        self.looked_at = looked_at(fit)
         whole, lacking, spread = fit.zeros(1), fit.zeros(1), Spread(fit, fit.outputs(self.site))
-        for b in range(len(batches)):
+        for b in range(len(fit.values.batches)):
             held, weight, y = self._split(b)
             whole += (weight * ~held) @ y.square().sum(1)
             if b in self.looked_at:

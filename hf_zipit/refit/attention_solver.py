@@ -61,7 +61,6 @@ from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import SecondMoments, ridge
 from hf_zipit.refit.solvers import regress_inputs, written
 from hf_zipit.refit.splitting import SplitHeads
-from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.spec import product_key
 
 AGREED = 1e-3
@@ -189,11 +188,12 @@ class AttentionSolver:
         self._refine(heads, slice(heads.width))
         return None
 
-    def _refine(self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] | None = None) -> float:
-        """Fit all of the layer to what the stream lacks, from where it is; the share of that which it leaves."""
+    def _refine(
+        self, heads: MergedHeads, units: slice | list[int], asked: tuple[float, float] | None = None
+    ) -> float | None:
+        """Fit all of the layer to what the stream lacks, from where it is; what `refine_attention` returns."""
         groups, shared_by = len(heads.values), heads.shared_by
-        left = refine_attention(self.fit, self.forward, SolvedHeads(self.blocks, units, groups, shared_by, asked))
-        return self._left() if left is None else left
+        return refine_attention(self.fit, self.forward, SolvedHeads(self.blocks, units, groups, shared_by, asked))
 
     # Which heads -----------------------------------------------------------------------------------------------------
 
@@ -416,11 +416,14 @@ class AttentionSolver:
             if split is not None and apart.exchanged:  # what narrower heads would have is in the model
                 self.blocks = []
                 self._solve_values(paired, starts)
-            left, in_place = self._refine_paired(apart, paired), self._tensors(apart)
+            found = self._refine_paired(apart, paired)
+            if chosen is not None:
+                left, in_place = self._left() if found is None else found, self._tensors(apart)
         if experts is not None and chosen is not None:
             fit.values.merged.update(combined)
             heads = self._choose(apart, experts, chosen)
-            if self._refine(heads, slice(heads.width)) > left and in_place is not None:
+            found = self._refine(heads, slice(heads.width))
+            if in_place is not None and (self._left() if found is None else found) > left:
                 fit.values.merged.update(in_place)
                 self._put_again(apart)
         new = {name for name, tensor in self._tensors(apart).items() if not torch.equal(tensor, combined[name])}
@@ -436,14 +439,13 @@ class AttentionSolver:
 
     def _put_again(self, apart: SolvedApart) -> None:
         """Keep what attention gives with the merged model's own tensors."""
-        fit, value, shared = self.fit, self.attention.value, self.attention.heads // self.attention.groups
+        attention = self.attention
+        value, groups, shared = attention.value, attention.groups, attention.heads // attention.groups
         blocks = [tuple(map(self._combined, apart.maps))]
-        weight, bias = fit.affine(value.site)
-        for b in range(len(fit.values.batches)):
-            x = fit.values.of(value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            made = functional.linear(x, weight, bias)[..., value.rows].unflatten(-1, (self.attention.groups, -1))
-            every = made.transpose(1, 2).repeat_interleave(shared, 1)
-            self.forward.put(self.forward.means(every, b, blocks), b)
+        slope, shift = (part if part is None else part[value.rows] for part in self.fit.affine(value.site))
+        for b in range(len(self.fit.values.batches)):
+            values = self.forward.values(slope, shift, groups, shared, b)  # type: ignore[arg-type]
+            self.forward.put(self.forward.means(values, b, blocks), b)
 
     def _every(self) -> MergedHeads:
         """All experts' heads that have values."""
@@ -453,10 +455,8 @@ class AttentionSolver:
 
     def _expert_heads(self, apart: SolvedApart) -> ExpertHeads:
         """All experts' heads; those under one norm as long as each other's, which makes no difference to them."""
-        blocks, values = (
-            [tuple(self._own(own, t) for own in apart.maps) for t in self.tasks],
-            self._values(self._every()),
-        )
+        values = self._values(self._every())
+        blocks = [tuple(self._own(own, t) for own in apart.maps) for t in self.tasks]
         if not apart.placed:
             return ExpertHeads(blocks, *values)
         moments = [self._moment(own) for own in apart.maps]
@@ -471,7 +471,7 @@ class AttentionSolver:
         scales = [{name: tensors[t][name].to(merged[name]) for name in apart.scales} for t in self.tasks]
         return ExpertHeads(blocks, *values, scales)
 
-    def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> float:
+    def _refine_paired(self, apart: SolvedApart, paired: MergedHeads) -> float | None:
         self.blocks = [tuple(map(self._combined, apart.maps))]
         return self._refine(paired, slice(self.attention.width))
 
@@ -507,9 +507,8 @@ class AttentionSolver:
         }
         wanted, found = self._lengths(experts.blocks, experts.scales), self._lengths(self.blocks, [own])
         for gain, whole, now in zip(apart.gains, wanted, found, strict=True):  # type: ignore[arg-type]
-            longer = whole.unflatten(0, (len(experts.blocks) * groups, -1))[list(chosen)].flatten() / now.clamp_min(
-                1e-30
-            )
+            wanted_now = whole.unflatten(0, (len(experts.blocks) * groups, -1))[list(chosen)].flatten()
+            longer = wanted_now / now.clamp_min(1e-30)
             heads = (own[gain.weight] + gain.constant).flatten().unflatten(0, (len(longer), -1))
             merged[gain.weight] = (heads * longer[:, None].to(heads)).view_as(own[gain.weight]) - gain.constant
 
@@ -640,9 +639,8 @@ class AttentionSolver:
         slope, shift = (part.flatten(0, 1).to(fit.values.device, torch.float32) for part in (slopes, shifts))
         gram = fit.gram(start)
         for b in range(len(fit.values.batches)):
-            x = fit.values.of(attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-            values = functional.linear(x, slope, shift).unflatten(-1, (len(slopes), -1)).transpose(1, 2)
-            means = self.forward.means(values.repeat_interleave(heads.shared_by, 1), b, self.blocks)
+            values = self.forward.values(slope, shift, len(slopes), heads.shared_by, b)
+            means = self.forward.means(values, b, self.blocks)
             fit.values.store[attention.node, "means", b] = means
             means = means.transpose(1, 2).flatten(2)
             rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from hf_zipit.factorise import solve_positive
 from hf_zipit.refit.fit import Fit
@@ -26,7 +25,6 @@ from hf_zipit.refit.merged_attention import Block, MergedAttention
 from hf_zipit.refit.mlp_solver import NOTHING, WORTH, centred, left_over
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.regression import Gram
-from hf_zipit.refit.values import MERGED
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,8 @@ def choose_heads(fit: Fit, forward: MergedAttention, heads: ExpertHeads, paired:
     gram = Gram(len(slope) * shared, fit.outputs(site), device=fit.home)
     square = fit.zeros()
     for b in range(len(fit.values.batches)):
-        x = fit.values.of(attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
-        values = functional.linear(x, slope, shift).unflatten(-1, (len(heads.slope), -1)).transpose(1, 2)
-        means = (
-            forward.means(values.repeat_interleave(shared, 1), b, heads.blocks, heads.scales)
-            .transpose(1, 2)
-            .flatten(2)
-        )
+        values = forward.values(slope, shift, len(heads.slope), shared, b)
+        means = forward.means(values, b, heads.blocks, heads.scales).transpose(1, 2).flatten(2)
         rows, picked = fit.rows.pick(means.shape, b, -1, means.shape[-1])
         y = fit.targets.of(site, b, rows)
         gram.add(at_rows(means, -1, rows), y, picked)

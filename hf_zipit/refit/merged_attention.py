@@ -61,6 +61,14 @@ class MergedAttention:
             known[bias] = self.fit.values.peek(bias, b, {})[..., : query.shape[1], :, :]
         return self.fit.values.follow([node], known, MERGED, b)[node]  # type: ignore[arg-type]
 
+    def values(self, slope: Tensor, shift: Tensor | None, groups: int, shared_by: int, b: int) -> Tensor:
+        """What maps of the layer's input, `groups` of heads one after the other, give every head that shares them,
+        `[samples, heads, positions, any]`.
+        """
+        x = self.fit.values.of(self.attention.value.site.node.args[0], MERGED, b)  # type: ignore[arg-type]
+        own = functional.linear(x, slope, shift).unflatten(-1, (groups, -1)).transpose(1, 2)
+        return own.repeat_interleave(shared_by, 1)
+
     def put(self, means: Tensor, b: int) -> None:
         """Keep the means as what the layer's attention gives; heads of zeros come behind where the layer has more."""
         node, values = self.attention.node, self.fit.values

@@ -22,10 +22,21 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
 from hf_zipit.refit.fit import Fit, normed_next
+from hf_zipit.refit.merged_attention import EVERYTHING
 from hf_zipit.refit.positions import at_rows
 from hf_zipit.refit.program import Program
 from hf_zipit.refit.solvable import RefitSite
-from hf_zipit.refit.steps import Spread, Squares, WhiteLayer, Windows, by_row, take_steps, typical_size, whitening_of
+from hf_zipit.refit.steps import (
+    Spread,
+    Squares,
+    WhiteLayer,
+    Windows,
+    by_row,
+    looked_at,
+    take_steps,
+    typical_size,
+    whitening_of,
+)
 from hf_zipit.refit.stream_basis import values_of
 from hf_zipit.refit.values import MERGED
 from hf_zipit.symmetry.ops import shape_of
@@ -36,13 +47,8 @@ EVERY = 16
 PASSES = 16
 """So often, at most, steps go through all samples: all rounds have no more weights than one layer elsewhere."""
 
-LOOKED_AT = 8
-"""About so many micro-batches are enough to see how far samples that are held out are off."""
-
 RIGHT = 0.002
 """Nothing is fitted where no more than this share of the streams' variance is off."""
-
-EVERYTHING = slice(None)
 
 Places = tuple[RefitSite, ...]
 
@@ -93,8 +99,8 @@ def between(nodes: Sequence[fx.Node], streams: Container[fx.Node | None]) -> lis
     return found
 
 
-def refine_shared(fit: Fit, groups: Sequence[Places]) -> bool:
-    """Write better weights of layers that run again into the merged model; whether there were any.
+def refine_shared(fit: Fit, groups: Sequence[Places]) -> None:
+    """Write better weights of layers that run again into the merged model, if there are any.
 
     Args:
         groups: what `recurring` found; all that is computed before the first of their places is there.
@@ -102,17 +108,15 @@ def refine_shared(fit: Fit, groups: Sequence[Places]) -> bool:
     windows = Windows(fit)
     steps = min(fit.config.shared_steps, PASSES * len(windows))
     if steps < EVERY:
-        return False
+        return
     layer = Rounds(fit, groups)
     errors = RoundErrors(fit, layer.aims, windows)
     first = errors.held_out(layer)
     found = take_steps(fit, layer, errors, first=first, steps=steps, every=EVERY, right=RIGHT)
     for site in layer.aims:
         fit.targets.forget(site)
-    if found is None:
-        return False
-    fit.values.merged.update(found[0])
-    return True
+    if found is not None:
+        fit.values.merged.update(found[0])
 
 
 class Rounds(WhiteLayer[dict[str, Tensor]]):
@@ -198,8 +202,7 @@ class RoundErrors:
     def __init__(self, fit: Fit, aims: Sequence[RefitSite], windows: Windows) -> None:
         self.fit, self.windows = fit, windows
         by_stream = {site.stream: site for site in aims}
-        every = max(1, fit.rows.all_batches // LOOKED_AT)
-        self.looked_at = [b for b, batch in enumerate(fit.values.batches) if batch.number % every == 0]
+        self.looked_at = looked_at(fit)
         fitted, held = ({site: Spread(fit, fit.outputs(site)) for site in aims} for _ in range(2))
         for b, inputs in enumerate(fit.values.inputs):
             for node, *found in values_of(by_stream.keys(), fit.values.program, fit.values.tensors[:-1], inputs):

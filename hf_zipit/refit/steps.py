@@ -37,6 +37,9 @@ SHORTEST = 0.05
 SAMPLES = 64
 """So many of a task are in a window."""
 
+LOOKED_AT = 8
+"""About so many micro-batches are enough to see how far samples that are held out are off."""
+
 Weights = TypeVar("Weights")
 
 
@@ -182,6 +185,12 @@ class Windows:
     def _kind(self, task: int | None) -> int:
         """The number of a task; the last one for samples of unknown tasks."""
         return len(self.fit.tasks) if task is None else task
+
+
+def looked_at(fit: Fit) -> list[int]:
+    """The micro-batches of this process in which samples that are held out are looked at."""
+    every = max(1, fit.rows.all_batches // LOOKED_AT)
+    return [b for b, batch in enumerate(fit.values.batches) if batch.number % every == 0]
 
 
 def is_held_out(samples: Tensor) -> Tensor:

@@ -305,7 +305,7 @@ def test_a_constant_answer_is_off_by_the_spread(kind: str):
 def test_attention_is_fitted_through_its_softmax(monkeypatch: pytest.MonkeyPatch):
     """Also on samples that nothing was fitted to, and the same whatever the micro-batches."""
     monkeypatch.setattr(steps, "SAMPLES", 8)
-    monkeypatch.setattr(attention_refinement, "LOOKED_AT", 100)
+    monkeypatch.setattr(steps, "LOOKED_AT", 100)
     models = tiny.pair("llama")
     for model in models:
         for part, tensor in model.named_parameters():

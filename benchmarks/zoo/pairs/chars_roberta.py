@@ -80,20 +80,25 @@ class CharsRoberta(Recipe):
     def untrained(self, task: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         return RobertaForMaskedLM(
             RobertaConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=self.width,
-                num_hidden_layers=4,
-                num_attention_heads=self.heads,
-                intermediate_size=2 * self.width,
-                max_position_embeddings=LENGTH + tokenizer.pad_token_id + 1,  # they start behind the padding's
-                type_vocab_size=1,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
+                **self._sizes(tokenizer, LENGTH + tokenizer.pad_token_id + 1),  # they start behind the padding's
                 bos_token_id=tokenizer.bos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=tokenizer.eos_token_id,
             )
         )
+
+    def _sizes(self, tokenizer: PreTrainedTokenizerBase, positions: int = LENGTH) -> dict[str, int | float]:
+        return {
+            "vocab_size": len(tokenizer),
+            "hidden_size": self.width,
+            "num_hidden_layers": 4,
+            "num_attention_heads": self.heads,
+            "intermediate_size": 2 * self.width,
+            "max_position_embeddings": positions,
+            "type_vocab_size": 1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
 
     def metric(self, tokenizer: PreTrainedTokenizerBase) -> Metric:
         return Metric("masked-character accuracy")
@@ -144,20 +149,6 @@ class CharsDeberta(CharsRoberta):
                 share_att_key=True,
             )
         )
-
-    def _sizes(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float]:
-        return {
-            "vocab_size": len(tokenizer),
-            "hidden_size": self.width,
-            "num_hidden_layers": 4,
-            "num_attention_heads": self.heads,
-            "intermediate_size": 2 * self.width,
-            "max_position_embeddings": LENGTH,
-            "type_vocab_size": 1,
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
 
     def loss(self, model: PreTrainedModel, batch: Tensors) -> Tensor:
         asked = batch["labels"] != IGNORED
